@@ -1,0 +1,205 @@
+"""Glyphs: the built-in data set. Characters of many scripts, drawn from the font files that matplotlib installs.
+
+A class is a shape: code points that look alike in the fonts (Latin A, Greek Alpha, Cyrillic А) are one class, and it
+belongs to one script. The 20 "drawers" are different faces (sans, serif, mono; bold, oblique; STIX, Computer Modern)
+under small affine distortions. Training, validation and test have scripts of their own; a shape that a training script
+also has is not in validation or test. Pictures are 28×28 uint8, ink = 255, like Omniglot's.
+
+Which classes there are, and which faces draw them, is a fixed list in ``glyphs.json`` (made by ``glyph_table.py``).
+Everything is drawn in integer arithmetic from the outlines, so the bytes are the same on every machine as long as the
+font files are; matplotlib has shipped the same ones since 2.0 (DejaVu 2.37, STIX 1.1).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import unicodedata
+import warnings
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from .cache import default_cache_dir, load_arrays, save_arrays
+from .errors import DataError
+from .raster import HALF, SIZE, SUB, FontFile, draw, transform
+
+NUM_DRAWERS = 20
+GLYPHS_DESCRIPTION = "glyphs, characters of many scripts drawn from matplotlib's fonts, 20 drawings each, 28×28, split by script"
+
+_SEED = 0x676C79706873
+_RADIUS = 10 * SUB  # the longer side of a character is 20 pixels before distortion
+_MATRIX_SPREAD = (13, 22, 22, 13)  # percent of _RADIUS: entries xx, xy, yx, yy of the matrix vary by up to this much
+_SHIFT_SPREAD = 3 * SUB // 2  # each centre is off by up to 1.5 pixels
+
+
+@dataclass(frozen=True)
+class GlyphClass:
+    """code_point: what is drawn; faces: which font files draw it; orientations: which quarter turns are classes of
+    their own; look_alikes: the other code points that are this class."""
+
+    script: str
+    split: str
+    code_point: int
+    faces: tuple[int, ...]
+    orientations: tuple[bool, bool, bool, bool]
+    look_alikes: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.script} {unicodedata.name(chr(self.code_point), f'U+{self.code_point:04X}')}"
+
+
+@dataclass(frozen=True)
+class GlyphTable:
+    """fonts: (file name, SHA-256) of each face; classes in the order of the images."""
+
+    fonts: tuple[tuple[str, str], ...]
+    classes: tuple[GlyphClass, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class GlyphSplit:
+    """indices [n] of a split's classes; their names; its scripts; orientations bool [n, 4], None where turns make no classes."""
+
+    indices: np.ndarray
+    names: tuple[str, ...]
+    scripts: tuple[str, ...]
+    orientations: np.ndarray | None
+
+
+@functools.cache
+def glyph_table() -> GlyphTable:
+    """The fixed list of classes that the package ships."""
+    text = resources.files(__package__).joinpath("glyphs.json").read_text(encoding="utf-8")
+    table = json.loads(text)
+    classes = [
+        GlyphClass(
+            script=script["name"],
+            split=script["split"],
+            code_point=int(code_point, 16),
+            faces=tuple(i for i in range(len(table["fonts"])) if int(faces, 16) >> i & 1),
+            orientations=tuple(str(turn) in turns for turn in range(4)),  # type: ignore[arg-type]
+            look_alikes=tuple(int(c, 16) for c in look_alikes.split()),
+        )
+        for script in table["scripts"]
+        for code_point, faces, turns, look_alikes in script["classes"]
+    ]
+    fonts = tuple((font["file"], font["sha256"]) for font in table["fonts"])
+    return GlyphTable(fonts, tuple(classes), hashlib.sha256(text.encode()).hexdigest())
+
+
+def glyph_split() -> dict[str, GlyphSplit]:
+    """"train", "val" and "test". Only training has orientations: turned, a character may look like one of another script."""
+    classes = glyph_table().classes
+    splits = {}
+    for split in ("train", "val", "test"):
+        members = [i for i, c in enumerate(classes) if c.split == split]
+        splits[split] = GlyphSplit(
+            indices=np.array(members),
+            names=tuple(c.name for c in classes),
+            scripts=tuple(dict.fromkeys(classes[i].script for i in members)),
+            orientations=np.array([classes[i].orientations for i in members]) if split == "train" else None,
+        )
+    return splits
+
+
+def load_glyphs(*, cache_dir: Path | str | None = None) -> np.ndarray:
+    """All drawings, uint8 [classes, 20, 28, 28], ink = 255; drawn at the first call (seconds), then read from the cache.
+
+    Raises DataError where matplotlib or a font file is missing, or the cache cannot be written. Warns where font files
+    differ from those the list was made with: the pictures then differ too, and accuracies do not compare.
+    """
+    table = glyph_table()
+    folder = font_folder()
+    hashes = [_sha256(folder / name) for name, _ in table.fonts]
+    changed = [name for (name, known), found in zip(table.fonts, hashes) if found != known]
+    if changed:
+        warnings.warn(
+            f"the font files {', '.join(changed)} in {folder} are not those that glyphs was defined with: its pictures "
+            "differ here, and accuracies do not compare with those of other machines",
+            stacklevel=2,
+        )
+    constants = repr((_SEED, _RADIUS, _MATRIX_SPREAD, _SHIFT_SPREAD, NUM_DRAWERS, SIZE, SUB))
+    key = hashlib.sha256("\n".join([table.digest, constants, *hashes]).encode()).hexdigest()[:16]
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    path = cache / "glyphs" / f"glyphs-{key}.npz"
+    shape = (len(table.classes), NUM_DRAWERS, SIZE, SIZE)
+    if path.is_file():
+        try:
+            return load_arrays(path, {"images": ("uint8", shape)})["images"]
+        except DataError:
+            path.unlink(missing_ok=True)  # damaged; it holds nothing that is not drawn again below
+    images = render_glyphs(table, folder)
+    save_arrays(path, {"images": images})
+    return images
+
+
+def font_folder() -> Path:
+    """Where matplotlib keeps its font files. Raises DataError where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise DataError("glyphs is drawn from matplotlib's font files: pip install matplotlib") from error
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def render_glyphs(table: GlyphTable, folder: Path) -> np.ndarray:
+    """Draw every class of the table: uint8 [classes, 20, 28, 28]."""
+    fonts = [_open_font(folder / name) for name, _ in table.fonts]
+    images = np.empty((len(table.classes), NUM_DRAWERS, SIZE, SIZE), dtype=np.uint8)
+    for number, glyph in enumerate(table.classes):
+        outlines = []
+        for face in glyph.faces:
+            outline = fonts[face].outline(glyph.code_point)
+            if outline is None:
+                raise DataError(
+                    f"the font file {folder / table.fonts[face][0]} lacks {glyph.name} (U+{glyph.code_point:04X}); "
+                    "reinstall matplotlib from the package index"
+                )
+            outlines.append(outline)
+        images[number] = draw_distorted(outlines, glyph.code_point)
+    return images
+
+
+def draw_distorted(outlines: list[np.ndarray], code_point: int) -> np.ndarray:
+    """The 20 drawings of a character: uint8 [20, 28, 28]. Faces take turns in random order; distortions are random too.
+
+    Both are drawn by Philox counters of the code point, so that a class does not depend on which others there are.
+    """
+    words = np.random.Philox(key=np.array([_SEED, 0], np.uint64), counter=np.array([0, code_point, 0, 0], np.uint64))
+    raw = words.random_raw(NUM_DRAWERS * 8).reshape(NUM_DRAWERS, 8)
+    order = np.argsort(raw[: len(outlines), 7], kind="stable")
+    spread = [_RADIUS * percent // 100 for percent in _MATRIX_SPREAD] + [_SHIFT_SPREAD] * 2
+    noise = [_symmetric(raw[:, i], limit) for i, limit in enumerate(spread)]  # six times int64 [20]
+    matrices = np.stack([_RADIUS + noise[0], noise[1], noise[2], _RADIUS + noise[3]], axis=1).reshape(-1, 2, 2)
+    shifts = np.stack(noise[4:], axis=1)
+    edges = [
+        transform(outlines[order[drawer % len(order)]], matrices[drawer], shifts[drawer]) for drawer in range(NUM_DRAWERS)
+    ]
+    return draw(np.concatenate(edges), np.repeat(np.arange(NUM_DRAWERS), [len(e) for e in edges]), NUM_DRAWERS)
+
+
+def _symmetric(words: np.ndarray, limit: int) -> np.ndarray:
+    """Whole numbers from −limit to limit, uniformly."""
+    return (((words >> np.uint64(32)) * np.uint64(2 * limit + 1)) >> np.uint64(32)).astype(np.int64) - limit
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"the font file {path} cannot be read ({error.strerror}); reinstall matplotlib from the package index"
+        ) from error
+
+
+def _open_font(path: Path) -> FontFile:
+    try:
+        return FontFile(path)
+    except Exception as error:  # fontTools raises many kinds for a damaged file
+        raise DataError(f"the font file {path} is damaged ({error}); reinstall matplotlib from the package index") from error

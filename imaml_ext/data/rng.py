@@ -1,0 +1,82 @@
+"""Counter-based randomness: what is drawn is a function of (seed, stream, step) alone.
+
+The words come raw from NumPy's Philox bit generator, whose output is fixed by its published algorithm (Salmon et al.,
+*Parallel random numbers: as easy as 1, 2, 3*, SC 2011); the methods of ``numpy.random.Generator``, which may change
+from one NumPy release to the next, are not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+
+import numpy as np
+
+_WORD = 2**64
+
+
+def check_int(name: str, value: object, *, minimum: int) -> int:
+    """``value`` as an int ≥ ``minimum``; TypeError or ValueError names the argument otherwise."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < minimum:
+        wanted = {0: "zero or positive", 1: "positive"}.get(minimum, f"at least {minimum}")
+        raise ValueError(f"{name} must be {wanted}, got {number}")
+    return number
+
+
+def random_words(
+    *, seed: int, stream: str, step: int, first_task: int, num_tasks: int, words_per_task: int
+) -> np.ndarray:
+    """Random 64-bit words for tasks ``first_task .. first_task + num_tasks − 1`` of one meta-step.
+
+    Each task has a Philox counter range of its own, (·, task, step, 0) under the key (seed, hash of stream): the words
+    of a task depend neither on how many tasks there are nor on which process draws them.
+
+    Returns uint64 [num_tasks, words_per_task].
+    """
+    digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
+    key = np.array([seed % _WORD, int.from_bytes(digest, "little")], dtype=np.uint64)
+    words = np.empty((num_tasks, words_per_task), dtype=np.uint64)
+    for row in range(num_tasks):
+        counter = np.array([0, first_task + row, step, 0], dtype=np.uint64)
+        words[row] = np.random.Philox(key=key, counter=counter).random_raw(words_per_task)
+    return words
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) from the upper 53 bits of each word."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normal(words: np.ndarray) -> np.ndarray:
+    """Standard normal float64 by Box-Muller; the last axis of ``words`` is even, and pairs of halves make the output."""
+    half = words.shape[-1] // 2
+    radius = np.sqrt(-2.0 * np.log1p(-uniform(words[..., :half])))
+    angle = 2.0 * np.pi * uniform(words[..., half:])
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+
+def choose_distinct(words: np.ndarray, population: int) -> np.ndarray:
+    """For each row, ``words.shape[1]`` distinct numbers of ``range(population)``, in random order.
+
+    A partial Fisher-Yates shuffle, vectorised over rows. A word w becomes an index below n as ⌊(w ≫ 32)·n / 2³²⌋: the
+    probabilities are uniform to within n/2³².
+
+    Args: words uint64 [rows, count], count ≤ population < 2³². Returns int64 [rows, count].
+    """
+    rows, count = words.shape
+    deck = np.broadcast_to(np.arange(population, dtype=np.int64), (rows, population)).copy()
+    left = np.arange(population, population - count, -1, dtype=np.uint64)
+    swap = (((words >> np.uint64(32)) * left) >> np.uint64(32)).astype(np.int64)
+    every_row = np.arange(rows)
+    for position in range(count):
+        other = position + swap[:, position]
+        chosen = deck[every_row, other]
+        deck[every_row, other] = deck[:, position]
+        deck[:, position] = chosen
+    return deck[:, :count]
