@@ -92,7 +92,10 @@ def native_extension() -> dict:
                 files,
                 include_dirs=[str(ROOT / "csrc")],
                 define_macros=macros,
-                extra_compile_args={"cxx": cxx, "nvcc": common},
+                extra_compile_args={
+                    "cxx": cxx,
+                    "nvcc": [*common, "-Xcompiler", "-ffp-contract=off,-fvisibility=hidden"],
+                },
             )
         ],
         "cmdclass": {"build_ext": BuildWithRecord},

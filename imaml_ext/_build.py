@@ -200,9 +200,7 @@ def decide_cuda(
             raise BuildError(f"IMAML_EXT_CUDA=1, but CUDA cannot be built: {error}") from None
         return CudaDecision(build=False, requested=requested, reason=str(error))
     reason = f"torch is built for CUDA {torch_cuda} and {toolkit.nvcc} is CUDA {toolkit.version_string}"
-    return CudaDecision(
-        build=True, requested=requested, reason=reason, toolkit=toolkit, architectures=architectures
-    )
+    return CudaDecision(build=True, requested=requested, reason=reason, toolkit=toolkit, architectures=architectures)
 
 
 def decide_for_torch(environ: Mapping[str, str] = os.environ) -> CudaDecision:
