@@ -1,0 +1,60 @@
+// The Python side of the native part: the loop over a Python callback, and what the build knows of itself. Everything
+// else is reached through the operator registry (torch.ops.imaml_ext).
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "cg_solver.h"
+#include "cpu/capability.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A Python callable as a C++ one. The loop runs without the GIL; it is held only in here, and an exception raised by the
+// callable comes out of the loop as the same exception.
+imaml_ext::RowOperator row_operator(const py::object& callable, const char* name) {
+  return [callable = callable.ptr(), name](const at::Tensor& argument) {
+    py::gil_scoped_acquire gil;
+    const py::object result = py::reinterpret_borrow<py::object>(callable)(argument);
+    TORCH_CHECK_TYPE(THPVariable_Check(result.ptr()), "cg: ", name, " must return a tensor, got ",
+                     std::string(py::str(py::type::of(result).attr("__name__"))));
+    return THPVariable_Unpack(result.ptr());
+  };
+}
+
+py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift, const std::optional<at::Tensor>& x0,
+             int64_t max_iterations, const at::Tensor& rtol, const at::Tensor& atol,
+             const std::optional<at::Tensor>& inverse_diagonal, const py::object& preconditioner,
+             int64_t check_every) {
+  imaml_ext::CgOptions options;
+  options.shift = shift;
+  options.x0 = x0;
+  options.max_iterations = max_iterations;
+  options.rtol = rtol;
+  options.atol = atol;
+  if (inverse_diagonal) options.inverse_diagonal = *inverse_diagonal;
+  if (!preconditioner.is_none()) options.preconditioner = row_operator(preconditioner, "preconditioner");
+  options.check_every = check_every;
+  imaml_ext::CgResult result;
+  {
+    py::gil_scoped_release no_gil;
+    result = imaml_ext::cg(row_operator(hvp, "hvp"), b, options);
+  }
+  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Native part of imaml_ext. Use imaml_ext.cg and imaml_ext.ops.";
+  m.def("cg", torch::wrap_pybind_function(cg), py::arg("hvp"), py::arg("b"), py::kw_only(), py::arg("shift"),
+        py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("inverse_diagonal"),
+        py::arg("preconditioner"), py::arg("check_every"));
+  m.def("cpu_capability", [] { return imaml_ext::name_of(imaml_ext::cpu_capability()); });
+#if defined(IMAML_EXT_WITH_CUDA)
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

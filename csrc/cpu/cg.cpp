@@ -1,0 +1,195 @@
+// The conjugate-gradient ops on the CPU: who works on which piece of which row, and what a row decides between passes.
+#include "../cg.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace imaml_ext {
+namespace {
+
+// Runs pass(begin, end) over a row's pieces and returns what each gave, in the order of the pieces.
+template <typename Result, typename Pass>
+std::vector<Result> over_pieces(int64_t cols, bool split_row, const Pass& pass) {
+  const int64_t pieces = pieces_of(cols);
+  std::vector<Result> results(pieces);
+  const auto work = [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) results[k] = pass(k * kPiece, std::min((k + 1) * kPiece, cols));
+  };
+  if (split_row) {
+    at::parallel_for(0, pieces, 1, work);
+  } else {
+    work(0, pieces);
+  }
+  return results;
+}
+
+// Many rows: a thread takes whole rows, which stay in its cache from pass to pass. Few rows: threads share each row.
+template <typename RowWork>
+void over_rows(int64_t rows, int64_t cols, const RowWork& work) {
+  const int64_t threads = at::get_num_threads();
+  if (rows == 0) return;
+  if (rows >= threads || pieces_of(cols) < 2) {
+    const int64_t grain = std::max<int64_t>(1, 2 * kPiece / std::max<int64_t>(cols, 1));
+    at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) work(row, /*split_row=*/false);
+    });
+  } else {
+    for (int64_t row = 0; row < rows; ++row) work(row, /*split_row=*/true);
+  }
+}
+
+// z = M r,  β,  p ← z + β p   (or p ← x for a row that verifies)
+template <typename T>
+void next_direction(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row, double rz,
+                    bool take_step, double alpha) {
+  using C = typename CgArguments<T>::C;
+  int32_t& status = a.status[row];
+  double beta = 0.0;
+  UpdateTo to = UpdateTo::kNothing;
+  if (a.update_direction) {
+    beta = row_direction(a.state[row], status, rz, a.largest());
+    if (status == kIterating) to = UpdateTo::kDirection;
+    if (status == kVerifying) to = UpdateTo::kSolution;
+  }
+  if (!take_step && to == UpdateTo::kNothing) return;
+  over_pieces<char>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+    kernels.update(a, row, begin, end, take_step, static_cast<C>(alpha), to, static_cast<C>(beta));
+    return 0;
+  });
+}
+
+template <typename T>
+void begin_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
+  BeginSums sums;
+  for (const BeginSums& s : over_pieces<BeginSums>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+         return kernels.begin(a, row, begin, end);
+       })) {
+    sums.bb += s.bb;
+    sums.rr += s.rr;
+    sums.xx += s.xx;
+  }
+  bool clear_solution = false;
+  a.iterations[row] = 0;
+  a.status[row] = row_begin(a.state[row], sums.bb, sums.rr, sums.xx, a.rtol[row * a.rtol_stride],
+                            a.atol[row * a.atol_stride], a.unit_roundoff(), clear_solution);
+  if (clear_solution) std::fill_n(a.x + row * a.cols, a.cols, T(0));
+}
+
+template <typename T>
+void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
+  using C = typename CgArguments<T>::C;
+  RowState& state = a.state[row];
+  int32_t& status = a.status[row];
+  if (!row_is_active(status)) return;
+
+  // A p = H p + shift p,  pᵀAp
+  Curvature curvature{0.0, 0.0, 0.0};
+  for (const Curvature& c : over_pieces<Curvature>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+         return kernels.curvature(a, row, begin, end);
+       })) {
+    curvature.pAp += c.pAp;
+    curvature.ApAp += c.ApAp;
+    curvature.pp += c.pp;
+  }
+
+  // α = rᵀz / pᵀAp
+  bool take_scaled_rhs = false;
+  const double alpha = row_step_length(state, status, curvature, a.largest(), take_scaled_rhs);
+  if (take_scaled_rhs) {
+    kernels.scaled_rhs(a, row, 0, a.cols);
+    const bool p_is_b = a.shift.col_stride == 0 && a.update_direction && a.inverse_diagonal.data == nullptr;
+    row_scaled_rhs(state, curvature, p_is_b, static_cast<double>(a.shift.data[row * a.shift.row_stride]));
+  }
+  if (!row_is_active(status)) return;
+  if (row_may_overflow(state, alpha, curvature, a.largest())) {
+    const auto finite = over_pieces<char>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+      return kernels.step_is_finite(a, row, begin, end, static_cast<C>(alpha));
+    });
+    if (std::find(finite.begin(), finite.end(), char(0)) != finite.end()) {
+      status = kNonFinite;
+      return;
+    }
+  }
+
+  // r ← r − α A p,  rᵀr, rᵀ M r
+  const auto from = status == kVerifying ? ResidualFrom::kSolution : ResidualFrom::kRecurrence;
+  ResidualSums sums;
+  for (const ResidualSums& s : over_pieces<ResidualSums>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+         return kernels.residual(a, row, begin, end, from, static_cast<C>(alpha));
+       })) {
+    sums.rr += s.rr;
+    sums.rz += s.rz;
+  }
+  const bool take_step =
+      row_residual(state, status, a.iterations[row], alpha, curvature, sums.rr, a.unit_roundoff());
+
+  // x ← x + α p,  p ← z + β p
+  next_direction(a, kernels, row, split_row, sums.rz, take_step, alpha);
+}
+
+template <typename T>
+void direction_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
+  if (!row_is_active(a.status[row])) return;
+  double rz = 0.0;
+  if (a.status[row] == kIterating) {
+    for (double s : over_pieces<double>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+           return kernels.dot_rz(a, row, begin, end);
+         })) {
+      rz += s;
+    }
+  }
+  next_direction(a, kernels, row, split_row, rz, /*take_step=*/false, 0.0);
+}
+
+// Validates, then works through the rows in the vectors' type.
+template <typename RowWork>
+void run(const char* op, const CgTensors& tensors, bool update_direction, const RowWork& work) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensors.check(op), "imaml_ext", [&] {
+    auto arguments = tensors.arguments<scalar_t>();
+    arguments.update_direction = update_direction;
+    const auto& kernels = cg_kernels<scalar_t>();
+    over_rows(arguments.rows, arguments.cols,
+              [&](int64_t row, bool split_row) { work(arguments, kernels, row, split_row); });
+  });
+}
+
+void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
+               const at::Tensor& rtol, const at::Tensor& atol, at::Tensor& x, at::Tensor& r, at::Tensor& state,
+               at::Tensor& status, at::Tensor& iterations) {
+  CgTensors t;
+  t.b = b, t.hp = hx.value_or(at::Tensor()), t.shift = shift, t.rtol = rtol, t.atol = atol;
+  t.x = x, t.r = r, t.state = state, t.status = status, t.iterations = iterations;
+  run("cg_begin_", t, true, [](const auto&... row) { begin_row(row...); });
+}
+
+void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,
+                   const at::Tensor& x, const at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status) {
+  CgTensors t;
+  t.z = z.value_or(at::Tensor()), t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
+  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status;
+  run("cg_direction_", t, true, [](const auto&... row) { direction_row(row...); });
+}
+
+void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
+              const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
+              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction) {
+  CgTensors t;
+  t.hp = hp, t.b = b, t.shift = shift, t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
+  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
+  run("cg_step_", t, update_direction, [](const auto&... row) { step_row(row...); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
+  m.impl("cg_begin_", &cg_begin_);
+  m.impl("cg_direction_", &cg_direction_);
+  m.impl("cg_step_", &cg_step_);
+}
+
+}  // namespace imaml_ext

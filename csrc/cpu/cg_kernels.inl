@@ -1,0 +1,126 @@
+// The passes, each under its equation. Included by cg_kernels_*.cpp inside a namespace of the instruction set.
+
+template <typename T>
+struct Passes {
+  using A = CgArguments<T>;
+  using C = typename A::C;
+
+  // r = b − (H x0 + shift x0), or b itself;   ‖b‖², ‖r‖², ‖x0‖²
+  static BeginSums begin(const A& a, int64_t row, int64_t first, int64_t last) {
+    const int64_t at = row * a.cols;
+    const CoefficientRow<C> shift(a.shift, row);
+    Sum bb, rr, xx;
+    sweep(first, last, [&](int64_t i, int n) {
+      const auto b = load(a.b + at + i, n);
+      bb.add(widen(b) * widen(b));
+      if (a.hp == nullptr) {
+        store(a.r + at + i, b, n);
+        return;
+      }
+      const auto x = load(a.x + at + i, n);
+      const auto r = rounded<T>(b - (load(a.hp + at + i, n) + shift.at(i, n) * x));
+      store(a.r + at + i, r, n);
+      rr.add(widen(r) * widen(r));
+      xx.add(widen(x) * widen(x));
+    });
+    const double b_squared = bb.total();
+    return {b_squared, a.hp == nullptr ? b_squared : rr.total(), xx.total()};
+  }
+
+  // A p = H p + shift p;   pᵀAp, ‖Ap‖², ‖p‖²
+  static Curvature curvature(const A& a, int64_t row, int64_t first, int64_t last) {
+    const int64_t at = row * a.cols;
+    const CoefficientRow<C> shift(a.shift, row);
+    Sum pAp, ApAp, pp;
+    sweep(first, last, [&](int64_t i, int n) {
+      const auto p = load(a.p + at + i, n);
+      const auto Ap = widen(load(a.hp + at + i, n) + shift.at(i, n) * p);
+      const auto wide_p = widen(p);
+      pAp.add(wide_p * Ap);
+      ApAp.add(Ap * Ap);
+      pp.add(wide_p * wide_p);
+    });
+    return {pAp.total(), ApAp.total(), pp.total()};
+  }
+
+  // Whether every x + α p is finite in T. Only looked at where a bound does not settle it.
+  static bool step_is_finite(const A& a, int64_t row, int64_t first, int64_t last, C alpha) {
+    const int64_t at = row * a.cols;
+    bool finite = true;
+    for (int64_t i = at + first; i < at + last; ++i) {
+      const T x = static_cast<T>(static_cast<C>(a.x[i]) + alpha * static_cast<C>(a.p[i]));
+      finite = finite && std::isfinite(static_cast<double>(x));
+    }
+    return finite;
+  }
+
+  // r ← r − α (H p + shift p)   or   r ← b − (H p + shift p);   rᵀr, rᵀ M r
+  static ResidualSums residual(const A& a, int64_t row, int64_t first, int64_t last, ResidualFrom from, C alpha) {
+    const int64_t at = row * a.cols;
+    const CoefficientRow<C> shift(a.shift, row);
+    const bool preconditioned = a.inverse_diagonal.data != nullptr;
+    const CoefficientRow<C> inverse(a.inverse_diagonal, row);
+    const auto step = broadcast(alpha);
+    Sum rr, rz;
+    sweep(first, last, [&](int64_t i, int n) {
+      const auto Ap = load(a.hp + at + i, n) + shift.at(i, n) * load(a.p + at + i, n);
+      const auto r = rounded<T>(from == ResidualFrom::kSolution ? load(a.b + at + i, n) - Ap
+                                                                : load(a.r + at + i, n) - step * Ap);
+      store(a.r + at + i, r, n);
+      const auto wide = widen(r);
+      rr.add(wide * wide);
+      if (preconditioned) rz.add(wide * widen(inverse.at(i, n) * r));
+    });
+    const double squared = rr.total();
+    return {squared, preconditioned ? rz.total() : squared};
+  }
+
+  // x ← x + α p,   then   p ← z + β p   or   p ← x
+  static void update(const A& a, int64_t row, int64_t first, int64_t last, bool take_step, C alpha, UpdateTo to,
+                     C beta) {
+    const int64_t at = row * a.cols;
+    const bool preconditioned = a.inverse_diagonal.data != nullptr;
+    const CoefficientRow<C> inverse(a.inverse_diagonal, row);
+    const auto step = broadcast(alpha);
+    const auto keep = broadcast(beta);
+    sweep(first, last, [&](int64_t i, int n) {
+      const auto p = load(a.p + at + i, n);
+      if (take_step) store(a.x + at + i, load(a.x + at + i, n) + step * p, n);
+      if (to == UpdateTo::kSolution) {
+        store(a.p + at + i, load(a.x + at + i, n), n);
+      } else if (to == UpdateTo::kDirection) {
+        auto z = load((a.z != nullptr ? a.z : a.r) + at + i, n);
+        if (preconditioned) z = inverse.at(i, n) * z;
+        store(a.p + at + i, beta == C(0) ? z : z + keep * p, n);
+      }
+    });
+  }
+
+  // x ← b / shift where the shift is positive and the quotient finite
+  static void scaled_rhs(const A& a, int64_t row, int64_t first, int64_t last) {
+    const int64_t at = row * a.cols;
+    const C* shift = a.shift.data + row * a.shift.row_stride;
+    for (int64_t i = first; i < last; ++i) {
+      const C s = shift[i * a.shift.col_stride];
+      const T quotient = s > C(0) ? static_cast<T>(static_cast<C>(a.b[at + i]) / s) : T(0);
+      a.x[at + i] = std::isfinite(static_cast<double>(quotient)) ? quotient : T(0);
+    }
+  }
+
+  // rᵀz, z a callable's or M r
+  static double dot_rz(const A& a, int64_t row, int64_t first, int64_t last) {
+    const int64_t at = row * a.cols;
+    const bool preconditioned = a.inverse_diagonal.data != nullptr;
+    const CoefficientRow<C> inverse(a.inverse_diagonal, row);
+    Sum rz;
+    sweep(first, last, [&](int64_t i, int n) {
+      const auto r = load(a.r + at + i, n);
+      auto z = load((a.z != nullptr ? a.z : a.r) + at + i, n);
+      if (preconditioned) z = inverse.at(i, n) * z;
+      rz.add(widen(r) * widen(z));
+    });
+    return rz.total();
+  }
+
+  static constexpr CgKernels<T> kTable = {begin, curvature, step_is_finite, residual, update, scaled_rhs, dot_rz};
+};

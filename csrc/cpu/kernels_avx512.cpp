@@ -1,0 +1,42 @@
+// The CPU kernels for AVX-512. Every header comes first: nothing inline may be compiled for more than the baseline.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,f16c,prefer-vector-width=512")
+#endif
+
+#define IMAML_REGISTER_BYTES 64
+namespace imaml_ext::avx512 {
+namespace {
+#include "lanes.inl"
+#define IMAML_RULE IMAML_INLINE
+#include "../prox_rules.inl"
+#include "cg_kernels.inl"
+#include "prox_kernels.inl"
+}  // namespace
+
+template <typename T>
+const CgKernels<T>& cg_table() {
+  return Passes<T>::kTable;
+}
+template <typename T>
+const ProxKernels<T>& prox_table() {
+  return ProxPasses<T>::kTable;
+}
+IMAML_INSTANTIATE_TABLES
+}  // namespace imaml_ext::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,134 @@
+// Sixteen numbers side by side, in as many registers as the instruction set needs. Included inside an anonymous
+// namespace by every *_kernels source, after IMAML_REGISTER_BYTES is set; not a header.
+//
+// Sums are kept in sixteen float64 lanes and folded by a fixed tree, whatever the register width, and products are never
+// contracted: a kernel gives the same bits with every instruction set.
+
+constexpr int kLanes = 16;
+
+template <typename C>
+struct Lanes {
+  static constexpr int kWidth = IMAML_REGISTER_BYTES / 8;  // as many as a register holds float64
+  static constexpr int kParts = kLanes / kWidth;
+  typedef C Part __attribute__((vector_size(kWidth * sizeof(C))));
+  Part part[kParts];
+};
+
+#define IMAML_INLINE inline __attribute__((always_inline))
+#define IMAML_LANES_OPERATOR(op)                                                           \
+  template <typename C>                                                                    \
+  IMAML_INLINE Lanes<C> operator op(const Lanes<C>& a, const Lanes<C>& b) {                \
+    Lanes<C> out;                                                                          \
+    for (int k = 0; k < Lanes<C>::kParts; ++k) out.part[k] = a.part[k] op b.part[k];       \
+    return out;                                                                            \
+  }
+IMAML_LANES_OPERATOR(+)
+IMAML_LANES_OPERATOR(-)
+IMAML_LANES_OPERATOR(*)
+IMAML_LANES_OPERATOR(/)
+#undef IMAML_LANES_OPERATOR
+
+template <typename C>
+IMAML_INLINE Lanes<C> broadcast(C value) {
+  Lanes<C> out;
+  for (int k = 0; k < Lanes<C>::kParts; ++k) out.part[k] = value - (typename Lanes<C>::Part){};
+  return out;
+}
+
+template <typename C>
+IMAML_INLINE Lanes<C> square_root(Lanes<C> a) {
+  for (int k = 0; k < Lanes<C>::kParts; ++k)
+    for (int l = 0; l < Lanes<C>::kWidth; ++l) a.part[k][l] = std::sqrt(a.part[k][l]);
+  return a;
+}
+
+template <typename C>
+IMAML_INLINE Lanes<double> widen(const Lanes<C>& a) {
+  if constexpr (std::is_same_v<C, double>) {
+    return a;
+  } else {
+    Lanes<double> out;
+    for (int k = 0; k < Lanes<C>::kParts; ++k) {
+      out.part[k] = __builtin_convertvector(a.part[k], typename Lanes<double>::Part);
+    }
+    return out;
+  }
+}
+
+// `count` < 16 marks the end of a row: absent lanes read as zero and are not written.
+template <typename T>
+IMAML_INLINE Lanes<at::opmath_type<T>> load(const T* from, int count = kLanes) {
+  using C = at::opmath_type<T>;
+  Lanes<C> out;
+  if constexpr (std::is_same_v<T, C>) {
+    if (count == kLanes) {
+      std::memcpy(&out, from, sizeof(out));
+      return out;
+    }
+  }
+  C values[kLanes] = {};
+  for (int l = 0; l < count; ++l) values[l] = static_cast<C>(from[l]);
+  std::memcpy(&out, values, sizeof(out));
+  return out;
+}
+
+template <typename T>
+IMAML_INLINE void store(T* to, const Lanes<at::opmath_type<T>>& lanes, int count = kLanes) {
+  using C = at::opmath_type<T>;
+  if constexpr (std::is_same_v<T, C>) {
+    if (count == kLanes) {
+      std::memcpy(to, &lanes, sizeof(lanes));
+      return;
+    }
+  }
+  C values[kLanes];
+  std::memcpy(values, &lanes, sizeof(lanes));
+  for (int l = 0; l < count; ++l) to[l] = static_cast<T>(values[l]);
+}
+
+// What storing in T and reading again gives.
+template <typename T>
+IMAML_INLINE Lanes<at::opmath_type<T>> rounded(const Lanes<at::opmath_type<T>>& lanes) {
+  if constexpr (std::is_same_v<T, at::opmath_type<T>>) {
+    return lanes;
+  } else {
+    T values[kLanes];
+    store(values, lanes);
+    return load(values);
+  }
+}
+
+// Row `row` of a coefficient; zero where it is absent.
+template <typename C>
+struct CoefficientRow {
+  const C* data;  // null where the row has one value
+  C value;
+
+  IMAML_INLINE CoefficientRow(const Coefficient<C>& c, int64_t row)
+      : data(c.col_stride != 0 ? c.data + row * c.row_stride : nullptr),
+        value(c.data == nullptr || c.col_stride != 0 ? C(0) : c.data[row * c.row_stride]) {}
+
+  IMAML_INLINE Lanes<C> at(int64_t i, int count) const {
+    return data != nullptr ? load(data + i, count) : broadcast(value);
+  }
+};
+
+struct Sum {
+  Lanes<double> lanes{};
+  IMAML_INLINE void add(const Lanes<double>& a) { lanes = lanes + a; }
+  IMAML_INLINE double total() const {
+    double v[kLanes];
+    std::memcpy(v, &lanes, sizeof(v));
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) v[l] += v[l + half];
+    return v[0];
+  }
+};
+
+// Calls body(i, count) for [begin, end) in steps of sixteen; count is a constant 16 but for the last call.
+template <typename Body>
+IMAML_INLINE void sweep(int64_t begin, int64_t end, Body&& body) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+  if (i < end) body(i, static_cast<int>(end - i));
+}

@@ -1,0 +1,27 @@
+// The operator registry: every op's schema, once. Implementations stand beside their kernels, in cpu/ and cuda/.
+#include <torch/library.h>
+
+TORCH_LIBRARY(imaml_ext, m) {
+  // Conjugate gradients. state [B, 6] float64 and status [B] int32 live on the device of the vectors; a row's fields
+  // are those of RowState and RowStatus in cg_row.h. Coefficients have shape [1 or B, 1 or N].
+  m.def(
+      "cg_begin_(Tensor b, Tensor? hx, Tensor shift, Tensor rtol, Tensor atol, Tensor(a!) x, Tensor(b!) r, "
+      "Tensor(c!) state, Tensor(d!) status, Tensor(e!) iterations) -> ()");
+  m.def(
+      "cg_direction_(Tensor? z, Tensor? inverse_diagonal, Tensor x, Tensor r, Tensor(a!) p, Tensor(b!) state, "
+      "Tensor(c!) status) -> ()");
+  m.def(
+      "cg_step_(Tensor hp, Tensor b, Tensor shift, Tensor? inverse_diagonal, Tensor(a!) x, Tensor(b!) r, "
+      "Tensor(c!) p, Tensor(d!) state, Tensor(e!) status, Tensor(f!) iterations, bool update_direction=True) -> ()");
+
+  // The proximal objective L(φ) + ½ Σ λ (φ − θ)². theta is [1 or B, N].
+  m.def("prox_gradient_(Tensor(a!) grad, Tensor phi, Tensor theta, Tensor lam) -> ()");
+  m.def("prox_penalty(Tensor phi, Tensor theta, Tensor lam) -> Tensor");
+  m.def("prox_sgd_step_(Tensor(a!) phi, Tensor grad, Tensor theta, Tensor lam, Tensor lr) -> ()");
+  m.def(
+      "prox_momentum_step_(Tensor(a!) phi, Tensor(b!) velocity, Tensor grad, Tensor theta, Tensor lam, Tensor lr, "
+      "float momentum, bool nesterov=False) -> ()");
+  m.def(
+      "prox_adam_step_(Tensor(a!) phi, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor theta, "
+      "Tensor lam, Tensor lr, float beta1, float beta2, float eps, int step) -> ()");
+}
