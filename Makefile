@@ -1,0 +1,89 @@
+# make train   installs what is needed, compiles, and meta-trains a few-shot learner on a built-in data set
+# make test    installs what is needed, compiles, and runs every test and check
+#
+# Both use the active virtual or conda environment, else they make .venv. Variables:
+#   TORCH=torch==2.13.0   the torch to have (default: whichever is installed, else the index's newest)
+#   TRAIN=glyphs-5w1s     the preset that `make train` trains; ARGS="--seed 1" goes to `imaml train`
+#   PYTHON=python3        the Python (3.10 or later) that makes the environment; VENV=.venv, where
+#   SANITIZE=address,undefined   sanitizers for the C++ tests
+#   IMAML_EXT_CUDA=auto|0|1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS   as for `pip install`
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+TORCH ?= torch
+TRAIN ?= glyphs-5w1s
+ARGS ?=
+PYTHON ?= python3
+SANITIZE ?=
+VENV ?= $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PATH := $(BIN):$(PATH)
+
+# A record of what was set up, so that a second call repeats nothing.
+STATE := build/setup
+BUILD_INPUTS := setup.py pyproject.toml imaml_ext/_build.py imaml_ext/_version.py $(shell find csrc -type f)
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CMAKE_BUILD := build/cmake$(if $(SANITIZE),-sanitize)
+
+.PHONY: help train test test-cpp test-python lint format clean FORCE
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+train: $(STATE)/for-use
+	$(BIN)/imaml train $(TRAIN) $(ARGS)
+
+test: test-cpp test-python lint
+
+# --- setting up ---------------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}; 3.10 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Changes, and has all that follows done again, only when the environment, its Python or its torch is another one.
+$(STATE)/torch: $(BIN)/python FORCE
+	@mkdir -p $(STATE)
+	@if [ "$(TORCH)" != torch ] || ! $(BIN)/python -c 'import torch' 2> /dev/null; then $(PIP) install "$(TORCH)" numpy; fi
+	@$(BIN)/python -c 'import sys, torch; print(sys.prefix, sys.version.split()[0], torch.__version__)' > $@.now
+	@if cmp -s $@.now $@; then rm $@.now; else mv $@.now $@; fi
+
+$(STATE)/for-use: EXTRAS =
+$(STATE)/for-test: EXTRAS = [dev,tensorboard]
+$(STATE)/for-use $(STATE)/for-test: $(STATE)/torch $(BUILD_INPUTS)
+	@echo 'Compiling and installing imaml-ext$(EXTRAS); the log is $(STATE)/install.log'
+	@# The torch that is there stays: no dependency may exchange it for another.
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STATE)/constraints
+	@{ $(PIP) install 'setuptools>=77' ninja && \
+	   $(PIP) install -v --no-build-isolation -c $(STATE)/constraints -e '.$(EXTRAS)'; } > $(STATE)/install.log 2>&1 || \
+	 { tail -n 60 $(STATE)/install.log; exit 1; }
+	@grep -ho 'imaml-ext: building .*' $(STATE)/install.log | sort -u
+	@touch $@ $(STATE)/for-use
+
+# --- checks -------------------------------------------------------------------------------------------------------------
+
+# csrc/ as a C++ library, with its own tests.
+test-cpp: $(STATE)/for-test
+	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython3_EXECUTABLE=$(BIN)/python \
+	  -DIMAML_EXT_CUDA=$(or $(IMAML_EXT_CUDA),auto) -DIMAML_EXT_SANITIZE=$(SANITIZE)
+	cmake --build $(CMAKE_BUILD)
+	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+test-python: $(STATE)/for-test
+	$(BIN)/python -m pytest
+
+lint: $(STATE)/for-test
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_FILES)
+	mypy
+
+format: $(STATE)/for-test
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist imaml_ext.egg-info imaml_ext/_C*.so imaml_ext/_build_info.json
