@@ -1,0 +1,205 @@
+"""`imaml doctor`: versions, how the extension was built, what it can use, and what to do about whatever is missing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imaml_ext import _build, _native
+from imaml_ext._version import __version__
+
+_REBUILD = "build it again against this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
+_OK, _NOTE, _BAD = "ok", "--", "!!"
+
+
+class _Report:
+    """Prints findings as they come, and remembers whether one of them was bad."""
+
+    def __init__(self) -> None:
+        self.healthy = True
+
+    def section(self, title: str) -> None:
+        print(f"\n{title}")
+
+    def line(self, label: str, finding: str, *, state: str = _OK, advice: str = "") -> None:
+        self.healthy &= state != _BAD
+        print(f"  {state} {label:<16} {finding}", flush=True)
+        if advice:
+            print(f"     {'':<16} -> {advice}", flush=True)
+
+
+def doctor() -> int:
+    """Prints the state of this installation; returns 0 if everything that training needs works, else 1."""
+    report = _Report()
+    print("imaml doctor     ok: fine   --: optional or worth knowing   !!: must be put right")
+    record = build_record()
+    _versions(report)
+    _extension(report, record)
+    _use(report, record)
+    _packages(report)
+    _data(report)
+    print("\nEverything that training needs works." if report.healthy else "\nPut right what is marked !! first.")
+    return 0 if report.healthy else 1
+
+
+def build_record() -> dict[str, Any] | None:
+    """What setup.py wrote beside the extension when it was built; None where there is no such record."""
+    try:
+        record = json.loads((Path(_build.__file__).parent / "_build_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def architecture_serves(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX" runs on a GPU of this compute capability."""
+    for architecture in architectures.replace(" ", ";").split(";"):
+        number, _, ptx = architecture.partition("+")
+        major, _, minor = number.rstrip("af").partition(".")
+        if not (major.isdigit() and minor.isdigit()):
+            return True  # a name such as "Hopper": not for us to judge
+        built = (int(major), int(minor))
+        # Machine code runs on later minors of its generation, PTX on everything later.
+        if (built[0] == capability[0] and built <= capability) or (ptx and built <= capability):
+            return True
+    return False
+
+
+def _versions(report: _Report) -> None:
+    report.section("Versions")
+    report.line("imaml_ext", __version__)
+    report.line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    flavour = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    if torch.version.hip:
+        flavour = f"ROCm {torch.version.hip}"
+    report.line("torch", f"{torch.__version__} ({flavour})")
+    for name in ("numpy", "matplotlib", "tyro", "rich"):
+        try:
+            report.line(name, version(name))
+        except PackageNotFoundError:
+            report.line(name, "not installed", state=_BAD, advice=f"pip install {name}")
+    report.line("C++ compiler", _build.compiler_version())
+    try:
+        nvcc = _build.find_nvcc(os.environ)
+        report.line("nvcc", f"{nvcc}, of the toolkit {_build.toolkit_root(nvcc)}")
+    except _build.BuildError as error:
+        report.line("nvcc", str(error), state=_NOTE if not torch.version.cuda else _OK)
+
+
+def _extension(report: _Report, record: dict[str, Any] | None) -> None:
+    report.section("Extension")
+    if _native.error is None:
+        report.line("compiled part", "loads")
+    else:
+        report.line("compiled part", f"does not load: {_native.error}", state=_BAD, advice=_REBUILD)
+    if record is None:
+        report.line("built", "no record of the build", state=_NOTE if _native.error is None else _BAD)
+        return
+    what = f"with CUDA for {record['cuda_architectures']}" if record["cuda"] else "CPU only"
+    report.line("built", what + (", without optimisation" if record["debug"] else ""))
+    report.line("because", f"IMAML_EXT_CUDA={record['requested']}: {record['reason']}")
+    same = record["torch"] == torch.__version__
+    report.line(
+        "built against",
+        f"torch {record['torch']}, {record['compiler']}" + (f", nvcc {record['nvcc']}" if record["nvcc"] else ""),
+        state=_OK if same else _BAD if _native.error else _NOTE,
+        advice="" if same else f"torch is now {torch.__version__}; {_REBUILD}",
+    )
+    if torch.version.cuda and not record["cuda"] and record["requested"] != "0":
+        try:
+            decision = _build.decide_for_torch()
+        except _build.BuildError as error:
+            report.line("CUDA now", str(error), state=_NOTE)
+            return
+        if decision.build:
+            report.line("CUDA now", f"a build today would be {decision}", state=_NOTE, advice=_REBUILD)
+        else:
+            advice = f"install nvcc of CUDA {torch.version.cuda} or set CUDA_HOME, then {_REBUILD}"
+            report.line("CUDA now", f"still not possible: {decision.reason}", state=_NOTE, advice=advice)
+
+
+def _use(report: _Report, record: dict[str, Any] | None) -> None:
+    report.section("Can use")
+    if _native.error is None:
+        report.line("instructions", str(_native.native().cpu_capability()))
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    report.line(
+        "threads",
+        f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+        + (f" (OMP_NUM_THREADS={wanted})" if wanted else ""),
+    )
+    if not torch.cuda.is_available():
+        why = "torch sees none" if torch.version.cuda else "torch is a build without CUDA"
+        advice = (
+            "nvidia-smi tells whether the driver does" if torch.version.cuda else "for a GPU, install a torch with CUDA"
+        )
+        report.line("GPU", f"none: {why}", state=_NOTE, advice=advice)
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        number = "{}.{}".format(*capability)
+        finding = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {number}"
+        if record is not None and not record["cuda"]:
+            finding, state, advice = finding + ": the extension has no CUDA code", _NOTE, "see above"
+        elif record is not None and not architecture_serves(record["cuda_architectures"], capability):
+            state, advice = _BAD, f"build again with TORCH_CUDA_ARCH_LIST={number}"
+            finding += f": not served by code for {record['cuda_architectures']}"
+        else:
+            state, advice = _OK, ""
+        report.line(f"GPU {index}", finding, state=state, advice=advice)
+
+
+def _packages(report: _Report) -> None:
+    report.section("Optional packages")
+    for name, use, extra in (
+        ("torchvision", "to download Omniglot", "vision"),
+        ("tensorboard", "to write TensorBoard events", "tensorboard"),
+    ):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                _broken(report, name, error)
+            else:
+                advice = f"{use}: pip install 'imaml-ext[{extra}]'"
+                report.line(name, "not installed", state=_NOTE, advice=advice)
+        except Exception as error:  # a torchvision built for another torch fails with RuntimeError or OSError
+            _broken(report, name, error)
+        else:
+            report.line(name, version(name))
+
+
+def _broken(report: _Report, name: str, error: Exception) -> None:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    advice = f"install the {name} that belongs to torch {torch.__version__}; only what needs it is affected"
+    report.line(name, f"installed, but cannot be imported: {reason}", state=_NOTE, advice=advice)
+
+
+def _data(report: _Report) -> None:
+    from imaml_ext.data import load_glyphs, load_omniglot
+
+    report.section("Data")
+    root = os.environ.get("IMAML_DATA_ROOT")
+    report.line("IMAML_DATA_ROOT", root or "not set", state=_OK if root else _NOTE)
+    _load(report, "glyphs", load_glyphs, missing=_BAD)
+    _load(report, "omniglot", load_omniglot, missing=_BAD if root else _NOTE)
+
+
+def _load(report: _Report, name: str, load: Callable[[], Any], *, missing: str) -> None:
+    from imaml_ext.data import DataError
+
+    try:
+        classes, drawings = load().shape[:2]
+    except DataError as error:
+        report.line(name, str(error), state=missing)
+    else:
+        report.line(name, f"{classes:,} classes of {drawings} drawings")
