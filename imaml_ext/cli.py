@@ -1,0 +1,271 @@
+"""`imaml train | evaluate | data | doctor`: the command line, generated from the configuration classes.
+
+Exit codes: 0 done; 1 an error that the message on stderr explains; 2 an unknown command, preset or knob; 130 and 143
+stopped by Ctrl-C or SIGTERM, after saving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import tyro
+
+from imaml_ext.training.config import ConfigError, DataConfig, TrainConfig
+from imaml_ext.training.presets import PRESETS
+
+# torch, matplotlib and the data are imported by the command that needs them: `imaml --help` answers at once.
+
+
+@dataclass(frozen=True)
+class Train:
+    """Meta-train as a preset says; every knob of it can be set."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+    run_dir: Path | None = None
+    """Where everything is written; unset: runs/PRESET."""
+
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Continue the run in the run directory, or begin it where there is none."""
+
+    checkpoint: Path | None = None
+    """With --resume: continue from this checkpoint of the run instead of the newest."""
+
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error (as IMAML_DEBUG=1 does)."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Test the parameters of a run on tasks that it was never trained on."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+
+    checkpoint: Path | None = None
+    """A checkpoint file; unset: the run's newest."""
+
+    tasks: int | None = None
+    """Tasks; unset: as many as the run was configured to be tested on."""
+
+    split: Literal["test", "val", "train"] = "test"
+    """Classes that the tasks are made of."""
+
+    seed: int | None = None
+    """Seed of the tasks; unset: evaluation.seed of the run."""
+
+    inner_steps: int | None = None
+    """Inner steps of the adaptation; unset: as in the run."""
+
+    meta_batch: int | None = None
+    """Tasks at a time; unset: as in the run."""
+
+    device: str | None = None
+    """Device; unset: as in the run."""
+
+    data_root: Path | None = None
+    """Folder of the data set's files; unset: as in the run."""
+
+    output: Path | None = None
+    """Write the result to this JSON file too."""
+
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepare a data set (render, download or pack it, once) and say what is in it."""
+
+    name: tyro.conf.Positional[Literal["glyphs", "omniglot", "sinusoid", "linear"]]
+    """The data set."""
+
+    root: Path | None = None
+    """Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."""
+
+    cache_dir: Path | None = None
+    """Folder for rendered or packed images; unset: the user's cache folder."""
+
+    download: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Download Omniglot through torchvision when it is not under the root."""
+
+    split_protocol: Literal["1200/423", "vinyals"] = "1200/423"
+    """Omniglot's characters: 1,200 / 423, or Vinyals' 1,028 / 172 / 423."""
+
+    picture: Path | None = None
+    """Write a picture with samples of each split (PNG)."""
+
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Print versions, how the extension was built, what it can use, and what to do about whatever is missing."""
+
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A parsed command line: what to do, and for training the preset that was named."""
+
+    options: Train | Evaluate | Data | Doctor
+    preset: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    debug = "--debug" in arguments or os.environ.get("IMAML_DEBUG", "") not in ("", "0")
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        code = _exit_code(error)
+        if debug or code is None:
+            traceback.print_exc()
+        else:
+            print(f"imaml: {error}", file=sys.stderr)
+        return 1 if code is None else code
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error that explains itself; None of one that is a defect and needs its traceback."""
+    if isinstance(error, ConfigError):
+        return 1
+    from imaml_ext.data import DataError
+    from imaml_ext.training.run_directory import RunError
+    from imaml_ext.training.signals import Interrupted
+
+    if isinstance(error, Interrupted):
+        return 128 + error.signal
+    return 1 if isinstance(error, DataError | RunError) else None
+
+
+def _parse(arguments: list[str]) -> _Command:
+    """The command line as one of the classes above; tyro ends the process with 2 where it cannot be understood."""
+    if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1] in PRESETS:
+        return _parse_train(arguments[1], arguments[2:])
+    presets = tuple(
+        Annotated[Train, tyro.conf.subcommand(name=name, default=Train(preset.config), description=preset.description)]
+        for name, preset in PRESETS.items()
+    )
+    train = Annotated[Union[presets], tyro.conf.subcommand("train", description="Meta-train as a preset says.")]  # noqa: UP007
+    others = tuple(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Evaluate, Data, Doctor))
+    commands = Union[(train, *others)]
+    options = tyro.cli(
+        commands, prog="imaml", description="Few-shot meta-learning with implicit gradients.", args=arguments
+    )
+    return _Command(options)
+
+
+def _parse_train(name: str, arguments: list[str]) -> _Command:
+    """`imaml train PRESET …`. A run that is resumed keeps its own settings where the command line gives none."""
+
+    def parse(config: TrainConfig) -> Train:
+        text = PRESETS[name].description
+        return tyro.cli(Train, prog=f"imaml train {name}", description=text, default=Train(config), args=arguments)
+
+    options = parse(PRESETS[name].config)
+    options = dataclasses.replace(options, run_dir=options.run_dir or Path("runs") / name)
+    if options.resume and options.run_dir is not None:
+        from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
+
+        directory = RunDirectory(options.run_dir)
+        if directory.holds_run():
+            recorded = read_config(directory)
+            if recorded.preset != name:
+                raise RunError(f"{options.run_dir} holds a run of the preset {recorded.preset!r}, not of {name!r}")
+            options = dataclasses.replace(parse(recorded.config), run_dir=options.run_dir)
+    if options.checkpoint is not None and not options.resume:
+        raise ConfigError("--checkpoint says where to continue from: it needs --resume")
+    return _Command(options, name)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = _parse(arguments)
+    match command.options:
+        case Train() as options:
+            return _train(options, command.preset, shlex.join(["imaml", *arguments]))
+        case Evaluate() as options:
+            return _evaluate(options)
+        case Data() as options:
+            return _data(options)
+        case Doctor():
+            from imaml_ext.doctor import doctor
+
+            return int(doctor() or 0)
+
+
+def _train(options: Train, preset: str, command: str) -> int:
+    from imaml_ext.training.trainer import train
+
+    assert options.run_dir is not None
+    train(
+        options.config,
+        options.run_dir,
+        preset=preset,
+        command=command,
+        resume=options.resume,
+        checkpoint=options.checkpoint,
+    )
+    return 0
+
+
+def _evaluate(options: Evaluate) -> int:
+    from imaml_ext.training.evaluation import evaluate_run
+    from imaml_ext.training.run_directory import atomic_write, to_json_text
+
+    result = evaluate_run(
+        options.run,
+        checkpoint=options.checkpoint,
+        split=options.split,
+        tasks=options.tasks,
+        seed=options.seed,
+        inner_steps=options.inner_steps,
+        meta_batch=options.meta_batch,
+        device=options.device,
+        data_root=options.data_root,
+    )
+    if options.output is not None:
+        atomic_write(options.output, to_json_text(result.to_json()))
+    print(result)
+    return 0
+
+
+def _data(options: Data) -> int:
+    from imaml_ext.data import summary
+
+    print(
+        summary(
+            options.name,
+            root=options.root,
+            cache_dir=options.cache_dir,
+            download=options.download,
+            split_protocol=options.split_protocol,
+        )
+    )
+    if options.picture is not None:
+        from imaml_ext.training.experiment import open_dataset
+        from imaml_ext.training.reports import draw_samples
+
+        config = DataConfig(
+            name=options.name,
+            root=options.root,
+            cache_dir=options.cache_dir,
+            download=options.download,
+            split_protocol=options.split_protocol,
+        )
+        draw_samples(options.picture, open_dataset(config))
+    return 0

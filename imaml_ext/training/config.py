@@ -1,0 +1,398 @@
+"""The configuration of a training run: nested frozen dataclasses, each knob defined once.
+
+The command line is generated from these classes (the line under a field is its help), `config.json` of a run directory
+is their JSON form, and `from_json` reads it back strictly. Nothing here imports torch: `imaml --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: one sentence naming the knob, what was expected and what came."""
+
+
+def _check(condition: bool, knob: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{knob} must be {expected}, got {value!r}")
+
+
+def _check_finite_positive(knob: str, value: float) -> None:
+    _check(math.isfinite(value) and value > 0, knob, "a positive number", value)
+
+
+def _check_finite_nonnegative(knob: str, value: float) -> None:
+    _check(math.isfinite(value) and value >= 0, knob, "a number >= 0", value)
+
+
+def _check_fraction(knob: str, value: float) -> None:
+    _check(0 <= value < 1, knob, "in [0, 1)", value)
+
+
+def _check_count(knob: str, value: int, least: int = 1) -> None:
+    _check(value >= least, knob, f"an integer >= {least}", value)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tasks come from."""
+
+    name: Literal["glyphs", "omniglot", "sinusoid", "linear"] = "glyphs"
+    """Data set. `glyphs`, `sinusoid` and `linear` need no download."""
+
+    root: Path | None = None
+    """Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."""
+
+    cache_dir: Path | None = None
+    """Folder for rendered or packed images; unset: the user's cache folder."""
+
+    download: bool = False
+    """Download Omniglot through torchvision when it is not under the root."""
+
+    split_protocol: Literal["1200/423", "vinyals"] = "1200/423"
+    """Omniglot's characters: 1,200 to train on and 423 to test, or Vinyals' 1,028 / 172 / 423 with validation."""
+
+    validation: int = 0
+    """Characters of the protocol 1200/423 that are held out of the 1,200 for validation."""
+
+    rotations: bool = True
+    """A character in each of four orientations is a class of its own (omniglot; glyphs: in training only)."""
+
+    features: int = 20
+    """Inputs of a regression task (linear)."""
+
+    condition_number: float = 10.0
+    """Condition number of the regression problems (linear)."""
+
+    noise: float = 0.1
+    """Standard deviation of the noise on the targets (linear)."""
+
+    ways: int = 5
+    """Classes of a task (not in regression)."""
+
+    shots: int = 1
+    """Support examples of each class; for regression, support points of a task."""
+
+    queries: int = 5
+    """Query examples of each class; for regression, query points of a task."""
+
+    def __post_init__(self) -> None:
+        _check_count("data.validation", self.validation, least=0)
+        _check_count("data.features", self.features)
+        _check(
+            math.isfinite(self.condition_number) and self.condition_number >= 1,
+            "data.condition-number",
+            "a number >= 1",
+            self.condition_number,
+        )
+        _check_finite_nonnegative("data.noise", self.noise)
+        _check_count("data.ways", self.ways, least=2)
+        _check_count("data.shots", self.shots)
+        _check_count("data.queries", self.queries)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network that is adapted to each task."""
+
+    name: Literal["conv4", "mlp"] = "conv4"
+    """Four convolutions with batch norm, for images; or fully connected layers."""
+
+    filters: int = 64
+    """Channels of each convolution (conv4)."""
+
+    pooling: Literal["stride", "max"] = "stride"
+    """How conv4 halves the image after each layer."""
+
+    hidden: tuple[int, ...] = (40, 40)
+    """Widths of the hidden layers (mlp)."""
+
+    activation: Literal["relu", "tanh"] = "relu"
+    """Non-linearity of the hidden layers (mlp)."""
+
+    def __post_init__(self) -> None:
+        _check_count("model.filters", self.filters)
+        _check(all(width >= 1 for width in self.hidden), "model.hidden", "widths >= 1", self.hidden)
+
+
+@dataclass(frozen=True)
+class InnerConfig:
+    """The proximal problem of a task, argmin over phi of L(phi) + lam/2 |phi - theta|^2, and its solver."""
+
+    lam: float = 2.0
+    """Regularisation lambda: how strongly a task's parameters are held at theta."""
+
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """Inner optimiser."""
+
+    steps: int = 16
+    """Inner steps in training and, unless evaluation.inner-steps says otherwise, at test."""
+
+    lr: float = 0.1
+    """Inner learning rate."""
+
+    momentum: float = 0.9
+    """Momentum of the inner optimiser `momentum`."""
+
+    def __post_init__(self) -> None:
+        _check_finite_positive("inner.lam", self.lam)
+        _check_count("inner.steps", self.steps)
+        _check_finite_positive("inner.lr", self.lr)
+        _check_fraction("inner.momentum", self.momentum)
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """The meta-gradient (Algorithm 2)."""
+
+    algorithm: Literal["imaml"] = "imaml"
+    """How the meta-gradient is computed."""
+
+    cg_steps: int = 5
+    """Conjugate-gradient iterations of the implicit solve."""
+
+    cg_rtol: float = 1e-5
+    """Relative residual at which a task's solve stops early."""
+
+    damping: float = 0.0
+    """delta >= 0, added to lambda in the operator of the solve."""
+
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    """The matrix of the solve: the Hessian of the support loss, or its positive semi-definite Gauss-Newton part."""
+
+    def __post_init__(self) -> None:
+        _check_count("meta.cg-steps", self.cg_steps)
+        _check_finite_nonnegative("meta.cg-rtol", self.cg_rtol)
+        _check_finite_nonnegative("meta.damping", self.damping)
+
+
+@dataclass(frozen=True)
+class OuterConfig:
+    """The outer loop (Algorithm 1)."""
+
+    steps: int = 1000
+    """Meta-steps."""
+
+    meta_batch: int = 8
+    """Tasks a meta-step."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Outer optimiser."""
+
+    lr: float = 1e-3
+    """Peak outer learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+
+    eps: float = 1e-8
+    """Adam's epsilon."""
+
+    momentum: float = 0.0
+    """Momentum of the outer optimiser `sgd`."""
+
+    weight_decay: float = 0.0
+    """L2 penalty on theta (coupled, as in torch.optim.Adam and SGD)."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls from its peak to lr * final-lr-fraction over the run."""
+
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end of a linear or cosine schedule, as a fraction of the peak."""
+
+    warmup_steps: int = 0
+    """Meta-steps over which the learning rate first rises linearly to its peak."""
+
+    clip_norm: float | None = None
+    """Largest norm of the meta-gradient; longer ones are scaled down to it."""
+
+    average: float = 0.0
+    """Decay of an exponential average of theta that is evaluated in its place; 0: off."""
+
+    def __post_init__(self) -> None:
+        _check_count("outer.steps", self.steps)
+        _check_count("outer.meta-batch", self.meta_batch)
+        _check_finite_positive("outer.lr", self.lr)
+        for beta in self.betas:
+            _check(0 <= beta < 1, "outer.betas", "two numbers in [0, 1)", self.betas)
+        _check_finite_positive("outer.eps", self.eps)
+        _check_fraction("outer.momentum", self.momentum)
+        _check_finite_nonnegative("outer.weight-decay", self.weight_decay)
+        _check(0 <= self.final_lr_fraction <= 1, "outer.final-lr-fraction", "in [0, 1]", self.final_lr_fraction)
+        _check_count("outer.warmup-steps", self.warmup_steps, least=0)
+        _check(
+            self.warmup_steps < self.steps,
+            "outer.warmup-steps",
+            f"smaller than outer.steps ({self.steps})",
+            self.warmup_steps,
+        )
+        if self.clip_norm is not None:
+            _check_finite_positive("outer.clip-norm", self.clip_norm)
+        _check_fraction("outer.average", self.average)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation while training, and the test at the end."""
+
+    tasks: int = 600
+    """Test tasks at the end of the run."""
+
+    meta_batch: int = 25
+    """Tasks evaluated at a time: memory, not the result."""
+
+    inner_steps: int | None = None
+    """Inner steps at validation and test; unset: inner.steps."""
+
+    every: int = 0
+    """Meta-steps between validations, on the validation split where there is one; 0: never."""
+
+    validation_tasks: int = 100
+    """Tasks of each validation; the same ones each time."""
+
+    seed: int = 0
+    """Seed of the validation and test tasks, apart from run.seed: every run is tested on the same tasks."""
+
+    def __post_init__(self) -> None:
+        _check_count("evaluation.tasks", self.tasks, least=2)
+        _check_count("evaluation.meta-batch", self.meta_batch)
+        if self.inner_steps is not None:
+            _check_count("evaluation.inner-steps", self.inner_steps)
+        _check_count("evaluation.every", self.every, least=0)
+        _check_count("evaluation.validation-tasks", self.validation_tasks, least=2)
+        _check_count("evaluation.seed", self.seed, least=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run is executed and recorded."""
+
+    seed: int = 0
+    """Seed of the initial parameters and of the training tasks."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU where torch has one, else the CPU."""
+
+    dtype: Literal["float32", "float64"] = "float32"
+    """Floating-point type of parameters and images."""
+
+    threads: int | None = None
+    """CPU threads; unset: torch's own choice. Bit-identical results need the same number."""
+
+    log_every: int = 20
+    """Meta-steps averaged into a line of metrics.jsonl; the only moments at which the device is waited for."""
+
+    checkpoint_every: int = 200
+    """Meta-steps between checkpoints."""
+
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events, where tensorboard is installed."""
+
+    def __post_init__(self) -> None:
+        _check_count("run.seed", self.seed, least=0)
+        _check(bool(self.device), "run.device", "a device name", self.device)
+        if self.threads is not None:
+            _check_count("run.threads", self.threads)
+        _check_count("run.log-every", self.log_every)
+        _check_count("run.checkpoint-every", self.checkpoint_every)
+        _check_count("run.keep-checkpoints", self.keep_checkpoints)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; its JSON form is recorded in the run directory."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.name in ("sinusoid", "linear") and self.model.name == "conv4":
+            raise ConfigError(f"model.name must be 'mlp' for the data set {self.data.name!r}, which has no images")
+
+
+def knobs(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every knob as ("outer.lr", value), in the order of definition."""
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from knobs(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def to_json(config: object) -> dict[str, Any]:
+    """The configuration as plain JSON values; `from_json` gives it back equal."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def from_json(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    """Read what `to_json` wrote.
+
+    Strict: every knob must be there with a value of its type, and nothing else.
+
+    Raises:
+        ConfigError: on an unknown or missing knob, a value of the wrong type, or one that the knob's own check refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'} must be a JSON object, got {values!r}")
+    types_of = typing.get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for unknown in (name for name in values if name not in names):
+        raise ConfigError(f"unknown knob {prefix}{unknown}; known here: {', '.join(names)}")
+    for missing in (name for name in names if name not in values):
+        raise ConfigError(f"knob {prefix}{missing} is missing")
+    return cls(**{name: _typed(types_of[name], values[name], f"{prefix}{name}") for name in names})
+
+
+def _typed(expected: Any, value: Any, knob: str) -> Any:
+    """A JSON value as the type of its knob."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        return from_json(expected, value, f"{knob}.")  # type: ignore[arg-type]
+    if origin in (types.UnionType, typing.Union):  # only `X | None` is used
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _typed(inner, value, knob)
+    if origin is Literal:
+        _check(value in arguments, knob, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin is tuple:
+        _check(isinstance(value, list), knob, "a list", value)
+        if arguments[-1] is Ellipsis:
+            return tuple(_typed(arguments[0], element, knob) for element in value)
+        _check(len(value) == len(arguments), knob, f"a list of {len(arguments)} values", value)
+        return tuple(_typed(argument, element, knob) for argument, element in zip(arguments, value, strict=True))
+    if expected is Path:
+        _check(isinstance(value, str), knob, "a path", value)
+        return Path(value)
+    if expected is float:
+        _check(isinstance(value, int | float) and not isinstance(value, bool), knob, "a number", value)
+        return float(value)
+    name = {int: "an integer", bool: "true or false", str: "a string"}[expected]
+    _check(type(value) is expected, knob, name, value)
+    return value

@@ -1,0 +1,42 @@
+"""The stamp of a result: the versions and the hardware that it comes from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import imaml_ext
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware as plain JSON values; nothing that names a machine or a user."""
+    stamp: dict[str, Any] = {
+        "imaml_ext": imaml_ext.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        stamp["gpu"] = torch.cuda.get_device_name(device)
+        stamp["cuda"] = torch.version.cuda
+    return stamp
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

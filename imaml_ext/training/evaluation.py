@@ -1,0 +1,149 @@
+"""Accuracy (or mean squared error) on tasks that were never trained on, with its 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml_ext.training.checkpoint import CheckpointError, load_checkpoint, load_newest
+from imaml_ext.training.config import ConfigError
+from imaml_ext.training.experiment import Experiment, build
+from imaml_ext.training.progress import ProgressBar
+from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over tasks; an interval is 1.96 · std / √tasks. Accuracies are fractions, None for regression."""
+
+    split: str
+    tasks: int
+    seed: int
+    inner_steps: int
+    loss: float
+    loss_interval: float
+    accuracy: float | None
+    accuracy_interval: float | None
+
+    def __str__(self) -> str:
+        if self.accuracy is not None and self.accuracy_interval is not None:
+            figure = f"accuracy {100 * self.accuracy:.2f} ± {100 * self.accuracy_interval:.2f} %"
+        else:
+            figure = f"mean squared error {self.loss:.4f} ± {self.loss_interval:.4f}"
+        return f"{self.split} {figure} ({self.tasks} tasks, 95 % interval)"
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def evaluate(
+    experiment: Experiment,
+    theta: Tensor,
+    *,
+    split: str,
+    tasks: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Adapt theta [N] to each task's support set and judge it on the task's query set.
+
+    The tasks are a function of (seed, split) alone: neither evaluation.meta_batch nor the device changes them.
+
+    Raises:
+        ConfigError: the data set has no such split, or its classes do not allow such tasks.
+    """
+    check_split(experiment, split)
+    if tasks < 2:
+        raise ConfigError(f"tasks must be an integer >= 2, got {tasks}")
+    sampler = experiment.sampler(split, tasks=tasks, seed=seed)
+    batches = math.ceil(tasks / experiment.config.evaluation.meta_batch)
+    losses: list[Tensor] = []
+    accuracies: list[Tensor] = []
+    done = 0
+    for batch in range(batches):
+        episodes = sampler.sample(0, shard=(batch, batches))  # a slice of the one batch of all tasks
+        phi = experiment.test_algorithm.adapt(theta, episodes.support)  # [B, N]
+        with torch.no_grad():
+            outputs = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, …]
+            losses.append(experiment.loss.criterion(outputs, episodes.query_y).double())  # [B]
+        if experiment.classification:
+            accuracies.append((outputs.argmax(-1) == episodes.query_y).double().mean(1))  # [B]
+        done += episodes.num_tasks
+        progress(done)
+    loss, loss_interval = _mean_and_interval(torch.cat(losses))
+    accuracy, accuracy_interval = _mean_and_interval(torch.cat(accuracies)) if accuracies else (None, None)
+    return Evaluation(
+        split=split,
+        tasks=tasks,
+        seed=seed,
+        inner_steps=experiment.test_inner_steps,
+        loss=loss,
+        loss_interval=loss_interval,
+        accuracy=accuracy,
+        accuracy_interval=accuracy_interval,
+    )
+
+
+def check_split(experiment: Experiment, split: str) -> None:
+    if split not in experiment.dataset.splits:
+        there = ", ".join(experiment.dataset.splits)
+        raise ConfigError(f"{experiment.dataset.description} has no split {split!r}; there are: {there}")
+
+
+def _mean_and_interval(values: Tensor) -> tuple[float, float]:
+    """Mean over the tasks and 1.96 · std / √n."""
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(values.numel())
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    checkpoint: Path | None = None,
+    split: str = "test",
+    tasks: int | None = None,
+    seed: int | None = None,
+    inner_steps: int | None = None,
+    meta_batch: int | None = None,
+    device: str | None = None,
+    data_root: Path | None = None,
+) -> Evaluation:
+    """Evaluate the newest parameters of a run, or those of `checkpoint`; None means as the run was configured.
+
+    Raises:
+        RunError: the directory holds no run or no checkpoint, or the checkpoint is damaged.
+        ConfigError, DataError: the tasks asked for cannot be made.
+    """
+    directory = RunDirectory(path)
+    config = read_config(directory).config
+    settings = replace(
+        config.evaluation,
+        tasks=config.evaluation.tasks if tasks is None else tasks,
+        seed=config.evaluation.seed if seed is None else seed,
+        inner_steps=config.evaluation.inner_steps if inner_steps is None else inner_steps,
+        meta_batch=config.evaluation.meta_batch if meta_batch is None else meta_batch,
+    )
+    config = replace(
+        config,
+        evaluation=settings,
+        run=replace(config.run, device=config.run.device if device is None else device),
+        data=replace(config.data, root=config.data.root if data_root is None else data_root),
+    )
+    saved = load_newest(directory.checkpoints) if checkpoint is None else load_checkpoint(checkpoint)
+    if saved is None:
+        raise RunError(f"{path} has no checkpoint yet: nothing to evaluate")
+    experiment = build(config)
+    theta = saved.theta if saved.average is None else saved.average  # [N]
+    if theta.numel() != experiment.model.num_parameters:
+        raise CheckpointError(
+            f"the checkpoint holds {theta.numel()} parameters, the model of {directory.config} has "
+            f"{experiment.model.num_parameters}"
+        )
+    theta = theta.to(experiment.device, experiment.dtype)
+    with ProgressBar("evaluating", total=settings.tasks) as bar:
+        return evaluate(experiment, theta, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update)

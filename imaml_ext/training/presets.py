@@ -1,0 +1,104 @@
+"""Named configurations. Each states its command, and its run time and accuracy where they have been measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imaml_ext.training.config import (
+    DataConfig,
+    EvaluationConfig,
+    InnerConfig,
+    MetaConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration with the words that describe it.
+
+    `measured` states run time and test result with the machine; it is left out rather than guessed.
+    """
+
+    summary: str
+    config: TrainConfig
+    measured: str | None = None
+
+    @property
+    def description(self) -> str:
+        return self.summary if self.measured is None else f"{self.summary} {self.measured}"
+
+
+def _omniglot(*, ways: int, shots: int, inner_steps: int) -> TrainConfig:
+    """The paper's settings (section 4 and appendix): lambda 2, 16 or 25 gradient steps, 5 CG steps, Adam."""
+    return TrainConfig(
+        data=DataConfig(name="omniglot", ways=ways, shots=shots, queries=5),
+        model=ModelConfig(name="conv4"),
+        inner=InnerConfig(lam=2.0, steps=inner_steps, lr=0.1),
+        meta=MetaConfig(cg_steps=5),
+        outer=OuterConfig(steps=20_000, meta_batch=16, lr=1e-3),
+        evaluation=EvaluationConfig(tasks=1000),
+        run=RunConfig(log_every=20, checkpoint_every=500),
+    )
+
+
+def _sinusoid(*, shots: int) -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(name="sinusoid", shots=shots, queries=10),
+        model=ModelConfig(name="mlp", hidden=(40, 40)),
+        inner=InnerConfig(lam=0.5, steps=10, lr=0.05),
+        meta=MetaConfig(cg_steps=5),
+        outer=OuterConfig(steps=5000, meta_batch=25, lr=1e-3, schedule="cosine"),
+        evaluation=EvaluationConfig(tasks=1000, meta_batch=250, every=500),
+        run=RunConfig(log_every=50, checkpoint_every=1000),
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    # imaml train glyphs-5w1s
+    "glyphs-5w1s": Preset(
+        summary="5-way 1-shot on the built-in glyphs: no download, made for two CPU cores.",
+        config=TrainConfig(
+            data=DataConfig(name="glyphs", ways=5, shots=1, queries=5),
+            model=ModelConfig(name="conv4"),
+            inner=InnerConfig(lam=2.0, steps=16, lr=0.1),
+            meta=MetaConfig(cg_steps=5),
+            outer=OuterConfig(steps=600, meta_batch=8, lr=3e-3, schedule="cosine"),
+            evaluation=EvaluationConfig(tasks=600, every=100),
+            run=RunConfig(log_every=10, checkpoint_every=100),
+        ),
+    ),
+    # imaml train omniglot-5w1s --data.root FOLDER
+    "omniglot-5w1s": Preset(
+        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters.",
+        config=_omniglot(ways=5, shots=1, inner_steps=16),
+    ),
+    # imaml train omniglot-5w5s --data.root FOLDER
+    "omniglot-5w5s": Preset(
+        summary="Omniglot, 5-way 5-shot, 1,200 / 423 characters.",
+        config=_omniglot(ways=5, shots=5, inner_steps=16),
+    ),
+    # imaml train omniglot-20w1s --data.root FOLDER
+    "omniglot-20w1s": Preset(
+        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters.",
+        config=_omniglot(ways=20, shots=1, inner_steps=25),
+    ),
+    # imaml train omniglot-20w5s --data.root FOLDER
+    "omniglot-20w5s": Preset(
+        summary="Omniglot, 20-way 5-shot, 1,200 / 423 characters.",
+        config=_omniglot(ways=20, shots=5, inner_steps=25),
+    ),
+    # imaml train sinusoid-5shot
+    "sinusoid-5shot": Preset(
+        summary="Sinusoid regression from 5 points.",
+        config=_sinusoid(shots=5),
+    ),
+    # imaml train sinusoid-10shot
+    "sinusoid-10shot": Preset(
+        summary="Sinusoid regression from 10 points.",
+        config=_sinusoid(shots=10),
+    ),
+}

@@ -1,0 +1,213 @@
+"""The files of a run directory, each whole or absent whatever happens while it is written.
+
+config.json           preset, resolved configuration, versions and hardware; written first
+metrics.jsonl         one line a logged meta-step
+checkpoints/          step-00000200.pt, …
+tensorboard/          events, where tensorboard is installed
+learning_curve.png    episodes.png    result.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imaml_ext.training.config import TrainConfig, from_json
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or continue: one sentence that says why, and what can be done."""
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part.
+
+    Raises:
+        RunError: the file cannot be written; what was there before is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename in this directory outlive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json_text(values: object) -> bytes:
+    return (json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they are written as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class RunDirectory:
+    """The directory of one run and the names of what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.learning_curve = path / "learning_curve.png"
+        self.episodes = path / "episodes.png"
+        self.result = path / "result.json"
+
+    def is_empty(self) -> bool:
+        """Nothing is there yet, or nothing but the lock of a run that ended before it wrote anything.
+
+        Raises:
+            RunError: the path is a file, or cannot be read.
+        """
+        try:
+            return all(
+                entry.name == "lock"
+                or entry.name.endswith(".tmp")
+                or (entry == self.checkpoints and not any(entry.iterdir()))
+                for entry in self.path.iterdir()
+            )
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise RunError(f"run directory {self.path} cannot be used: {error.strerror or error}") from error
+
+    def holds_run(self) -> bool:
+        return self.config.is_file()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Create the directory and hold it for this process alone.
+
+        Raises:
+            RunError: it cannot be created or written to, or another process is training in it.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise RunError(f"cannot write to run directory {self.path}: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise RunError(f"another process is training in {self.path}") from error
+                # Some network file systems have no locks; the run itself does not need one.
+            for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+                leftover.unlink(missing_ok=True)  # of a process that was killed while writing
+            yield
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What config.json says of a run."""
+
+    preset: str
+    config: TrainConfig
+
+
+def read_config(directory: RunDirectory) -> RecordedRun:
+    """The configuration that a run was started with.
+
+    Raises:
+        RunError: the directory holds no run, or its config.json is damaged or has unknown, missing or wrong knobs.
+    """
+    try:
+        recorded = json.loads(directory.config.read_text())
+        return RecordedRun(str(recorded["preset"]), from_json(TrainConfig, recorded["config"]))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(f"{directory.path} holds no run: there is no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{directory.config} cannot be read: {error}") from error
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended whole or not at all."""
+
+    def __init__(self, path: Path, *, keep_until_step: int) -> None:
+        """Open the file and drop what lies behind `keep_until_step`, the step of the checkpoint that is continued from.
+
+        Raises:
+            RunError: the file cannot be written, or a line before its last is not a metrics line.
+        """
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._size = _bytes_until(path, keep_until_step)
+            os.ftruncate(self._descriptor, self._size)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            RunError: the line cannot be written; the file is as it was before.
+        """
+        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        try:
+            written = os.pwrite(self._descriptor, line, self._size)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._descriptor, self._size)
+            raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._size += len(line)
+
+    def sync(self) -> None:
+        """Put the lines on the disk: before a checkpoint that a resumed run would continue them from."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _bytes_until(path: Path, step: int) -> int:
+    """Length of the part of a metrics file whose lines are at or before `step`."""
+    length = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row_step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged: line {number} is not a metrics line") from error
+        if row_step is None or row_step > step:  # None: the torn last line of a crash
+            break
+        length += len(line)
+    return length
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, empty where there is none."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

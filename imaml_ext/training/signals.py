@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM end a run between two steps, after it was saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop by a signal and has been saved."""
+
+    def __init__(self, number: int | None, message: str) -> None:
+        super().__init__(message)
+        self.signal = int(number or signal.SIGINT)
+
+
+class StopRequest:
+    """In `with StopRequest() as stop`, a first SIGINT or SIGTERM sets `stop.requested`; a second one raises at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise Interrupted(number, "stopped at once; the run continues from its last checkpoint with --resume")
+        self.signal = number

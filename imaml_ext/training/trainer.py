@@ -1,0 +1,329 @@
+"""Algorithm 1: the outer loop, from an empty run directory, or a checkpoint, to a tested set of meta-parameters."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml_ext.data import Sampler
+from imaml_ext.training import reports
+from imaml_ext.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
+from imaml_ext.training.config import ConfigError, TrainConfig, knobs, to_json
+from imaml_ext.training.environment import environment
+from imaml_ext.training.evaluation import check_split, evaluate
+from imaml_ext.training.experiment import Experiment, build
+from imaml_ext.training.progress import ProgressBar, say
+from imaml_ext.training.run_directory import MetricsLog, RunDirectory, RunError, atomic_write, read_config, to_json_text
+from imaml_ext.training.schedule import learning_rate, outer_optimizer
+from imaml_ext.training.signals import Interrupted, StopRequest
+from imaml_ext.training.tensorboard import TensorBoard
+from imaml_ext.training.window import Window
+
+
+def train(
+    config: TrainConfig,
+    path: Path,
+    *,
+    preset: str = "",
+    command: str = "",
+    resume: bool = False,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Run Algorithm 1 as configured, test the result, and leave everything in the run directory `path`.
+
+    With `resume` the run that is there continues from its newest checkpoint, or from `checkpoint`; where there is no
+    run yet, it begins. On a CPU, with the same number of threads, the continued run ends with the same bits.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ConfigError, DataError: what was asked for cannot be run; nothing has been written.
+        RunError: the directory holds another run or cannot be written, a checkpoint is damaged, or the meta-gradient
+            became non-finite.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    directory = RunDirectory(path)
+    _check_directory(directory, config, resume=resume)
+    experiment = build(config)
+    if config.evaluation.every:
+        check_split(experiment, "val")
+    check_split(experiment, "test")
+    train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed)
+
+    with directory.opened():
+        saved = _load(directory, config, checkpoint) if resume else None
+        if not directory.holds_run():
+            stamp = {"preset": preset, "config": to_json(config), "environment": environment(experiment.device)}
+            atomic_write(directory.config, to_json_text(stamp))
+        _drop_checkpoints_after(directory, saved)
+        state = _restore(experiment, saved)
+        with (
+            StopRequest() as stop,
+            closing(MetricsLog(directory.metrics, keep_until_step=state.step)) as log,
+            TensorBoard(directory.tensorboard, enabled=config.run.tensorboard, step=state.step) as events,
+        ):
+            _outer_loop(experiment, train_tasks, state, directory, log, events, stop)
+            return _finish(experiment, state, directory, stop, preset=preset, command=command)
+
+
+@dataclass
+class _State:
+    """What changes from step to step; a checkpoint holds all of it."""
+
+    step: int  # finished meta-steps
+    theta: Tensor  # [N]
+    optimizer: torch.optim.Optimizer
+    average: Tensor | None  # [N]
+    window: Window
+    seconds: float  # training time, validation and checkpoints left out
+
+    @property
+    def evaluated(self) -> Tensor:
+        """The parameters to be judged: theta, or its average where one is kept."""
+        return self.theta if self.average is None else self.average
+
+
+def _outer_loop(
+    experiment: Experiment,
+    train_tasks: Sampler,
+    state: _State,
+    directory: RunDirectory,
+    log: MetricsLog,
+    events: TensorBoard,
+    stop: StopRequest,
+) -> None:
+    config = experiment.config
+    outer, every = config.outer, config.evaluation.every
+    clock = time.perf_counter()
+    steps_timed, seconds_timed = 0, 0.0
+    with ProgressBar("training", total=outer.steps, start=state.step) as bar:
+        while state.step < outer.steps:
+            # Sample B tasks, a function of (seed, step) alone, and take their meta-gradient (Algorithm 2).
+            episodes = train_tasks.sample(state.step)
+            meta = experiment.algorithm.meta_gradient(state.theta, episodes)
+
+            # g ← g · min(1, c / ‖g‖);  θ ← θ − η_t · Adam(g)
+            norm = torch.linalg.vector_norm(meta.gradient)
+            lr = learning_rate(outer, state.step)
+            gradient = (
+                meta.gradient if outer.clip_norm is None else meta.gradient * (outer.clip_norm / norm).clamp(max=1)
+            )
+            state.optimizer.param_groups[0]["lr"] = lr
+            state.theta.grad = gradient
+            state.optimizer.step()
+            state.step += 1
+            if state.average is not None:  # θ̄ ← d θ̄ + (1 − d) θ, with a smaller d over the first steps
+                decay = min(outer.average, (1 + state.step) / (10 + state.step))
+                state.average.lerp_(state.theta, 1 - decay)
+            finite = norm.isfinite() & state.theta.isfinite().all()
+            state.window.add({**meta.metrics, "gradient_norm": norm}, step=state.step, finite=finite)
+
+            # From here on the host; the device is waited for only where one of these is due.
+            validate = bool(every) and (state.step % every == 0 or state.step == outer.steps)
+            report = validate or state.step % config.run.log_every == 0 or state.step == outer.steps
+            stopping = stop.requested
+            save = state.step % config.run.checkpoint_every == 0 or state.step == outer.steps or stopping
+            steps_timed += 1
+            if report or save:
+                _check_finite(state, directory)
+                now = time.perf_counter()
+                seconds_timed += now - clock
+                state.seconds += now - clock
+            if report:
+                row: dict[str, Any] = {"step": state.step, "lr": lr, **state.window.means()}
+                if validate:
+                    row |= _validation(experiment, state)
+                row["tasks_per_second"] = steps_timed * outer.meta_batch / seconds_timed
+                row["seconds"] = state.seconds
+                log.append(row)
+                events.add(row)
+                bar.update(state.step, _shown(row))
+                state.window.clear()
+                steps_timed, seconds_timed = 0, 0.0
+            else:
+                bar.update(state.step)
+            if save:
+                log.sync()
+                _save(experiment, state, directory)
+            if report or save:
+                clock = time.perf_counter()
+            if stopping:
+                raise Interrupted(stop.signal, f"stopped after step {state.step}; continue with --resume")
+
+
+def _validation(experiment: Experiment, state: _State) -> dict[str, float | None]:
+    """The same validation tasks each time; nothing of the run depends on the outcome."""
+    settings = experiment.config.evaluation
+    result = evaluate(experiment, state.evaluated, split="val", tasks=settings.validation_tasks, seed=settings.seed)
+    if result.accuracy is None:
+        return {"val_loss": result.loss, "val_loss_interval": result.loss_interval}
+    return {
+        "val_loss": result.loss,
+        "val_accuracy": result.accuracy,
+        "val_accuracy_interval": result.accuracy_interval,
+    }
+
+
+def _finish(
+    experiment: Experiment, state: _State, directory: RunDirectory, stop: StopRequest, *, preset: str, command: str
+) -> dict[str, Any]:
+    """Test on tasks of classes never seen, and draw the pictures."""
+    config = experiment.config
+    began = time.perf_counter()
+    with ProgressBar("testing", total=config.evaluation.tasks) as bar:
+
+        def progress(done: int) -> None:
+            bar.update(done)
+            if stop.requested:
+                raise Interrupted(stop.signal, "stopped while testing; the parameters are saved, --resume tests them")
+
+        tested = evaluate(
+            experiment,
+            state.evaluated,
+            split="test",
+            tasks=config.evaluation.tasks,
+            seed=config.evaluation.seed,
+            progress=progress,
+        )
+    result = {
+        "preset": preset,
+        "command": command,
+        "steps": state.step,
+        "parameters": state.theta.numel(),
+        "test": tested.to_json(),
+        "train_seconds": state.seconds,
+        "test_seconds": time.perf_counter() - began,
+        "environment": environment(experiment.device),
+    }
+    reports.draw_learning_curve(directory, title=f"{preset or config.data.name}: {tested}")
+    reports.draw_episodes(directory, experiment, state.evaluated)
+    atomic_write(directory.result, to_json_text(result))
+    say(str(tested))
+    say(f"results are in {directory.path}")
+    return result
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    """The figures of the progress bar."""
+    shown = {"loss": f"{row['query_loss']:.3f}"}
+    if "query_accuracy" in row:
+        shown["accuracy"] = f"{100 * row['query_accuracy']:.1f} %"
+    if "val_accuracy" in row:
+        shown["validation"] = f"{100 * row['val_accuracy']:.1f} %"
+    if "cg_residual" in row:
+        shown["CG residual"] = f"{row['cg_residual']:.1e}"
+    shown["speed"] = f"{row['tasks_per_second']:.1f} tasks/s"
+    return shown
+
+
+def _check_finite(state: _State, directory: RunDirectory) -> None:
+    """A meta-gradient that is not finite ends the run before it reaches a file."""
+    bad_step = state.window.first_nonfinite_step()
+    if bad_step is None:
+        return
+    kept = list_checkpoints(directory.checkpoints)
+    where = f"the newest checkpoint, {kept[-1]}, is from before" if kept else "no checkpoint was due before"
+    raise RunError(
+        f"the meta-gradient or the parameters became non-finite at step {bad_step}; {where}; "
+        "a smaller outer.lr or inner.lr, a larger meta.damping or an outer.clip-norm may help"
+    )
+
+
+def _save(experiment: Experiment, state: _State, directory: RunDirectory) -> None:
+    config = experiment.config
+    save_checkpoint(
+        directory.checkpoints,
+        Checkpoint(
+            step=state.step,
+            seed=config.run.seed,
+            config=to_json(config),
+            theta=state.theta.detach(),
+            average=state.average,
+            optimizer=state.optimizer.state_dict(),
+            window=state.window.state(),
+            seconds=state.seconds,
+        ),
+        keep=config.run.keep_checkpoints,
+    )
+
+
+def _restore(experiment: Experiment, saved: Checkpoint | None) -> _State:
+    """The state at step 0, or that of a checkpoint."""
+    outer = experiment.config.outer
+    theta = experiment.initial_theta()  # [N]
+    average = theta.clone() if outer.average else None
+    optimizer = outer_optimizer(outer, theta)
+    window = Window(experiment.device)
+    if saved is None:
+        return _State(0, theta, optimizer, average, window, 0.0)
+    if saved.theta.shape != theta.shape or saved.theta.dtype != theta.dtype:
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} holds {saved.theta.numel()} parameters of {saved.theta.dtype}, "
+            f"the model has {theta.numel()} of {theta.dtype}"
+        )
+    theta.copy_(saved.theta)
+    if average is not None and saved.average is not None:
+        average.copy_(saved.average)
+    optimizer.load_state_dict(saved.optimizer)
+    window.load_state(saved.window)
+    say(f"continuing after step {saved.step}")
+    return _State(saved.step, theta, optimizer, average, window, saved.seconds)
+
+
+def _load(directory: RunDirectory, config: TrainConfig, path: Path | None) -> Checkpoint | None:
+    if path is None:
+        saved = load_newest(directory.checkpoints)
+    elif path.resolve().parent == directory.checkpoints.resolve():
+        saved = load_checkpoint(path)
+    else:
+        raise RunError(f"--checkpoint must be one of {directory.checkpoints}, got {path}")
+    if saved is None and directory.holds_run():
+        say(f"{directory.path} has no checkpoint yet: starting from the beginning")
+    if saved is not None and saved.seed != config.run.seed:
+        raise CheckpointError(f"the checkpoint of step {saved.step} is of seed {saved.seed}, not {config.run.seed}")
+    return saved
+
+
+def _drop_checkpoints_after(directory: RunDirectory, saved: Checkpoint | None) -> None:
+    """Continuing from an older checkpoint, what was recorded behind it is dropped, as in metrics.jsonl."""
+    for path in list_checkpoints(directory.checkpoints):
+        if saved is not None and int(path.stem.removeprefix("step-")) > saved.step:
+            path.unlink()
+
+
+# Knobs that a resumed run may set anew: they change where and how it runs, not what comes out.
+_FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation.", "run.")
+_FIXED_OF_RUN = ("run.seed", "run.dtype")
+
+
+def _check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
+    """A run never writes over another one, and never continues one under other settings."""
+    if directory.is_empty():
+        return
+    if not resume:
+        raise RunError(
+            f"{directory.path} is not empty: continue the run there with --resume, or give another --run-dir"
+        )
+    if not directory.holds_run():
+        raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
+    recorded = dict(knobs(read_config(directory).config))
+    for name, value in knobs(config):
+        free = name.startswith(_FREE_ON_RESUME) and name not in _FIXED_OF_RUN
+        if value != recorded[name] and not free:
+            raise ConfigError(
+                f"a resumed run keeps its settings: {name} was {recorded[name]!r} in {directory.path}, now {value!r}"
+            )

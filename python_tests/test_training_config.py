@@ -1,0 +1,152 @@
+"""Configurations: validation, JSON round trip, presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from imaml_ext.training import (
+    PRESETS,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    InnerConfig,
+    MetaConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    TrainConfig,
+)
+from imaml_ext.training.config import from_json, knobs, to_json
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    config = PRESETS[name].config
+    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_every_kind_of_knob_survives_json() -> None:
+    config = TrainConfig(
+        data=DataConfig(root=Path("somewhere/data"), download=True, split_protocol="vinyals"),
+        model=ModelConfig(hidden=()),
+        outer=OuterConfig(clip_norm=10.0, betas=(0.5, 0.9)),
+        evaluation=EvaluationConfig(inner_steps=32),
+        run=RunConfig(threads=2),
+    )
+    back = from_json(TrainConfig, json.loads(json.dumps(to_json(config))))
+    assert back == config
+    assert isinstance(back.data.root, Path)
+    assert isinstance(back.outer.betas, tuple)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("outer.learning_rate", 1.0, "unknown knob outer.learning_rate"),
+        ("extra", {}, "unknown knob extra"),
+        ("outer.lr", "fast", "outer.lr must be a number, got 'fast'"),
+        ("outer.lr", True, "outer.lr must be a number, got True"),
+        ("outer.steps", 10.5, "outer.steps must be an integer, got 10.5"),
+        ("outer.steps", True, "outer.steps must be an integer, got True"),
+        ("outer.betas", [0.9], "outer.betas must be a list of 2 values"),
+        ("outer.schedule", "stairs", "outer.schedule must be one of 'constant', 'linear', 'cosine', got 'stairs'"),
+        ("data.download", 1, "data.download must be true or false, got 1"),
+        ("data.root", 7, "data.root must be a path, got 7"),
+        ("model.hidden", 40, "model.hidden must be a list, got 40"),
+        ("run", [], "run must be a JSON object"),
+        ("outer.steps", 0, "outer.steps must be an integer >= 1, got 0"),
+    ],
+)
+def test_json_is_read_strictly(path: str, value: object, message: str) -> None:
+    values = to_json(TrainConfig())
+    *groups, knob = path.split(".")
+    target = values
+    for group in groups:
+        target = target[group]
+    target[knob] = value
+    with pytest.raises(ConfigError) as caught:
+        from_json(TrainConfig, values)
+    assert message in str(caught.value)
+
+
+def test_json_must_have_every_knob() -> None:
+    values = to_json(TrainConfig())
+    del values["inner"]["lam"]
+    with pytest.raises(ConfigError, match=r"knob inner\.lam is missing"):
+        from_json(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("group", "knob", "value"),
+    [
+        (DataConfig, "ways", 1),
+        (DataConfig, "shots", 0),
+        (DataConfig, "queries", 0),
+        (DataConfig, "noise", -0.1),
+        (DataConfig, "condition_number", 0.5),
+        (ModelConfig, "filters", 0),
+        (ModelConfig, "hidden", (40, 0)),
+        (InnerConfig, "lam", 0.0),
+        (InnerConfig, "lam", float("nan")),
+        (InnerConfig, "steps", 0),
+        (InnerConfig, "lr", -0.1),
+        (InnerConfig, "momentum", 1.0),
+        (MetaConfig, "cg_steps", 0),
+        (MetaConfig, "damping", -1.0),
+        (OuterConfig, "lr", float("inf")),
+        (OuterConfig, "betas", (0.9, 1.0)),
+        (OuterConfig, "warmup_steps", -1),
+        (OuterConfig, "clip_norm", 0.0),
+        (OuterConfig, "final_lr_fraction", 1.5),
+        (OuterConfig, "average", 1.0),
+        (EvaluationConfig, "tasks", 1),
+        (EvaluationConfig, "inner_steps", 0),
+        (RunConfig, "seed", -1),
+        (RunConfig, "threads", 0),
+        (RunConfig, "log_every", 0),
+        (RunConfig, "keep_checkpoints", 0),
+    ],
+)
+def test_a_bad_value_is_named(group: type, knob: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        group(**{knob: value})
+    message = str(caught.value)
+    assert knob.replace("_", "-") in message
+    assert f"got {value!r}" in message
+    assert "\n" not in message
+
+
+def test_knobs_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"outer.warmup-steps must be smaller than outer.steps"):
+        OuterConfig(steps=10, warmup_steps=10)
+    with pytest.raises(ConfigError, match=r"model.name must be 'mlp' for the data set 'sinusoid'"):
+        TrainConfig(data=DataConfig(name="sinusoid"), model=ModelConfig(name="conv4"))
+
+
+def test_every_knob_is_explained_once() -> None:
+    """The line under a field is its help on the command line."""
+    import ast
+    import inspect
+
+    import imaml_ext.training.config as module
+
+    tree = ast.parse(inspect.getsource(module))
+    for item in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+        if item.name == "TrainConfig":
+            continue
+        for field, after in zip(item.body, item.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), f"{item.name}.{field.target.id} has no help"  # type: ignore[union-attr]
+
+
+def test_configurations_are_frozen_and_their_knobs_are_listed() -> None:
+    config = TrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.outer.lr = 1.0  # type: ignore[misc]
+    names = [name for name, _ in knobs(config)]
+    assert len(names) == len(set(names))
+    assert {"data.ways", "outer.lr", "run.seed"} <= set(names)

@@ -1,0 +1,307 @@
+"""Algorithm 1 in this process: what a run leaves behind, and that a resumed one ends with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_tools import files_of, small_config
+
+from imaml_ext.training import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    RunError,
+    TrainConfig,
+    build,
+    evaluate,
+    train,
+)
+from imaml_ext.training import experiment as experiment_module
+from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.training.config import from_json
+from imaml_ext.training.evaluation import evaluate_run
+from imaml_ext.training.run_directory import read_metrics
+from imaml_ext.training.schedule import learning_rate
+
+_TIMES = {"seconds", "tasks_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`at_step(7, action)`: call `action(meta_gradient)` in place of the seventh meta-gradient from now on."""
+
+    def install(step: int, action: Any) -> None:
+        calls = 0
+
+        class Patched(experiment_module.IMAML):  # type: ignore[misc]
+            def meta_gradient(self, theta: torch.Tensor, episodes: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                gradient = super().meta_gradient(theta, episodes)
+                return action(gradient) if calls == step else gradient
+
+        monkeypatch.setattr(experiment_module, "IMAML", Patched)
+
+    return install
+
+
+def _stop(meta: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return meta
+
+
+def _final(path: Path) -> dict[str, Any]:
+    return vars(load_checkpoint(list_checkpoints(path / "checkpoints")[-1]))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The metrics without the times, which differ from run to run."""
+    return [{k: v for k, v in row.items() if k not in _TIMES} for row in read_metrics(path / "metrics.jsonl")]
+
+
+def test_what_a_run_leaves(tmp_path: Path) -> None:
+    config = small_config()
+    config = replace(config, evaluation=replace(config.evaluation, every=6, validation_tasks=10))
+    result = train(config, tmp_path / "run", preset="mine", command="imaml train mine")
+
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert from_json(TrainConfig, recorded["config"]) == config
+    assert recorded["environment"]["torch"] == torch.__version__
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert result["test"]["tasks"] == 20
+    assert result["test"]["loss"] > 0
+    assert result["command"] == "imaml train mine"
+    assert result["train_seconds"] > 0
+
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 6, 8, 12]  # every 4, and where a validation falls between
+    assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
+    assert rows[0]["lr"] == learning_rate(config.outer, 3)
+    for name in ("query_loss", "support_loss", "cg_residual", "gradient_norm", "tasks_per_second", "seconds"):
+        assert all(row[name] is not None for row in rows), name
+
+    kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == ["step-00000005.pt", "step-00000010.pt", "step-00000012.pt"]
+    for picture in ("learning_curve.png", "episodes.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_outer_step_is_the_one_configured(tmp_path: Path) -> None:
+    """Plain SGD with clipping and a schedule, against the three lines that define it."""
+    config = small_config(steps=3, optimizer="sgd", lr=0.5, clip_norm=0.1, schedule="linear", average=0.5)
+    train(config, tmp_path / "run")
+    experiment = build(config)
+    theta, sampler = experiment.initial_theta(), experiment.sampler("train", tasks=4, seed=0)
+    average = theta.clone()
+    for step in range(3):
+        gradient = experiment.algorithm.meta_gradient(theta, sampler.sample(step)).gradient
+        gradient = gradient * min(1.0, 0.1 / gradient.norm().item())
+        theta = theta - 0.5 * (1 - step / 3) * gradient
+        decay = min(0.5, (2 + step) / (11 + step))
+        average = decay * average + (1 - decay) * theta
+    final = _final(tmp_path / "run")
+    torch.testing.assert_close(final["theta"], theta, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final["average"], average, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(final["theta"], experiment.initial_theta())
+
+
+def test_resuming_changes_no_bit(tmp_path: Path, at_step: Any) -> None:
+    """Stopped at steps 3, 8 and 11 of 12: none of them at a line of the log or at a regular checkpoint."""
+    config = small_config(average=0.9, clip_norm=1.0)
+    config = replace(config, evaluation=replace(config.evaluation, every=6, validation_tasks=10))
+    train(config, tmp_path / "straight")
+    for calls in (3, 5, 3):
+        at_step(calls, _stop)
+        with pytest.raises(Interrupted) as caught:
+            train(config, tmp_path / "stopped", resume=True)
+        assert caught.value.signal == signal.SIGTERM
+        assert not (tmp_path / "stopped" / "result.json").exists()
+    result = train(config, tmp_path / "stopped", resume=True)
+
+    straight, stopped = _final(tmp_path / "straight"), _final(tmp_path / "stopped")
+    assert stopped["step"] == 12
+    assert torch.equal(straight["theta"], stopped["theta"])
+    assert torch.equal(straight["average"], stopped["average"])
+    for name, value in straight["optimizer"]["state"][0].items():
+        assert torch.equal(value, stopped["optimizer"]["state"][0][name]), name
+    assert _rows(tmp_path / "straight") == _rows(tmp_path / "stopped")
+    assert json.loads((tmp_path / "straight" / "result.json").read_text())["test"] == result["test"]
+
+
+def test_a_finished_run_is_only_tested_again(tmp_path: Path) -> None:
+    config = small_config()
+    first = train(config, tmp_path / "run")
+    before = files_of(tmp_path / "run" / "checkpoints")
+    again = train(config, tmp_path / "run", resume=True)
+    assert again["test"] == first["test"]
+    assert files_of(tmp_path / "run" / "checkpoints") == before
+    more = replace(config, evaluation=replace(config.evaluation, tasks=30))  # may be set anew
+    assert train(more, tmp_path / "run", resume=True)["test"]["tasks"] == 30
+
+
+def test_a_run_is_not_written_over(tmp_path: Path) -> None:
+    config = small_config(steps=4)
+    train(config, tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RunError, match="is not empty: continue its run with --resume, or give another --run-dir"):
+        train(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"a resumed run keeps its settings: outer.lr was 0.01 in .*run, now 0.5"):
+        train(small_config(steps=4, lr=0.5), tmp_path / "run", resume=True)
+    other_seed = replace(config, run=replace(config.run, seed=1))
+    with pytest.raises(ConfigError, match=r"run.seed was 0 in .*run, now 1"):
+        train(other_seed, tmp_path / "run", resume=True)
+    assert files_of(tmp_path / "run") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    for resume in (False, True):
+        with pytest.raises(RunError, match="mine"):
+            train(config, tmp_path / "mine", resume=resume)
+    assert files_of(tmp_path / "mine") == {"thesis.tex": b"years"}
+
+
+def test_a_non_finite_meta_gradient_ends_the_run(tmp_path: Path, at_step: Any) -> None:
+    def poison(meta: Any) -> Any:
+        return dataclasses.replace(meta, gradient=meta.gradient * torch.tensor(float("nan")))
+
+    at_step(7, poison)
+    with pytest.raises(
+        RunError, match=r"non-finite at step 7; the newest checkpoint, .*step-00000005.pt, is from before"
+    ):
+        train(small_config(), tmp_path / "run")
+    final = _final(tmp_path / "run")
+    assert final["step"] == 5
+    assert final["theta"].isfinite().all()
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4]
+
+
+def test_a_damaged_checkpoint_is_named_and_not_passed_over(tmp_path: Path, at_step: Any) -> None:
+    config = small_config()
+    train(config, tmp_path / "straight")
+    at_step(11, _stop)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    older, newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-2:]
+    newest.write_bytes(newest.read_bytes()[:-200])
+    before = files_of(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"00011.pt is damaged.*continue from the older .*step-00000010.pt"):
+        train(config, tmp_path / "run", resume=True)
+    assert files_of(tmp_path / "run") == before
+    with pytest.raises(CheckpointError, match=r"step-00000011.pt is damaged"):
+        evaluate_run(tmp_path / "run")
+
+    train(config, tmp_path / "run", resume=True, checkpoint=older)
+    assert torch.equal(_final(tmp_path / "run")["theta"], _final(tmp_path / "straight")["theta"])
+    assert _rows(tmp_path / "run") == _rows(tmp_path / "straight")
+    assert not newest.exists()
+
+
+def test_a_checkpoint_of_elsewhere_is_refused(tmp_path: Path) -> None:
+    config = small_config(steps=4)
+    train(config, tmp_path / "one")
+    train(config, tmp_path / "two")
+    foreign = list_checkpoints(tmp_path / "one" / "checkpoints")[-1]
+    with pytest.raises(RunError, match=r"--checkpoint must be one of .*two"):
+        train(config, tmp_path / "two", resume=True, checkpoint=foreign)
+
+
+class TestEvaluation:
+    def test_batch_size_changes_no_task(self) -> None:
+        config = small_config()
+        results = []
+        for meta_batch in (20, 7, 1):
+            experiment = build(replace(config, evaluation=replace(config.evaluation, meta_batch=meta_batch)))
+            results.append(evaluate(experiment, experiment.initial_theta(), split="test", tasks=20, seed=3))
+        assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+        assert results[0].loss == pytest.approx(results[2].loss, rel=1e-6)
+        assert results[0].loss_interval == pytest.approx(results[1].loss_interval, rel=1e-5)
+
+    def test_the_interval_is_the_one_stated(self) -> None:
+        config = small_config()
+        experiment = build(config)
+        theta = experiment.initial_theta()
+        episodes = experiment.sampler("test", tasks=20, seed=0).sample(0)
+        phi = experiment.algorithm.adapt(theta, episodes.support)
+        losses = experiment.loss(phi, episodes.query).detach().double()
+        result = evaluate(experiment, theta, split="test", tasks=20, seed=0)
+        assert result.loss == pytest.approx(losses.mean().item(), rel=1e-6)
+        assert result.loss_interval == pytest.approx(1.96 * losses.std().item() / 20**0.5, rel=1e-6)
+        assert result.accuracy is None
+
+    def test_splits_and_seeds_are_different_tasks(self) -> None:
+        experiment = build(small_config())
+        theta = experiment.initial_theta()
+        losses = {
+            evaluate(experiment, theta, split=split, tasks=10, seed=seed).loss
+            for split in ("train", "val", "test")
+            for seed in (0, 1)
+        }
+        assert len(losses) == 6
+
+    def test_of_a_run(self, tmp_path: Path) -> None:
+        result = train(small_config(), tmp_path / "run")
+        assert evaluate_run(tmp_path / "run").to_json() == result["test"]
+        first = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
+        assert evaluate_run(tmp_path / "run", checkpoint=first).loss != result["test"]["loss"]
+        assert evaluate_run(tmp_path / "run", inner_steps=1).inner_steps == 1
+        with pytest.raises(RunError, match="holds no run"):
+            evaluate_run(tmp_path / "nothing")
+
+    def test_unknown_split(self) -> None:
+        experiment = build(small_config())
+        with pytest.raises(ConfigError, match="has no split 'holdout'; there are: train, val, test"):
+            evaluate(experiment, experiment.initial_theta(), split="holdout", tasks=10, seed=0)
+
+
+def test_validation_needs_a_validation_split(tmp_path: Path) -> None:
+    if not os.environ.get("IMAML_DATA_ROOT"):
+        pytest.skip("IMAML_DATA_ROOT is not set: no Omniglot")
+    from imaml_ext.training import PRESETS
+
+    config = PRESETS["omniglot-5w1s"].config
+    config = replace(
+        config,
+        data=replace(config.data, validation=0, split_protocol="1200/423", cache_dir=tmp_path / "cache"),
+        evaluation=replace(config.evaluation, every=10),
+    )
+    with pytest.raises(ConfigError, match="has no split 'val'"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_resume_with_all_threads(tmp_path: Path, at_step: Any) -> None:
+    """Conv4 on glyphs, with whatever number of threads torch has chosen."""
+    from imaml_ext.training import DataConfig, EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig
+
+    config = TrainConfig(
+        data=DataConfig(name="glyphs", ways=3, shots=1, queries=2),
+        model=ModelConfig(name="conv4", filters=8),
+        inner=InnerConfig(steps=3),
+        outer=OuterConfig(steps=6, meta_batch=4),
+        evaluation=EvaluationConfig(tasks=12),
+        run=RunConfig(device="cpu", tensorboard=False),
+    )
+    straight = train(config, tmp_path / "straight")
+    at_step(4, _stop)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "stopped")
+    stopped = train(config, tmp_path / "stopped", resume=True)
+    assert torch.equal(_final(tmp_path / "straight")["theta"], _final(tmp_path / "stopped")["theta"])
+    assert straight["test"] == stopped["test"]
+    assert 0 <= straight["test"]["accuracy"] <= 1
+    assert (tmp_path / "stopped" / "episodes.png").read_bytes().startswith(b"\x89PNG")

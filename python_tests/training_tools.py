@@ -1,0 +1,116 @@
+"""What the training tests share: small configurations, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import imaml_ext
+import torch
+from imaml_ext.cli import main
+from imaml_ext.training import (
+    DataConfig,
+    EvaluationConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+# The knobs that turn a sinusoid preset into a run of a second or two.
+SMALL = [
+    *("--model.hidden", "8", "8"),
+    *("--inner.steps", "3"),
+    *("--outer.meta-batch", "4"),
+    *("--evaluation.tasks", "20"),
+    *("--evaluation.every", "0"),
+    *("--run.threads", "1"),
+    *("--run.device", "cpu"),
+    "--run.no-tensorboard",
+]
+
+
+def small_config(**outer: object) -> TrainConfig:
+    """The same as a configuration, 12 meta-steps long."""
+    return TrainConfig(
+        data=DataConfig(name="sinusoid", shots=5, queries=5),
+        model=ModelConfig(name="mlp", hidden=(8, 8)),
+        inner=InnerConfig(lam=1.0, steps=3, lr=0.02),
+        outer=replace(OuterConfig(steps=12, meta_batch=4, lr=1e-2, schedule="cosine"), **outer),
+        evaluation=EvaluationConfig(tasks=20),
+        run=RunConfig(device="cpu", log_every=4, checkpoint_every=5, tensorboard=False),
+    )
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child process: this package, one thread."""
+    package = str(Path(imaml_ext.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1", **extra}
+
+
+def imaml_command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "imaml_ext", *map(str, arguments)]
+
+
+def imaml(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which is quicker than starting Python and torch for each."""
+    out, err = io.StringIO(), io.StringIO()
+    words = list(map(str, arguments))
+    threads = torch.get_num_threads()
+    changed = {"COLUMNS": "100", "NO_COLOR": "1", **(env or {})}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(words)
+            except SystemExit as end:  # of tyro
+                code = int(end.code or 0)
+    finally:
+        torch.set_num_threads(threads)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def imaml_process(*arguments: object, limit_file_size: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own; `limit_file_size` bytes is the most that it may write to one file."""
+
+    def limit() -> None:
+        import resource
+
+        if limit_file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, limit_file_size))
+
+    return subprocess.run(
+        imaml_command(*arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        preexec_fn=limit if limit_file_size is not None else None,
+    )
+
+
+def assert_one_sentence(process: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The command failed by one line on stderr that has these words, exit code 1, and no traceback."""
+    assert process.returncode == 1, process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.startswith("imaml: ")]
+    assert len(lines) == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
