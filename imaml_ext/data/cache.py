@@ -33,7 +33,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -54,9 +54,10 @@ def load_arrays(path: Path, expected: Mapping[str, tuple[str, tuple[int | None, 
     """
     arrays: dict[str, np.ndarray] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} is not an .npz archive; download or create it again")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} is not an .npz archive; download or create it again")
+        with archive:
             for name, (dtype, shape) in expected.items():
                 if name not in archive.files:
                     raise DataError(f"{path} has no array '{name}' (it holds {', '.join(archive.files) or 'nothing'})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -34,7 +33,8 @@ class Sampler(Protocol):
 class Dataset(ABC):
     """A source of tasks with named splits.
 
-    Attributes: name; kind, "classification" or "regression"; description, one line; splits, the names ``sampler`` accepts.
+    Attributes: name; kind, "classification" or "regression"; description, one line; splits, the names ``sampler``
+    accepts.
     """
 
     name: str
@@ -95,9 +95,13 @@ class ImageDataset(Dataset):
         """The classes of a split, their images on ``device``."""
         self._check_split(split)
         part = self._parts[split]
-        if device is None or torch.device(device) == part.device:
+        if device is None:
             return part
         where = torch.device(device)
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+        if where == part.device:
+            return part
         if where not in self._on_device:
             self._on_device[where] = part.images.to(where)
         return part.with_images(self._on_device[where])
@@ -233,9 +237,11 @@ def load_dataset(
     Args:
         root: omniglot: the folder of its files, by default ``$IMAML_DATA_ROOT``, else the cache.
         split_protocol: omniglot: "1200/423" (the paper's) or "vinyals" (1,028/172/423).
-        validation: omniglot, "1200/423": characters of the 1,200 held out as the split "val"; without it there is no "val".
+        validation: omniglot, "1200/423": characters of the 1,200 held out as the split "val"; without it there is no
+            "val".
         rotations: omniglot, glyphs: each orientation of a character is a class (glyphs: in training only).
-        cache_dir: omniglot, glyphs: where prepared files are kept, by default ``$IMAML_CACHE``, else ``~/.cache/imaml_ext``.
+        cache_dir: omniglot, glyphs: where prepared files are kept, by default ``$IMAML_CACHE``, else
+            ``~/.cache/imaml_ext``.
         download: omniglot: fetch it through torchvision where root holds none.
         features, condition_number, noise: linear, see ``LinearSampler``.
 
@@ -309,7 +315,9 @@ def summary(name: str, **options: object) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     numeric = [isinstance(rows[0][c], int) for c in columns]
     lines = [
-        "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)).rstrip()
+        "  ".join(
+            c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
         for line in cells
     ]
     shape = " × ".join(map(str, dataset.input_shape))
@@ -319,7 +327,8 @@ def summary(name: str, **options: object) -> str:
 def image_grid(images: Tensor | np.ndarray, *, columns: int, padding: int = 2, background: float = 1.0) -> np.ndarray:
     """Images side by side for a picture.
 
-    Args: images [n, C, H, W] or [n, H, W], values in [0, 1] (or uint8, 0 to 255); columns: images in a line; padding: pixels between.
+    Args: images [n, C, H, W] or [n, H, W], values in [0, 1] (or uint8, 0 to 255); columns: images in a line;
+    padding: pixels between.
     Returns float32 [rows·(H + padding) + padding, columns·(W + padding) + padding, C], C dropped where it is 1.
     Raises ValueError for a wrong shape or non-positive ``columns``.
     """
@@ -345,7 +354,8 @@ def image_grid(images: Tensor | np.ndarray, *, columns: int, padding: int = 2, b
 
 
 def sample_sheet(dataset: Dataset, split: str, *, classes: int = 10, drawings: int = 10, seed: int = 0) -> np.ndarray:
-    """A picture of a split: one line a class, chosen by ``seed``, with its first drawings; ink dark on white.
+    """A picture of a split: one line a class, chosen by ``seed``, with its first drawings; ink dark on white,
+    colours as they are.
 
     Returns float32 in [0, 1], [height, width] or [height, width, C]. Raises DataError for data that has no images.
     """
@@ -356,4 +366,5 @@ def sample_sheet(dataset: Dataset, split: str, *, classes: int = 10, drawings: i
     sampler = EpisodeSampler(images, ways=classes, shots=1, queries=1, meta_batch=1, seed=seed, stream="sheet")
     chosen = sampler.indices(0).classes.repeat(drawings, axis=1)  # [1, classes · drawings]
     pictures = images.gather(chosen[0], np.tile(np.arange(drawings), classes))
-    return image_grid(1 - pictures, columns=drawings, background=0.8)
+    dark_on_white = 1 - pictures if images.image_shape[0] == 1 else pictures
+    return image_grid(dark_on_white, columns=drawings, background=0.8)

@@ -99,7 +99,8 @@ class ClassImages:
 
     A class is a character in one of up to four orientations: rotated by 0, 90, 180 or 270 degrees counter-clockwise, a
     character makes new classes (usual for Omniglot since Santoro et al. 2016). Rotated images are not stored; pixels
-    are permuted when a batch is gathered. With ``rotations = 4`` class id = 4 · (position of the character) + quarter turns.
+    are permuted when a batch is gathered. With ``rotations = 4`` the class id is 4 · (position of the character) +
+    quarter turns.
 
     Args:
         images: uint8 [characters, drawings, H, W] or [characters, drawings, H, W, C].
@@ -185,7 +186,9 @@ class ClassImages:
     def with_images(self, images: Tensor) -> ClassImages:
         """The same classes over another copy of the image tensor (on another device, say)."""
         if images.shape != self.images.shape or images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8 {tuple(self.images.shape)}, got {images.dtype} {tuple(images.shape)}")
+            raise ValueError(
+                f"images must be uint8 {tuple(self.images.shape)}, got {images.dtype} {tuple(images.shape)}"
+            )
         other = object.__new__(ClassImages)
         other.__dict__.update(self.__dict__, images=images.contiguous())
         return other
@@ -300,7 +303,8 @@ class EpisodeSampler:
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
         """Episodes of meta-step ``step``; with ``shard = (rank, world_size)`` only that process's slice is made.
 
-        Returns support_x [B, ways · shots, C, H, W] and query_x [B, ways · queries, C, H, W] in [0, 1], and int64 labels.
+        Returns support_x [B, ways · shots, C, H, W] and query_x [B, ways · queries, C, H, W] in [0, 1], and int64
+        labels.
         """
         chosen = self.indices(step, shard=shard)
         support_x, support_y = self._side(chosen.classes, chosen.support)

@@ -2,17 +2,19 @@
 
 The list ships with the package; this is how it came about, and how to change it.
 
-- Candidates: letters, digits and symbols of the blocks below that a base face has. Precomposed accented letters (Unicode
-  decomposes them) are left out: they differ from their base by a few pixels. So are Braille, Ogham, box drawing, arrows and
-  the like, whose members differ by tiny marks or are bars.
-- Each is drawn undistorted in its base face, blurred, and compared by cosine. Pairs above ``MERGE`` are one class, and so are
-  chains of such pairs. A class belongs to the first script of the list that has a member in it: training scripts come first.
+- Candidates: letters, digits and symbols of the blocks below that a base face has. Precomposed accented letters
+  (Unicode decomposes them) are left out: they differ from their base by a few pixels. So are Braille, Ogham, box
+  drawing, arrows and the like, whose members differ by tiny marks or are bars.
+- Each is drawn undistorted in its base face, blurred, and compared by cosine. Pairs above ``MERGE`` are one class,
+  and so are chains of such pairs. A class belongs to the first script of the list that has a member in it: training
+  scripts come first.
 - A face draws a class only if its picture is nearer to that class's base picture than to any other class's.
 - In training, a quarter turn of a class is a class of its own if it resembles nothing that came before it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import unicodedata
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .glyphs import _RADIUS, font_folder
+from .glyphs import RADIUS, font_folder
 from .raster import FontFile, draw, transform
 
 MERGE = 0.95
@@ -29,10 +31,10 @@ FACES = (
     *(f"DejaVuSerif{style}.ttf" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"DejaVuSansMono{style}.ttf" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"STIXGeneral{style}.ttf" for style in ("", "Bol", "Italic", "BolIta")),
-    *(f"{name}.ttf" for name in ("cmr10", "cmss10", "cmtt10", "cmti10", "cmb10")),
+    *(f"{name}.ttf" for name in ("cmr10", "cmss10", "cmtt10", "cmb10")),
 )
 BASE_FACES = ("DejaVuSans.ttf", "STIXGeneral.ttf")
-_ASCII_ONLY = ("cmr10", "cmss10", "cmtt10", "cmti10", "cmb10")  # their other positions are not Unicode
+_ASCII_ONLY = ("cmr10", "cmss10", "cmtt10", "cmb10")  # their other positions are not Unicode
 
 # (script, split, blocks [first, last)); an earlier script owns the shapes that a later one shares with it.
 SCRIPTS: tuple[tuple[str, str, tuple[tuple[int, int], ...]], ...] = (
@@ -65,6 +67,7 @@ SCRIPTS: tuple[tuple[str, str, tuple[tuple[int, int], ...]], ...] = (
     ("N'Ko", "test", ((0x7C0, 0x7EB),)),
     ("Tifinagh", "test", ((0x2D30, 0x2D80),)),
 )
+_BLUR = ((-2, 1), (-1, 4), (0, 6), (1, 4), (2, 1))
 _CATEGORIES = ("Lu", "Ll", "Lo", "Nd", "Sm", "So")
 
 
@@ -85,6 +88,7 @@ def build_table(folder: Path) -> dict[str, object]:
     features = _features(np.stack(pictures))
     class_of = _merge(features)
 
+    @functools.cache
     def faces_of(code_point: int) -> list[int]:
         usable = [f for f, name in enumerate(FACES) if code_point < 0x80 or not name.startswith(_ASCII_ONLY)]
         return [f for f in usable if fonts[f].outline(code_point) is not None]
@@ -94,13 +98,14 @@ def build_table(folder: Path) -> dict[str, object]:
     for group in members:
         owner = min(candidates[i][0] for i in group)
         own = [i for i in group if candidates[i][0] == owner]
-        representatives.append(max(own, key=lambda i: (len(faces_of(candidates[i][1])), -candidates[i][1])))
+        representatives.append(
+            max((int(i) for i in own), key=lambda i: (len(faces_of(candidates[i][1])), -candidates[i][1]))
+        )
     base = features[representatives]  # [classes, pixels]
 
     order = sorted(range(len(members)), key=lambda c: candidates[representatives[c]])
-    kept = np.empty((0, base.shape[1]))
     train = [c for c in order if SCRIPTS[candidates[representatives[c]][0]][1] == "train"]
-    turns = {c: "0" for c in order}
+    turns = dict.fromkeys(order, "0")
     kept = base[train]
     for c in train:
         picture = pictures[representatives[c]]
@@ -132,7 +137,7 @@ def _is_candidate(code_point: int) -> bool:
 
 
 def _plain(outline: np.ndarray) -> np.ndarray:
-    edges = transform(outline, np.array([[_RADIUS, 0], [0, _RADIUS]]), np.zeros(2, np.int64))
+    edges = transform(outline, np.array([[RADIUS, 0], [0, RADIUS]]), np.zeros(2, np.int64))
     return draw(edges, np.zeros(len(edges), np.int64), 1)[0]
 
 
@@ -140,7 +145,8 @@ def _features(images: np.ndarray) -> np.ndarray:
     """Blurred (binomial, 5×5) pictures as unit vectors, [n, pixels]."""
     blurred = np.pad(images.astype(np.int64), ((0, 0), (2, 2), (2, 2)))
     for axis in (1, 2):
-        blurred = sum(w * np.roll(blurred, s, axis) for s, w in zip((-2, -1, 0, 1, 2), (1, 4, 6, 4, 1)))
+        shifted = [weight * np.roll(blurred, shift, axis) for shift, weight in _BLUR]
+        blurred = np.sum(shifted, axis=0)
     flat = blurred.reshape(len(images), -1).astype(np.float64)
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 

@@ -7,7 +7,7 @@ also has is not in validation or test. Pictures are 28×28 uint8, ink = 255, lik
 
 Which classes there are, and which faces draw them, is a fixed list in ``glyphs.json`` (made by ``glyph_table.py``).
 Everything is drawn in integer arithmetic from the outlines, so the bytes are the same on every machine as long as the
-font files are; matplotlib has shipped the same ones since 2.0 (DejaVu 2.37, STIX 1.1).
+font files are: those of matplotlib 3.5 to 3.11 (DejaVu 2.37, STIX 1.1) were compared and are the same.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ import numpy as np
 
 from .cache import default_cache_dir, load_arrays, save_arrays
 from .errors import DataError
-from .raster import HALF, SIZE, SUB, FontFile, draw, transform
+from .raster import SIZE, SUB, FontFile, draw, transform
 
 NUM_DRAWERS = 20
-GLYPHS_DESCRIPTION = "glyphs, characters of many scripts drawn from matplotlib's fonts, 20 drawings each, 28×28, split by script"
+GLYPHS_DESCRIPTION = (
+    "glyphs, characters of many scripts drawn from matplotlib's fonts, 20 drawings each, 28×28, split by script"
+)
 
 _SEED = 0x676C79706873
-_RADIUS = 10 * SUB  # the longer side of a character is 20 pixels before distortion
-_MATRIX_SPREAD = (13, 22, 22, 13)  # percent of _RADIUS: entries xx, xy, yx, yy of the matrix vary by up to this much
+RADIUS = 10 * SUB  # the longer side of a character is 20 pixels before distortion
+_MATRIX_SPREAD = (13, 22, 22, 13)  # percent of RADIUS: entries xx, xy, yx, yy of the matrix vary by up to this much
 _SHIFT_SPREAD = 3 * SUB // 2  # each centre is off by up to 1.5 pixels
 
 
@@ -50,7 +52,7 @@ class GlyphClass:
 
     @property
     def name(self) -> str:
-        return f"{self.script} {unicodedata.name(chr(self.code_point), f'U+{self.code_point:04X}')}"
+        return unicodedata.name(chr(self.code_point), f"U+{self.code_point:04X}").lower()
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class GlyphTable:
 
 @dataclass(frozen=True)
 class GlyphSplit:
-    """indices [n] of a split's classes; their names; its scripts; orientations bool [n, 4], None where turns make no classes."""
+    """indices [n] of a split's classes; their names; its scripts; orientations bool [n, 4], None where turns make no
+    classes."""
 
     indices: np.ndarray
     names: tuple[str, ...]
@@ -94,7 +97,10 @@ def glyph_table() -> GlyphTable:
 
 
 def glyph_split() -> dict[str, GlyphSplit]:
-    """"train", "val" and "test". Only training has orientations: turned, a character may look like one of another script."""
+    """The splits "train", "val" and "test".
+
+    Only training has orientations: turned, a character of the others may look like another one.
+    """
     classes = glyph_table().classes
     splits = {}
     for split in ("train", "val", "test"):
@@ -109,7 +115,8 @@ def glyph_split() -> dict[str, GlyphSplit]:
 
 
 def load_glyphs(*, cache_dir: Path | str | None = None) -> np.ndarray:
-    """All drawings, uint8 [classes, 20, 28, 28], ink = 255; drawn at the first call (seconds), then read from the cache.
+    """All drawings, uint8 [classes, 20, 28, 28], ink = 255; drawn at the first call (seconds), then read from the
+    cache.
 
     Raises DataError where matplotlib or a font file is missing, or the cache cannot be written. Warns where font files
     differ from those the list was made with: the pictures then differ too, and accuracies do not compare.
@@ -117,14 +124,14 @@ def load_glyphs(*, cache_dir: Path | str | None = None) -> np.ndarray:
     table = glyph_table()
     folder = font_folder()
     hashes = [_sha256(folder / name) for name, _ in table.fonts]
-    changed = [name for (name, known), found in zip(table.fonts, hashes) if found != known]
+    changed = [name for (name, known), found in zip(table.fonts, hashes, strict=True) if found != known]
     if changed:
         warnings.warn(
             f"the font files {', '.join(changed)} in {folder} are not those that glyphs was defined with: its pictures "
             "differ here, and accuracies do not compare with those of other machines",
             stacklevel=2,
         )
-    constants = repr((_SEED, _RADIUS, _MATRIX_SPREAD, _SHIFT_SPREAD, NUM_DRAWERS, SIZE, SUB))
+    constants = repr((_SEED, RADIUS, _MATRIX_SPREAD, _SHIFT_SPREAD, NUM_DRAWERS, SIZE, SUB))
     key = hashlib.sha256("\n".join([table.digest, constants, *hashes]).encode()).hexdigest()[:16]
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     path = cache / "glyphs" / f"glyphs-{key}.npz"
@@ -171,15 +178,16 @@ def draw_distorted(outlines: list[np.ndarray], code_point: int) -> np.ndarray:
 
     Both are drawn by Philox counters of the code point, so that a class does not depend on which others there are.
     """
-    words = np.random.Philox(key=np.array([_SEED, 0], np.uint64), counter=np.array([0, code_point, 0, 0], np.uint64))
-    raw = words.random_raw(NUM_DRAWERS * 8).reshape(NUM_DRAWERS, 8)
+    bits = np.random.Philox(key=np.array([_SEED, 0], np.uint64), counter=np.array([0, code_point, 0, 0], np.uint64))
+    raw = bits.random_raw(NUM_DRAWERS * 8).reshape(NUM_DRAWERS, 8)
     order = np.argsort(raw[: len(outlines), 7], kind="stable")
-    spread = [_RADIUS * percent // 100 for percent in _MATRIX_SPREAD] + [_SHIFT_SPREAD] * 2
+    spread = [RADIUS * percent // 100 for percent in _MATRIX_SPREAD] + [_SHIFT_SPREAD] * 2
     noise = [_symmetric(raw[:, i], limit) for i, limit in enumerate(spread)]  # six times int64 [20]
-    matrices = np.stack([_RADIUS + noise[0], noise[1], noise[2], _RADIUS + noise[3]], axis=1).reshape(-1, 2, 2)
+    matrices = np.stack([RADIUS + noise[0], noise[1], noise[2], RADIUS + noise[3]], axis=1).reshape(-1, 2, 2)
     shifts = np.stack(noise[4:], axis=1)
     edges = [
-        transform(outlines[order[drawer % len(order)]], matrices[drawer], shifts[drawer]) for drawer in range(NUM_DRAWERS)
+        transform(outlines[order[drawer % len(order)]], matrices[drawer], shifts[drawer])
+        for drawer in range(NUM_DRAWERS)
     ]
     return draw(np.concatenate(edges), np.repeat(np.arange(NUM_DRAWERS), [len(e) for e in edges]), NUM_DRAWERS)
 
@@ -202,4 +210,6 @@ def _open_font(path: Path) -> FontFile:
     try:
         return FontFile(path)
     except Exception as error:  # fontTools raises many kinds for a damaged file
-        raise DataError(f"the font file {path} is damaged ({error}); reinstall matplotlib from the package index") from error
+        raise DataError(
+            f"the font file {path} is damaged ({error}); reinstall matplotlib from the package index"
+        ) from error

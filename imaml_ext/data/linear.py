@@ -1,6 +1,8 @@
-"""Synthetic linear regression: tasks whose inner solution and meta-gradient have a closed form (the paper's exactness experiment).
+"""Synthetic linear regression: tasks whose inner solution and meta-gradient have a closed form (the paper's
+exactness experiment).
 
-Task b: y = x·w_b + noise, with support inputs whose second-moment matrix XᵀX/S has exactly the condition number asked for.
+Task b: y = x·w_b + noise, with support inputs whose second-moment matrix XᵀX/S has exactly the condition number asked
+for.
 With the loss L(φ) = (scale/S) Σ_s (x_s·φ − y_s)² everything is quadratic:
 
     H = 2·scale·XᵀX/S        φ* = (H + Λ)⁻¹ (2·scale·Xᵀy/S + Λθ)        dF/dθ = mean_b Λ (H_b + Λ)⁻¹ ∇Q_b(φ_b*)
@@ -22,7 +24,8 @@ class LinearSampler:
     """Linear regression tasks of chosen conditioning; ``sample(step)`` is a function of (seed, stream, step) alone.
 
     Support and query inputs have XᵀX/S = R diag(s) Rᵀ with s spaced logarithmically from 1/condition_number to 1 and a
-    random rotation R for each task and side; the true weights w_b are standard normal around a centre common to all tasks of the seed.
+    random rotation R for each task and side; the true weights w_b are standard normal around a centre common to all
+    tasks of the seed.
 
     Args:
         features: inputs of a task, at least 1.

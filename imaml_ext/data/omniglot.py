@@ -1,8 +1,10 @@
-"""Omniglot: 1,623 handwritten characters of 50 alphabets, each by 20 drawers (Lake et al., Science 2015), at 28×28, ink = 255.
+"""Omniglot: 1,623 handwritten characters of 50 alphabets, each by 20 drawers (Lake et al., Science 2015), at 28×28,
+ink = 255.
 
 It is read from whichever of these a root folder holds:
 
-- a packed file ``omniglot28.npz`` (``images`` uint8 [32460, 28, 28], rows ordered by subset, alphabet, character, drawer);
+- a packed file ``omniglot28.npz`` (``images`` uint8 [32460, 28, 28], rows ordered by subset, alphabet, character,
+  drawer);
 - the tree that torchvision unpacks: ``images_background/<Alphabet>/characterNN/*.png`` and ``images_evaluation/…``,
   105×105 in black on white. It is reduced by a Lanczos filter and packed once into the cache.
 
@@ -49,7 +51,8 @@ def _split_file() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def character_names() -> tuple[str, ...]:
-    """The 1,623 names ``<Alphabet>/characterNN``: background alphabets, then evaluation alphabets, each in order of name."""
+    """The 1,623 names ``<Alphabet>/characterNN``: background alphabets, then evaluation alphabets, each in order of
+    name."""
     alphabets = _split_file()["vinyals"]
     return tuple(
         f"{alphabet}/character{number:02d}"
@@ -68,7 +71,9 @@ def omniglot_split(protocol: str = "1200/423", *, validation: int = 0) -> dict[s
     if protocol not in PROTOCOLS:
         raise ValueError(f"split_protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
     if protocol == "vinyals" and validation:
-        raise ValueError(f"validation must be 0 with split_protocol 'vinyals', which has 172 of its own, got {validation}")
+        raise ValueError(
+            f"validation must be 0 with split_protocol 'vinyals', which has 172 of its own, got {validation}"
+        )
     table = _split_file()[protocol]
     letters = "".join(table[s][a] for s in ("background", "evaluation") for a in sorted(table[s]))
     codes = np.array(list(letters))
@@ -93,7 +98,8 @@ def load_omniglot(
     """All drawings, uint8 [1623, 20, 28, 28], ink = 255, characters in the order of ``character_names()``.
 
     ``root``: a folder that holds the packed file or torchvision's tree, or the parent of one; by default
-    ``$IMAML_DATA_ROOT``, else the cache. ``download=True`` fetches the drawings through torchvision into ``root`` where it holds none.
+    ``$IMAML_DATA_ROOT``, else the cache. ``download=True`` fetches the drawings through torchvision into ``root``
+    where it holds none.
 
     Raises DataError where nothing is found, or what is found is incomplete, truncated or of the wrong format.
     """
@@ -130,19 +136,25 @@ def _load_packed(path: Path) -> np.ndarray:
     arrays = load_arrays(path, _PACKED_ARRAYS)
     names = arrays["alphabet_names"]
     if int(arrays["alphabet"].max()) >= names.size:
-        raise DataError(f"{path}: array 'alphabet' must hold indices below {names.size}, got {arrays['alphabet'].max()}")
+        raise DataError(
+            f"{path}: array 'alphabet' must hold indices below {names.size}, got {arrays['alphabet'].max()}"
+        )
     each = slice(None, None, NUM_DRAWERS)
-    found = [f"{names[a]}/character{n:02d}" for a, n in zip(arrays["alphabet"][each], arrays["character"][each])]
+    pairs = zip(arrays["alphabet"][each], arrays["character"][each], strict=True)
+    found = [f"{names[alphabet]}/character{number:02d}" for alphabet, number in pairs]
     if found != list(character_names()):
         raise DataError(f"{path} does not hold the 1,623 characters of Omniglot in the expected order; create it again")
     expected = np.tile(np.arange(1, NUM_DRAWERS + 1), NUM_CHARACTERS)
     if not np.array_equal(arrays["drawer"], expected):
-        raise DataError(f"{path}: array 'drawer' must count 1 to {NUM_DRAWERS} for each character; create the file again")
+        raise DataError(
+            f"{path}: array 'drawer' must count 1 to {NUM_DRAWERS} for each character; create the file again"
+        )
     return arrays["images"].reshape(NUM_CHARACTERS, NUM_DRAWERS, 28, 28)
 
 
 def _load_tree(folder: Path, cache: Path) -> np.ndarray:
-    """Read torchvision's tree, or the file packed from it earlier: the file's name carries sizes and times of the drawings."""
+    """Read torchvision's tree, or the file packed from it earlier: the file's name carries sizes and times of the
+    drawings."""
     drawings = _list_tree(folder)
     state = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8)
     for path in drawings:
@@ -150,7 +162,10 @@ def _load_tree(folder: Path, cache: Path) -> np.ndarray:
         state.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     packed = cache / "omniglot-packed" / f"omniglot28-{state.hexdigest()}.npz"
     if packed.is_file():
-        return _load_packed(packed)
+        try:
+            return _load_packed(packed)
+        except DataError:
+            packed.unlink(missing_ok=True)  # damaged; it holds nothing that is not read from the tree again below
     images = np.stack([_read_drawing(path) for path in drawings])  # [32460, 28, 28]
     names = [name.rsplit("/character", 1) for name in character_names()]
     alphabet_names = list(dict.fromkeys(alphabet for alphabet, _ in names))
@@ -203,11 +218,12 @@ def _read_drawing(path: Path) -> np.ndarray:
 def _download(where: Path) -> None:
     try:
         from torchvision.datasets import Omniglot
-    except Exception as error:  # a torchvision built for another torch fails with RuntimeError or OSError, not ImportError
+    except Exception as error:  # one built for another torch fails with RuntimeError or OSError, not ImportError
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise DataError(
-            f"Omniglot is downloaded through torchvision, which cannot be imported here ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); install the torchvision that belongs to this torch, or "
-            "put images_background/ and images_evaluation/ (github.com/brendenlake/omniglot) into a folder and give it as root"
+            f"Omniglot is downloaded through torchvision, which cannot be imported here ({reason}); install the "
+            "torchvision that belongs to this torch, or put images_background/ and images_evaluation/ "
+            "(github.com/brendenlake/omniglot) into a folder and give it as root"
         ) from error
     try:
         where.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""Glyph outlines from font files, drawn in integer arithmetic: the same bytes on every machine and for every library version.
+"""Glyph outlines from font files, drawn in integer arithmetic: the same bytes on every machine and for every library
+version.
 
-Outlines are read in font units (fontTools, which matplotlib depends on); no hinting, no FreeType, no floating-point drawing.
+Outlines are read in font units (fontTools, which matplotlib depends on); no hinting, no FreeType, no floating-point
+drawing.
 """
 
 from __future__ import annotations
@@ -64,42 +66,34 @@ class FontFile:
         edges = []
         for contour in contours:
             scaled = (2 * contour - low - high) * HALF // extent
-            edges.append(np.concatenate([scaled, np.roll(scaled, -1, axis=0)], axis=1))
+            edges.append(np.concatenate([scaled, np.concatenate([scaled[1:], scaled[:1]])], axis=1))
         return np.concatenate(edges)
 
 
 def _flatten(points: np.ndarray, on_curve: np.ndarray) -> np.ndarray:
     """A closed TrueType contour (quadratic curves, implied points between off-curve neighbours) as a polygon [n, 2]."""
-    full: list[np.ndarray] = []
-    full_on: list[bool] = []
-    for here, here_on, after, after_on in zip(points, on_curve, np.roll(points, -1, 0), np.roll(on_curve, -1)):
-        full.append(2 * here)  # doubled, so that midpoints are whole
-        full_on.append(bool(here_on))
-        if not here_on and not after_on:
-            full.append(here + after)
-            full_on.append(True)
-    first = full_on.index(True)
-    full = full[first:] + full[: first + 1]
-    full_on = full_on[first:] + full_on[: first + 1]
-    polygon: list[np.ndarray] = []
+    after, after_on = np.concatenate([points[1:], points[:1]]), np.concatenate([on_curve[1:], on_curve[:1]])
+    # Coordinates are doubled, so that the implied midpoints are whole: [p0, mid(p0, p1), p1, …], then those that exist.
+    full = np.stack([2 * points, points + after], axis=1).reshape(-1, 2)
+    exists = np.stack([np.ones_like(on_curve), ~on_curve & ~after_on], axis=1).reshape(-1)
+    full_on = np.stack([on_curve, np.ones_like(on_curve)], axis=1).reshape(-1)[exists]
+    full = full[exists]
+    first = int(full_on.argmax())  # start at a point on the curve
+    full, full_on = np.roll(full, -first, axis=0), np.roll(full_on, -first)
+    start = np.nonzero(full_on)[0]  # each segment starts on the curve: a line, or a curve with one control point
+    count = len(full)
+    curved = ~full_on[(start + 1) % count]
+    p0, p1, p2 = full[start][:, None], full[(start + 1) % count][:, None], full[(start + 2) % count][:, None]
     n = _CURVE_STEPS
     k = np.arange(n)[:, None]
-    i = 0
-    while i < len(full) - 1:
-        if full_on[i + 1]:
-            polygon.append(full[i][None])
-            i += 1
-        else:
-            p0, p1, p2 = full[i], full[i + 1], full[i + 2]
-            polygon.append(((n - k) ** 2 * p0 + 2 * k * (n - k) * p1 + k**2 * p2) // n**2)
-            i += 2
-    return np.concatenate(polygon)
+    steps = ((n - k) ** 2 * p0 + 2 * k * (n - k) * p1 + k**2 * p2) // n**2  # [segments, n, 2]; k = 0 is p0
+    return steps[curved[:, None] | (k.T == 0)]
 
 
 def transform(edges: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """Edges in units of the picture (SUB a pixel, y downwards), int64 [edges, 4].
 
-    matrix int64 [2, 2]: picture units (divided by 2¹⁴ = HALF) of a unit of the outline; shift int64 [2]: added to the centre.
+    matrix int64 [2, 2]: units of the picture that HALF units of the outline make; shift int64 [2]: of the centre.
     """
     centre = SIZE * SUB // 2
     points = edges.reshape(-1, 2)
@@ -131,7 +125,8 @@ def draw(edges: np.ndarray, image: np.ndarray, count: int) -> np.ndarray:
     at = (image[edge] * rows + line) * (SIZE + 2) + column
     weight = sign[edge]
     size = count * rows * (SIZE + 2)
-    # To the right of a crossing the winding number changes by ±1; the pixel it falls in is covered in part. Sums of integers are exact.
+    # To the right of a crossing the winding number changes by ±1; the pixel it falls in is covered in part.
+    # The weights are whole numbers, and far below 2⁵³ in sum: bincount's float64 is exact.
     change = np.bincount(at, weights=weight * (SUB - fraction), minlength=size)
     change += np.bincount(at + 1, weights=weight * fraction, minlength=size + 1)[:size]
     winding = np.abs(change.astype(np.int32).reshape(count, SIZE, LINES, SIZE + 2).cumsum(axis=-1, dtype=np.int32))

@@ -54,7 +54,8 @@ def uniform(words: np.ndarray) -> np.ndarray:
 
 
 def normal(words: np.ndarray) -> np.ndarray:
-    """Standard normal float64 by Box-Muller; the last axis of ``words`` is even, and pairs of halves make the output."""
+    """Standard normal float64 by Box-Muller; the last axis of ``words`` is even, and pairs of halves make the
+    output."""
     half = words.shape[-1] // 2
     radius = np.sqrt(-2.0 * np.log1p(-uniform(words[..., :half])))
     angle = 2.0 * np.pi * uniform(words[..., half:])

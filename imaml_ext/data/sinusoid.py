@@ -1,4 +1,5 @@
-"""Sinusoid regression: the smallest meta-learning problem (Finn et al., *Model-Agnostic Meta-Learning*, ICML 2017, 5.1)."""
+"""Sinusoid regression: the smallest meta-learning problem (Finn et al., *Model-Agnostic Meta-Learning*, ICML 2017,
+5.1)."""
 
 from __future__ import annotations
 
