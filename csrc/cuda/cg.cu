@@ -1,0 +1,340 @@
+// The conjugate-gradient ops on CUDA: one launch an op, a team of blocks a row (row_team.cuh).
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include "../cg.h"
+#include "row_team.cuh"
+
+namespace imaml_ext {
+namespace {
+
+template <typename C>
+__device__ __forceinline__ C at(const Coefficient<C>& c, int64_t row, int64_t col) {
+  return c.data[row * c.row_stride + col * c.col_stride];
+}
+
+// The elements of a row that a thread works on: packs of V, dealt out in turn to the threads of the team.
+template <int V, typename Body>
+__device__ __forceinline__ void for_each_pack(int64_t cols, int rank, int size, const Body& body) {
+  const int64_t stride = static_cast<int64_t>(size) * kThreads * V;
+  for (int64_t i = (static_cast<int64_t>(rank) * kThreads + threadIdx.x) * V; i < cols; i += stride) body(i);
+}
+
+// What thread 0 of each block decides from the team's sums, for the others to read.
+struct Desk {
+  RowState state;
+  int32_t status;
+  int32_t iterations;
+  double alpha;
+  double beta;
+  bool may_overflow;
+  bool take_scaled_rhs;
+  bool take_step;
+  bool clear_solution;
+};
+
+// r = b − (H x0 + shift x0), or b itself;   ‖b‖², ‖r‖², ‖x0‖²
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
+  using C = typename CgArguments<T>::C;
+  __shared__ TeamStorage<1> storage;
+  __shared__ Desk desk;
+  RowTeam<1> team(storage);
+  const int64_t row = team.row();
+  const int64_t start = row * a.cols;
+
+  double sums[3] = {0.0, 0.0, 0.0};
+  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+    const auto b = load_pack<V>(a.b + start + i);
+    Pack<T, V> r = b;
+    if (a.hp != nullptr) {
+      const auto hx = load_pack<V>(a.hp + start + i);
+      const auto x = load_pack<V>(a.x + start + i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const C x_k = static_cast<C>(x.v[k]);
+        r.v[k] = static_cast<T>(static_cast<C>(b.v[k]) - (static_cast<C>(hx.v[k]) + at(a.shift, row, i + k) * x_k));
+        sums[2] += static_cast<double>(x_k) * static_cast<double>(x_k);
+      }
+    }
+    store_pack<V>(a.r + start + i, r);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const double b_k = static_cast<double>(static_cast<C>(b.v[k]));
+      const double r_k = static_cast<double>(static_cast<C>(r.v[k]));
+      sums[0] += b_k * b_k;
+      sums[1] += r_k * r_k;
+    }
+  });
+  team.sum(0, sums);
+  if (threadIdx.x == 0) {
+    const double* s = storage.team_sums[0];
+    desk.status = row_begin(desk.state, s[0], s[1], s[2], a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
+                            a.unit_roundoff(), desk.clear_solution);
+  }
+  __syncthreads();
+  if (desk.clear_solution) {
+    for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+      Pack<T, V> zero;
+#pragma unroll
+      for (int k = 0; k < V; ++k) zero.v[k] = static_cast<T>(0.0f);
+      store_pack<V>(a.x + start + i, zero);
+    });
+  }
+  team.sync();  // no block leaves while another may still read its sums
+  if (team.leads()) {
+    a.state[row] = desk.state;
+    a.status[row] = desk.status;
+    a.iterations[row] = 0;
+  }
+}
+
+// x ← x + α p,   then   p ← z + β p   or   p ← x
+template <typename T, int V>
+__device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const Desk& desk) {
+  using C = typename CgArguments<T>::C;
+  const int64_t row = team.row();
+  const int64_t start = row * a.cols;
+  const bool to_direction = a.update_direction && desk.status == kIterating;
+  const bool to_solution = a.update_direction && desk.status == kVerifying;
+  if (!desk.take_step && !to_direction && !to_solution) return;
+  const C alpha = static_cast<C>(desk.alpha);
+  const C beta = static_cast<C>(desk.beta);
+  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+    auto p = load_pack<V>(a.p + start + i);
+    if (desk.take_step || to_solution) {
+      auto x = load_pack<V>(a.x + start + i);
+      if (desk.take_step) {
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          x.v[k] = static_cast<T>(static_cast<C>(x.v[k]) + alpha * static_cast<C>(p.v[k]));
+        }
+        store_pack<V>(a.x + start + i, x);
+      }
+      if (to_solution) store_pack<V>(a.p + start + i, x);
+    }
+    if (to_direction) {
+      const auto source = load_pack<V>((a.z != nullptr ? a.z : a.r) + start + i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        C z = static_cast<C>(source.v[k]);
+        if (a.inverse_diagonal.data != nullptr) z = at(a.inverse_diagonal, row, i + k) * z;
+        p.v[k] = static_cast<T>(beta == C(0) ? z : z + beta * static_cast<C>(p.v[k]));
+      }
+      store_pack<V>(a.p + start + i, p);
+    }
+  });
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
+  using C = typename CgArguments<T>::C;
+  __shared__ TeamStorage<3> storage;
+  __shared__ Desk desk;
+  RowTeam<3> team(storage);
+  const int64_t row = team.row();
+  const int64_t start = row * a.cols;
+  const int rank = team.rank();
+  const int size = team.size();
+  if (threadIdx.x == 0) {
+    desk.state = a.state[row];
+    desk.status = a.status[row];
+    desk.iterations = a.iterations[row];
+  }
+  __syncthreads();
+  if (!row_is_active(desk.status)) return;  // the same in every block: nobody has written yet, nobody will
+
+  // A p = H p + shift p;   pᵀAp, ‖Ap‖², ‖p‖²
+  double curvature[3] = {0.0, 0.0, 0.0};
+  for_each_pack<V>(a.cols, rank, size, [&](int64_t i) {
+    const auto p = load_pack<V>(a.p + start + i);
+    const auto hp = load_pack<V>(a.hp + start + i);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const C p_k = static_cast<C>(p.v[k]);
+      const double Ap = static_cast<double>(static_cast<C>(hp.v[k]) + at(a.shift, row, i + k) * p_k);
+      const double wide_p = static_cast<double>(p_k);
+      curvature[0] += wide_p * Ap;
+      curvature[1] += Ap * Ap;
+      curvature[2] += wide_p * wide_p;
+    }
+  });
+  team.sum(0, curvature);
+  const Curvature c{storage.team_sums[0][0], storage.team_sums[0][1], storage.team_sums[0][2]};
+
+  // α = rᵀz / pᵀAp
+  const bool verifying = desk.status == kVerifying;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    desk.take_step = false;
+    desk.beta = 0.0;
+    desk.alpha = row_step_length(desk.state, desk.status, c, a.largest(), desk.take_scaled_rhs);
+    desk.may_overflow = row_is_active(desk.status) && row_may_overflow(desk.state, desk.alpha, c, a.largest());
+    if (desk.take_scaled_rhs) {
+      const bool p_is_b = a.shift.col_stride == 0 && a.update_direction && a.inverse_diagonal.data == nullptr;
+      row_scaled_rhs(desk.state, c, p_is_b, static_cast<double>(at(a.shift, row, 0)));
+    }
+  }
+  __syncthreads();
+  const C alpha = static_cast<C>(desk.alpha);
+
+  // x ← b / shift where the shift is positive and the quotient finite
+  if (desk.take_scaled_rhs) {
+    for_each_pack<1>(a.cols, rank, size, [&](int64_t i) {
+      const C s = at(a.shift, row, i);
+      const T quotient = s > C(0) ? static_cast<T>(static_cast<C>(a.b[start + i]) / s) : static_cast<T>(0.0f);
+      a.x[start + i] = is_finite(static_cast<double>(quotient)) ? quotient : static_cast<T>(0.0f);
+    });
+  }
+
+  // Only looked at where a bound does not settle it: how many x + α p are not finite in T.
+  if (desk.may_overflow) {
+    double infinite[1] = {0.0};
+    for_each_pack<1>(a.cols, rank, size, [&](int64_t i) {
+      const T x = static_cast<T>(static_cast<C>(a.x[start + i]) + alpha * static_cast<C>(a.p[start + i]));
+      if (!is_finite(static_cast<double>(x))) infinite[0] += 1.0;
+    });
+    team.sum(1, infinite);
+    if (threadIdx.x == 0 && storage.team_sums[1][0] > 0.0) desk.status = kNonFinite;
+    __syncthreads();
+  }
+
+  if (row_is_active(desk.status)) {
+    // r ← r − α A p   or   r ← b − A x, where p is x;   rᵀr, rᵀ M r
+    double residual[2] = {0.0, 0.0};
+    for_each_pack<V>(a.cols, rank, size, [&](int64_t i) {
+      const auto p = load_pack<V>(a.p + start + i);
+      const auto hp = load_pack<V>(a.hp + start + i);
+      auto r = load_pack<V>((verifying ? a.b : a.r) + start + i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const C Ap = static_cast<C>(hp.v[k]) + at(a.shift, row, i + k) * static_cast<C>(p.v[k]);
+        const C from = static_cast<C>(r.v[k]);
+        r.v[k] = static_cast<T>(verifying ? from - Ap : from - alpha * Ap);
+        const C r_k = static_cast<C>(r.v[k]);
+        const double wide = static_cast<double>(r_k);
+        residual[0] += wide * wide;
+        if (a.inverse_diagonal.data != nullptr) {
+          residual[1] += wide * static_cast<double>(at(a.inverse_diagonal, row, i + k) * r_k);
+        }
+      }
+      store_pack<V>(a.r + start + i, r);
+    });
+    team.sum(2, residual);
+    if (threadIdx.x == 0) {
+      const double rr = storage.team_sums[2][0];
+      const double rz = a.inverse_diagonal.data != nullptr ? storage.team_sums[2][1] : rr;
+      desk.take_step = row_residual(desk.state, desk.status, desk.iterations, desk.alpha, c, rr, a.unit_roundoff());
+      if (a.update_direction) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
+    }
+    __syncthreads();
+    update<T, V>(a, team, desk);
+  }
+
+  team.sync();  // every block has read the row's state, and no block leaves while another may still read its sums
+  if (team.leads()) {
+    a.state[row] = desk.state;
+    a.status[row] = desk.status;
+    a.iterations[row] = desk.iterations;
+  }
+}
+
+// z = M r,  rᵀz,  p ← z + β p   (or p ← x for a row that verifies)
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
+  using C = typename CgArguments<T>::C;
+  __shared__ TeamStorage<3> storage;
+  __shared__ Desk desk;
+  RowTeam<3> team(storage);
+  const int64_t row = team.row();
+  const int64_t start = row * a.cols;
+  if (threadIdx.x == 0) {
+    desk.state = a.state[row];
+    desk.status = a.status[row];
+    desk.take_step = false;
+    desk.alpha = 0.0;
+  }
+  __syncthreads();
+  if (!row_is_active(desk.status)) return;
+  double rz[1] = {0.0};
+  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+    const auto r = load_pack<V>(a.r + start + i);
+    const auto source = load_pack<V>((a.z != nullptr ? a.z : a.r) + start + i);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      C z = static_cast<C>(source.v[k]);
+      if (a.inverse_diagonal.data != nullptr) z = at(a.inverse_diagonal, row, i + k) * z;
+      rz[0] += static_cast<double>(static_cast<C>(r.v[k])) * static_cast<double>(z);
+    }
+  });
+  team.sum(0, rz);
+  if (threadIdx.x == 0) {
+    desk.beta = row_direction(desk.state, desk.status, storage.team_sums[0][0], a.largest());
+  }
+  __syncthreads();
+  update<T, V>(a, team, desk);
+  team.sync();
+  if (team.leads()) {
+    a.state[row] = desk.state;
+    a.status[row] = desk.status;
+  }
+}
+
+// Validates, then launches launch(arguments, V) in the vectors' type, V elements at a time where the layout allows it.
+template <typename Launch>
+void run(const char* op, const CgTensors& tensors, bool update_direction, const Launch& launch) {
+  const auto dtype = tensors.check(op);
+  const c10::cuda::CUDAGuard guard(tensors.state.device());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
+    auto a = tensors.arguments<scalar_t>();
+    a.update_direction = update_direction;
+    if (can_pack<scalar_t>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p)) {
+      launch(a, std::integral_constant<int, 16 / sizeof(scalar_t)>{});
+    } else {
+      launch(a, std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
+               const at::Tensor& rtol, const at::Tensor& atol, at::Tensor& x, at::Tensor& r, at::Tensor& state,
+               at::Tensor& status, at::Tensor& iterations) {
+  CgTensors t;
+  t.b = b, t.hp = hx.value_or(at::Tensor()), t.shift = shift, t.rtol = rtol, t.atol = atol;
+  t.x = x, t.r = r, t.state = state, t.status = status, t.iterations = iterations;
+  run("cg_begin_", t, true, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+    launch_row_teams(begin_kernel<T, V>, a.rows, a.cols, a);
+  });
+}
+
+void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,
+                   const at::Tensor& x, const at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status) {
+  CgTensors t;
+  t.z = z.value_or(at::Tensor()), t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
+  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status;
+  run("cg_direction_", t, true, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+    launch_row_teams(direction_kernel<T, V>, a.rows, a.cols, a);
+  });
+}
+
+void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
+              const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
+              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction) {
+  CgTensors t;
+  t.hp = hp, t.b = b, t.shift = shift, t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
+  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
+  run("cg_step_", t, update_direction,
+      []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+        launch_row_teams(step_kernel<T, V>, a.rows, a.cols, a);
+      });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(imaml_ext, CUDA, m) {
+  m.impl("cg_begin_", &cg_begin_);
+  m.impl("cg_direction_", &cg_direction_);
+  m.impl("cg_step_", &cg_step_);
+}
+
+}  // namespace imaml_ext

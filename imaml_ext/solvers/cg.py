@@ -1,0 +1,194 @@
+"""Batched conjugate gradients: (H_b + diag(shift)) x_b = b_b for every row b, H only through H p."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from imaml_ext._native import native
+from imaml_ext.ops import Coefficient, as_coefficient
+
+__all__ = ["CGError", "CGResult", "CGStatus", "cg"]
+
+RowOperator = Callable[[Tensor], Tensor]  # [B, N] -> [B, N], row by row
+
+
+class CGStatus(IntEnum):
+    """How a row ended. The numbers are those of RowStatus in csrc/cg_row.h."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    NEGATIVE_CURVATURE = 2
+    NON_FINITE = 3
+
+    @property
+    def advice(self) -> str:
+        """What it means, and what to do about it."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    CGStatus.CONVERGED: "the residual is within the tolerance",
+    CGStatus.MAX_ITERATIONS: (
+        "the iterations were spent before the tolerance was met: raise max_iterations or rtol, precondition, add to "
+        "shift, or use float64 if residual_norm has stopped falling"
+    ),
+    CGStatus.NEGATIVE_CURVATURE: (
+        "pᵀAp ≤ 0, so A = H + diag(shift) is not positive definite (or the preconditioner is not): raise shift, or use "
+        "a positive semi-definite matrix such as Gauss-Newton in place of H"
+    ),
+    CGStatus.NON_FINITE: (
+        "b, x0 or what the callback returned has NaN or infinite entries, or the solution overflows its dtype: look at "
+        "the row's inputs, lower the inner learning rate, or use a wider dtype"
+    ),
+}
+
+
+class CGError(RuntimeError):
+    """Rows of a solve that did not converge, raised by `CGResult.raise_if_failed`."""
+
+
+@dataclass(frozen=True)
+class CGResult:
+    """What `cg` returns; every field stays on the device of `b`, and nothing has been read back.
+
+    Attributes:
+        x: [B, N] the solution, or the last good iterate of a row that failed.
+        status: [B] int32, a `CGStatus`.
+        iterations: [B] int32, conjugate-gradient steps taken.
+        residual_norm: [B] float64, ‖b − A x‖ for the x returned (by the recurrence, whose drift is bounded below the
+            tolerance where a row is CONVERGED); NaN where nothing has measured it.
+    """
+
+    x: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual_norm: Tensor
+
+    def raise_if_failed(self) -> None:
+        """Waits for the device; raises `CGError` if a row is not CONVERGED, saying which, how and what to do."""
+        statuses = self.status.tolist()
+        if not any(statuses):
+            return
+        sentences = []
+        for status in list(CGStatus)[1:]:
+            rows = [row for row, value in enumerate(statuses) if value == status]
+            if rows:
+                shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+                sentences.append(f"{status.name} in {len(rows)} of {len(statuses)} rows ({shown}): {status.advice}")
+        raise CGError("; ".join(sentences))
+
+
+def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
+    """A tolerance as a float64 tensor [1 or B]."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a floating-point tensor, got {value.dtype}")
+        if value.device != b.device:
+            raise ValueError(f"{name} must be on {b.device}, got {value.device}")
+        if value.dim() != 0 and value.shape != b.shape[:1]:
+            raise ValueError(f"{name} must be a number or have shape [{b.shape[0]}], got {list(value.shape)}")
+        return value.detach().to(torch.float64).reshape(-1).contiguous()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return torch.full((1,), float(value), dtype=torch.float64, device=b.device)
+
+
+def _count(value: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def check_arguments(
+    hvp: RowOperator, b: Tensor, x0: Tensor | None, preconditioner: Tensor | RowOperator | None
+) -> None:
+    """What `cg` and its oracle demand of their arguments beyond what the ops check."""
+    if not callable(hvp):
+        raise TypeError(f"hvp must be callable, got {type(hvp).__name__}")
+    if not isinstance(b, Tensor):
+        raise TypeError(f"b must be a tensor, got {type(b).__name__}")
+    if b.dim() != 2:
+        raise ValueError(f"b must have shape [B, N] (one system a row), got {list(b.shape)}")
+    if b.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"b must be float32, float64, bfloat16 or float16, got {b.dtype}")
+    if x0 is not None and not isinstance(x0, Tensor):
+        raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
+    if preconditioner is not None and not isinstance(preconditioner, Tensor) and not callable(preconditioner):
+        raise TypeError(f"preconditioner must be a tensor or callable, got {type(preconditioner).__name__}")
+
+
+def cg(
+    hvp: RowOperator,
+    b: Tensor,
+    *,
+    shift: Coefficient = 0.0,
+    x0: Tensor | None = None,
+    max_iterations: int = 5,
+    rtol: float | Tensor = 1e-5,
+    atol: float | Tensor = 0.0,
+    preconditioner: Tensor | RowOperator | None = None,
+    check_every: int = 0,
+) -> CGResult:
+    """Solves (H_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
+
+    Rows are independent: each has its own step lengths, tolerance, iteration count and status, and one that converges,
+    breaks down or turns non-finite leaves the others' bits alone. The loop is C++; between two calls of `hvp` there is
+    one fused op and no host synchronisation.
+
+    A row stops at ‖r‖ ≤ max(rtol ‖b‖, atol), as SciPy's `cg` does, but is CONVERGED only when that holds of b − A x and
+    not just of the residual carried by recurrence: where rounding may have driven the two apart, the row spends one call
+    of `hvp` on x itself to measure it, and goes on from there if need be. A tolerance that the dtype cannot reach
+    therefore ends in MAX_ITERATIONS.
+
+    On the first step from x = 0, a row with pᵀAp ≤ 0 returns b / shift where the shift is positive (else 0); later, the
+    iterate it had. A zero right-hand side gives x = 0 after no iterations.
+
+    Args:
+        hvp: called with p [B, N] (contiguous, not to be kept or written to), returns H p [B, N], row b of it from row b
+            of p alone. What it raises comes out unchanged.
+        b: [B, N], float32, float64, bfloat16 or float16.
+        shift: λ + δ, a number, one a task [B], one a parameter [N], or [B, N].
+        x0: [B, N], a warm start, at the price of one more call of `hvp`.
+        max_iterations: the largest number of calls of `hvp` otherwise.
+        rtol, atol: numbers, or one a row [B].
+        preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N]), or a callable r -> M r.
+        check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does, and
+            calls `hvp` exactly max_iterations times (capturable in a CUDA graph).
+
+    Returns:
+        A `CGResult`. No autograd graph is recorded; for a differentiable solve see `imaml_ext.prox_solve`.
+
+    Raises:
+        TypeError, ValueError: an argument, or what a callback returned, of the wrong type, dtype, shape or device.
+        NativeUnavailableError: the compiled part is missing.
+
+    Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Residual drift:
+    van der Vorst and Ye (2000).
+    """
+    check_arguments(hvp, b, x0, preconditioner)
+    diagonal = None
+    if isinstance(preconditioner, Tensor):
+        diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
+    return CGResult(
+        *native().cg(
+            hvp,
+            b,
+            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+            x0=x0,
+            max_iterations=_count(max_iterations, "max_iterations"),
+            rtol=_tolerance(rtol, "rtol", b),
+            atol=_tolerance(atol, "atol", b),
+            inverse_diagonal=diagonal,
+            preconditioner=preconditioner,
+            check_every=_count(check_every, "check_every"),
+        )
+    )
