@@ -7,6 +7,8 @@ stopped by Ctrl-C or SIGTERM, after saving.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import os
 import shlex
 import sys
@@ -14,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -144,30 +146,36 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that explains itself; None of one that is a defect and needs its traceback."""
     if isinstance(error, ConfigError):
         return 1
+    from imaml_ext._native import NativeUnavailableError
     from imaml_ext.data import DataError
     from imaml_ext.training.run_directory import RunError
     from imaml_ext.training.signals import Interrupted
 
     if isinstance(error, Interrupted):
         return 128 + error.signal
-    return 1 if isinstance(error, DataError | RunError) else None
+    return 1 if isinstance(error, DataError | RunError | NativeUnavailableError) else None
 
 
 def _parse(arguments: list[str]) -> _Command:
     """The command line as one of the classes above; tyro ends the process with 2 where it cannot be understood."""
     if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1] in PRESETS:
         return _parse_train(arguments[1], arguments[2:])
-    presets = tuple(
+    presets: list[Any] = [
         Annotated[Train, tyro.conf.subcommand(name=name, default=Train(preset.config), description=preset.description)]
         for name, preset in PRESETS.items()
-    )
-    train = Annotated[Union[presets], tyro.conf.subcommand("train", description="Meta-train as a preset says.")]  # noqa: UP007
-    others = tuple(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Evaluate, Data, Doctor))
-    commands = Union[(train, *others)]
+    ]
+    train: Any = Annotated[_either(presets), tyro.conf.subcommand("train", description="Meta-train as a preset says.")]
+    others = [Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Evaluate, Data, Doctor)]
+    commands = _either([train, *others])
     options = tyro.cli(
         commands, prog="imaml", description="Few-shot meta-learning with implicit gradients.", args=arguments
     )
     return _Command(options)
+
+
+def _either(kinds: list[Any]) -> Any:
+    """A union made at run time."""
+    return functools.reduce(operator.or_, kinds)
 
 
 def _parse_train(name: str, arguments: list[str]) -> _Command:

@@ -18,7 +18,7 @@ from imaml_ext.training.run_directory import read_metrics
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "sinusoid-5shot", "--outer.learning-rate", "1"], ["--outer.learning-rate", "--outer.lr"]),
+        (["train", "sinusoid-5shot", "--outer.learning-rate", "1"], ["Unrecognized options: --outer.learning-rate"]),
         (["train", "sinusoid-5shot", "--outer.lr", "fast"], ["--outer.lr", "fast"]),
         (["train", "sinusoid-5shot", "--outer.lr", "-1"], ["outer.lr must be a positive number, got -1.0"]),
         (["train", "sinusoid-5shot", "--outer.schedule", "stairs"], ["stairs", "cosine"]),

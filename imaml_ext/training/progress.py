@@ -46,7 +46,9 @@ class ProgressBar:
         """Show that `done` of the total is done; `values` stay shown until others come."""
         shown = None if values is None else "  ".join(f"{name} {value}" for name, value in values.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, **({} if shown is None else {"shown": shown}))
+            if shown is not None:
+                self._bar.update(self._task, shown=shown)
+            self._bar.update(self._task, completed=done)
         elif shown is not None and (
             done == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
         ):
