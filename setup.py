@@ -31,17 +31,20 @@ def sources(pattern: str) -> list[str]:
 
 
 def native_extension() -> dict:
-    """The arguments of setup() that concern the extension module."""
+    """The arguments of setup() that concern the extension module; none for a command that compiles nothing."""
+    commands = {*sys.argv[1:]}
+    compiles = commands & {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+    if not compiles and "dist_info" not in commands:  # dist_info is pip's first step towards an installation
+        return {}
     try:
         import torch
     except ImportError as error:
-        # An sdist, or a question about the metadata, needs no torch.
-        if not {"build_ext", "bdist_wheel", "build", "develop", "dist_info", "editable_wheel", "install"} & {*sys.argv}:
-            return {}
         raise SystemExit(
             f"imaml-ext compiles against the torch that it will run with, and this Python cannot import it ({error}): "
             "install torch first, then `pip install --no-build-isolation .`"
         ) from None
+    if not compiles:
+        return {}
 
     build = load_build_support()
     try:
