@@ -1,5 +1,6 @@
 """Tasks to learn from: episodes, their samplers, and the data sets they come from."""
 
+from .baseline import nearest_neighbour_accuracy
 from .datasets import (
     DATASETS,
     Dataset,
@@ -36,6 +37,7 @@ __all__ = [
     "load_dataset",
     "load_glyphs",
     "load_omniglot",
+    "nearest_neighbour_accuracy",
     "omniglot_split",
     "sample_sheet",
     "summary",

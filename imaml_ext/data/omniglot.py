@@ -211,8 +211,7 @@ def _read_drawing(path: Path) -> np.ndarray:
         raise DataError(f"{path} is damaged or not a picture ({error}); download Omniglot again") from error
     if drawing.size != (105, 105):
         raise DataError(f"{path} must be 105 × 105 pixels, got {drawing.size[0]} × {drawing.size[1]}")
-    ink = Image.fromarray(255 - np.asarray(drawing))
-    return np.asarray(ink.resize((28, 28), Image.Resampling.LANCZOS))
+    return 255 - np.asarray(drawing.resize((28, 28), Image.Resampling.LANCZOS))
 
 
 def _download(where: Path) -> None:

@@ -105,7 +105,8 @@ def transform(edges: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.nd
 def draw(edges: np.ndarray, image: np.ndarray, count: int) -> np.ndarray:
     """Fill the outlines (non-zero winding): uint8 [count, SIZE, SIZE], ink = 255.
 
-    Coverage is exact along x to 1/256 pixel and sampled on four scan lines a pixel row along y.
+    Coverage is exact along x to 1/256 pixel and sampled on four scan lines a pixel row along y; only where the borders
+    of two overlapping contours cross the same pixel do their shares add.
 
     Args: edges int64 [n, 4] of all pictures in units of the picture; image int64 [n]: which picture an edge belongs to.
     """
