@@ -351,6 +351,15 @@ def test_download_fetches_both_halves_once(
     assert asked == [(str(tmp_path / "new"), True, True), (str(tmp_path / "new"), False, True)]
 
 
+def test_download_completes_an_interrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "omniglot-py" / "images_background" / "Greek" / "character01").mkdir(parents=True)
+    asked = []
+    fake_torchvision(monkeypatch, lambda root, *, background, download: asked.append(background))
+    with pytest.raises(DataError, match="is incomplete"):
+        load_omniglot(root=tmp_path, download=True)
+    assert asked == [True, False]
+
+
 def test_download_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(root: str, **options: bool) -> None:
         raise OSError("no route to host")

@@ -99,7 +99,7 @@ def load_omniglot(
 
     ``root``: a folder that holds the packed file or torchvision's tree, or the parent of one; by default
     ``$IMAML_DATA_ROOT``, else the cache. ``download=True`` fetches the drawings through torchvision into ``root``
-    where it holds none.
+    where it holds none, or a tree that an interrupted download left incomplete.
 
     Raises DataError where nothing is found, or what is found is incomplete, truncated or of the wrong format.
     """
@@ -107,7 +107,7 @@ def load_omniglot(
     given = root if root is not None else os.environ.get("IMAML_DATA_ROOT") or None
     where = Path(given).expanduser() if given is not None else cache
     found = _find(where)
-    if found is None and download:
+    if download and (found is None or (found.is_dir() and not _is_complete(found))):
         _download(where)
         found = _find(where)
     if found is None:
@@ -130,6 +130,13 @@ def _find(where: Path) -> Path | None:
         if any((folder / subset).is_dir() for subset in SUBSETS):
             return folder
     return None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return bool(_list_tree(folder))
+    except DataError:
+        return False
 
 
 def _load_packed(path: Path) -> np.ndarray:
