@@ -6,6 +6,7 @@
 #   TRAIN=glyphs-5w1s     the preset that `make train` trains; ARGS="--seed 1" goes to `imaml train`
 #   PYTHON=python3        the Python (3.10 or later) that makes the environment; VENV=.venv, where
 #   SANITIZE=address,undefined   sanitizers for the C++ tests
+#   CPP_CUDA=1            the CUDA sources in the C++ library too (the extension has them wherever it can)
 #   IMAML_EXT_CUDA=auto|0|1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS   as for `pip install`
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -17,6 +18,7 @@ TRAIN ?= glyphs-5w1s
 ARGS ?=
 PYTHON ?= python3
 SANITIZE ?=
+CPP_CUDA ?= 0
 VENV ?= $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -67,7 +69,7 @@ $(STATE)/for-use $(STATE)/for-test: $(STATE)/torch $(BUILD_INPUTS)
 # csrc/ as a C++ library, with its own tests.
 test-cpp: $(STATE)/for-test
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython3_EXECUTABLE=$(BIN)/python \
-	  -DIMAML_EXT_CUDA=$(or $(IMAML_EXT_CUDA),auto) -DIMAML_EXT_SANITIZE=$(SANITIZE)
+	  -DIMAML_EXT_CUDA=$(CPP_CUDA) -DIMAML_EXT_SANITIZE=$(SANITIZE)
 	cmake --build $(CMAKE_BUILD)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 

@@ -58,11 +58,13 @@ def native_extension() -> dict:
         os.environ["TORCH_CUDA_ARCH_LIST"] = decision.architectures
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    optimisation = ["-O0", "-g"] if os.environ.get("IMAML_EXT_DEBUG") == "1" else ["-O3"]
-    common = ["-std=c++20", *optimisation]
+    debug = os.environ.get("IMAML_EXT_DEBUG") == "1"
+    common = ["-std=c++20", *(["-O0", "-g"] if debug else ["-O3"])]
     # No contraction of a*b + c, so that every compiler and instruction set rounds alike. at::parallel_for is an OpenMP
     # template expanded here; -fopenmp stays out of the link so that torch's own OpenMP runtime is the only one loaded.
     cxx = [*common, "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    if not debug:
+        cxx.append("-g0")  # Python's own flags ask for -g, which doubles what a compilation takes
     if platform.system() != "Darwin":
         cxx.append("-fopenmp")
     macros, files, extension = [], sources("**/*.cpp"), CppExtension
@@ -83,7 +85,7 @@ def native_extension() -> dict:
                 "torch": torch.__version__,
                 "torch_cuda": torch.version.cuda,
                 "compiler": build.compiler_version(),
-                "debug": "-O0" in optimisation,
+                "debug": debug,
             }
             folder = Path(self.get_ext_fullpath("imaml_ext._C")).parent
             (folder / "_build_info.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
