@@ -7,8 +7,8 @@ also has is not in validation or test. Pictures are 28×28 uint8, ink = 255, lik
 
 There are 1,681 training classes (5,192 with those quarter turns that look like nothing else), 88 for validation and 168
 for test. The nearest support image, pixel by pixel, is right on 72.4 ± 0.7 % of the test queries at 5-way 1-shot, on
-91.1 ± 0.5 % at 5-way 5-shot and on 52.1 ± 0.4 % at 20-way 1-shot (Omniglot, 1200/423: 45.1, 66.6 and 25.0): glyphs is the
-easier of the two.
+91.1 ± 0.5 % at 5-way 5-shot and on 52.1 ± 0.4 % at 20-way 1-shot (Omniglot, 1200/423: 45.1, 66.6 and 25.0): glyphs is
+the easier of the two.
 
 Which classes there are, and which faces draw them, is a fixed list in ``glyphs.json`` (made by ``glyph_table.py``).
 Everything is drawn in integer arithmetic from the outlines, so the bytes are the same on every machine as long as the
