@@ -99,7 +99,7 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
 
   // α = rᵀz / pᵀAp
   bool take_scaled_rhs = false;
-  const double alpha = row_step_length(state, status, curvature, a.largest(), take_scaled_rhs);
+  const double alpha = row_step_length(state, status, curvature, a.unit_roundoff(), a.largest(), take_scaled_rhs);
   if (take_scaled_rhs) {
     kernels.scaled_rhs(a, row, 0, a.cols);
     const bool p_is_b = a.shift.col_stride == 0 && a.update_direction && a.inverse_diagonal.data == nullptr;

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
   if (threadIdx.x == 0) {
     desk.take_step = false;
     desk.beta = 0.0;
-    desk.alpha = row_step_length(desk.state, desk.status, c, a.largest(), desk.take_scaled_rhs);
+    desk.alpha = row_step_length(desk.state, desk.status, c, a.unit_roundoff(), a.largest(), desk.take_scaled_rhs);
     desk.may_overflow = row_is_active(desk.status) && row_may_overflow(desk.state, desk.alpha, c, a.largest());
     if (desk.take_scaled_rhs) {
       const bool p_is_b = a.shift.col_stride == 0 && a.update_direction && a.inverse_diagonal.data == nullptr;

@@ -42,36 +42,36 @@ void step_length() {
   bool scaled = true;
   RowState state = iterating(6.0, 1e-6);
   int32_t status = kIterating;
-  CHECK(row_step_length(state, status, {3.0, 18.0, 2.0}, kLargest, scaled) == 2.0);
+  CHECK(row_step_length(state, status, {3.0, 18.0, 2.0}, kU, kLargest, scaled) == 2.0);
   CHECK(status == kIterating && !scaled && state.operator_norm == 3.0);
 
-  for (const double curvature : {0.0, -1.0, -1e-300}) {
+  for (const double curvature : {0.0, -1.0, -1e-300, 1e-16}) {  // the last is lost in rounding
     status = kIterating;
     state = iterating(6.0, 1e-6);
-    CHECK(row_step_length(state, status, {curvature, 1.0, 1.0}, kLargest, scaled) == 0.0);
+    CHECK(row_step_length(state, status, {curvature, 1.0, 1.0}, kU, kLargest, scaled) == 0.0);
     CHECK(status == kNegativeCurvature && scaled);  // x is still 0: b / shift
     status = kIterating;
     state.solution_bound = 1.0;
-    row_step_length(state, status, {curvature, 1.0, 1.0}, kLargest, scaled);
+    row_step_length(state, status, {curvature, 1.0, 1.0}, kU, kLargest, scaled);
     CHECK(status == kNegativeCurvature && !scaled);
   }
   for (const double bad : {kNan, kInf, -kInf}) {
     status = kIterating;
     state = iterating(6.0, 1e-6);
-    CHECK(row_step_length(state, status, {bad, 1.0, 1.0}, kLargest, scaled) == 0.0 && status == kNonFinite);
+    CHECK(row_step_length(state, status, {bad, 1.0, 1.0}, kU, kLargest, scaled) == 0.0 && status == kNonFinite);
     status = kIterating;
-    row_step_length(state, status, {1.0, bad, 1.0}, kLargest, scaled);
+    row_step_length(state, status, {1.0, bad, 1.0}, kU, kLargest, scaled);
     CHECK(status == kNonFinite);
   }
   status = kIterating;  // a step that float32 cannot hold
   state = iterating(1.0, 1e-6);
-  row_step_length(state, status, {1e-60, 1e-60, 1.0}, std::numeric_limits<float>::max(), scaled);
+  row_step_length(state, status, {1e-60, 1e-120, 1.0}, kU, std::numeric_limits<float>::max(), scaled);
   CHECK(status == kNonFinite);
 
   status = kVerifying;  // p is x: nothing moves, ‖x‖ is known exactly now
   state = iterating(6.0, 1e-6);
   state.solution_bound = 100.0;
-  CHECK(row_step_length(state, status, {-5.0, 4.0, 9.0}, kLargest, scaled) == 0.0);
+  CHECK(row_step_length(state, status, {-5.0, 4.0, 9.0}, kU, kLargest, scaled) == 0.0);
   CHECK(status == kVerifying && state.solution_bound == 3.0);
 }
 

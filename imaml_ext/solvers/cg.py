@@ -38,8 +38,8 @@ _ADVICE = {
         "shift, or use float64 if residual_norm has stopped falling"
     ),
     CGStatus.NEGATIVE_CURVATURE: (
-        "pᵀAp ≤ 0, so A = H + diag(shift) is not positive definite (or the preconditioner is not): raise shift, or use "
-        "a positive semi-definite matrix such as Gauss-Newton in place of H"
+        "pᵀAp ≤ 0 to working precision, so A = H + diag(shift) is not positive definite (or the preconditioner is not): "
+        "raise shift, or use a positive semi-definite matrix such as Gauss-Newton in place of H"
     ),
     CGStatus.NON_FINITE: (
         "b, x0 or what the callback returned has NaN or infinite entries, or the solution overflows its dtype: look at "
@@ -149,8 +149,9 @@ def cg(
     of `hvp` on x itself to measure it, and goes on from there if need be. A tolerance that the dtype cannot reach
     therefore ends in MAX_ITERATIONS.
 
-    On the first step from x = 0, a row with pᵀAp ≤ 0 returns b / shift where the shift is positive (else 0); later, the
-    iterate it had. A zero right-hand side gives x = 0 after no iterations.
+    Curvature is non-positive, pᵀAp ≤ 0, when it does not stand out of rounding: pᵀAp ≤ 8u ‖p‖ ‖Ap‖, u the unit roundoff
+    of the dtype. On the first step from x = 0 such a row returns b / shift where the shift is positive (else 0); later,
+    the iterate it had. A zero right-hand side gives x = 0 after no iterations.
 
     Args:
         hvp: called with p [B, N] (contiguous, not to be kept or written to), returns H p [B, N], row b of it from row b

@@ -1,0 +1,525 @@
+"""imaml_ext.cg against direct float64 solves: accuracy, statuses, independence of the rows."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from systems import DEVICES, DTYPES, dense, multiply, reflected
+from torch import Tensor
+
+from imaml_ext import CGError, CGStatus, cg, reference
+
+C, M, NEG, BAD = (int(status) for status in CGStatus)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+@pytest.mark.parametrize("cols", [1, 31, 257])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.dtype) -> None:
+    matrices = dense(rows, cols).to(dtype)
+    b = torch.randn(rows, cols, dtype=dtype)
+    rtol = 1e-8 if dtype == torch.float64 else 1e-4
+    result = cg(multiply(matrices), b, max_iterations=(12 if dtype == torch.float64 else 3) * cols + 20, rtol=rtol, check_every=1)
+
+    wide, right = matrices.double(), b.double()
+    residual = (right - multiply(wide)(result.x.double())).norm(dim=1) / right.norm(dim=1)
+    converged = result.status == C
+    assert (residual[converged] <= rtol).all(), residual[converged].max()
+    assert ((result.status == C) | (result.status == M) | (dtype == torch.float32)).all()
+    if dtype == torch.float64:
+        assert converged.all()
+    assert converged[0]  # the best conditioned row, whatever the dtype
+    direct = torch.linalg.solve(wide, right)
+    error = (result.x.double() - direct).norm(dim=1) / direct.norm(dim=1)
+    condition = torch.linalg.cond(wide)
+    assert (error[converged] <= rtol * condition[converged] * 1.01).all()
+    # The norm reported is the norm of the residual, up to the rounding that the status allows for.
+    reported = result.residual_norm / right.norm(dim=1)
+    assert ((reported - residual).abs()[converged] <= rtol).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_systems_against_their_inverse(rows: int, device: str) -> None:
+    systems = reflected(rows, 4097, device=device)
+    b = torch.randn(rows, 4097, dtype=torch.float64, device=device)
+    rtol = 1e-6
+    result = cg(systems, b, max_iterations=9000, rtol=rtol, check_every=10)
+    assert (result.status == C).all()
+    assert (systems.relative_residual(result.x, b) <= rtol).all()
+    direct = systems.solve(b)
+    error = (result.x - direct).norm(dim=1) / direct.norm(dim=1)
+    assert (error <= rtol / systems.d.min(1).values * 1.01).all()
+    # Rows differ in how much work they are, and each stops for itself.
+    if rows > 2:
+        assert result.iterations[0] < 3 < 100 < result.iterations[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_converged_is_never_said_of_a_residual_that_has_drifted(dtype: torch.dtype) -> None:
+    """Ill-conditioned rows in a narrow type: the recurrence reaches any tolerance, b − A x does not."""
+    rtol = 1e-5 if dtype == torch.float32 else 2e-2
+    said = 0
+    for rows, cols in [(24, 60), (24, 300), (7, 2000)]:
+        systems = reflected(rows, cols)
+        systems.d, systems.v = systems.d.to(dtype), systems.v.to(dtype)
+        b = torch.randn(rows, cols, dtype=dtype)
+        result = cg(systems, b, max_iterations=600, rtol=rtol, check_every=5)
+        wide = type(systems)(systems.d.double(), systems.v.double())
+        converged = result.status == C
+        said += int(converged.sum())
+        if dtype == torch.float32:
+            assert (wide.relative_residual(result.x, b)[converged] <= rtol).all()
+        else:  # the callback itself rounds to the narrow type
+            assert (wide.relative_residual(result.x, b)[converged] <= 3 * rtol).all()
+        recurrence_alone = result.residual_norm / b.double().norm(dim=1)
+        assert (recurrence_alone[converged] <= rtol).all()
+    assert said >= 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_broken_rows_get_their_status_and_leave_the_others_bits_alone(dtype: torch.dtype, device: str) -> None:
+    rows, cols = 11, 97
+    d = 1 + torch.rand(rows, cols, dtype=torch.float64)
+    b = torch.randn(rows, cols, dtype=torch.float64)
+    broken_d, broken_b = d.clone(), b.clone()
+    expected = {
+        1: (NEG, "indefinite: the first step is downhill"),
+        2: (NEG, "zero matrix"),
+        3: (BAD, "NaN in b"),
+        4: (BAD, "infinity in b"),
+        5: (BAD, "NaN out of the operator"),
+        6: (BAD, "infinity out of the operator"),
+        7: (C, "b = 0"),
+        8: (NEG, "singular, b not in its range"),
+    }
+    broken_d[1] = -1.0
+    broken_d[2] = 0.0
+    broken_b[3, 5] = math.nan
+    broken_b[4, 0] = math.inf
+    broken_d[5, 7] = math.nan
+    broken_d[6, 7] = math.inf
+    broken_b[7] = 0.0
+    broken_d[8] = 0.0
+    broken_d[8, : cols // 2] = 1.0
+    d, b, broken_d, broken_b = (t.to(device=device, dtype=dtype) for t in (d, b, broken_d, broken_b))
+    healthy = cg(lambda p: d * p, b, max_iterations=8, rtol=1e-3)
+    result = cg(lambda p: broken_d * p, broken_b, max_iterations=8, rtol=1e-3)
+    for row, (status, why) in expected.items():
+        assert result.status[row] == status, (why, CGStatus(int(result.status[row])))
+    assert result.x.isfinite().all()
+    assert result.iterations[7] == 0
+    assert (result.x[7] == 0).all()
+    for row in set(range(rows)) - set(expected):
+        assert torch.equal(result.x[row], healthy.x[row])
+        assert torch.equal(result.residual_norm[row], healthy.residual_norm[row])
+        assert result.status[row] == healthy.status[row]
+        assert result.iterations[row] == healthy.iterations[row]
+    # Each row alone, too, has the bits that it has in company.
+    for row in range(rows):
+        alone = cg(lambda p, row=row: broken_d[row : row + 1] * p, broken_b[row : row + 1], max_iterations=8, rtol=1e-3)
+        assert torch.equal(alone.x[0], result.x[row])
+        assert alone.status[0] == result.status[row]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_bits_do_not_depend_on_the_batch_for_long_rows(device: str) -> None:
+    """One long row is shared by threads (blocks on CUDA), many are dealt out: the sums are the same."""
+    systems = reflected(5, 20001, device=device)
+    d = systems.d.float()
+    b = torch.randn(5, 20001, device=device)
+    together = cg(lambda p: d * p, b, max_iterations=20)
+    for row in range(5):
+        alone = cg(lambda p, row=row: d[row : row + 1] * p, b[row : row + 1], max_iterations=20)
+        assert torch.equal(alone.x[0], together.x[row])
+
+
+def test_the_bits_do_not_depend_on_threads_or_instruction_set() -> None:
+    program = """
+import hashlib, sys, torch
+from imaml_ext import cg, ops
+torch.set_num_threads(int(sys.argv[1]))
+digest = hashlib.sha256()
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for rows, cols in ((1, 1), (3, 37), (1, 9001), (7, 4099)):
+        generator = torch.Generator().manual_seed(rows * cols)
+        d = (1 + torch.rand(rows, cols, generator=generator, dtype=torch.float64)).to(dtype)
+        b = torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)
+        result = cg(lambda p: d * p, b, shift=0.25, max_iterations=7, rtol=1e-12, preconditioner=1 / d)
+        other = cg(lambda p: d * p, b, shift=b.abs().to(result.residual_norm.dtype), max_iterations=3)
+        phi = b.clone()
+        ops.prox_momentum_step_(phi, d.clone(), b, d[0].clone(), 0.3, 0.1, 0.9, True)
+        ops.prox_adam_step_(phi, d.clone(), d.clone(), b, d[0].clone(), 0.3, 0.1, 0.9, 0.99, 1e-8, 3)
+        for tensor in (result.x, result.residual_norm, other.x, phi, ops.prox_penalty(phi, d, 0.7)):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+print(ops.cpu_capability(), digest.hexdigest())
+"""
+    ours = subprocess.run([sys.executable, "-c", program, "1"], capture_output=True, text=True, check=True)
+    best, digest = ours.stdout.split()
+    capabilities = ["default", "avx2", "avx512"]
+    for capability in capabilities[: capabilities.index(best) + 1]:
+        for threads in ("1", "3"):
+            run = subprocess.run(
+                [sys.executable, "-c", program, threads],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ, "IMAML_EXT_CPU_CAPABILITY": capability},
+            )
+            assert run.stdout.split() == [capability, digest]
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "from imaml_ext import ops; ops.cpu_capability()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "IMAML_EXT_CPU_CAPABILITY": "mmx"},
+    )
+    assert run.returncode != 0
+    assert "IMAML_EXT_CPU_CAPABILITY must be default, avx2 or avx512, got mmx" in run.stderr
+
+
+def _shifts(rows: int, cols: int) -> dict[str, Tensor | float]:
+    return {
+        "number": 0.3,
+        "tensor0": torch.tensor(0.3, dtype=torch.float64),
+        "task": torch.rand(rows, dtype=torch.float64),
+        "parameter": torch.rand(cols, dtype=torch.float64),
+        "element": torch.rand(rows, cols, dtype=torch.float64),
+        "column": torch.rand(rows, 1, dtype=torch.float64),
+        "row": torch.rand(1, cols, dtype=torch.float64),
+        "strided": torch.rand(rows, 2 * cols, dtype=torch.float64)[:, ::2],
+    }
+
+
+@pytest.mark.parametrize("kind", list(_shifts(1, 1)))
+@pytest.mark.parametrize("preconditioned", ["no", "diagonal", "callable"])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_agrees_with_the_oracle(kind: str, preconditioned: str, warm: bool, dtype: torch.dtype, device: str) -> None:
+    rows, cols = 6, 45
+    systems = reflected(rows, cols, device=device)
+    systems.d = systems.d.clamp_min(1e-3)
+    systems.d[4] *= -1  # indefinite once the shift no longer outweighs it
+    shift = _shifts(rows, cols)[kind]
+    if isinstance(shift, Tensor):
+        shift = shift.to(device)
+    b = torch.randn(rows, cols, dtype=torch.float64, device=device).to(dtype)
+    b[5, 3] = math.nan
+    diagonal = 1 / (0.5 + torch.rand(cols, dtype=torch.float64, device=device))
+    preconditioner = {
+        "no": None,
+        "diagonal": diagonal,
+        "callable": lambda r: (diagonal.to(r.dtype) * r),
+    }[preconditioned]
+    x0 = torch.randn_like(b) if warm else None
+    for max_iterations in (0, 1, 4, 60):
+        arguments = {
+            "shift": shift,
+            "x0": x0,
+            "max_iterations": max_iterations,
+            "rtol": {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype],
+            "preconditioner": preconditioner,
+        }
+        ours, oracle = cg(systems, b, **arguments), reference.cg(systems, b, **arguments)
+        if max_iterations <= 4 and dtype != torch.bfloat16:
+            assert torch.equal(ours.status, oracle.status)
+            assert torch.equal(ours.iterations, oracle.iterations)
+            tolerance = 1e-11 if dtype == torch.float64 else 2e-4
+            torch.testing.assert_close(ours.x, oracle.x, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                ours.residual_norm, oracle.residual_norm, rtol=50 * tolerance, atol=tolerance, equal_nan=True
+            )
+        elif dtype != torch.bfloat16:
+            # Over many iterations rounding may move the end by a step or two.
+            assert torch.equal(ours.status, oracle.status)
+            assert (ours.iterations - oracle.iterations).abs().max() <= 0.15 * oracle.iterations.max() + 2
+        assert ours.x.isfinite().all()
+        assert ours.status[5] == BAD
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_follows_the_oracle(device: str) -> None:
+    """A few steps on well-conditioned rows, where both round alike."""
+    d = 1 + torch.rand(5, 70, dtype=torch.float64, device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        b = torch.randn(5, 70, device=device).to(dtype)
+        ours = cg(lambda p: d.to(p.dtype) * p, b, max_iterations=3, rtol=0.0)
+        oracle = reference.cg(lambda p: d.to(p.dtype) * p, b, max_iterations=3, rtol=0.0)
+        torch.testing.assert_close(ours.x, oracle.x)
+        assert torch.equal(ours.iterations, oracle.iterations)
+
+
+def test_statuses_when_curvature_is_not_positive() -> None:
+    b = torch.randn(4, 6, dtype=torch.float64)
+    minus = lambda p: -2 * p  # noqa: E731
+    # The first step from zero: b / shift, its residual measured where p is b.
+    result = cg(minus, b, shift=0.5)
+    assert (result.status == NEG).all()
+    torch.testing.assert_close(result.x, b / 0.5)
+    torch.testing.assert_close(result.residual_norm, (b - (-2 + 0.5) * result.x).norm(dim=1))
+    shift = torch.rand(4, 6, dtype=torch.float64)
+    result = cg(minus, b, shift=shift)
+    torch.testing.assert_close(result.x, b / shift)
+    assert result.residual_norm.isnan().all()  # nothing has measured it
+    shift[0, 2] = 0.0
+    assert cg(minus, b, shift=shift).x[0, 2] == 0
+    # No shift, or a warm start: what the row had.
+    assert (cg(minus, b).x == 0).all()
+    x0 = torch.randn_like(b)
+    result = cg(minus, b, shift=0.5, x0=x0)
+    assert torch.equal(result.x, x0)
+    torch.testing.assert_close(result.residual_norm, (b + 1.5 * x0).norm(dim=1))
+    # Later on: the last good iterate.
+    d = torch.tensor([[1.0, 2.0, 3.0, -1e-3, 0.5, 4.0]], dtype=torch.float64)
+    ones = torch.ones(1, 6, dtype=torch.float64)
+    result = cg(lambda p: d * p, ones, max_iterations=50, rtol=1e-12)
+    assert result.status == NEG
+    before = cg(lambda p: d * p, ones, max_iterations=int(result.iterations), rtol=1e-12)
+    assert torch.equal(before.x, result.x)
+    assert before.iterations == result.iterations > 0
+
+
+def test_a_preconditioner_that_is_not_positive_definite_stops_the_row() -> None:
+    b = torch.randn(3, 5, dtype=torch.float64)
+    weights = torch.ones(3, 5, dtype=torch.float64)
+    weights[1] = -1.0
+    for preconditioner in (weights, lambda r: weights * r):
+        result = cg(lambda p: 2 * p, b, preconditioner=preconditioner)
+        assert result.status.tolist() == [C, NEG, C]
+        assert (result.x[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_solution_that_overflows_keeps_the_last_finite_iterate(dtype: torch.dtype, device: str) -> None:
+    largest = torch.finfo(dtype).max
+    d = torch.tensor([[1.0, 1.0], [1e-3, 1e-3]], device=device).to(dtype)
+    b = torch.tensor([[0.9, 0.0], [0.9, 0.0]], device=device).to(dtype) * largest
+    result = cg(lambda p: d * p, b, rtol=1e-2)
+    assert result.x.isfinite().all()
+    assert result.status.tolist() == [C, BAD]
+    assert (result.x[1] == 0).all()
+    # ‖x‖ beyond the largest number is no reason to stop while every entry is below it.
+    wide = torch.full((1, 64), 0.5, device=device).to(dtype) * largest
+    result = cg(lambda p: p, wide, rtol=1e-2, max_iterations=3)
+    assert torch.equal(result.x, wide)
+
+
+def test_tolerances() -> None:
+    systems = reflected(3, 50)
+    b = torch.randn(3, 50, dtype=torch.float64)
+    rtol = torch.tensor([1e-1, 1e-4, 1e-8], dtype=torch.float64)
+    result = cg(systems, b, max_iterations=4000, rtol=rtol, check_every=1)
+    assert (systems.relative_residual(result.x, b) <= rtol).all()
+    assert (result.status == C).all()
+    result = cg(systems, b, max_iterations=4000, rtol=0.0, atol=1e-3, check_every=1)
+    assert (systems.relative_residual(result.x, b) * b.norm(dim=1) <= 1e-3).all()
+    atol = 1.1 * b.norm(dim=1)
+    assert (cg(systems, b, rtol=0.0, atol=atol).iterations == 0).all()
+    # Nothing asked for: every iteration is made, unless the residual is measured to be zero.
+    result = cg(systems, b, max_iterations=3, rtol=0.0)
+    assert (result.status == M).all()
+    assert (result.iterations == 3).all()
+    result = cg(lambda p: 2 * p, b, max_iterations=5, rtol=0.0)
+    assert (result.status == C).all()
+    torch.testing.assert_close(result.x, b / 2)
+
+
+def test_callbacks_are_called_as_often_as_documented() -> None:
+    b = torch.randn(4, 9)
+    calls = 0
+
+    def hvp(p: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        assert p.shape == (4, 9)
+        assert p.is_contiguous()
+        return p
+
+    cg(hvp, b, max_iterations=6)
+    assert calls == 6
+    calls = 0
+    cg(hvp, b, max_iterations=6, x0=torch.zeros_like(b))
+    assert calls == 7
+    calls = 0
+    result = cg(hvp, b, max_iterations=6, check_every=3)
+    assert calls == 3
+    torch.testing.assert_close(result.x, b)
+    calls = 0
+    cg(hvp, b, max_iterations=0)
+    assert calls == 0
+
+
+def test_empty_systems() -> None:
+    for shape in ((0, 5), (3, 0), (0, 0)):
+        result = cg(lambda p: p, torch.zeros(shape))
+        assert result.x.shape == shape
+        assert result.status.tolist() == [C] * shape[0]
+        result.raise_if_failed()
+
+
+def test_odd_but_lawful_callbacks() -> None:
+    systems = reflected(3, 8)
+    b = torch.randn(3, 8, dtype=torch.float64)
+    plain = cg(systems, b, max_iterations=6)
+    transposed = cg(lambda p: systems(p).t().contiguous().t(), b, max_iterations=6)
+    assert torch.equal(plain.x, transposed.x)
+    scattered = cg(systems, b.t().contiguous().t(), max_iterations=6)
+    assert torch.equal(plain.x, scattered.x)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    tracked = cg(lambda p: weight * systems(p), b.clone().requires_grad_(), max_iterations=6)
+    assert torch.equal(plain.x, tracked.x)
+    assert not tracked.x.requires_grad
+    identity = cg(lambda p: p, b)  # returns its argument
+    assert torch.equal(identity.x, b)
+    nested = cg(lambda p: cg(lambda q: 2 * q, p).x, b)  # solves inside a solve
+    torch.testing.assert_close(nested.x, 2 * b)
+
+
+def test_an_exception_in_a_callback_comes_out_whole() -> None:
+    class MineError(Exception):
+        pass
+
+    reason = MineError("at iteration 2", 42)
+    calls = 0
+
+    def hvp(p: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise reason
+        return 2 * p + p.roll(1, 1)
+
+    b = torch.randn(2, 5, dtype=torch.float64)
+    with pytest.raises(MineError) as caught:
+        cg(hvp, b)
+    assert caught.value is reason
+    assert "hvp" in [entry.name for entry in caught.traceback]
+
+    def interrupted(p: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cg(interrupted, b)
+    with pytest.raises(ZeroDivisionError):
+        cg(lambda p: p, b, preconditioner=lambda r: r / (1 // 0))
+
+
+def test_other_threads_run_while_the_loop_does() -> None:
+    b = torch.randn(4, 50)
+    results = []
+
+    def work() -> None:
+        results.append(cg(lambda p: 3 * p, b, max_iterations=50, rtol=0.0).x)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(results) == 4
+    assert all(torch.equal(x, results[0]) for x in results)
+
+
+def test_raise_if_failed_says_which_rows_and_what_to_do() -> None:
+    d = torch.tensor([[1.0, 2.0], [-1.0, 1.0], [math.nan, 1.0], [1.0, 1.0]])
+    b = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    result = cg(lambda p: d * p, b, max_iterations=1)
+    with pytest.raises(CGError) as caught:
+        result.raise_if_failed()
+    message = str(caught.value)
+    assert "MAX_ITERATIONS in 1 of 4 rows (0): " in message
+    assert "NEGATIVE_CURVATURE in 1 of 4 rows (1): " in message
+    assert "NON_FINITE in 1 of 4 rows (2): " in message
+    for status in list(CGStatus)[1:]:
+        assert status.advice in message
+    cg(lambda p: p, b).raise_if_failed()
+
+
+B23 = torch.ones(2, 3)
+
+
+def same(p: Tensor) -> Tensor:
+    return p
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3, B23, {}), TypeError, "hvp must be callable, got int"),
+        ((same, [1.0], {}), TypeError, "b must be a tensor, got list"),
+        ((same, B23[0], {}), ValueError, r"b must have shape \[B, N\] \(one system a row\), got \[3\]"),
+        ((same, B23.int(), {}), TypeError, "b must be float32, float64, bfloat16 or float16, got torch.int32"),
+        ((same, B23, {"shift": "1"}), TypeError, "shift must be a number or a tensor, got str"),
+        ((same, B23, {"shift": torch.ones(2, 2)}), ValueError, r"shift must be a number, \[2\] .* got \[2, 2\]"),
+        ((same, B23, {"shift": torch.ones(4)}), ValueError, r"shift must be .* got \[4\]"),
+        ((same, B23, {"shift": torch.ones(2, dtype=torch.int64)}), TypeError, "shift must be a floating-point tensor"),
+        ((same, torch.ones(3, 3), {"shift": torch.ones(3)}), ValueError, r"shift of shape \[3\] could be one a task or"),
+        ((same, B23, {"shift": torch.ones(2, device="meta")}), ValueError, "shift must be on cpu, got meta"),
+        ((same, B23, {"x0": 0.0}), TypeError, "x0 must be a tensor, got float"),
+        ((same, B23, {"x0": torch.ones(3, 2)}), ValueError, r"x0 must have the shape of b, \[2, 3\], got \[3, 2\]"),
+        ((same, B23, {"x0": B23.double()}), TypeError, "x0 must have the dtype of b, float32, got float64"),
+        ((same, B23, {"max_iterations": -1}), ValueError, "max_iterations must be at least 0, got -1"),
+        ((same, B23, {"max_iterations": 2.0}), TypeError, "max_iterations must be an integer, got float"),
+        ((same, B23, {"check_every": -1}), ValueError, "check_every must be at least 0, got -1"),
+        ((same, B23, {"rtol": -1e-3}), ValueError, "rtol must be at least 0, got -0.001"),
+        ((same, B23, {"rtol": math.nan}), ValueError, "rtol must be at least 0, got nan"),
+        ((same, B23, {"atol": torch.zeros(3)}), ValueError, r"atol must be a number or have shape \[2\], got \[3\]"),
+        ((same, B23, {"rtol": "small"}), TypeError, "rtol must be a number or a tensor, got str"),
+        ((same, B23, {"preconditioner": 1.0}), TypeError, "preconditioner must be a tensor or callable, got float"),
+        ((same, B23, {"preconditioner": torch.ones(5)}), ValueError, r"preconditioner must be .* got \[5\]"),
+        ((same, B23, {"preconditioner": lambda r: r[0]}), ValueError, "preconditioner must have the shape of b"),
+        ((lambda p: None, B23, {}), TypeError, "hvp must return a tensor, got NoneType"),
+        ((lambda p: p[:1], B23, {}), ValueError, r"hvp must have the shape of b, \[2, 3\], got \[1, 3\]"),
+        ((lambda p: p.double(), B23, {}), TypeError, "hvp must have the dtype of b, float32, got float64"),
+        ((lambda p: p.to("meta"), B23, {}), ValueError, "hvp must be on the device of b, cpu, got meta"),
+    ],
+)
+def test_bad_arguments(arguments: tuple, error: type[Exception], message: str) -> None:
+    hvp, b, options = arguments
+    with pytest.raises(error, match=message):
+        cg(hvp, b, **options)
+
+
+@pytest.mark.cuda
+def test_no_host_synchronisation_and_graph_capture() -> None:
+    d = 1 + torch.rand(6, 3001, device="cuda")
+    b = torch.randn(6, 3001, device="cuda")
+    eager = cg(lambda p: d * p, b, shift=0.1)  # also warms up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cg(lambda p: d * p, b, shift=0.1, x0=torch.zeros_like(b), preconditioner=lambda r: r / d)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cg(lambda p: d * p, b, shift=0.1)
+    b.copy_(torch.randn_like(b))
+    graph.replay()
+    fresh = cg(lambda p: d * p, b, shift=0.1)
+    torch.cuda.synchronize()
+    assert torch.equal(captured.x, fresh.x)
+    assert torch.equal(captured.status, fresh.status)
+    assert not torch.equal(fresh.x, eager.x)
+
+
+@pytest.mark.cuda
+def test_cpu_and_cuda_agree() -> None:
+    systems = reflected(9, 777)
+    on_card = reflected(9, 777)
+    on_card.d, on_card.v = systems.d.cuda(), systems.v.cuda()
+    b = torch.randn(9, 777, dtype=torch.float64)
+    host = cg(systems, b, max_iterations=40, shift=0.01)
+    card = cg(on_card, b.cuda(), max_iterations=40, shift=0.01)
+    torch.testing.assert_close(card.x.cpu(), host.x, rtol=1e-8, atol=1e-8)
+    assert torch.equal(card.iterations.cpu(), host.iterations)
+    assert torch.equal(card.status.cpu(), host.status)
