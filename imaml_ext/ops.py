@@ -1,8 +1,8 @@
 """The door to the native ops: broadcasting rules and dtypes in, `torch.ops.imaml_ext` underneath.
 
 Everything is batched over tasks: `phi`, `grad` and the optimiser's moments are [B, N], one row a task. `theta` is [N]
-(shared, never copied) or [B, N]. A coefficient (`lam`, `lr`) is a number, one a task [B], one a parameter [N], or one an
-element [B, N]; [B, 1] and [1, N] say the same without ambiguity, which B == N needs.
+(shared, never copied) or [B, N]. A coefficient (`lam`, `lr`) is a number, one a task [B], one a parameter [N], or one
+an element [B, N]; [B, 1] and [1, N] say the same without ambiguity, which B == N needs.
 
 Vectors may be float32, float64, bfloat16 or float16; arithmetic is done in float32 (float64 for float64), sums are
 accumulated in float64 in a fixed order.
@@ -42,7 +42,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_coefficient(value: Coefficient, name: str, like: Tensor) -> Tensor:
-    """A coefficient as a tensor [1 or B, 1 or N] in the compute type of `like` [B, N]; broadcast by strides, not copies.
+    """A coefficient as a tensor [1 or B, 1 or N] in the compute type of `like` [B, N]; nothing is copied to broadcast.
 
     Raises:
         TypeError: not a number or a floating-point tensor.
@@ -79,17 +79,19 @@ def as_coefficient(value: Coefficient, name: str, like: Tensor) -> Tensor:
     return value if value.shape[1] == 1 or value.stride(1) == 1 else value.contiguous()
 
 
-def _rows(value: Tensor, name: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dim() != 2:
-        raise ValueError(f"{name} must have shape [B, N] (one row a task), got {list(value.shape)}")
-    return value
+def _check(phi: Tensor, **others: Tensor) -> None:
+    """What the dispatcher needs before an op of csrc/ can check the rest: tensors, on one device, phi by rows."""
+    for name, value in {"phi": phi, **others}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.device != phi.device:
+            raise ValueError(f"{name} must be on the device of phi, {phi.device}, got {value.device}")
+    if phi.dim() != 2:
+        raise ValueError(f"phi must have shape [B, N] (one row a task), got {list(phi.shape)}")
+    native()
 
 
-def _theta(theta: Tensor, phi: Tensor) -> Tensor:
-    if not isinstance(theta, Tensor):
-        raise TypeError(f"theta must be a tensor, got {type(theta).__name__}")
+def _theta(theta: Tensor) -> Tensor:
     return theta.unsqueeze(0) if theta.dim() == 1 else theta
 
 
@@ -102,9 +104,8 @@ def prox_gradient_(grad: Tensor, phi: Tensor, theta: Tensor, lam: Coefficient) -
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit; names the argument.
     """
-    native()
-    phi = _rows(phi, "phi")
-    torch.ops.imaml_ext.prox_gradient_(grad, phi, _theta(theta, phi), as_coefficient(lam, "lam", phi))
+    _check(phi, grad=grad, theta=theta)
+    torch.ops.imaml_ext.prox_gradient_(grad, phi, _theta(theta), as_coefficient(lam, "lam", phi))
     return grad
 
 
@@ -117,9 +118,8 @@ def prox_penalty(phi: Tensor, theta: Tensor, lam: Coefficient) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit; names the argument.
     """
-    native()
-    phi = _rows(phi, "phi")
-    return torch.ops.imaml_ext.prox_penalty(phi, _theta(theta, phi), as_coefficient(lam, "lam", phi))
+    _check(phi, theta=theta)
+    return torch.ops.imaml_ext.prox_penalty(phi, _theta(theta), as_coefficient(lam, "lam", phi))
 
 
 def prox_sgd_step_(phi: Tensor, grad: Tensor, theta: Tensor, lam: Coefficient, lr: Coefficient) -> Tensor:
@@ -131,10 +131,9 @@ def prox_sgd_step_(phi: Tensor, grad: Tensor, theta: Tensor, lam: Coefficient, l
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit; names the argument.
     """
-    native()
-    phi = _rows(phi, "phi")
+    _check(phi, grad=grad, theta=theta)
     torch.ops.imaml_ext.prox_sgd_step_(
-        phi, grad, _theta(theta, phi), as_coefficient(lam, "lam", phi), as_coefficient(lr, "lr", phi)
+        phi, grad, _theta(theta), as_coefficient(lam, "lam", phi), as_coefficient(lr, "lr", phi)
     )
     return phi
 
@@ -149,7 +148,7 @@ def prox_momentum_step_(
     momentum: float,
     nesterov: bool = False,
 ) -> Tensor:
-    """v ← μ v + g, φ ← φ − η v (Nesterov: φ ← φ − η (g + μ v)) with g = ∇L + λ (φ − θ), in place; torch.optim.SGD's rule.
+    """v ← μ v + g, φ ← φ − η v (Nesterov: φ ← φ − η (g + μ v)), g = ∇L + λ (φ − θ), in place; as torch.optim.SGD.
 
     Args:
         phi, velocity, grad: [B, N]. theta: [N] or [B, N]. lam, lr: coefficients.
@@ -157,13 +156,12 @@ def prox_momentum_step_(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit; names the argument.
     """
-    native()
-    phi = _rows(phi, "phi")
+    _check(phi, velocity=velocity, grad=grad, theta=theta)
     torch.ops.imaml_ext.prox_momentum_step_(
         phi,
         velocity,
         grad,
-        _theta(theta, phi),
+        _theta(theta),
         as_coefficient(lam, "lam", phi),
         as_coefficient(lr, "lr", phi),
         momentum,
@@ -193,14 +191,13 @@ def prox_adam_step_(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, a step below 1; names the argument.
     """
-    native()
-    phi = _rows(phi, "phi")
+    _check(phi, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad, theta=theta)
     torch.ops.imaml_ext.prox_adam_step_(
         phi,
         exp_avg,
         exp_avg_sq,
         grad,
-        _theta(theta, phi),
+        _theta(theta),
         as_coefficient(lam, "lam", phi),
         as_coefficient(lr, "lr", phi),
         beta1,

@@ -23,7 +23,13 @@ def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.
     matrices = dense(rows, cols).to(dtype)
     b = torch.randn(rows, cols, dtype=dtype)
     rtol = 1e-8 if dtype == torch.float64 else 1e-4
-    result = cg(multiply(matrices), b, max_iterations=(12 if dtype == torch.float64 else 3) * cols + 20, rtol=rtol, check_every=1)
+    result = cg(
+        multiply(matrices),
+        b,
+        max_iterations=(12 if dtype == torch.float64 else 3) * cols + 20,
+        rtol=rtol,
+        check_every=1,
+    )
 
     wide, right = matrices.double(), b.double()
     residual = (right - multiply(wide)(result.x.double())).norm(dim=1) / right.norm(dim=1)
@@ -217,7 +223,7 @@ def test_agrees_with_the_oracle(kind: str, preconditioned: str, warm: bool, dtyp
     preconditioner = {
         "no": None,
         "diagonal": diagonal,
-        "callable": lambda r: (diagonal.to(r.dtype) * r),
+        "callable": lambda r: diagonal.to(r.dtype) * r,
     }[preconditioned]
     x0 = torch.randn_like(b) if warm else None
     for max_iterations in (0, 1, 4, 60):
@@ -462,7 +468,11 @@ def same(p: Tensor) -> Tensor:
         ((same, B23, {"shift": torch.ones(2, 2)}), ValueError, r"shift must be a number, \[2\] .* got \[2, 2\]"),
         ((same, B23, {"shift": torch.ones(4)}), ValueError, r"shift must be .* got \[4\]"),
         ((same, B23, {"shift": torch.ones(2, dtype=torch.int64)}), TypeError, "shift must be a floating-point tensor"),
-        ((same, torch.ones(3, 3), {"shift": torch.ones(3)}), ValueError, r"shift of shape \[3\] could be one a task or"),
+        (
+            (same, torch.ones(3, 3), {"shift": torch.ones(3)}),
+            ValueError,
+            r"shift of shape \[3\] could be one a task or",
+        ),
         ((same, B23, {"shift": torch.ones(2, device="meta")}), ValueError, "shift must be on cpu, got meta"),
         ((same, B23, {"x0": 0.0}), TypeError, "x0 must be a tensor, got float"),
         ((same, B23, {"x0": torch.ones(3, 2)}), ValueError, r"x0 must have the shape of b, \[2, 3\], got \[3, 2\]"),

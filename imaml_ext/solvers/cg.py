@@ -38,7 +38,7 @@ _ADVICE = {
         "shift, or use float64 if residual_norm has stopped falling"
     ),
     CGStatus.NEGATIVE_CURVATURE: (
-        "pᵀAp ≤ 0 to working precision, so A = H + diag(shift) is not positive definite (or the preconditioner is not): "
+        "pᵀAp ≤ 0 to working precision, so A = H + diag(shift) (or the preconditioner) is not positive definite: "
         "raise shift, or use a positive semi-definite matrix such as Gauss-Newton in place of H"
     ),
     CGStatus.NON_FINITE: (
@@ -145,8 +145,8 @@ def cg(
     one fused op and no host synchronisation.
 
     A row stops at ‖r‖ ≤ max(rtol ‖b‖, atol), as SciPy's `cg` does, but is CONVERGED only when that holds of b − A x and
-    not just of the residual carried by recurrence: where rounding may have driven the two apart, the row spends one call
-    of `hvp` on x itself to measure it, and goes on from there if need be. A tolerance that the dtype cannot reach
+    not just of the residual carried by recurrence: where rounding may have driven the two apart, the row spends one
+    call of `hvp` on x itself to measure it, and goes on from there if need be. A tolerance that the dtype cannot reach
     therefore ends in MAX_ITERATIONS.
 
     Curvature is non-positive, pᵀAp ≤ 0, when it does not stand out of rounding: pᵀAp ≤ 8u ‖p‖ ‖Ap‖, u the unit roundoff
@@ -162,8 +162,8 @@ def cg(
         max_iterations: the largest number of calls of `hvp` otherwise.
         rtol, atol: numbers, or one a row [B].
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N]), or a callable r -> M r.
-        check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does, and
-            calls `hvp` exactly max_iterations times (capturable in a CUDA graph).
+        check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
+            and calls `hvp` exactly max_iterations times (capturable in a CUDA graph).
 
     Returns:
         A `CGResult`. No autograd graph is recorded; for a differentiable solve see `imaml_ext.prox_solve`.
