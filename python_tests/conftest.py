@@ -1,4 +1,4 @@
-"""Tests marked `cuda` run where there is a CUDA device and an extension built for it, and skip with the reason elsewhere."""
+"""Tests marked `cuda` run where there is a CUDA device and an extension built for it, and say elsewhere why not."""
 
 import pytest
 import torch
