@@ -123,10 +123,10 @@ def probe_toolkit(nvcc: Path, environ: Mapping[str, str]) -> Toolkit:
     with tempfile.TemporaryDirectory(prefix="imaml_ext-nvcc-") as folder:
         source = Path(folder) / "probe.cu"
         source.write_text(_PROBE, encoding="utf-8")
-        command = [root / "bin" / "nvcc", "-std=c++20", "-shared", "--cudart", "shared", "-Xcompiler", "-fPIC"]
+        nvcc_flags = ["-std=c++20", "-shared", "--cudart", "shared", "-Xcompiler", "-fPIC"]
         if compiler := environ.get("CC"):  # as torch.utils.cpp_extension will
-            command += ["-ccbin", compiler]
-        result = _run([*command, source, "-o", Path(folder) / "probe.so"])
+            nvcc_flags += ["-ccbin", compiler]
+        result = _run([root / "bin" / "nvcc", *nvcc_flags, source, "-o", Path(folder) / "probe.so"])
     if result.returncode != 0:
         raise BuildError(f"{nvcc} cannot compile and link a trivial kernel: {_last_line(result.stdout)}")
     return Toolkit(nvcc=nvcc, root=root, version=(int(match[1]), int(match[2])))
