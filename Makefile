@@ -30,12 +30,15 @@ BUILD_INPUTS := setup.py pyproject.toml imaml_ext/_build.py imaml_ext/_version.p
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CMAKE_BUILD := build/cmake$(if $(SANITIZE),-sanitize)
 
-.PHONY: help train test test-cpp test-python lint format clean FORCE
+.PHONY: help install train test test-cpp test-python lint format clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
+install: $(STATE)/for-use
+
+# --resume: a run that was interrupted goes on, and one that is not there yet begins.
 train: $(STATE)/for-use
-	$(BIN)/imaml train $(TRAIN) $(ARGS)
+	$(BIN)/imaml train $(TRAIN) --resume $(ARGS)
 
 test: test-cpp test-python lint
 
