@@ -80,7 +80,7 @@ for step in "${steps[@]}"; do
 done
 
 "$PYTHON" - "$output" "$logs" <<'PYTHON'
-import json, pathlib, platform, re, subprocess, sys, time
+import json, os, pathlib, platform, re, subprocess, sys, time
 import torch, imaml_ext
 from imaml_ext import _build, _native
 
@@ -93,7 +93,7 @@ def say(*command):
 output, logs = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
-toolkit = _build.decide_for_torch({**__import__("os").environ, "IMAML_EXT_CUDA": "auto"}).toolkit
+toolkit = _build.decide_for_torch({**os.environ, "IMAML_EXT_CUDA": "auto"}).toolkit
 stamp = {
     "imaml_ext": imaml_ext.__version__,
     "commit": say("git", "rev-parse", "HEAD"),
