@@ -95,6 +95,18 @@ def find_nvcc(environ: Mapping[str, str]) -> Path:
     return Path(found)
 
 
+def nvcc_version(nvcc: Path) -> tuple[int, int]:
+    """The CUDA version of `nvcc`.
+
+    Raises:
+        BuildError: it does not say.
+    """
+    output = _run([nvcc, "--version"]).stdout
+    if match := re.search(r"release (\d+)\.(\d+)", output):
+        return int(match[1]), int(match[2])
+    raise BuildError(f"{nvcc} does not work: `nvcc --version` says {_last_line(output)!r}")
+
+
 def toolkit_root(nvcc: Path) -> Path:
     """The folder of the toolkit behind `nvcc`, as nvcc itself tells it.
 
@@ -113,10 +125,7 @@ def probe_toolkit(nvcc: Path, environ: Mapping[str, str]) -> Toolkit:
     Raises:
         BuildError: it does not work, in which case the message carries the last line that it said.
     """
-    version_output = _run([nvcc, "--version"]).stdout
-    match = re.search(r"release (\d+)\.(\d+)", version_output)
-    if match is None:
-        raise BuildError(f"{nvcc} does not work: `nvcc --version` says {_last_line(version_output)!r}")
+    version = nvcc_version(nvcc)
     root = toolkit_root(nvcc)
     if not os.access(root / "bin" / "nvcc", os.X_OK):
         raise BuildError(f"{nvcc} belongs to the toolkit {root}, which holds no bin/nvcc; set CUDA_HOME")
@@ -129,7 +138,7 @@ def probe_toolkit(nvcc: Path, environ: Mapping[str, str]) -> Toolkit:
         result = _run([root / "bin" / "nvcc", *nvcc_flags, source, "-o", Path(folder) / "probe.so"])
     if result.returncode != 0:
         raise BuildError(f"{nvcc} cannot compile and link a trivial kernel: {_last_line(result.stdout)}")
-    return Toolkit(nvcc=nvcc, root=root, version=(int(match[1]), int(match[2])))
+    return Toolkit(nvcc=nvcc, root=root, version=version)
 
 
 def choose_architectures(

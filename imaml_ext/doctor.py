@@ -89,7 +89,8 @@ def _versions(report: _Report) -> None:
     report.line("C++ compiler", _build.compiler_version())
     try:
         nvcc = _build.find_nvcc(os.environ)
-        report.line("nvcc", f"{nvcc}, of the toolkit {_build.toolkit_root(nvcc)}")
+        number = "{}.{}".format(*_build.nvcc_version(nvcc))
+        report.line("nvcc", f"{number}: {nvcc}, of the toolkit {_build.toolkit_root(nvcc)}")
     except _build.BuildError as error:
         report.line("nvcc", str(error), state=_NOTE if not torch.version.cuda else _OK)
 
