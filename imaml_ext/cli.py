@@ -146,14 +146,14 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that explains itself; None of one that is a defect and needs its traceback."""
     if isinstance(error, ConfigError):
         return 1
-    from imaml_ext._native import NativeUnavailableError
+    from imaml_ext import CGError, NativeUnavailableError
     from imaml_ext.data import DataError
     from imaml_ext.training.run_directory import RunError
     from imaml_ext.training.signals import Interrupted
 
     if isinstance(error, Interrupted):
         return 128 + error.signal
-    return 1 if isinstance(error, DataError | RunError | NativeUnavailableError) else None
+    return 1 if isinstance(error, DataError | RunError | NativeUnavailableError | CGError) else None
 
 
 def _parse(arguments: list[str]) -> _Command:

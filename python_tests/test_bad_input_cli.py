@@ -41,9 +41,12 @@ def test_a_command_that_cannot_be_understood_exits_with_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_ways_larger_than_the_classes(tmp_path: Path) -> None:
-    process = imaml("train", "glyphs-5w1s", "--data.ways", 5000, "--run-dir", tmp_path / "run")
-    assert_one_sentence(process, "ways must not exceed", "5000")
+@pytest.mark.parametrize(("ways", "split"), [(6000, "train"), (200, "test")])
+def test_ways_larger_than_the_classes(tmp_path: Path, ways: int, split: str) -> None:
+    """Of any split that the run will need, before anything is trained."""
+    knobs = ["--data.ways", ways, "--evaluation.every", 0, "--run-dir", tmp_path / "run"]
+    process = imaml("train", "glyphs-5w1s", *knobs)
+    assert_one_sentence(process, f"split '{split}': ways must not exceed", str(ways))
     assert not (tmp_path / "run").exists()
 
 

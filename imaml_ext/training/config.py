@@ -161,7 +161,7 @@ class MetaConfig:
     cg_steps: int = 5
     """Conjugate-gradient iterations of the implicit solve."""
 
-    cg_rtol: float = 1e-5
+    cg_rtol: float = 0.0
     """Relative residual at which a task's solve stops early."""
 
     damping: float = 0.0
@@ -169,6 +169,9 @@ class MetaConfig:
 
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
     """The matrix of the solve: the Hessian of the support loss, or its positive semi-definite Gauss-Newton part."""
+
+    negative_curvature: Literal["keep", "gradient", "skip", "raise"] = "keep"
+    """A task whose curvature is not positive gives its last iterate, its first-order gradient, or nothing; or stop."""
 
     def __post_init__(self) -> None:
         _check_count("meta.cg-steps", self.cg_steps)

@@ -58,7 +58,6 @@ def evaluate(
     Raises:
         ConfigError: the data set has no such split, or its classes do not allow such tasks.
     """
-    check_split(experiment, split)
     if tasks < 2:
         raise ConfigError(f"tasks must be an integer >= 2, got {tasks}")
     sampler = experiment.sampler(split, tasks=tasks, seed=seed)
@@ -88,12 +87,6 @@ def evaluate(
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
     )
-
-
-def check_split(experiment: Experiment, split: str) -> None:
-    if split not in experiment.dataset.splits:
-        there = ", ".join(experiment.dataset.splits)
-        raise ConfigError(f"{experiment.dataset.description} has no split {split!r}; there are: {there}")
 
 
 def _mean_and_interval(values: Tensor) -> tuple[float, float]:

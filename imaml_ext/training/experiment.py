@@ -43,8 +43,14 @@ class Experiment:
         return self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
 
     def sampler(self, split: str, *, tasks: int, seed: int) -> Sampler:
-        """Batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone."""
+        """Batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone.
+
+        Raises:
+            ConfigError: the data set has no such split, or its classes do not allow such tasks.
+        """
         data = self.config.data
+        if split not in self.dataset.splits:
+            raise ConfigError(f"{data.name} has no split {split!r}; there are: {', '.join(self.dataset.splits)}")
         try:
             return self.dataset.sampler(
                 split,
@@ -151,4 +157,5 @@ def _algorithm(config: TrainConfig, loss: TaskLoss, inner_steps: int) -> MetaAlg
         cg_rtol=meta.cg_rtol,
         damping=meta.damping,
         curvature=meta.curvature,
+        negative_curvature=meta.negative_curvature,
     )

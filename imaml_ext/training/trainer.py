@@ -23,7 +23,7 @@ from imaml_ext.training.checkpoint import (
 )
 from imaml_ext.training.config import ConfigError, TrainConfig, knobs, to_json
 from imaml_ext.training.environment import environment
-from imaml_ext.training.evaluation import check_split, evaluate
+from imaml_ext.training.evaluation import evaluate
 from imaml_ext.training.experiment import Experiment, build
 from imaml_ext.training.progress import ProgressBar, say
 from imaml_ext.training.run_directory import MetricsLog, RunDirectory, RunError, atomic_write, read_config, to_json_text
@@ -59,10 +59,9 @@ def train(
     directory = RunDirectory(path)
     _check_directory(directory, config, resume=resume)
     experiment = build(config)
-    if config.evaluation.every:
-        check_split(experiment, "val")
-    check_split(experiment, "test")
     train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed)
+    for split in ("val", "test") if config.evaluation.every else ("test",):  # before anything is written
+        experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
 
     with directory.opened():
         saved = _load(directory, config, checkpoint) if resume else None
@@ -315,9 +314,7 @@ def _check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bo
     if directory.is_empty():
         return
     if not resume:
-        raise RunError(
-            f"{directory.path} is not empty: continue the run there with --resume, or give another --run-dir"
-        )
+        raise RunError(f"{directory.path} is not empty: continue its run with --resume, or give another --run-dir")
     if not directory.holds_run():
         raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
     recorded = dict(knobs(read_config(directory).config))
