@@ -1,7 +1,54 @@
 """imaml_ext: batched conjugate gradients over Hessian-vector products, and meta-learning with implicit gradients."""
 
-from imaml_ext._native import NativeUnavailableError
-from imaml_ext._version import __version__
-from imaml_ext.solvers import CGError, CGResult, CGStatus, cg
+from __future__ import annotations
 
-__all__ = ["CGError", "CGResult", "CGStatus", "NativeUnavailableError", "__version__", "cg"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from imaml_ext._version import __version__
+
+if TYPE_CHECKING:
+    from imaml_ext._native import NativeUnavailableError
+    from imaml_ext.meta import IMAML, prox_solve
+    from imaml_ext.models import MLP, Conv4, TaskLoss, from_module
+    from imaml_ext.solvers import CGError, CGResult, CGStatus, cg
+
+__all__ = [
+    "IMAML",
+    "MLP",
+    "CGError",
+    "CGResult",
+    "CGStatus",
+    "Conv4",
+    "NativeUnavailableError",
+    "TaskLoss",
+    "__version__",
+    "cg",
+    "from_module",
+    "prox_solve",
+]
+
+# Where each public name lives; loaded when first used, so that `imaml --help` does not wait for torch.
+_HOMES = {
+    "CGError": "solvers",
+    "CGResult": "solvers",
+    "CGStatus": "solvers",
+    "Conv4": "models",
+    "IMAML": "meta",
+    "MLP": "models",
+    "NativeUnavailableError": "_native",
+    "TaskLoss": "models",
+    "cg": "solvers",
+    "from_module": "models",
+    "prox_solve": "meta",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -471,7 +471,7 @@ def same(p: Tensor) -> Tensor:
         (
             (same, torch.ones(3, 3), {"shift": torch.ones(3)}),
             ValueError,
-            r"shift of shape \[3\] could be one a task or",
+            r"shift of shape \[3\] could be one",
         ),
         ((same, B23, {"shift": torch.ones(2, device="meta")}), ValueError, "shift must be on cpu, got meta"),
         ((same, B23, {"x0": 0.0}), TypeError, "x0 must be a tensor, got float"),
