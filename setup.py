@@ -75,6 +75,8 @@ def native_extension() -> dict:
         """Leaves beside the extension a record of how it was built, for `imaml doctor`."""
 
         def run(self) -> None:
+            if self.editable_mode:  # in place of a temporary folder: the next build compiles only what has changed
+                self.build_temp = str(ROOT / "build" / f"editable-{sys.implementation.cache_tag}")
             super().run()
             record = {
                 "cuda": decision.build,
