@@ -1,0 +1,27 @@
+"""Meta-gradients: what an outer optimiser needs to know of a batch of tasks."""
+
+from imaml_ext.meta.algorithm import MetaAlgorithm, MetaGradient
+from imaml_ext.meta.curvature import (
+    CurvatureOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    gauss_newton_operator,
+    hessian_operator,
+)
+from imaml_ext.meta.imaml import IMAML
+from imaml_ext.meta.implicit import ImplicitSolution, implicit_solve
+from imaml_ext.meta.prox_solve import prox_solve
+
+__all__ = [
+    "IMAML",
+    "CurvatureOperator",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "ImplicitSolution",
+    "MetaAlgorithm",
+    "MetaGradient",
+    "gauss_newton_operator",
+    "hessian_operator",
+    "implicit_solve",
+    "prox_solve",
+]

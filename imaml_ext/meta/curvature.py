@@ -1,0 +1,131 @@
+"""Curvature of the support loss as a product with vectors, linearised once and multiplied many times."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from imaml_ext.inner.arguments import task_losses, task_rows
+from imaml_ext.models import LossFunction, TaskLoss
+
+CURVATURES = ("hessian", "gauss_newton")
+
+
+class CurvatureOperator(Protocol):
+    """p [B, N] -> H p [B, N], row b from row b alone; with what linearising at phi has found on the way."""
+
+    losses: Tensor  # [B] support losses at phi
+    gradient: Tensor  # [B, N] their gradients
+
+    def __call__(self, p: Tensor) -> Tensor: ...
+
+
+class HessianOperator:
+    """H_b = ∇²L_b(φ_b): the gradient is built once, with its graph; a product differentiates that graph only.
+
+    The graph lives as long as the operator.
+    """
+
+    def __init__(self, loss: LossFunction, phi: Tensor, data: Any) -> None:
+        self._params = _leaf(phi, data)
+        with torch.enable_grad():
+            losses = task_losses(loss, self._params, data)
+            (self._gradient,) = torch.autograd.grad(losses.sum(), self._params, create_graph=True)
+        self.losses = losses.detach()
+        self.gradient = self._gradient.detach()
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """H p [B, N] for p [B, N].
+
+        Raises:
+            ValueError: p does not have the shape of phi.
+        """
+        _check_vector(p, self._params)
+        if not self._gradient.requires_grad:  # a loss that is linear in its parameters
+            return torch.zeros_like(p)
+        (product,) = torch.autograd.grad(
+            self._gradient, self._params, p, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return product
+
+
+class GaussNewtonOperator:
+    """G_b = J_bᵀ C_b J_b, J the Jacobian of the outputs in the parameters, C the criterion's Hessian in the outputs.
+
+    Positive semi-definite where the criterion is convex in the outputs, as cross-entropy and squared error are, and
+    equal to the Hessian where the outputs are linear in the parameters. J p comes from differentiating w ↦ Jᵀ w, which
+    is linear, so that reverse mode alone is needed; its graph is built once.
+
+    Source: Schraudolph, Fast curvature matrix-vector products (2002); Martens, Hessian-free optimization (2010).
+    """
+
+    def __init__(self, loss: TaskLoss, phi: Tensor, data: Any) -> None:
+        if not isinstance(loss, TaskLoss):
+            raise TypeError(
+                f"loss must be a TaskLoss for the Gauss-Newton matrix, which needs model outputs and criterion apart, "
+                f"got {type(loss).__name__}"
+            )
+        self._params = _leaf(phi, data)
+        with torch.enable_grad():
+            self._outputs = loss.outputs(self._params, data.x)  # [B, S, *]
+            self._leaf_outputs = self._outputs.detach().requires_grad_()
+            losses = loss.criterion(self._leaf_outputs, data.y)  # [B]
+            (self._output_gradient,) = torch.autograd.grad(losses.sum(), self._leaf_outputs, create_graph=True)
+            self._cotangent = torch.zeros_like(self._outputs).requires_grad_()  # w
+            (self._pullback,) = torch.autograd.grad(
+                self._outputs, self._params, self._cotangent, create_graph=True
+            )  # Jᵀ w [B, N]
+        self.losses = losses.detach()
+        (self.gradient,) = torch.autograd.grad(
+            self._outputs, self._params, self._output_gradient.detach(), retain_graph=True
+        )
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """G p [B, N] for p [B, N].
+
+        Raises:
+            ValueError: p does not have the shape of phi.
+        """
+        _check_vector(p, self._params)
+        if not self._output_gradient.requires_grad:  # a criterion that is linear in the outputs
+            return torch.zeros_like(p)
+        (tangent,) = torch.autograd.grad(self._pullback, self._cotangent, p, retain_graph=True)  # J p
+        (curved,) = torch.autograd.grad(self._output_gradient, self._leaf_outputs, tangent, retain_graph=True)  # C J p
+        (product,) = torch.autograd.grad(self._outputs, self._params, curved, retain_graph=True)  # Jᵀ C J p
+        return product
+
+
+def hessian_operator(loss: LossFunction, phi: Tensor, data: Any) -> HessianOperator:
+    """The Hessian of every task's loss at phi.
+
+    Args:
+        loss: losses [B] = loss(params [B, N], data). phi: [B, N]. data: handed to `loss`.
+
+    Raises:
+        TypeError, ValueError: phi or what the loss returned has the wrong dtype or shape.
+    """
+    return HessianOperator(loss, phi, data)
+
+
+def gauss_newton_operator(loss: TaskLoss, phi: Tensor, data: Any) -> GaussNewtonOperator:
+    """The Gauss-Newton matrix of every task's loss at phi; as `hessian_operator`, but loss is a `TaskLoss`."""
+    return GaussNewtonOperator(loss, phi, data)
+
+
+def curvature_operator(name: str, loss: LossFunction, phi: Tensor, data: Any) -> CurvatureOperator:
+    """The operator called `name`, one of CURVATURES."""
+    return (HessianOperator if name == "hessian" else GaussNewtonOperator)(loss, phi, data)
+
+
+def _leaf(phi: Tensor, data: Any) -> Tensor:
+    rows, _ = task_rows(phi, data, None)
+    if phi.dim() != 2:
+        raise ValueError(f"phi must have shape [B, N] (one row a task), got {list(phi.shape)}")
+    return rows.detach().requires_grad_()
+
+
+def _check_vector(p: Tensor, params: Tensor) -> None:
+    if p.shape != params.shape:
+        raise ValueError(f"p must have the shape of phi, {list(params.shape)}, got {list(p.shape)}")

@@ -1,0 +1,143 @@
+"""The proximal problem as a differentiable function of θ and λ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml_ext import ops
+from imaml_ext.inner import gradient_descent
+from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_rows
+from imaml_ext.meta.curvature import CURVATURES, curvature_operator
+from imaml_ext.meta.implicit import REACTIONS, implicit_solve
+from imaml_ext.models import LossFunction, TaskLoss
+from imaml_ext.ops import Coefficient
+
+
+def prox_solve(
+    loss: LossFunction,
+    theta: Tensor,
+    lam: Coefficient,
+    data: Any,
+    *,
+    steps: int,
+    lr: Coefficient,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    tolerance: float | None = None,
+    cg_steps: int = 20,
+    cg_rtol: float = 1e-6,
+    damping: float = 0.0,
+    curvature: str = "hessian",
+    negative_curvature: str = "raise",
+    num_tasks: int | None = None,
+) -> Tensor:
+    """φ_b(θ, λ) ≈ argmin_φ L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, with an implicit derivative.
+
+    The gradient with respect to θ and λ is that of the exact minimiser, evaluated at the φ that `steps` have reached:
+    for an outer gradient v, (H + Λ + δI) u = v by conjugate gradients, θ̄ = Λu, λ̄ = −u ⊙ (φ − θ), summed over what
+    shares an entry. It does not depend on the path of the inner solver, nor does memory; how close it is depends on how
+    near φ is to the minimiser and on how well CG solves. No gradient flows into `data` or into what `loss` closes over.
+    Once differentiable.
+
+    Args:
+        loss: losses [B] = loss(params [B, N], data), row b from row b alone.
+        theta: [N] or [B, N], float32 or float64. lam: λ > 0, a number or a tensor [], [B], [N] or [B, N].
+        data: handed to `loss`.
+        steps, lr, optimizer, momentum, nesterov, tolerance, num_tasks: as `imaml_ext.inner.gradient_descent`.
+        cg_steps, cg_rtol, damping, negative_curvature: as `imaml_ext.meta.implicit_solve`; by default an indefinite
+            system raises in the backward pass, which waits for the device for that.
+        curvature: "hessian" or "gauss_newton".
+
+    Returns:
+        phi [B, N], with a graph where theta or lam requires a gradient.
+
+    Raises:
+        TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
+        CGError: in the backward pass; see `negative_curvature`.
+
+    Source: Rajeswaran et al., arXiv 1909.04630, Lemma 1; Domke, Generic methods for optimization-based modeling (2012).
+    """
+    check_choice("curvature", curvature, CURVATURES)
+    check_choice("negative_curvature", negative_curvature, REACTIONS)
+    check_int("cg_steps", cg_steps, minimum=1)
+    check_number("cg_rtol", cg_rtol, at_least=0)
+    check_number("damping", damping, at_least=0)
+    if curvature == "gauss_newton" and not isinstance(loss, TaskLoss):
+        raise TypeError(f"loss must be a TaskLoss with curvature='gauss_newton', got {type(loss).__name__}")
+    if not isinstance(lam, Tensor):
+        check_number("lam", lam, above=0)
+    rows, tasks = task_rows(theta, data, num_tasks)  # [1 or B, N]
+    coefficient = ops.as_coefficient(lam, "lam", rows.detach().expand(tasks, -1))  # [1 or B, 1 or N], with its graph
+
+    def solve(theta_rows: Tensor, lam_rows: Tensor) -> Tensor:
+        return gradient_descent(
+            loss,
+            theta_rows if theta_rows.shape[0] == tasks else theta_rows[0],
+            data,
+            lam=lam_rows,
+            steps=steps,
+            lr=lr,
+            optimizer=optimizer,
+            momentum=momentum,
+            nesterov=nesterov,
+            tolerance=tolerance,
+            num_tasks=tasks,
+        ).phi
+
+    def differentiate(phi: Tensor, lam_rows: Tensor, v: Tensor) -> Tensor:
+        return implicit_solve(
+            curvature_operator(curvature, loss, phi, data),
+            v,
+            lam=lam_rows,
+            damping=damping,
+            cg_steps=cg_steps,
+            cg_rtol=cg_rtol,
+            negative_curvature=negative_curvature,
+        ).u
+
+    return _ProxSolve.apply(rows, coefficient, solve, differentiate)
+
+
+class _ProxSolve(torch.autograd.Function):
+    """theta [1 or B, N], lam [1 or B, 1 or N] -> phi [B, N]."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, lam: Tensor, solve: Any, differentiate: Any) -> Tensor:
+        phi = solve(theta, lam)
+        ctx.save_for_backward(theta, lam, phi)
+        ctx.differentiate = differentiate
+        return phi
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        theta, lam, phi = ctx.saved_tensors
+        needs_theta, needs_lam, *_ = ctx.needs_input_grad
+        with torch.no_grad():
+            u = ctx.differentiate(phi, lam, grad.contiguous())  # (H + Λ + δI) u = v
+            by_theta = (lam * u).sum_to_size(theta.shape) if needs_theta else None
+            by_lam = (-u * (phi - theta)).sum_to_size(lam.shape) if needs_lam else None
+        if torch.is_grad_enabled():  # create_graph=True: differentiating the result again must fail, not give zero
+            by_theta, by_lam = (
+                None if value is None else _OnceDifferentiable.apply(value, grad, theta, lam)
+                for value in (by_theta, by_lam)
+            )
+        return by_theta, by_lam, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity in its first argument, with a derivative that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *depends_on: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "prox_solve is differentiable once: its backward pass is an iterative solve without a graph; for second "
+            "derivatives in theta or lam, differentiate through an unrolled inner solver"
+        )

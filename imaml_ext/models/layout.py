@@ -1,0 +1,93 @@
+"""Where each named parameter lies in the flat vector that the algorithms work on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Named parameters, one after another, in a flat vector of `numel` entries.
+
+    Attributes:
+        names: in the order of the flat vector; distinct.
+        shapes: one a name.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "shapes", tuple(torch.Size(shape) for shape in self.shapes))
+        if len(self.names) != len(self.shapes):
+            raise ValueError(f"shapes must hold one shape a name ({len(self.names)}), got {len(self.shapes)}")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names must be distinct, got {list(self.names)}")
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]]) -> ParameterLayout:
+        """From {name: shape}, in the order of the mapping."""
+        return cls(tuple(shapes), tuple(torch.Size(shape) for shape in shapes.values()))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each parameter begins."""
+        return tuple(accumulate(self.sizes, initial=0))[:-1]
+
+    @property
+    def numel(self) -> int:
+        """N, the entries of all parameters together."""
+        return sum(self.sizes)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Every parameter of a flat [..., N] tensor by name, [..., *shape]. Nothing is copied.
+
+        One split for all of them: its derivative is one concatenation, where slices would add up a full [..., N]
+        tensor each.
+
+        Raises:
+            TypeError, ValueError: `flat` is not a tensor whose last dimension has N entries.
+        """
+        if not isinstance(flat, Tensor):
+            raise TypeError(f"flat must be a tensor, got {type(flat).__name__}")
+        if flat.dim() < 1 or flat.shape[-1] != self.numel:
+            raise ValueError(f"flat must have shape [..., {self.numel}], got {list(flat.shape)}")
+        pieces = flat.split(self.sizes, dim=-1)
+        return {
+            name: piece.view(*flat.shape[:-1], *shape)
+            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
+        }
+
+    def flatten(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `views`: {name: [..., *shape]} to one flat [..., N] tensor (a copy).
+
+        Raises:
+            ValueError: names are missing or unknown, or shapes do not fit.
+        """
+        missing = [name for name in self.names if name not in parameters]
+        unknown = [name for name in parameters if name not in self.names]
+        if missing or unknown:
+            raise ValueError(f"parameters must be named {list(self.names)}; missing {missing}, unknown {unknown}")
+        lead: torch.Size | None = None
+        pieces = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            value = parameters[name]
+            ahead = value.dim() - len(shape)
+            if ahead < 0 or value.shape[ahead:] != shape or (lead is not None and value.shape[:ahead] != lead):
+                expected = ", ".join(map(str, ["...", *shape] if lead is None else [*lead, *shape]))
+                raise ValueError(f"parameter {name!r} must have shape [{expected}], got {list(value.shape)}")
+            lead = value.shape[:ahead]
+            pieces.append(value.reshape(*lead, -1))
+        return torch.cat(pieces, dim=-1)

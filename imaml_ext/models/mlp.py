@@ -1,0 +1,73 @@
+"""A multi-layer perceptron, all tasks in one batched matrix product a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from imaml_ext.models.initialise import glorot_bound, he_bound, uniform
+from imaml_ext.models.layout import ParameterLayout
+from imaml_ext.models.task_model import TaskModel, check_inputs
+
+_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
+
+
+class MLP(TaskModel):
+    """Linear layers with a ReLU or tanh between them: inputs [B, S, *] (flattened) to outputs [B, S, out_features].
+
+    Parameters `0.weight` [in, out], `0.bias` [out], `1.weight`, …: a weight is stored as the matrix that multiplies a
+    row of features from the right. Initial weights: uniform of variance 2 / fan_in (ReLU, He et al. 2015) or
+    2 / (fan_in + fan_out) (tanh and the last layer, Glorot and Bengio 2010); biases zero.
+
+    Args:
+        in_features: entries of an example. hidden: widths of the hidden layers, empty for a linear model.
+        out_features: entries of an output. activation: "relu" or "tanh".
+
+    Raises:
+        TypeError, ValueError: a size below 1, an unknown activation.
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int], out_features: int, *, activation: str = "relu") -> None:
+        widths = (in_features, *hidden, out_features)
+        names = ("in_features", *(f"hidden[{i}]" for i in range(len(hidden))), "out_features")
+        for name, width in zip(names, widths, strict=True):
+            check_size(name, width)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
+        self.widths = widths
+        self.activation = activation
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            shapes[f"{layer}.weight"] = (fan_in, fan_out)
+            shapes[f"{layer}.bias"] = (fan_out,)
+        self.layout = ParameterLayout.of(shapes)
+
+    def _initial(self, seed: int) -> dict[str, Tensor]:
+        last = len(self.widths) - 2
+        values = {}
+        for index, (name, shape) in enumerate(zip(self.layout.names, self.layout.shapes, strict=True)):
+            relu_follows = self.activation == "relu" and name != f"{last}.weight"
+            bound = 0.0 if len(shape) == 1 else he_bound(shape[0]) if relu_follows else glorot_bound(*shape)
+            values[name] = uniform(shape, bound, seed=seed, index=index)
+        return values
+
+    def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
+        x = inputs.flatten(2) if inputs.dim() > 2 else inputs.unsqueeze(2)  # [B, S, in]
+        check_inputs(x, (self.widths[0],), params)
+        p = self.layout.views(params)
+        activation = _ACTIVATIONS[self.activation]
+        for layer in range(len(self.widths) - 1):
+            if layer:
+                x = activation(x)
+            x = torch.baddbmm(p[f"{layer}.bias"].unsqueeze(1), x, p[f"{layer}.weight"])  # [B, S, out]
+        return x
+
+
+def check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,87 @@
+"""Any nn.Module as a task model."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from imaml_ext.models.layout import ParameterLayout
+from imaml_ext.models.task_model import TaskModel
+
+
+def from_module(module: nn.Module, *, batch_norm: str = "error") -> TaskModel:
+    """A `TaskModel` that calls `module` with every task's own parameters (`torch.func.functional_call` under `vmap`).
+
+    The flat row holds the parameters that require a gradient, in the order of `named_parameters()` (shared ones once);
+    frozen parameters and buffers are constants, the same for all tasks. `init` returns the values that the module has
+    when this is called, whatever the seed; the module itself is neither changed nor kept.
+
+    A module in training mode that changes its own state, or draws random numbers, is not a function of its parameters.
+    Batch norm with running statistics is refused by default; with `batch_norm="task"` it normalises by the task's own
+    batch and keeps no statistics, as few-shot learners do; in evaluation mode (`module.eval()`) it uses the running
+    statistics as constants and is accepted as it is. Dropout must be in evaluation mode.
+
+    Args:
+        module: takes a task's inputs [S, *] and returns its outputs [S, *].
+        batch_norm: "error" or "task".
+
+    Raises:
+        TypeError, ValueError: not a module, no trainable parameter, parameters of several dtypes or devices, a batch
+            norm or dropout as described above, an unknown `batch_norm`.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if batch_norm not in ("error", "task"):
+        raise ValueError(f"batch_norm must be 'error' or 'task', got {batch_norm!r}")
+    return _ModuleModel(_prepared(module, batch_norm))
+
+
+def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
+    """A copy without what the algorithms cannot differentiate through."""
+    module = copy.deepcopy(module)
+    for name, layer in module.named_modules():
+        where = f"layer {name!r} ({type(layer).__name__})" if name else f"the module ({type(layer).__name__})"
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+            raise ValueError(f"{where} has no parameters yet: call the module once on an example first")
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            if batch_norm == "task":
+                layer.track_running_stats = False
+                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            elif layer.training and layer.track_running_stats:
+                raise ValueError(
+                    f"{where} updates running statistics, which are no function of the parameters: pass "
+                    "batch_norm='task' to normalise by each task's own batch, or call module.eval() to use the "
+                    "statistics as constants"
+                )
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training and layer.p > 0:
+            raise ValueError(f"{where} draws random numbers in training mode: call its eval(), or set p = 0")
+    return module
+
+
+class _ModuleModel(TaskModel):
+    def __init__(self, module: nn.Module) -> None:
+        trainable = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("module must have at least one parameter that requires a gradient, got none")
+        for what, found in (
+            ("dtype", {str(p.dtype) for p in trainable.values()}),
+            ("device", {str(p.device) for p in trainable.values()}),
+        ):
+            if len(found) > 1:
+                raise ValueError(f"module must have parameters of one {what}, got {', '.join(sorted(found))}")
+        self.layout = ParameterLayout.of({name: p.shape for name, p in trainable.items()})
+        self._module = module.requires_grad_(False)
+        self._values = trainable
+
+    def _initial(self, seed: int) -> dict[str, Tensor]:
+        return self._values
+
+    def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
+        self._module.to(params.device, params.dtype)  # its constants; nothing to do but the first time
+
+        def one_task(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(self._module, parameters, (x,))
+
+        return vmap(one_task)(self.layout.views(params), inputs)

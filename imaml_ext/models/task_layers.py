@@ -1,0 +1,119 @@
+"""Layers with parameters of their own for every task, closed under differentiation to second order.
+
+Activations are channels-last, [B, S, H, W, C] for B tasks of S images, so that the pixels of a task are the rows of a
+matrix [B, S·H·W, C]: a convolution is one batched matrix product over patches, and no copy stands between layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _patches(x: Tensor, stride: int) -> Tensor:
+    """x [B, S, H, W, C] -> [B, S·H'·W', 9 C]: the 3×3 neighbourhoods, zero-padded by 1, every `stride` pixels."""
+    batch, *_, channels = x.shape
+    padded = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
+    windows = padded.unfold(2, 3, stride).unfold(3, 3, stride)  # [B, S, H', W', C, 3, 3], a view
+    return windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(batch, -1, 9 * channels)
+
+
+def _scatter_patches(patches: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """The adjoint of `_patches`: every pixel of [B, S, H, W, C] sums what the patches hold of it."""
+    batch, images, height, width, channels = shape
+    rows, cols = (height - 1) // stride + 1, (width - 1) // stride + 1
+    windows = patches.view(batch, images, rows, cols, 3, 3, channels)
+    padded = patches.new_zeros(batch, images, height + 2, width + 2, channels)
+    for i in range(3):
+        for j in range(3):
+            here = padded[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride]
+            here.add_(windows[:, :, :, :, i, j])
+    return padded[:, :, 1:-1, 1:-1]
+
+
+class _Patches(torch.autograd.Function):
+    """Linear, so its derivative is its adjoint and the derivative of that is itself, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
+        ctx.shape, ctx.stride = x.shape, stride
+        return _patches(x, stride)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ScatterPatches.apply(grad, ctx.shape, ctx.stride), None
+
+
+class _ScatterPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, shape: torch.Size, stride: int) -> Tensor:
+        ctx.stride = stride
+        return _scatter_patches(patches, shape, stride)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Patches.apply(grad, ctx.stride), None, None
+
+
+def conv3x3(x: Tensor, weight: Tensor, *, stride: int) -> Tensor:
+    """A 3×3 convolution with a weight a task, zero padding 1, no bias.
+
+    Args:
+        x: [B, S, H, W, C]. weight: [B, 3, 3, C, C'].
+
+    Returns [B, S, ⌈H/stride⌉, ⌈W/stride⌉, C'].
+    """
+    batch, images, height, width, _ = x.shape
+    out = torch.bmm(_Patches.apply(x, stride), weight.flatten(1, 3))  # [B, S·H'·W', 9 C] · [B, 9 C, C']
+    return out.view(batch, images, (height - 1) // stride + 1, (width - 1) // stride + 1, -1)
+
+
+class _Standardise(torch.autograd.Function):
+    """x [B, P, C] -> (x − mean) / √(var + ε) over the P rows of a task, and 1 / √(var + ε) [B, 1, C].
+
+    The second output makes the derivative an expression in outputs alone, which autograd differentiates again:
+    x̄ = s · (ȳ − mean ȳ) − y · (s · mean(ȳ y) + s̄ s² / P).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
+        scale = torch.rsqrt(variance + eps)
+        y = (x - mean).mul_(scale)
+        ctx.save_for_backward(y, scale)
+        ctx.set_materialize_grads(False)
+        return y, scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor | None, None]:
+        y, scale = ctx.saved_tensors
+        if grad is None and grad_scale is None:
+            return None, None
+        along_y = 0.0 if grad_scale is None else grad_scale * scale.square() / y.shape[1]
+        if grad is None:
+            return -y * along_y, None
+        along_y = along_y + scale * (grad * y).mean(1, keepdim=True)  # [B, 1, C]
+        return torch.addcmul(scale * (grad - grad.mean(1, keepdim=True)), y, along_y, value=-1), None
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Batch normalisation by the statistics of the task's own batch, in training and in testing alike.
+
+    Args:
+        x: [B, S, H, W, C]. weight, bias: [B, C].
+    """
+    y, _ = _Standardise.apply(x.flatten(1, 3), eps)
+    return torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1)).view_as(x)
+
+
+def max_pool2x2(x: Tensor) -> Tensor:
+    """The largest of every 2×2 pixels, a last odd row or column left out; equal pixels share the gradient.
+
+    x [B, S, H, W, C] -> [B, S, ⌊H/2⌋, ⌊W/2⌋, C].
+    """
+    batch, images, height, width, channels = x.shape
+    rows, cols = height // 2, width // 2
+    x = x[:, :, : 2 * rows, : 2 * cols].reshape(batch, images, rows, 2, cols, 2, channels)
+    return x.amax(dim=(3, 5))
