@@ -15,13 +15,14 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-void begin(const at::Tensor& b, const std::optional<at::Tensor>& hx, const CgOptions& o, at::Tensor& x, at::Tensor& r,
-           at::Tensor& state, at::Tensor& status, at::Tensor& iterations) {
+void begin(const at::Tensor& b, const std::optional<at::Tensor>& hx, const CgOptions& o,
+           const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
+           at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction) {
   static const auto op =
-      find_op<void(const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&,
-                   const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&)>(
-          "imaml_ext::cg_begin_");
-  op.call(b, hx, o.shift, o.rtol, o.atol, x, r, state, status, iterations);
+      find_op<void(const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
+                   const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&,
+                   at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool)>("imaml_ext::cg_begin_");
+  op.call(b, hx, o.shift, inverse_diagonal, o.rtol, o.atol, x, r, p, state, status, iterations, update_direction);
 }
 
 void direction(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,
@@ -70,13 +71,13 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
   if (!o.rtol.defined()) o.rtol = at::full({1}, 1e-5, wide);
   if (!o.atol.defined()) o.atol = at::zeros({1}, wide);
 
-  at::Tensor x = at::zeros_like(b);
+  at::Tensor x = at::empty_like(b);
   if (o.x0) {
     check_like("cg", "x0", o.x0->detach().contiguous(), "b", b);
     x.copy_(o.x0->detach());
   }
   at::Tensor r = at::empty_like(b);
-  at::Tensor p = at::zeros_like(b);
+  at::Tensor p = at::empty_like(b);
   at::Tensor state = at::empty({rows, kRowStateWidth}, wide);
   at::Tensor status = at::empty({rows}, b.options().dtype(at::kInt));
   at::Tensor iterations = at::empty_like(status);
@@ -91,8 +92,8 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
   // r = b − A x0,  z = M r,  p = z
   std::optional<at::Tensor> hx;
   if (o.x0) hx = apply(hvp, "hvp", x, b);
-  begin(b, hx, o, x, r, state, status, iterations);
-  if (o.max_iterations > 0) direction(precondition(), inverse_diagonal, x, r, p, state, status);
+  begin(b, hx, o, inverse_diagonal, x, r, p, state, status, iterations, /*update_direction=*/!o.preconditioner);
+  if (o.preconditioner && o.max_iterations > 0) direction(precondition(), std::nullopt, x, r, p, state, status);
 
   for (int64_t k = 0; k < o.max_iterations; ++k) {
     if (o.check_every > 0 && k % o.check_every == 0 && !status.ge(kIterating).any().item<bool>()) break;

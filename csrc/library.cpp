@@ -5,8 +5,9 @@ TORCH_LIBRARY(imaml_ext, m) {
   // Conjugate gradients. state [B, 6] float64 and status [B] int32 live on the device of the vectors; a row's fields
   // are those of RowState and RowStatus in cg_row.h. Coefficients have shape [1 or B, 1 or N].
   m.def(
-      "cg_begin_(Tensor b, Tensor? hx, Tensor shift, Tensor rtol, Tensor atol, Tensor(a!) x, Tensor(b!) r, "
-      "Tensor(c!) state, Tensor(d!) status, Tensor(e!) iterations) -> ()");
+      "cg_begin_(Tensor b, Tensor? hx, Tensor shift, Tensor? inverse_diagonal, Tensor rtol, Tensor atol, "
+      "Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) state, Tensor(e!) status, Tensor(f!) iterations, "
+      "bool update_direction=True) -> ()");
   m.def(
       "cg_direction_(Tensor? z, Tensor? inverse_diagonal, Tensor x, Tensor r, Tensor(a!) p, Tensor(b!) state, "
       "Tensor(c!) status) -> ()");

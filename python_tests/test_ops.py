@@ -133,7 +133,7 @@ def _cg_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     iterations = torch.zeros_like(status)
     x = torch.zeros_like(b)
     return {
-        "cg_begin_": (b, None, shift, tolerance, tolerance, x, r, state, status, iterations),
+        "cg_begin_": (b, None, shift, inverse, tolerance, tolerance, x, r, p, state, status, iterations, True),
         "cg_direction_": (z, None, x, r, p, state, status),
         "cg_step_": (2 * p, b, shift, inverse, x, r, p, state, status, iterations, True),
     }

@@ -64,6 +64,18 @@ void next_direction(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_
 }
 
 template <typename T>
+double dot_rz(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
+  double rz = 0.0;
+  for (const double piece : over_pieces<double>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+         return kernels.dot_rz(a, row, begin, end);
+       })) {
+    rz += piece;
+  }
+  return rz;
+}
+
+// r = b − A x0,  z = M r,  p = z
+template <typename T>
 void begin_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
   BeginSums sums;
   for (const BeginSums& s : over_pieces<BeginSums>(a.cols, split_row, [&](int64_t begin, int64_t end) {
@@ -77,7 +89,13 @@ void begin_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row
   a.iterations[row] = 0;
   a.status[row] = row_begin(a.state[row], sums.bb, sums.rr, sums.xx, a.rtol[row * a.rtol_stride],
                             a.atol[row * a.atol_stride], a.unit_roundoff(), clear_solution);
-  if (clear_solution) std::fill_n(a.x + row * a.cols, a.cols, T(0));
+  if (clear_solution || a.hp == nullptr) std::fill_n(a.x + row * a.cols, a.cols, T(0));
+  if (a.update_direction && row_is_active(a.status[row])) {
+    const double rz = a.inverse_diagonal.data != nullptr ? dot_rz(a, kernels, row, split_row) : sums.rr;
+    next_direction(a, kernels, row, split_row, rz, /*take_step=*/false, 0.0);
+  }
+  // Even a row that is over has a direction, for the operator to be given something finite.
+  if (!a.update_direction || !row_is_active(a.status[row])) std::fill_n(a.p + row * a.cols, a.cols, T(0));
 }
 
 template <typename T>
@@ -135,14 +153,7 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
 template <typename T>
 void direction_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
   if (!row_is_active(a.status[row])) return;
-  double rz = 0.0;
-  if (a.status[row] == kIterating) {
-    for (double s : over_pieces<double>(a.cols, split_row, [&](int64_t begin, int64_t end) {
-           return kernels.dot_rz(a, row, begin, end);
-         })) {
-      rz += s;
-    }
-  }
+  const double rz = a.status[row] == kIterating ? dot_rz(a, kernels, row, split_row) : 0.0;
   next_direction(a, kernels, row, split_row, rz, /*take_step=*/false, 0.0);
 }
 
@@ -159,12 +170,14 @@ void run(const char* op, const CgTensors& tensors, bool update_direction, const 
 }
 
 void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
-               const at::Tensor& rtol, const at::Tensor& atol, at::Tensor& x, at::Tensor& r, at::Tensor& state,
-               at::Tensor& status, at::Tensor& iterations) {
+               const std::optional<at::Tensor>& inverse_diagonal, const at::Tensor& rtol, const at::Tensor& atol,
+               at::Tensor& x, at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status,
+               at::Tensor& iterations, bool update_direction) {
   CgTensors t;
   t.b = b, t.hp = hx.value_or(at::Tensor()), t.shift = shift, t.rtol = rtol, t.atol = atol;
-  t.x = x, t.r = r, t.state = state, t.status = status, t.iterations = iterations;
-  run("cg_begin_", t, true, [](const auto&... row) { begin_row(row...); });
+  t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
+  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
+  run("cg_begin_", t, update_direction, [](const auto&... row) { begin_row(row...); });
 }
 
 void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,

@@ -33,62 +33,6 @@ struct Desk {
   bool clear_solution;
 };
 
-// r = b − (H x0 + shift x0), or b itself;   ‖b‖², ‖r‖², ‖x0‖²
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
-  using C = typename CgArguments<T>::C;
-  __shared__ TeamStorage<1> storage;
-  __shared__ Desk desk;
-  RowTeam<1> team(storage);
-  const int64_t row = team.row();
-  const int64_t start = row * a.cols;
-
-  double sums[3] = {0.0, 0.0, 0.0};
-  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
-    const auto b = load_pack<V>(a.b + start + i);
-    Pack<T, V> r = b;
-    if (a.hp != nullptr) {
-      const auto hx = load_pack<V>(a.hp + start + i);
-      const auto x = load_pack<V>(a.x + start + i);
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const C x_k = static_cast<C>(x.v[k]);
-        r.v[k] = static_cast<T>(static_cast<C>(b.v[k]) - (static_cast<C>(hx.v[k]) + at(a.shift, row, i + k) * x_k));
-        sums[2] += static_cast<double>(x_k) * static_cast<double>(x_k);
-      }
-    }
-    store_pack<V>(a.r + start + i, r);
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const double b_k = static_cast<double>(static_cast<C>(b.v[k]));
-      const double r_k = static_cast<double>(static_cast<C>(r.v[k]));
-      sums[0] += b_k * b_k;
-      sums[1] += r_k * r_k;
-    }
-  });
-  team.sum(0, sums);
-  if (threadIdx.x == 0) {
-    const double* s = storage.team_sums[0];
-    desk.status = row_begin(desk.state, s[0], s[1], s[2], a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
-                            a.unit_roundoff(), desk.clear_solution);
-  }
-  __syncthreads();
-  if (desk.clear_solution) {
-    for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
-      Pack<T, V> zero;
-#pragma unroll
-      for (int k = 0; k < V; ++k) zero.v[k] = static_cast<T>(0.0f);
-      store_pack<V>(a.x + start + i, zero);
-    });
-  }
-  team.sync();  // no block leaves while another may still read its sums
-  if (team.leads()) {
-    a.state[row] = desk.state;
-    a.status[row] = desk.status;
-    a.iterations[row] = 0;
-  }
-}
-
 // x ← x + α p,   then   p ← z + β p   or   p ← x
 template <typename T, int V>
 __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const Desk& desk) {
@@ -124,6 +68,102 @@ __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>
       store_pack<V>(a.p + start + i, p);
     }
   });
+}
+
+// rᵀz, z a callable's, M r or r; a sum over the team in slot `slot`
+template <typename T, int V>
+__device__ __forceinline__ double dot_rz(const CgArguments<T>& a, RowTeam<3>& team, int slot) {
+  using C = typename CgArguments<T>::C;
+  const int64_t row = team.row();
+  const int64_t start = row * a.cols;
+  double rz[1] = {0.0};
+  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+    const auto r = load_pack<V>(a.r + start + i);
+    const auto source = load_pack<V>((a.z != nullptr ? a.z : a.r) + start + i);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      C z = static_cast<C>(source.v[k]);
+      if (a.inverse_diagonal.data != nullptr) z = at(a.inverse_diagonal, row, i + k) * z;
+      rz[0] += static_cast<double>(static_cast<C>(r.v[k])) * static_cast<double>(z);
+    }
+  });
+  team.sum(slot, rz);
+  return team.storage.team_sums[slot][0];
+}
+
+// r = b − (H x0 + shift x0), or b itself;   ‖b‖², ‖r‖², ‖x0‖²
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
+  using C = typename CgArguments<T>::C;
+  __shared__ TeamStorage<3> storage;
+  __shared__ Desk desk;
+  RowTeam<3> team(storage);
+  const int64_t row = team.row();
+  const int64_t start = row * a.cols;
+
+  double sums[3] = {0.0, 0.0, 0.0};
+  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+    const auto b = load_pack<V>(a.b + start + i);
+    Pack<T, V> r = b;
+    if (a.hp != nullptr) {
+      const auto hx = load_pack<V>(a.hp + start + i);
+      const auto x = load_pack<V>(a.x + start + i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const C x_k = static_cast<C>(x.v[k]);
+        r.v[k] = static_cast<T>(static_cast<C>(b.v[k]) - (static_cast<C>(hx.v[k]) + at(a.shift, row, i + k) * x_k));
+        sums[2] += static_cast<double>(x_k) * static_cast<double>(x_k);
+      }
+    }
+    store_pack<V>(a.r + start + i, r);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const double b_k = static_cast<double>(static_cast<C>(b.v[k]));
+      const double r_k = static_cast<double>(static_cast<C>(r.v[k]));
+      sums[0] += b_k * b_k;
+      sums[1] += r_k * r_k;
+    }
+  });
+  team.sum(0, sums);
+  if (threadIdx.x == 0) {
+    const double* s = storage.team_sums[0];
+    desk.status = row_begin(desk.state, s[0], s[1], s[2], a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
+                            a.unit_roundoff(), desk.clear_solution);
+    desk.take_step = false;
+    desk.alpha = 0.0;
+    desk.beta = 0.0;
+  }
+  __syncthreads();
+
+  // z = M r,  rᵀz,  p = z
+  if (a.update_direction && row_is_active(desk.status)) {
+    double rz = storage.team_sums[0][1];
+    if (a.inverse_diagonal.data != nullptr) rz = dot_rz<T, V>(a, team, 1);
+    __syncthreads();  // every thread has read the status
+    if (threadIdx.x == 0) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
+    __syncthreads();
+    update<T, V>(a, team, desk);
+  }
+
+  // x = 0 unless it is a warm start to keep. Even a row that is over has a direction, for the operator to be given
+  // something finite.
+  const bool clear_solution = desk.clear_solution || a.hp == nullptr;
+  const bool clear_direction = !a.update_direction || !row_is_active(desk.status);
+  if (clear_solution || clear_direction) {
+    for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+      Pack<T, V> zero;
+#pragma unroll
+      for (int k = 0; k < V; ++k) zero.v[k] = static_cast<T>(0.0f);
+      if (clear_solution) store_pack<V>(a.x + start + i, zero);
+      if (clear_direction) store_pack<V>(a.p + start + i, zero);
+    });
+  }
+  team.sync();  // no block leaves while another may still read its sums
+  if (team.leads()) {
+    a.state[row] = desk.state;
+    a.status[row] = desk.status;
+    a.iterations[row] = 0;
+  }
 }
 
 template <typename T, int V>
@@ -242,12 +282,10 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
 // z = M r,  rᵀz,  p ← z + β p   (or p ← x for a row that verifies)
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
-  using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
   __shared__ Desk desk;
   RowTeam<3> team(storage);
   const int64_t row = team.row();
-  const int64_t start = row * a.cols;
   if (threadIdx.x == 0) {
     desk.state = a.state[row];
     desk.status = a.status[row];
@@ -256,21 +294,8 @@ __global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
   }
   __syncthreads();
   if (!row_is_active(desk.status)) return;
-  double rz[1] = {0.0};
-  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
-    const auto r = load_pack<V>(a.r + start + i);
-    const auto source = load_pack<V>((a.z != nullptr ? a.z : a.r) + start + i);
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      C z = static_cast<C>(source.v[k]);
-      if (a.inverse_diagonal.data != nullptr) z = at(a.inverse_diagonal, row, i + k) * z;
-      rz[0] += static_cast<double>(static_cast<C>(r.v[k])) * static_cast<double>(z);
-    }
-  });
-  team.sum(0, rz);
-  if (threadIdx.x == 0) {
-    desk.beta = row_direction(desk.state, desk.status, storage.team_sums[0][0], a.largest());
-  }
+  const double rz = dot_rz<T, V>(a, team, 0);
+  if (threadIdx.x == 0) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
   __syncthreads();
   update<T, V>(a, team, desk);
   team.sync();
@@ -297,12 +322,14 @@ void run(const char* op, const CgTensors& tensors, bool update_direction, const 
 }
 
 void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
-               const at::Tensor& rtol, const at::Tensor& atol, at::Tensor& x, at::Tensor& r, at::Tensor& state,
-               at::Tensor& status, at::Tensor& iterations) {
+               const std::optional<at::Tensor>& inverse_diagonal, const at::Tensor& rtol, const at::Tensor& atol,
+               at::Tensor& x, at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status,
+               at::Tensor& iterations, bool update_direction) {
   CgTensors t;
   t.b = b, t.hp = hx.value_or(at::Tensor()), t.shift = shift, t.rtol = rtol, t.atol = atol;
-  t.x = x, t.r = r, t.state = state, t.status = status, t.iterations = iterations;
-  run("cg_begin_", t, true, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+  t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
+  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
+  run("cg_begin_", t, update_direction, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
     launch_row_teams(begin_kernel<T, V>, a.rows, a.cols, a);
   });
 }
