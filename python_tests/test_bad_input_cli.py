@@ -126,12 +126,20 @@ class TestRunDirectory:
             assert_one_sentence(process, "cannot write", "No space left on device")
             self._nothing_half_written(run)
 
-    @pytest.mark.parametrize("size", [3000, 6000])
-    def test_file_size_limit(self, tmp_path: Path, size: int) -> None:
-        """The same without a mount: no file of the run may be larger than so many bytes."""
+    @pytest.mark.parametrize(
+        ("file", "knobs"),
+        [
+            ("step-00000020.pt", ["--run.log-every", "20", "--run.checkpoint-every", "20"]),
+            ("metrics.jsonl", ["--run.log-every", "1", "--run.checkpoint-every", "1000"]),
+        ],
+    )
+    def test_file_size_limit(self, tmp_path: Path, file: str, knobs: list[str]) -> None:
+        """The same without a mount: no file of the run may be larger than 4,000 bytes."""
         run = tmp_path / "run"
-        process = imaml_process("train", "sinusoid-5shot", *self.KNOBS, "--run-dir", run, limit_file_size=size)
-        assert_one_sentence(process, "cannot write", "File too large")
+        process = imaml_process(
+            "train", "sinusoid-5shot", *SMALL, "--outer.steps", 60, *knobs, "--run-dir", run, limit_file_size=4000
+        )
+        assert_one_sentence(process, f"{file}: File too large")
         self._nothing_half_written(run)
 
     @staticmethod

@@ -48,7 +48,9 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     tested = imaml("evaluate", run, "--output", output)
     assert tested.returncode == 0, tested.stderr
     assert tested.stdout.startswith("test mean squared error")
-    assert json.loads(output.read_text()) == result["test"]
+    evaluated = json.loads(output.read_text())
+    assert evaluated["loss"] == pytest.approx(result["test"]["loss"], rel=1e-6)
+    assert evaluated.keys() == result["test"].keys()
 
     again = imaml("train", "sinusoid-5shot", "--run-dir", run, "--resume")  # its own settings, not the preset's
     assert again.returncode == 0, again.stderr

@@ -97,7 +97,13 @@ class TestMetricsLog:
         log = MetricsLog(path, keep_until_step=0)
         log.append({"step": 1})
         before, write = path.read_bytes(), os.pwrite
-        monkeypatch.setattr(os, "pwrite", lambda descriptor, line, at: write(descriptor, line[:5], at))  # a full disk
+
+        def almost_full(descriptor: int, line: bytes, at: int) -> int:
+            if at > len(before):
+                raise OSError(28, "No space left on device")
+            return write(descriptor, line[:5], at)
+
+        monkeypatch.setattr(os, "pwrite", almost_full)
         with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left"):
             log.append({"step": 2})
         monkeypatch.undo()

@@ -175,9 +175,9 @@ class MetricsLog:
         """
         line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
         try:
-            written = os.pwrite(self._descriptor, line, self._size)
-            if written < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = 0
+            while written < len(line):  # a disk that is almost full takes a part, and says at the next write why
+                written += os.pwrite(self._descriptor, line[written:], self._size + written)
         except OSError as error:
             os.ftruncate(self._descriptor, self._size)
             raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
