@@ -11,8 +11,8 @@ namespace py = pybind11;
 
 namespace {
 
-// A Python callable as a C++ one. The loop runs without the GIL; it is held only in here, and an exception raised by the
-// callable comes out of the loop as the same exception.
+// A Python callable as a C++ one. The loop runs without the GIL; it is held only in here, and an exception raised by
+// the callable comes out of the loop as the same exception.
 imaml_ext::RowOperator row_operator(const py::object& callable, const char* name) {
   return [callable = callable.ptr(), name](const at::Tensor& argument) {
     py::gil_scoped_acquire gil;
@@ -25,8 +25,7 @@ imaml_ext::RowOperator row_operator(const py::object& callable, const char* name
 
 py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift, const std::optional<at::Tensor>& x0,
              int64_t max_iterations, const at::Tensor& rtol, const at::Tensor& atol,
-             const std::optional<at::Tensor>& inverse_diagonal, const py::object& preconditioner,
-             int64_t check_every) {
+             const std::optional<at::Tensor>& inverse_diagonal, const py::object& preconditioner, int64_t check_every) {
   imaml_ext::CgOptions options;
   options.shift = shift;
   options.x0 = x0;

@@ -1,8 +1,8 @@
 // Validated arguments of the conjugate-gradient ops, as plain pointers: what a kernel sees.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/OpMathType.h>
+#include <ATen/core/Tensor.h>
 #include <limits>
 #include <utility>
 
@@ -17,12 +17,12 @@ struct CgArguments {
   using C = at::opmath_type<T>;  // float for bfloat16, float16, float32; double for float64
   int64_t rows = 0;
   int64_t cols = 0;
-  const T* b = nullptr;         // [B, N]
-  const T* hp = nullptr;        // [B, N]  H p (cg_begin_: H x0, or null)
-  const T* z = nullptr;         // [B, N]  M r, where a callable made it
-  T* x = nullptr;               // [B, N]
-  T* r = nullptr;               // [B, N]
-  T* p = nullptr;               // [B, N]
+  const T* b = nullptr;   // [B, N]
+  const T* hp = nullptr;  // [B, N]  H p (cg_begin_: H x0, or null)
+  const T* z = nullptr;   // [B, N]  M r, where a callable made it
+  T* x = nullptr;         // [B, N]
+  T* r = nullptr;         // [B, N]
+  T* p = nullptr;         // [B, N]
   Coefficient<C> shift;
   Coefficient<C> inverse_diagonal;
   const double* rtol = nullptr;  // [B] or one for all (stride 0)

@@ -58,8 +58,7 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
   TORCH_CHECK_VALUE(static_cast<bool>(hvp), "cg: hvp must be callable, got an empty function");
   const at::Tensor b = b_in.detach().contiguous();
   check_rows("cg", "b", b);
-  TORCH_CHECK_VALUE(options.max_iterations >= 0, "cg: max_iterations must be at least 0, got ",
-                    options.max_iterations);
+  TORCH_CHECK_VALUE(options.max_iterations >= 0, "cg: max_iterations must be at least 0, got ", options.max_iterations);
   TORCH_CHECK_VALUE(options.check_every >= 0, "cg: check_every must be at least 0, got ", options.check_every);
   TORCH_CHECK_VALUE(!(options.preconditioner && options.inverse_diagonal.defined()),
                     "cg: preconditioner must be either a diagonal or a callable, got both");

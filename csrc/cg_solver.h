@@ -17,14 +17,14 @@ namespace imaml_ext {
 using RowOperator = std::function<at::Tensor(const at::Tensor&)>;
 
 struct CgOptions {
-  at::Tensor shift;                   // [1 or B, 1 or N], float32 (float64 beside float64 vectors); undefined: none
-  std::optional<at::Tensor> x0;       // [B, N], dtype and device of b
-  int64_t max_iterations = 5;         // calls of hvp, beside the one that a warm start needs
-  at::Tensor rtol;                    // [1 or B] float64; undefined: 1e-5
-  at::Tensor atol;                    // [1 or B] float64; undefined: 0
-  at::Tensor inverse_diagonal;        // [1 or B, 1 or N], the type of shift: z = inverse_diagonal ∘ r; undefined: none
-  RowOperator preconditioner;         // z = M r; empty: none
-  int64_t check_every = 0;            // k > 0: look every k iterations whether all rows are done; 0: never look
+  at::Tensor shift;              // [1 or B, 1 or N], float32 (float64 beside float64 vectors); undefined: none
+  std::optional<at::Tensor> x0;  // [B, N], dtype and device of b
+  int64_t max_iterations = 5;    // calls of hvp, beside the one that a warm start needs
+  at::Tensor rtol;               // [1 or B] float64; undefined: 1e-5
+  at::Tensor atol;               // [1 or B] float64; undefined: 0
+  at::Tensor inverse_diagonal;   // [1 or B, 1 or N], the type of shift: z = inverse_diagonal ∘ r; undefined: none
+  RowOperator preconditioner;    // z = M r; empty: none
+  int64_t check_every = 0;       // k > 0: look every k iterations whether all rows are done; 0: never look
 };
 
 struct CgResult {
@@ -34,8 +34,8 @@ struct CgResult {
   at::Tensor residual_norm;  // [B] float64, ‖b − A x‖; NaN where nothing has measured it
 };
 
-// Throws c10::ValueError / c10::TypeError for arguments that do not fit together (see CgOptions), and passes on whatever
-// `hvp` and `preconditioner` throw.
+// Throws c10::ValueError / c10::TypeError for arguments that do not fit together (see CgOptions), and passes on
+// whatever `hvp` and `preconditioner` throw.
 CgResult cg(const RowOperator& hvp, const at::Tensor& b, const CgOptions& options = {});
 
 }  // namespace imaml_ext

@@ -1,8 +1,8 @@
 // Argument checks shared by every op. Each failure is one sentence: the argument, what was expected, what came.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/OpMathType.h>
+#include <ATen/core/Tensor.h>
 
 #include "coefficient.h"
 

@@ -11,9 +11,9 @@ at::ScalarType ProxTensors::check(const char* op) const {
   if (grad.defined()) check_like(op, "grad", grad, "phi", phi);
   if (first.defined()) check_like(op, first_name, first, "phi", phi);
   if (second.defined()) check_like(op, "exp_avg_sq", second, "phi", phi);
-  TORCH_CHECK_VALUE(theta.dim() == 2 && (theta.size(0) == 1 || theta.size(0) == phi.size(0)) &&
-                        theta.size(1) == phi.size(1),
-                    op, ": theta must have shape [1 or ", phi.size(0), ", ", phi.size(1), "], got ", theta.sizes());
+  TORCH_CHECK_VALUE(
+      theta.dim() == 2 && (theta.size(0) == 1 || theta.size(0) == phi.size(0)) && theta.size(1) == phi.size(1), op,
+      ": theta must have shape [1 or ", phi.size(0), ", ", phi.size(1), "], got ", theta.sizes());
   check_like(op, "theta", theta, "phi", theta.size(0) == phi.size(0) ? phi : phi.narrow(0, 0, theta.size(0)));
   check_coefficient(op, "lam", lam, phi);
   if (lr.defined()) check_coefficient(op, "lr", lr, phi);

@@ -25,12 +25,12 @@ struct ProxArguments {
   using C = at::opmath_type<T>;
   int64_t rows = 0;
   int64_t cols = 0;
-  T* phi = nullptr;             // [B, N]
-  T* grad = nullptr;            // [B, N]; written by prox_gradient_ only
-  const T* theta = nullptr;     // [1 or B, N]
+  T* phi = nullptr;          // [B, N]
+  T* grad = nullptr;         // [B, N]; written by prox_gradient_ only
+  const T* theta = nullptr;  // [1 or B, N]
   int64_t theta_row_stride = 0;
-  T* first = nullptr;           // [B, N]  velocity, or Adam's first moment
-  T* second = nullptr;          // [B, N]  Adam's second moment
+  T* first = nullptr;   // [B, N]  velocity, or Adam's first moment
+  T* second = nullptr;  // [B, N]  Adam's second moment
   Coefficient<C> lam;
   Coefficient<C> lr;
   C* penalty = nullptr;  // [B]

@@ -66,9 +66,8 @@ void next_direction(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_
 template <typename T>
 double dot_rz(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
   double rz = 0.0;
-  for (const double piece : over_pieces<double>(a.cols, split_row, [&](int64_t begin, int64_t end) {
-         return kernels.dot_rz(a, row, begin, end);
-       })) {
+  for (const double piece : over_pieces<double>(
+           a.cols, split_row, [&](int64_t begin, int64_t end) { return kernels.dot_rz(a, row, begin, end); })) {
     rz += piece;
   }
   return rz;
@@ -78,9 +77,8 @@ double dot_rz(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
 template <typename T>
 void begin_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
   BeginSums sums;
-  for (const BeginSums& s : over_pieces<BeginSums>(a.cols, split_row, [&](int64_t begin, int64_t end) {
-         return kernels.begin(a, row, begin, end);
-       })) {
+  for (const BeginSums& s : over_pieces<BeginSums>(
+           a.cols, split_row, [&](int64_t begin, int64_t end) { return kernels.begin(a, row, begin, end); })) {
     sums.bb += s.bb;
     sums.rr += s.rr;
     sums.xx += s.xx;
@@ -107,9 +105,8 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
 
   // A p = H p + shift p,  pᵀAp
   Curvature curvature{0.0, 0.0, 0.0};
-  for (const Curvature& c : over_pieces<Curvature>(a.cols, split_row, [&](int64_t begin, int64_t end) {
-         return kernels.curvature(a, row, begin, end);
-       })) {
+  for (const Curvature& c : over_pieces<Curvature>(
+           a.cols, split_row, [&](int64_t begin, int64_t end) { return kernels.curvature(a, row, begin, end); })) {
     curvature.pAp += c.pAp;
     curvature.ApAp += c.ApAp;
     curvature.pp += c.pp;
@@ -143,8 +140,7 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
     sums.rr += s.rr;
     sums.rz += s.rz;
   }
-  const bool take_step =
-      row_residual(state, status, a.iterations[row], alpha, curvature, sums.rr, a.unit_roundoff());
+  const bool take_step = row_residual(state, status, a.iterations[row], alpha, curvature, sums.rr, a.unit_roundoff());
 
   // x ← x + α p,  p ← z + β p
   next_direction(a, kernels, row, split_row, sums.rz, take_step, alpha);

@@ -64,8 +64,8 @@ struct Passes {
     Sum rr, rz;
     sweep(first, last, [&](int64_t i, int n) {
       const auto Ap = load(a.hp + at + i, n) + shift.at(i, n) * load(a.p + at + i, n);
-      const auto r = rounded<T>(from == ResidualFrom::kSolution ? load(a.b + at + i, n) - Ap
-                                                                : load(a.r + at + i, n) - step * Ap);
+      const auto r =
+          rounded<T>(from == ResidualFrom::kSolution ? load(a.b + at + i, n) - Ap : load(a.r + at + i, n) - step * Ap);
       store(a.r + at + i, r, n);
       const auto wide = widen(r);
       rr.add(wide * wide);

@@ -2,26 +2,26 @@
 
 namespace imaml_ext {
 
-#define IMAML_DECLARE_TABLES(target)       \
-  namespace target {                       \
-  template <typename T>                    \
-  const CgKernels<T>& cg_table();          \
-  template <typename T>                    \
-  const ProxKernels<T>& prox_table();      \
+#define IMAML_DECLARE_TABLES(target)  \
+  namespace target {                  \
+  template <typename T>               \
+  const CgKernels<T>& cg_table();     \
+  template <typename T>               \
+  const ProxKernels<T>& prox_table(); \
   }
 IMAML_DECLARE_TABLES(baseline)
 #if defined(__x86_64__)
 IMAML_DECLARE_TABLES(avx2)
 IMAML_DECLARE_TABLES(avx512)
-#define IMAML_CHOOSE_TABLE(table)                                              \
-  switch (cpu_capability()) {                                                  \
-    case CpuCapability::kAvx512:                                               \
-      return avx512::table<T>();                                               \
-    case CpuCapability::kAvx2:                                                 \
-      return avx2::table<T>();                                                 \
-    case CpuCapability::kDefault:                                              \
-      break;                                                                   \
-  }                                                                            \
+#define IMAML_CHOOSE_TABLE(table) \
+  switch (cpu_capability()) {     \
+    case CpuCapability::kAvx512:  \
+      return avx512::table<T>();  \
+    case CpuCapability::kAvx2:    \
+      return avx2::table<T>();    \
+    case CpuCapability::kDefault: \
+      break;                      \
+  }                               \
   return baseline::table<T>();
 #else
 #define IMAML_CHOOSE_TABLE(table) return baseline::table<T>();

@@ -59,13 +59,13 @@ template <typename T>
 const ProxKernels<T>& prox_kernels();
 
 // Each kernels_*.cpp defines cg_table<T>() and prox_table<T>() in the namespace of its instruction set.
-#define IMAML_INSTANTIATE_TABLES                       \
-  template const CgKernels<float>& cg_table();         \
-  template const CgKernels<double>& cg_table();        \
-  template const CgKernels<at::BFloat16>& cg_table();  \
-  template const CgKernels<at::Half>& cg_table();      \
-  template const ProxKernels<float>& prox_table();     \
-  template const ProxKernels<double>& prox_table();    \
+#define IMAML_INSTANTIATE_TABLES                          \
+  template const CgKernels<float>& cg_table();            \
+  template const CgKernels<double>& cg_table();           \
+  template const CgKernels<at::BFloat16>& cg_table();     \
+  template const CgKernels<at::Half>& cg_table();         \
+  template const ProxKernels<float>& prox_table();        \
+  template const ProxKernels<double>& prox_table();       \
   template const ProxKernels<at::BFloat16>& prox_table(); \
   template const ProxKernels<at::Half>& prox_table();
 

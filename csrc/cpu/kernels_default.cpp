@@ -1,4 +1,5 @@
-// The CPU kernels for the baseline instruction set. Every header comes first: nothing inline may be compiled for more than the baseline.
+// The CPU kernels for the baseline instruction set. Every header comes first: nothing inline may be compiled for more
+// than the baseline.
 #include <cmath>
 #include <cstring>
 #include <type_traits>

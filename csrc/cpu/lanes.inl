@@ -1,8 +1,8 @@
 // Sixteen numbers side by side, in as many registers as the instruction set needs. Included inside an anonymous
 // namespace by every *_kernels source, after IMAML_REGISTER_BYTES is set; not a header.
 //
-// Sums are kept in sixteen float64 lanes and folded by a fixed tree, whatever the register width, and products are never
-// contracted: a kernel gives the same bits with every instruction set.
+// Sums are kept in sixteen float64 lanes and folded by a fixed tree, whatever the register width, and products are
+// never contracted: a kernel gives the same bits with every instruction set.
 
 constexpr int kLanes = 16;
 
@@ -15,12 +15,12 @@ struct Lanes {
 };
 
 #define IMAML_INLINE inline __attribute__((always_inline))
-#define IMAML_LANES_OPERATOR(op)                                                           \
-  template <typename C>                                                                    \
-  IMAML_INLINE Lanes<C> operator op(const Lanes<C>& a, const Lanes<C>& b) {                \
-    Lanes<C> out;                                                                          \
-    for (int k = 0; k < Lanes<C>::kParts; ++k) out.part[k] = a.part[k] op b.part[k];       \
-    return out;                                                                            \
+#define IMAML_LANES_OPERATOR(op)                                                     \
+  template <typename C>                                                              \
+  IMAML_INLINE Lanes<C> operator op(const Lanes<C>& a, const Lanes<C>& b) {          \
+    Lanes<C> out;                                                                    \
+    for (int k = 0; k < Lanes<C>::kParts; ++k) out.part[k] = a.part[k] op b.part[k]; \
+    return out;                                                                      \
   }
 IMAML_LANES_OPERATOR(+)
 IMAML_LANES_OPERATOR(-)

@@ -73,8 +73,8 @@ struct ProxPasses {
       const auto g = proximal_gradient(load(a.grad + w.at + i, n), w.lam.at(i, n), phi, load(w.theta + i, n));
       auto m = load(a.first + w.at + i, n);
       auto s = load(a.second + w.at + i, n);
-      const auto direction = adam_direction(m, s, g, beta1, beta2, one_minus_beta1, one_minus_beta2, correction1,
-                                            correction2, eps);
+      const auto direction =
+          adam_direction(m, s, g, beta1, beta2, one_minus_beta1, one_minus_beta2, correction1, correction2, eps);
       store(a.first + w.at + i, m, n);
       store(a.second + w.at + i, s, n);
       store(a.phi + w.at + i, phi - w.lr.at(i, n) * direction, n);

@@ -350,10 +350,9 @@ void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift
   CgTensors t;
   t.hp = hp, t.b = b, t.shift = shift, t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
   t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
-  run("cg_step_", t, update_direction,
-      []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
-        launch_row_teams(step_kernel<T, V>, a.rows, a.cols, a);
-      });
+  run("cg_step_", t, update_direction, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+    launch_row_teams(step_kernel<T, V>, a.rows, a.cols, a);
+  });
 }
 
 }  // namespace

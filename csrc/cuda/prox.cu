@@ -72,10 +72,10 @@ struct AdamRule {
     const ProxRule& rule = e.a.rule;
     C m = static_cast<C>(e.a.first[e.k]);
     C s = static_cast<C>(e.a.second[e.k]);
-    const C direction = adam_direction(
-        m, s, e.g, static_cast<C>(rule.beta1), static_cast<C>(rule.beta2), static_cast<C>(1.0 - rule.beta1),
-        static_cast<C>(1.0 - rule.beta2), static_cast<C>(rule.correction1), static_cast<C>(rule.correction2),
-        static_cast<C>(rule.eps));
+    const C direction =
+        adam_direction(m, s, e.g, static_cast<C>(rule.beta1), static_cast<C>(rule.beta2),
+                       static_cast<C>(1.0 - rule.beta1), static_cast<C>(1.0 - rule.beta2),
+                       static_cast<C>(rule.correction1), static_cast<C>(rule.correction2), static_cast<C>(rule.eps));
     e.a.first[e.k] = static_cast<T>(m);
     e.a.second[e.k] = static_cast<T>(s);
     e.move_along(direction);

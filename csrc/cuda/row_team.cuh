@@ -20,7 +20,7 @@ namespace imaml_ext {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxTeam = 8;            // the largest portable cluster
+constexpr int kMaxTeam = 8;               // the largest portable cluster
 constexpr int64_t kColsPerBlock = 16384;  // a row longer than this is shared by more blocks
 constexpr int kMaxSums = 3;
 
@@ -58,8 +58,8 @@ struct RowTeam {
 #endif
   }
 
-  // Sums over the team, by a fixed tree: lanes, then warps, then blocks in the order of their ranks. Every thread of the
-  // team must call it; afterwards storage.team_sums[slot] holds the sums in every block.
+  // Sums over the team, by a fixed tree: lanes, then warps, then blocks in the order of their ranks. Every thread of
+  // the team must call it; afterwards storage.team_sums[slot] holds the sums in every block.
   template <int kSums>
   __device__ void sum(int slot, const double (&values)[kSums]) {
     const int lane = threadIdx.x % 32;

@@ -1,4 +1,5 @@
-// The few words that the C++ tests are written in: a failed CHECK prints its place and values, and the program returns 1.
+// The few words that the C++ tests are written in: a failed EXPECT prints its place and values, and the program
+// returns 1.
 #pragma once
 
 #include <cmath>
@@ -9,21 +10,21 @@
 
 inline int failures = 0;
 
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      ++failures;                                                                    \
-      std::cerr << __FILE__ << ":" << __LINE__ << ": CHECK(" #condition ") failed\n"; \
-    }                                                                                \
+#define EXPECT(condition)                                                              \
+  do {                                                                                 \
+    if (!(condition)) {                                                                \
+      ++failures;                                                                      \
+      std::cerr << __FILE__ << ":" << __LINE__ << ": EXPECT(" #condition ") failed\n"; \
+    }                                                                                  \
   } while (false)
 
-#define CHECK_CLOSE(a, b, tolerance)                                                                             \
-  do {                                                                                                           \
-    const double a_value = (a), b_value = (b);                                                                   \
-    if (!(std::fabs(a_value - b_value) <= (tolerance))) {                                                        \
-      ++failures;                                                                                                \
+#define EXPECT_CLOSE(a, b, tolerance)                                                                           \
+  do {                                                                                                          \
+    const double a_value = (a), b_value = (b);                                                                  \
+    if (!(std::fabs(a_value - b_value) <= (tolerance))) {                                                       \
+      ++failures;                                                                                               \
       std::cerr << __FILE__ << ":" << __LINE__ << ": " #a " = " << a_value << ", " #b " = " << b_value << "\n"; \
-    }                                                                                                            \
+    }                                                                                                           \
   } while (false)
 
 // Whether `action` throws, with `part` in what it says.

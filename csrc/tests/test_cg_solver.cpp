@@ -35,11 +35,11 @@ void agrees_with_a_direct_solve() {
       options.rtol = at::full({1}, 1e-11, a.options());
       options.check_every = 1;
       const CgResult result = cg(multiply(a), b, options);
-      CHECK(result.status.eq(kConverged).all().item<bool>());
-      CHECK(relative_residual(a, result.x, b).max().item<double>() <= 1e-11);
+      EXPECT(result.status.eq(kConverged).all().item<bool>());
+      EXPECT(relative_residual(a, result.x, b).max().item<double>() <= 1e-11);
       const auto direct = at::linalg_solve(a, b.unsqueeze(2)).squeeze(2);
-      CHECK(at::allclose(result.x, direct, 1e-8, 1e-8));
-      CHECK(result.iterations.max().item<int>() <= cols + 10);
+      EXPECT(at::allclose(result.x, direct, 1e-8, 1e-8));
+      EXPECT(result.iterations.max().item<int>() <= cols + 10);
     }
   }
 }
@@ -56,25 +56,25 @@ void shift_preconditioner_and_warm_start() {
   options.rtol = at::full({rows}, 1e-10, a.options());
   options.check_every = 1;
   const auto plain = cg(multiply(a), b, options);
-  CHECK(relative_residual(shifted, plain.x, b).max().item<double>() <= 1e-10);
+  EXPECT(relative_residual(shifted, plain.x, b).max().item<double>() <= 1e-10);
 
   options.inverse_diagonal = 1.0 / shifted.diagonal(0, 1, 2).contiguous();
   const auto diagonal = cg(multiply(a), b, options);
-  CHECK(relative_residual(shifted, diagonal.x, b).max().item<double>() <= 1e-10);
-  CHECK(diagonal.iterations.lt(plain.iterations).all().item<bool>());
+  EXPECT(relative_residual(shifted, diagonal.x, b).max().item<double>() <= 1e-10);
+  EXPECT(diagonal.iterations.lt(plain.iterations).all().item<bool>());
 
   const auto inverse_diagonal = options.inverse_diagonal;
   options.inverse_diagonal = at::Tensor();
   options.preconditioner = [&](const at::Tensor& r) { return inverse_diagonal * r; };
   const auto callable = cg(multiply(a), b, options);
-  CHECK(callable.iterations.equal(diagonal.iterations));
-  CHECK(at::allclose(callable.x, diagonal.x, 1e-12, 1e-12));
+  EXPECT(callable.iterations.equal(diagonal.iterations));
+  EXPECT(at::allclose(callable.x, diagonal.x, 1e-12, 1e-12));
 
   options.preconditioner = nullptr;
   options.x0 = plain.x;
   const auto warm = cg(multiply(a), b, options);
-  CHECK(warm.iterations.eq(0).all().item<bool>());
-  CHECK(warm.x.equal(plain.x));
+  EXPECT(warm.iterations.eq(0).all().item<bool>());
+  EXPECT(warm.x.equal(plain.x));
 }
 
 void rows_fail_alone() {
@@ -89,14 +89,14 @@ void rows_fail_alone() {
   broken_b[4][0] = INFINITY;
   broken_b[5].zero_();
   const auto result = cg([&](const at::Tensor& p) { return broken * p; }, broken_b);
-  CHECK(result.status[1].item<int>() == kNegativeCurvature);
-  CHECK(result.status[3].item<int>() == kNonFinite);
-  CHECK(result.status[4].item<int>() == kNonFinite);
-  CHECK(result.status[5].item<int>() == kConverged && result.iterations[5].item<int>() == 0);
-  CHECK(result.x.isfinite().all().item<bool>());
+  EXPECT(result.status[1].item<int>() == kNegativeCurvature);
+  EXPECT(result.status[3].item<int>() == kNonFinite);
+  EXPECT(result.status[4].item<int>() == kNonFinite);
+  EXPECT(result.status[5].item<int>() == kConverged && result.iterations[5].item<int>() == 0);
+  EXPECT(result.x.isfinite().all().item<bool>());
   for (const int64_t row : {0, 2}) {
-    CHECK(result.x[row].equal(healthy.x[row]));
-    CHECK(result.status[row].equal(healthy.status[row]));
+    EXPECT(result.x[row].equal(healthy.x[row]));
+    EXPECT(result.status[row].equal(healthy.status[row]));
   }
 }
 
@@ -110,35 +110,35 @@ void calls_exactly_as_often_as_it_says() {
   CgOptions options;
   options.max_iterations = 6;
   cg(identity, b, options);
-  CHECK(calls == 6);
+  EXPECT(calls == 6);
   calls = 0;
   options.check_every = 2;
   const auto result = cg(identity, b, options);
-  CHECK(calls == 2 && result.iterations.eq(1).all().item<bool>() && at::allclose(result.x, b));
+  EXPECT(calls == 2 && result.iterations.eq(1).all().item<bool>() && at::allclose(result.x, b));
   calls = 0;
   options.max_iterations = 0;
-  CHECK(cg(identity, b, options).status.eq(kMaxIterations).all().item<bool>() && calls == 0);
+  EXPECT(cg(identity, b, options).status.eq(kMaxIterations).all().item<bool>() && calls == 0);
 }
 
 void bad_arguments_are_named() {
   const auto b = at::randn({2, 3});
   const RowOperator identity = [](const at::Tensor& p) { return p; };
-  CHECK(throws_saying([&] { cg(nullptr, b); }, "hvp must be callable"));
-  CHECK(throws_saying([&] { cg(identity, b[0]); }, "b must have shape [B, N]"));
-  CHECK(throws_saying([&] { cg(identity, b.to(at::kInt)); }, "b must be float32"));
-  CHECK(throws_saying([&] { cg([](const at::Tensor& p) { return p[0]; }, b); }, "hvp must have the shape of b"));
-  CHECK(throws_saying([&] { cg([](const at::Tensor&) { return at::Tensor(); }, b); }, "hvp returned no tensor"));
+  EXPECT(throws_saying([&] { cg(nullptr, b); }, "hvp must be callable"));
+  EXPECT(throws_saying([&] { cg(identity, b[0]); }, "b must have shape [B, N]"));
+  EXPECT(throws_saying([&] { cg(identity, b.to(at::kInt)); }, "b must be float32"));
+  EXPECT(throws_saying([&] { cg([](const at::Tensor& p) { return p[0]; }, b); }, "hvp must have the shape of b"));
+  EXPECT(throws_saying([&] { cg([](const at::Tensor&) { return at::Tensor(); }, b); }, "hvp returned no tensor"));
   CgOptions options;
   options.max_iterations = -1;
-  CHECK(throws_saying([&] { cg(identity, b, options); }, "max_iterations must be at least 0"));
+  EXPECT(throws_saying([&] { cg(identity, b, options); }, "max_iterations must be at least 0"));
   options = {};
   options.shift = at::zeros({3, 3});
-  CHECK(throws_saying([&] { cg(identity, b, options); }, "shift must have shape"));
+  EXPECT(throws_saying([&] { cg(identity, b, options); }, "shift must have shape"));
   options = {};
   options.x0 = at::zeros({2, 3}, at::kDouble);
-  CHECK(throws_saying([&] { cg(identity, b, options); }, "x0 must have the dtype of b"));
-  CHECK(throws_saying([&] { cg([](const at::Tensor&) -> at::Tensor { throw std::runtime_error("mine"); }, b); },
-                      "mine"));
+  EXPECT(throws_saying([&] { cg(identity, b, options); }, "x0 must have the dtype of b"));
+  EXPECT(
+      throws_saying([&] { cg([](const at::Tensor&) -> at::Tensor { throw std::runtime_error("mine"); }, b); }, "mine"));
 }
 
 }  // namespace
