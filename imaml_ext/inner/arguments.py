@@ -47,6 +47,20 @@ def task_losses(loss: LossFunction, params: Tensor, data: Any) -> Tensor:
     return losses
 
 
+def task_gradient(losses: Tensor, params: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Every task's own gradient [B, N] in one backward pass; zero where no loss depends on a parameter.
+
+    Raises:
+        ValueError: the losses depend on nothing by differentiable operations.
+    """
+    if not losses.requires_grad:
+        raise ValueError("loss must depend on params by differentiable operations, got a constant")
+    (gradient,) = torch.autograd.grad(
+        losses.sum(), params, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return gradient if create_graph else gradient.contiguous()
+
+
 def check_int(name: str, value: int, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

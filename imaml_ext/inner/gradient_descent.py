@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_losses, task_rows
+from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_gradient, task_losses, task_rows
 from imaml_ext.models import LossFunction
 from imaml_ext.ops import Coefficient
 
@@ -92,7 +92,8 @@ def gradient_descent(
     losses = phi.new_empty(steps, tasks)
     taken = torch.full((tasks,), steps, device=phi.device)
     active: Tensor | None = None  # [B]
-    first, second = (torch.zeros_like(phi) if optimizer in used else None for used in (("momentum", "adam"), ("adam",)))
+    first = torch.zeros_like(phi) if optimizer != "sgd" else None  # velocity, or first moment
+    second = torch.zeros_like(phi) if optimizer == "adam" else None
     for step in range(steps):
         losses[step], grad = _loss_and_gradient(loss, phi, data)  # [B], [B, N]
         step_lr = lr
@@ -101,9 +102,9 @@ def gradient_descent(
             active = moving if active is None else active & moving
             taken = torch.where(active | (taken < steps), taken, step)
             step_lr = torch.where(active.unsqueeze(1), lr, torch.zeros_like(lr))  # [B, 1 or N]
-        if optimizer == "sgd":
+        if first is None:
             ops.prox_sgd_step_(phi, grad, center, lam, step_lr)
-        elif optimizer == "momentum":
+        elif second is None:
             ops.prox_momentum_step_(phi, first, grad, center, lam, step_lr, momentum, nesterov)
         else:
             ops.prox_adam_step_(phi, first, second, grad, center, lam, step_lr, *betas, eps, step + 1)
@@ -120,8 +121,8 @@ def _loss_and_gradient(loss: LossFunction, phi: Tensor, data: Any) -> tuple[Tens
     params = phi.detach().requires_grad_()
     with torch.enable_grad():
         losses = task_losses(loss, params, data)
-        (grad,) = torch.autograd.grad(losses.sum(), params)
-    return losses.detach(), grad.contiguous()
+        grad = task_gradient(losses, params)
+    return losses.detach(), grad
 
 
 def _proximal_norm(grad: Tensor, phi: Tensor, theta: Tensor, lam: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from imaml_ext.inner.arguments import task_losses, task_rows
+from imaml_ext.inner.arguments import task_gradient, task_losses, task_rows
 from imaml_ext.models import LossFunction, TaskLoss
 
 CURVATURES = ("hessian", "gauss_newton")
@@ -32,7 +32,7 @@ class HessianOperator:
         self._params = _leaf(phi, data)
         with torch.enable_grad():
             losses = task_losses(loss, self._params, data)
-            (self._gradient,) = torch.autograd.grad(losses.sum(), self._params, create_graph=True)
+            self._gradient = task_gradient(losses, self._params, create_graph=True)
         self.losses = losses.detach()
         self.gradient = self._gradient.detach()
 
@@ -43,12 +43,7 @@ class HessianOperator:
             ValueError: p does not have the shape of phi.
         """
         _check_vector(p, self._params)
-        if not self._gradient.requires_grad:  # a loss that is linear in its parameters
-            return torch.zeros_like(p)
-        (product,) = torch.autograd.grad(
-            self._gradient, self._params, p, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product
+        return _product(self._gradient, self._params, p)
 
 
 class GaussNewtonOperator:
@@ -61,7 +56,7 @@ class GaussNewtonOperator:
     Source: Schraudolph, Fast curvature matrix-vector products (2002); Martens, Hessian-free optimization (2010).
     """
 
-    def __init__(self, loss: TaskLoss, phi: Tensor, data: Any) -> None:
+    def __init__(self, loss: LossFunction, phi: Tensor, data: Any) -> None:
         if not isinstance(loss, TaskLoss):
             raise TypeError(
                 f"loss must be a TaskLoss for the Gauss-Newton matrix, which needs model outputs and criterion apart, "
@@ -72,15 +67,11 @@ class GaussNewtonOperator:
             self._outputs = loss.outputs(self._params, data.x)  # [B, S, *]
             self._leaf_outputs = self._outputs.detach().requires_grad_()
             losses = loss.criterion(self._leaf_outputs, data.y)  # [B]
-            (self._output_gradient,) = torch.autograd.grad(losses.sum(), self._leaf_outputs, create_graph=True)
+            self._output_gradient = task_gradient(losses, self._leaf_outputs, create_graph=True)
             self._cotangent = torch.zeros_like(self._outputs).requires_grad_()  # w
-            (self._pullback,) = torch.autograd.grad(
-                self._outputs, self._params, self._cotangent, create_graph=True
-            )  # Jᵀ w [B, N]
+            self._pullback = _product(self._outputs, self._params, self._cotangent, create_graph=True)  # Jᵀ w [B, N]
         self.losses = losses.detach()
-        (self.gradient,) = torch.autograd.grad(
-            self._outputs, self._params, self._output_gradient.detach(), retain_graph=True
-        )
+        self.gradient = _product(self._outputs, self._params, self._output_gradient.detach())
 
     def __call__(self, p: Tensor) -> Tensor:
         """G p [B, N] for p [B, N].
@@ -89,12 +80,9 @@ class GaussNewtonOperator:
             ValueError: p does not have the shape of phi.
         """
         _check_vector(p, self._params)
-        if not self._output_gradient.requires_grad:  # a criterion that is linear in the outputs
-            return torch.zeros_like(p)
-        (tangent,) = torch.autograd.grad(self._pullback, self._cotangent, p, retain_graph=True)  # J p
-        (curved,) = torch.autograd.grad(self._output_gradient, self._leaf_outputs, tangent, retain_graph=True)  # C J p
-        (product,) = torch.autograd.grad(self._outputs, self._params, curved, retain_graph=True)  # Jᵀ C J p
-        return product
+        tangent = _product(self._pullback, self._cotangent, p)  # J p
+        curved = _product(self._output_gradient, self._leaf_outputs, tangent)  # C J p
+        return _product(self._outputs, self._params, curved)  # Jᵀ C J p
 
 
 def hessian_operator(loss: LossFunction, phi: Tensor, data: Any) -> HessianOperator:
@@ -127,5 +115,25 @@ def _leaf(phi: Tensor, data: Any) -> Tensor:
 
 
 def _check_vector(p: Tensor, params: Tensor) -> None:
+    if not isinstance(p, Tensor):
+        raise TypeError(f"p must be a tensor, got {type(p).__name__}")
     if p.shape != params.shape:
         raise ValueError(f"p must have the shape of phi, {list(params.shape)}, got {list(p.shape)}")
+    if p.dtype != params.dtype or p.device != params.device:
+        raise ValueError(f"p must be {params.dtype} on {params.device} as phi is, got {p.dtype} on {p.device}")
+
+
+def _product(outputs: Tensor, inputs: Tensor, vector: Tensor, *, create_graph: bool = False) -> Tensor:
+    """vectorᵀ ∂outputs/∂inputs, keeping the graph of the outputs; zero where there is no dependence."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(inputs)
+    (product,) = torch.autograd.grad(
+        outputs,
+        inputs,
+        vector,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return product

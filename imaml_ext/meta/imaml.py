@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.inner import InnerResult, gradient_descent
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_losses
+from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_gradient, task_losses
 from imaml_ext.inner.gradient_descent import OPTIMIZERS
 from imaml_ext.meta.algorithm import Episodes, MetaGradient
 from imaml_ext.meta.curvature import CURVATURES, curvature_operator
@@ -152,8 +152,8 @@ class IMAML:
                 accuracy = self.loss.accuracy(outputs.detach(), query.y)
             else:
                 losses = task_losses(self.loss, params, query)
-            (v,) = torch.autograd.grad(losses.sum(), params)
-        return losses.detach(), accuracy, v.contiguous()
+            v = task_gradient(losses, params)
+        return losses.detach(), accuracy, v
 
 
 def _one_row(theta: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from imaml_ext.meta.implicit import REACTIONS, implicit_solve
 from imaml_ext.models import LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient
 
+InnerSolver = Callable[[LossFunction, Tensor, Any, Tensor], Tensor]  # loss, theta, data, lam -> phi [B, N]
+
 
 def prox_solve(
     loss: LossFunction,
@@ -22,8 +25,9 @@ def prox_solve(
     lam: Coefficient,
     data: Any,
     *,
-    steps: int,
-    lr: Coefficient,
+    solver: InnerSolver | None = None,
+    steps: int = 16,
+    lr: Coefficient = 0.1,
     optimizer: str = "sgd",
     momentum: float = 0.9,
     nesterov: bool = False,
@@ -37,7 +41,7 @@ def prox_solve(
 ) -> Tensor:
     """φ_b(θ, λ) ≈ argmin_φ L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, with an implicit derivative.
 
-    The gradient with respect to θ and λ is that of the exact minimiser, evaluated at the φ that `steps` have reached:
+    The gradient with respect to θ and λ is that of the exact minimiser, evaluated at the φ that the solver has reached:
     for an outer gradient v, (H + Λ + δI) u = v by conjugate gradients, θ̄ = Λu, λ̄ = −u ⊙ (φ − θ), summed over what
     shares an entry. It does not depend on the path of the inner solver, nor does memory; how close it is depends on how
     near φ is to the minimiser and on how well CG solves. No gradient flows into `data` or into what `loss` closes over.
@@ -47,7 +51,9 @@ def prox_solve(
         loss: losses [B] = loss(params [B, N], data), row b from row b alone.
         theta: [N] or [B, N], float32 or float64. lam: λ > 0, a number or a tensor [], [B], [N] or [B, N].
         data: handed to `loss`.
-        steps, lr, optimizer, momentum, nesterov, tolerance, num_tasks: as `imaml_ext.inner.gradient_descent`.
+        solver: your own, differentiable or not: called with loss, theta as given, data, and lam as a tensor [1 or B,
+            1 or N]; returns phi [B, N]. By default `imaml_ext.inner.gradient_descent`, with
+        steps, lr, optimizer, momentum, nesterov, tolerance, num_tasks: as there.
         cg_steps, cg_rtol, damping, negative_curvature: as `imaml_ext.meta.implicit_solve`; by default an indefinite
             system raises in the backward pass, which waits for the device for that.
         curvature: "hessian" or "gauss_newton".
@@ -73,10 +79,12 @@ def prox_solve(
     rows, tasks = task_rows(theta, data, num_tasks)  # [1 or B, N]
     coefficient = ops.as_coefficient(lam, "lam", rows.detach().expand(tasks, -1))  # [1 or B, 1 or N], with its graph
 
-    def solve(theta_rows: Tensor, lam_rows: Tensor) -> Tensor:
+    def solve(lam_rows: Tensor) -> Tensor:
+        if solver is not None:
+            return _checked(solver(loss, theta.detach(), data, lam_rows.detach()), tasks, theta)
         return gradient_descent(
             loss,
-            theta_rows if theta_rows.shape[0] == tasks else theta_rows[0],
+            theta,
             data,
             lam=lam_rows,
             steps=steps,
@@ -102,12 +110,25 @@ def prox_solve(
     return _ProxSolve.apply(rows, coefficient, solve, differentiate)
 
 
+def _checked(phi: Any, tasks: int, theta: Tensor) -> Tensor:
+    """What a user's solver returned, as a tensor of its own."""
+    if not isinstance(phi, Tensor):
+        raise TypeError(f"solver must return a tensor, got {type(phi).__name__}")
+    shape = (tasks, theta.shape[-1])
+    if phi.shape != shape or phi.dtype != theta.dtype or phi.device != theta.device:
+        raise ValueError(
+            f"solver must return phi {list(shape)}, {theta.dtype} on {theta.device}, "
+            f"got {list(phi.shape)}, {phi.dtype} on {phi.device}"
+        )
+    return phi.detach().clone(memory_format=torch.contiguous_format)
+
+
 class _ProxSolve(torch.autograd.Function):
     """theta [1 or B, N], lam [1 or B, 1 or N] -> phi [B, N]."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, lam: Tensor, solve: Any, differentiate: Any) -> Tensor:
-        phi = solve(theta, lam)
+        phi = solve(lam)
         ctx.save_for_backward(theta, lam, phi)
         ctx.differentiate = differentiate
         return phi

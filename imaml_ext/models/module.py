@@ -43,7 +43,7 @@ def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
     module = copy.deepcopy(module)
     for name, layer in module.named_modules():
         where = f"layer {name!r} ({type(layer).__name__})" if name else f"the module ({type(layer).__name__})"
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        if any(nn.parameter.is_lazy(p) for p in layer.parameters(recurse=False)):
             raise ValueError(f"{where} has no parameters yet: call the module once on an example first")
         if isinstance(layer, nn.modules.batchnorm._NormBase):
             if batch_norm == "task":

@@ -79,9 +79,9 @@ class _Standardise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-        scale = torch.rsqrt(variance + eps)
-        y = (x - mean).mul_(scale)
+        y = x - x.mean(1, keepdim=True)
+        scale = torch.rsqrt(y.square().mean(1, keepdim=True) + eps)  # [B, 1, C]; several times faster than var_mean
+        y.mul_(scale)
         ctx.save_for_backward(y, scale)
         ctx.set_materialize_grads(False)
         return y, scale
