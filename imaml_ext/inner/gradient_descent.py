@@ -84,7 +84,7 @@ def gradient_descent(
         if not isinstance(coefficient, Tensor):
             check_number(name, coefficient, at_least=0)
     rows, tasks = task_rows(theta, data, num_tasks)
-    center = rows.detach()  # [1 or B, N]
+    center = rows.detach().contiguous()  # [1 or B, N]
     phi = center.expand(tasks, -1).clone(memory_format=torch.contiguous_format)  # [B, N]
     lam = ops.as_coefficient(lam, "lam", phi).detach()  # [1 or B, 1 or N]
     lr = ops.as_coefficient(lr, "lr", phi).detach()
@@ -98,7 +98,7 @@ def gradient_descent(
         losses[step], grad = _loss_and_gradient(loss, phi, data)  # [B], [B, N]
         step_lr = lr
         if tolerance is not None:
-            moving = _proximal_norm(grad, phi, center, lam) > tolerance  # [B]
+            moving = ~(_proximal_norm(grad, phi, center, lam) <= tolerance)  # [B]; a NaN never counts as arrived
             active = moving if active is None else active & moving
             taken = torch.where(active | (taken < steps), taken, step)
             step_lr = torch.where(active.unsqueeze(1), lr, torch.zeros_like(lr))  # [B, 1 or N]

@@ -66,7 +66,7 @@ class ParameterLayout:
             raise ValueError(f"flat must have shape [..., {self.numel}], got {list(flat.shape)}")
         pieces = flat.split(self.sizes, dim=-1)
         return {
-            name: piece.view(*flat.shape[:-1], *shape)
+            name: piece.view((*flat.shape[:-1], *shape))
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
@@ -89,5 +89,5 @@ class ParameterLayout:
                 expected = ", ".join(map(str, ["...", *shape] if lead is None else [*lead, *shape]))
                 raise ValueError(f"parameter {name!r} must have shape [{expected}], got {list(value.shape)}")
             lead = value.shape[:ahead]
-            pieces.append(value.reshape(*lead, -1))
+            pieces.append(value.reshape((*lead, -1)))
         return torch.cat(pieces, dim=-1)
