@@ -63,12 +63,12 @@ PRESETS: dict[str, Preset] = {
     "glyphs-5w1s": Preset(
         summary="5-way 1-shot on the built-in glyphs: no download, made for two CPU cores.",
         config=TrainConfig(
-            data=DataConfig(name="glyphs", ways=5, shots=1, queries=5),
-            model=ModelConfig(name="conv4"),
-            inner=InnerConfig(lam=2.0, steps=16, lr=0.1),
-            meta=MetaConfig(cg_steps=5),
-            outer=OuterConfig(steps=600, meta_batch=8, lr=3e-3, schedule="cosine"),
-            evaluation=EvaluationConfig(tasks=600, every=100),
+            data=DataConfig(name="glyphs", ways=5, shots=1, queries=10),
+            model=ModelConfig(name="conv4", filters=32),
+            inner=InnerConfig(lam=0.1, steps=5, lr=0.4),
+            meta=MetaConfig(cg_steps=5, curvature="gauss_newton"),
+            outer=OuterConfig(steps=500, meta_batch=16, lr=3e-3, schedule="cosine"),
+            evaluation=EvaluationConfig(tasks=1000, every=100),
             run=RunConfig(log_every=10, checkpoint_every=100),
         ),
     ),
