@@ -33,12 +33,15 @@ class Preset:
 
 
 def _omniglot(*, ways: int, shots: int, inner_steps: int) -> TrainConfig:
-    """The paper's settings (section 4 and appendix): lambda 2, 16 or 25 gradient steps, 5 CG steps, Adam."""
+    """The paper's settings (section 4 and appendix): lambda 2, 16 or 25 gradient steps, 5 CG steps, Adam.
+
+    The curvature is the Gauss-Newton matrix: with the Hessian they get worse as they train (docs/algorithms.md).
+    """
     return TrainConfig(
         data=DataConfig(name="omniglot", ways=ways, shots=shots, queries=5),
         model=ModelConfig(name="conv4"),
         inner=InnerConfig(lam=2.0, steps=inner_steps, lr=0.1),
-        meta=MetaConfig(cg_steps=5),
+        meta=MetaConfig(cg_steps=5, curvature="gauss_newton"),
         outer=OuterConfig(steps=20_000, meta_batch=16, lr=1e-3),
         evaluation=EvaluationConfig(tasks=1000),
         run=RunConfig(log_every=20, checkpoint_every=500),
@@ -76,6 +79,19 @@ PRESETS: dict[str, Preset] = {
     "omniglot-5w1s": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters.",
         config=_omniglot(ways=5, shots=1, inner_steps=16),
+    ),
+    # imaml train omniglot-5w1s-1000 --data.root FOLDER
+    "omniglot-5w1s-1000": Preset(
+        summary="Omniglot, 5-way 1-shot, in 1,000 meta-steps of 8 tasks: settings that learn fast.",
+        config=TrainConfig(
+            data=DataConfig(name="omniglot", ways=5, shots=1, queries=10),
+            model=ModelConfig(name="conv4"),
+            inner=InnerConfig(lam=0.1, steps=16, lr=0.4),
+            meta=MetaConfig(cg_steps=5, curvature="gauss_newton"),
+            outer=OuterConfig(steps=1000, meta_batch=8, lr=3e-3, schedule="cosine"),
+            evaluation=EvaluationConfig(tasks=600),
+            run=RunConfig(log_every=20, checkpoint_every=200),
+        ),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
     "omniglot-5w5s": Preset(
