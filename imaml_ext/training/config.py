@@ -167,8 +167,8 @@ class MetaConfig:
     damping: float = 0.0
     """delta >= 0, added to lambda in the operator of the solve."""
 
-    curvature: Literal["hessian", "gauss_newton"] = "hessian"
-    """The matrix of the solve: the Hessian of the support loss, or its positive semi-definite Gauss-Newton part."""
+    curvature: Literal["hessian", "gauss_newton"] = "gauss_newton"
+    """The matrix of the solve: the Gauss-Newton matrix, which trains stably, or the Hessian, the paper's letter."""
 
     negative_curvature: Literal["keep", "gradient", "skip", "raise"] = "keep"
     """A task whose curvature is not positive gives its last iterate, its first-order gradient, or nothing; or stop."""
