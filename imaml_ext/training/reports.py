@@ -101,7 +101,8 @@ def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Exper
         figsize=(max(7.0, 0.8 * columns * 1.15), 0.95 * ways * episodes.num_tasks + 1.2), layout="constrained"
     )
     right = (predicted == episodes.query_y).double().mean(1)  # [B]
-    figure.suptitle(f"{data.name}, {data.ways}-way {data.shots}-shot: test episodes (classes never trained on)")
+    heading = f"{data.name}, {data.ways}-way {data.shots}-shot: test episodes (classes never trained on)"
+    figure.suptitle(f"{heading}\nbeside each query: the class it was taken for")
     blocks = figure.subfigures(episodes.num_tasks, 1, squeeze=False)[:, 0]
     for task, block in enumerate(blocks):
         block.suptitle(
