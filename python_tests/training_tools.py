@@ -95,7 +95,7 @@ def imaml_process(*arguments: object, limit_file_size: int | None = None) -> sub
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         preexec_fn=limit if limit_file_size is not None else None,
     )
