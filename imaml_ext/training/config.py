@@ -161,7 +161,7 @@ class MetaConfig:
     cg_steps: int = 5
     """Conjugate-gradient iterations of the implicit solve."""
 
-    cg_rtol: float = 0.0
+    cg_rtol: float = 1e-5
     """Relative residual at which a task's solve stops early."""
 
     damping: float = 0.0
