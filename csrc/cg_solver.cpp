@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
+#include <utility>
+
 #include "cg_row.h"
 #include "checks.h"
 
@@ -43,6 +45,30 @@ void step(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
   op.call(hp, b, shift, inverse_diagonal, x, r, p, state, status, iterations, update_direction);
 }
 
+// The work vectors r and p of the last solve on the CPU, kept by each thread for its next one: fresh memory of this
+// size costs more in page faults than an iteration costs. (On CUDA the caching allocator does this.)
+class WorkVectors {
+ public:
+  explicit WorkVectors(const at::Tensor& b) {
+    const bool fits = b.device().is_cpu() && kept_.defined() && kept_.scalar_type() == b.scalar_type() &&
+                      kept_.size(1) == b.size(0) && kept_.size(2) == b.size(1);
+    both_ = fits ? std::exchange(kept_, at::Tensor()) : at::empty({2, b.size(0), b.size(1)}, b.options());
+  }
+  // Not kept if a callback holds on to one of them: it would see the next solve.
+  void done(at::Tensor& r, at::Tensor& p) {
+    r.reset();
+    p.reset();
+    if (both_.device().is_cpu() && both_.storage().use_count() == 1) kept_ = std::move(both_);
+  }
+  at::Tensor r() const { return both_.select(0, 0); }
+  at::Tensor p() const { return both_.select(0, 1); }
+
+ private:
+  static thread_local at::Tensor kept_;
+  at::Tensor both_;  // [2, B, N]
+};
+thread_local at::Tensor WorkVectors::kept_;
+
 // What a callback returned: a tensor like b, made contiguous.
 at::Tensor apply(const RowOperator& callback, const char* name, const at::Tensor& argument, const at::Tensor& b) {
   at::Tensor result = callback(argument);
@@ -75,8 +101,9 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
     check_like("cg", "x0", o.x0->detach().contiguous(), "b", b);
     x.copy_(o.x0->detach());
   }
-  at::Tensor r = at::empty_like(b);
-  at::Tensor p = at::empty_like(b);
+  WorkVectors work(b);
+  at::Tensor r = work.r();
+  at::Tensor p = work.p();
   at::Tensor state = at::empty({rows, kRowStateWidth}, wide);
   at::Tensor status = at::empty({rows}, b.options().dtype(at::kInt));
   at::Tensor iterations = at::empty_like(status);
@@ -104,6 +131,8 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
          /*update_direction=*/!o.preconditioner && !last);
     if (o.preconditioner && !last) direction(precondition(), std::nullopt, x, r, p, state, status);
   }
+
+  work.done(r, p);
 
   // A row still at work has spent its iterations.
   status.masked_fill_(status.ge(kIterating), kMaxIterations);

@@ -12,13 +12,19 @@
 namespace imaml_ext {
 namespace {
 
-// Runs pass(begin, end) over a row's pieces and returns what each gave, in the order of the pieces.
+enum class Sweep { kForward, kBackward };
+
+// Runs pass(begin, end) over a row's pieces and returns what each gave, in the order of the pieces. A pass that sweeps
+// against the one before it begins with what that one has left in the cache.
 template <typename Result, typename Pass>
-std::vector<Result> over_pieces(int64_t cols, bool split_row, const Pass& pass) {
+std::vector<Result> over_pieces(int64_t cols, bool split_row, const Pass& pass, Sweep sweep = Sweep::kForward) {
   const int64_t pieces = pieces_of(cols);
   std::vector<Result> results(pieces);
   const auto work = [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) results[k] = pass(k * kPiece, std::min((k + 1) * kPiece, cols));
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t k = sweep == Sweep::kForward ? i : first + last - 1 - i;
+      results[k] = pass(k * kPiece, std::min((k + 1) * kPiece, cols));
+    }
   };
   if (split_row) {
     at::parallel_for(0, pieces, 1, work);
@@ -134,9 +140,12 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
   // r ← r − α A p,  rᵀr, rᵀ M r
   const auto from = status == kVerifying ? ResidualFrom::kSolution : ResidualFrom::kRecurrence;
   ResidualSums sums;
-  for (const ResidualSums& s : over_pieces<ResidualSums>(a.cols, split_row, [&](int64_t begin, int64_t end) {
-         return kernels.residual(a, row, begin, end, from, static_cast<C>(alpha));
-       })) {
+  for (const ResidualSums& s : over_pieces<ResidualSums>(
+           a.cols, split_row,
+           [&](int64_t begin, int64_t end) {
+             return kernels.residual(a, row, begin, end, from, static_cast<C>(alpha));
+           },
+           Sweep::kBackward)) {
     sums.rr += s.rr;
     sums.rz += s.rz;
   }

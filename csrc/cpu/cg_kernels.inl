@@ -29,16 +29,18 @@ struct Passes {
 
   // A p = H p + shift p;   pᵀAp, ‖Ap‖², ‖p‖²
   static Curvature curvature(const A& a, int64_t row, int64_t first, int64_t last) {
-    const int64_t at = row * a.cols;
-    const CoefficientRow<C> shift(a.shift, row);
+    const T* const p_row = a.p + row * a.cols;
+    const T* const hp_row = a.hp + row * a.cols;
     Sum pAp, ApAp, pp;
-    sweep(first, last, [&](int64_t i, int n) {
-      const auto p = load(a.p + at + i, n);
-      const auto Ap = widen(load(a.hp + at + i, n) + shift.at(i, n) * p);
-      const auto wide_p = widen(p);
-      pAp.add(wide_p * Ap);
-      ApAp.add(Ap * Ap);
-      pp.add(wide_p * wide_p);
+    with_row(a.shift, row, [&](const auto& shift) {
+      sweep(first, last, [&](int64_t i, int n) {
+        const auto p = load(p_row + i, n);
+        const auto Ap = widen(load(hp_row + i, n) + shift.at(i, n) * p);
+        const auto wide_p = widen(p);
+        pAp.add(wide_p * Ap);
+        ApAp.add(Ap * Ap);
+        pp.add(wide_p * wide_p);
+      });
     });
     return {pAp.total(), ApAp.total(), pp.total()};
   }
@@ -57,43 +59,79 @@ struct Passes {
   // r ← r − α (H p + shift p)   or   r ← b − (H p + shift p);   rᵀr, rᵀ M r
   static ResidualSums residual(const A& a, int64_t row, int64_t first, int64_t last, ResidualFrom from, C alpha) {
     const int64_t at = row * a.cols;
-    const CoefficientRow<C> shift(a.shift, row);
-    const bool preconditioned = a.inverse_diagonal.data != nullptr;
-    const CoefficientRow<C> inverse(a.inverse_diagonal, row);
-    const auto step = broadcast(alpha);
+    const T* const p_row = a.p + at;
+    const T* const hp_row = a.hp + at;
+    const T* const from_row = (from == ResidualFrom::kSolution ? a.b : a.r) + at;
+    T* const r_row = a.r + at;
+    const auto step = broadcast(from == ResidualFrom::kSolution ? C(1) : alpha);
     Sum rr, rz;
-    sweep(first, last, [&](int64_t i, int n) {
-      const auto Ap = load(a.hp + at + i, n) + shift.at(i, n) * load(a.p + at + i, n);
-      const auto r =
-          rounded<T>(from == ResidualFrom::kSolution ? load(a.b + at + i, n) - Ap : load(a.r + at + i, n) - step * Ap);
-      store(a.r + at + i, r, n);
-      const auto wide = widen(r);
-      rr.add(wide * wide);
-      if (preconditioned) rz.add(wide * widen(inverse.at(i, n) * r));
+    with_row(a.shift, row, [&](const auto& shift) {
+      const auto next = [&](int64_t i, int n) {
+        const auto Ap = load(hp_row + i, n) + shift.at(i, n) * load(p_row + i, n);
+        const auto r = rounded<T>(load(from_row + i, n) - step * Ap);
+        store(r_row + i, r, n);
+        return r;
+      };
+      if (a.inverse_diagonal.data == nullptr) {
+        sweep(first, last, [&](int64_t i, int n) {
+          const auto wide = widen(next(i, n));
+          rr.add(wide * wide);
+        });
+      } else {
+        with_row(a.inverse_diagonal, row, [&](const auto& inverse) {
+          sweep(first, last, [&](int64_t i, int n) {
+            const auto r = next(i, n);
+            const auto wide = widen(r);
+            rr.add(wide * wide);
+            rz.add(wide * widen(inverse.at(i, n) * r));
+          });
+        });
+      }
     });
     const double squared = rr.total();
-    return {squared, preconditioned ? rz.total() : squared};
+    return {squared, a.inverse_diagonal.data == nullptr ? squared : rz.total()};
   }
 
   // x ← x + α p,   then   p ← z + β p   or   p ← x
   static void update(const A& a, int64_t row, int64_t first, int64_t last, bool take_step, C alpha, UpdateTo to,
                      C beta) {
     const int64_t at = row * a.cols;
-    const bool preconditioned = a.inverse_diagonal.data != nullptr;
-    const CoefficientRow<C> inverse(a.inverse_diagonal, row);
+    T* const x_row = a.x + at;
+    T* const p_row = a.p + at;
+    const T* const z_row = (a.z != nullptr ? a.z : a.r) + at;
     const auto step = broadcast(alpha);
     const auto keep = broadcast(beta);
-    sweep(first, last, [&](int64_t i, int n) {
-      const auto p = load(a.p + at + i, n);
-      if (take_step) store(a.x + at + i, load(a.x + at + i, n) + step * p, n);
-      if (to == UpdateTo::kSolution) {
-        store(a.p + at + i, load(a.x + at + i, n), n);
-      } else if (to == UpdateTo::kDirection) {
-        auto z = load((a.z != nullptr ? a.z : a.r) + at + i, n);
-        if (preconditioned) z = inverse.at(i, n) * z;
-        store(a.p + at + i, beta == C(0) ? z : z + keep * p, n);
-      }
-    });
+    const bool afresh = beta == C(0);
+    const auto stepped = [&](int64_t i, int n, const Lanes<C>& p) { return load(x_row + i, n) + step * p; };
+    const auto turned = [&](const Lanes<C>& z, const Lanes<C>& p) { return afresh ? z : z + keep * p; };
+    if (to == UpdateTo::kSolution) {
+      sweep(first, last, [&](int64_t i, int n) {
+        if (take_step) store(x_row + i, stepped(i, n, load(p_row + i, n)), n);
+        store(p_row + i, load(x_row + i, n), n);
+      });
+    } else if (to == UpdateTo::kNothing) {
+      sweep(first, last, [&](int64_t i, int n) { store(x_row + i, stepped(i, n, load(p_row + i, n)), n); });
+    } else if (a.inverse_diagonal.data != nullptr) {
+      with_row(a.inverse_diagonal, row, [&](const auto& inverse) {
+        sweep(first, last, [&](int64_t i, int n) {
+          const auto p = load(p_row + i, n);
+          if (take_step) store(x_row + i, stepped(i, n, p), n);
+          store(p_row + i, turned(inverse.at(i, n) * load(z_row + i, n), p), n);
+        });
+      });
+    } else if (take_step && !afresh) {  // every iteration but the first and the last
+      sweep(first, last, [&](int64_t i, int n) {
+        const auto p = load(p_row + i, n);
+        store(x_row + i, stepped(i, n, p), n);
+        store(p_row + i, load(z_row + i, n) + keep * p, n);
+      });
+    } else {
+      sweep(first, last, [&](int64_t i, int n) {
+        const auto p = load(p_row + i, n);
+        if (take_step) store(x_row + i, stepped(i, n, p), n);
+        store(p_row + i, turned(load(z_row + i, n), p), n);
+      });
+    }
   }
 
   // x ← b / shift where the shift is positive and the quotient finite

@@ -1,4 +1,6 @@
 // The CPU kernels for AVX-512. Every header comes first: nothing inline may be compiled for more than the baseline.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstring>
 #include <type_traits>
