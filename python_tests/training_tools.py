@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import imaml_ext
 import torch
+
+import imaml_ext
 from imaml_ext.cli import main
 from imaml_ext.training import (
     DataConfig,
