@@ -150,20 +150,22 @@ def main() -> int:
         times["callback alone"].append(timed(lambda: [hvp(b) for _ in range(options.iterations)], device))
 
     ours = times["imaml_ext.cg"]
-    print(f"{options.rows} systems of {options.cols:,} unknowns, {options.iterations} iterations, {options.dtype}, {device}")
+    size = f"{options.rows} systems of {options.cols:,} unknowns"
+    print(f"{size}, {options.iterations} iterations, {options.dtype}, {device}")
     print(f"{'':28} {'median ms':>10} {'min':>8} {'max':>8}  {'÷ ours':>7}  largest error")
     rows = {}
     for name, values in times.items():
+        median = statistics.median(values)
         ratio = statistics.median(v / o for v, o in zip(values, ours, strict=True))
         rows[name] = {
-            "median_ms": statistics.median(values),
+            "median_ms": median,
             "min_ms": min(values),
             "max_ms": max(values),
             "ratio_to_ours": ratio,
             "largest_relative_error": errors.get(name),
         }
         error = f"{errors[name]:.1e}" if name in errors else ""
-        print(f"{name:28} {statistics.median(values):10.2f} {min(values):8.2f} {max(values):8.2f}  {ratio:7.2f}  {error}")
+        print(f"{name:28} {median:10.2f} {min(values):8.2f} {max(values):8.2f}  {ratio:7.2f}  {error}")
     best = min((row["ratio_to_ours"], name) for name, row in rows.items() if name.startswith("in-place"))
     print(f"the fastest in-place PyTorch takes {best[0]:.2f} times as long ({best[1]})")
     if "linear_operator" in rows:

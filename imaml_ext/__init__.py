@@ -9,9 +9,9 @@ from imaml_ext._version import __version__
 
 if TYPE_CHECKING:
     from imaml_ext._native import NativeUnavailableError
-    from imaml_ext.meta import IMAML, prox_solve
+    from imaml_ext.meta import IMAML, prox_solve  # type: ignore[no-redef]  # submodules have these names too
     from imaml_ext.models import MLP, Conv4, TaskLoss, from_module
-    from imaml_ext.solvers import CGError, CGResult, CGStatus, cg
+    from imaml_ext.solvers import CGError, CGResult, CGStatus, cg  # type: ignore[no-redef]
 
 __all__ = [
     "IMAML",
