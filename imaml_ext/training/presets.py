@@ -83,6 +83,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-1000 --data.root FOLDER
     "omniglot-5w1s-1000": Preset(
         summary="Omniglot, 5-way 1-shot, in 1,000 meta-steps of 8 tasks: settings that learn fast.",
+        measured="Test accuracy 90.0 ± 0.6 % on 600 tasks, after 17 minutes on two busy CPU cores.",
         config=TrainConfig(
             data=DataConfig(name="omniglot", ways=5, shots=1, queries=10),
             model=ModelConfig(name="conv4"),
