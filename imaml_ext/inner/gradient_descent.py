@@ -90,18 +90,17 @@ def gradient_descent(
     lr = ops.as_coefficient(lr, "lr", phi).detach()
 
     losses = phi.new_empty(steps, tasks)
-    taken = torch.full((tasks,), steps, device=phi.device)
-    active: Tensor | None = None  # [B]
+    taken = torch.full((tasks,), steps if tolerance is None else 0, device=phi.device)
     first = torch.zeros_like(phi) if optimizer != "sgd" else None  # velocity, or first moment
     second = torch.zeros_like(phi) if optimizer == "adam" else None
     for step in range(steps):
         losses[step], grad = _loss_and_gradient(loss, phi, data)  # [B], [B, N]
         step_lr = lr
         if tolerance is not None:
-            moving = ~(_proximal_norm(grad, phi, center, lam) <= tolerance)  # [B]; a NaN never counts as arrived
-            active = moving if active is None else active & moving
-            taken = torch.where(active | (taken < steps), taken, step)
-            step_lr = torch.where(active.unsqueeze(1), lr, torch.zeros_like(lr))  # [B, 1 or N]
+            # A task that has arrived keeps its φ, so its gradient too: it stays for good. A NaN has not arrived.
+            moving = ~(_proximal_norm(grad, phi, center, lam) <= tolerance)  # [B]
+            taken += moving
+            step_lr = torch.where(moving.unsqueeze(1), lr, 0.0)  # [B, 1 or N]
         if first is None:
             ops.prox_sgd_step_(phi, grad, center, lam, step_lr)
         elif second is None:
