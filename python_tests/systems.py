@@ -64,3 +64,12 @@ def dense(rows: int, cols: int) -> Tensor:
 
 def multiply(matrices: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda p: (matrices @ p.unsqueeze(2)).squeeze(2)
+
+
+def solve_directly(matrices: Tensor, b: Tensor) -> Tensor:
+    """A⁻¹ b of positive definite matrices [..., N, N], right-hand sides [..., N].
+
+    By Cholesky, because LU is not always to be had: with some builds of torch 2.15, batched LU gives wrong pivots once
+    torch.set_num_threads has lowered and raised the number of threads.
+    """
+    return torch.cholesky_solve(b.unsqueeze(-1), torch.linalg.cholesky(matrices)).squeeze(-1)
