@@ -3,7 +3,7 @@
 #
 # Both use the active virtual or conda environment, else they make .venv. Variables:
 #   TORCH=torch==2.13.0   the torch to have (default: whichever is installed, else the index's newest)
-#   TRAIN=glyphs-5w1s     the preset that `make train` trains; ARGS="--seed 1" goes to `imaml train`
+#   TRAIN=glyphs-5w1s     the preset that `make train` trains; ARGS="--run.seed 1" goes to `imaml train`
 #   PYTHON=python3        the Python (3.10 or later) that makes the environment; VENV=.venv, where
 #   SANITIZE=address,undefined   sanitizers for the C++ tests
 #   CPP_CUDA=1            the CUDA sources in the C++ library too (the extension has them wherever it can)
