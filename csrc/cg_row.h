@@ -115,9 +115,13 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
 
 // The row was given x = b / shift. Then b − A x = −H p / shift when p is b and the shift is one number: with
 // pᵀAp and ‖A p‖² in hand, ‖H p‖² = ‖A p‖² − 2 s pᵀAp + s² ‖p‖². Otherwise nothing has measured it: NaN.
-IMAML_HOST_DEVICE void row_scaled_rhs(RowState& state, const Curvature& c, bool p_is_b, double s) {
+// That p = z is r = b shows in ‖z‖² = rᵀz = ‖r‖² (Cauchy and Schwarz), the sums being the same up to their order.
+IMAML_HOST_DEVICE void row_scaled_rhs(RowState& state, const Curvature& c, bool shift_is_number, double s) {
+  if (shift_is_number && !(s > 0.0)) return;  // x stays 0, and ‖b‖ its residual
+  const double margin = 1e-13 * state.rr;
+  const bool p_is_b = fabs(state.rz - state.rr) <= margin && fabs(c.pp - state.rr) <= margin;
   const double Hp_squared = c.ApAp - 2.0 * s * c.pAp + s * s * c.pp;
-  state.rr = p_is_b && s > 0.0 ? fmax(Hp_squared, 0.0) / (s * s) : NAN;
+  state.rr = p_is_b && shift_is_number ? fmax(Hp_squared, 0.0) / (s * s) : NAN;
 }
 
 // Whether x + α p might leave the finite numbers: |x_j| ≤ ‖x‖. Where true the caller looks at every element.

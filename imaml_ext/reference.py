@@ -110,10 +110,11 @@ def cg(
             quotient = torch.where(s > 0, b.to(wide) / s, 0.0).to(dtype).expand_as(b)
             x[first] = torch.where(quotient.isfinite(), quotient, 0.0)[first]
             Hp_squared = (Ap.double() - s.double() * p.double()).square().sum(1)
-            number = s.shape[1] == 1 and preconditioner is None
-            measured = Hp_squared / s[:, 0].double() ** 2 if number else torch.full_like(rr, torch.nan)
-            positive = s[:, 0] > 0 if number else torch.zeros_like(first)
-            rr = torch.where(first, torch.where(positive.expand_as(rr), measured, torch.nan), rr)
+            if s.shape[1] == 1:  # where it is not positive x stays 0, and ‖b‖ its residual
+                known = Hp_squared / s[:, 0].double() ** 2 if preconditioner is None else torch.full_like(rr, torch.nan)
+                rr = torch.where(first & (s[:, 0] > 0), known, rr)
+            else:
+                rr = torch.where(first, torch.nan, rr)
         alpha = torch.where(active & ~verifying & ~bad, rz / pAp, 0.0)
         status[active & ~bad & ~(alpha <= largest)] = int(CGStatus.NON_FINITE)
         alpha_column = _column(alpha, b)

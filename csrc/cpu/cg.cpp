@@ -123,8 +123,8 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
   const double alpha = row_step_length(state, status, curvature, a.unit_roundoff(), a.largest(), take_scaled_rhs);
   if (take_scaled_rhs) {
     kernels.scaled_rhs(a, row, 0, a.cols);
-    const bool p_is_b = a.shift.col_stride == 0 && a.update_direction && a.inverse_diagonal.data == nullptr;
-    row_scaled_rhs(state, curvature, p_is_b, static_cast<double>(a.shift.data[row * a.shift.row_stride]));
+    row_scaled_rhs(state, curvature, a.shift.col_stride == 0,
+                   static_cast<double>(a.shift.data[row * a.shift.row_stride]));
   }
   if (!row_is_active(status)) return;
   if (row_may_overflow(state, alpha, curvature, a.largest())) {

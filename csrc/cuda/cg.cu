@@ -211,8 +211,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
     desk.alpha = row_step_length(desk.state, desk.status, c, a.unit_roundoff(), a.largest(), desk.take_scaled_rhs);
     desk.may_overflow = row_is_active(desk.status) && row_may_overflow(desk.state, desk.alpha, c, a.largest());
     if (desk.take_scaled_rhs) {
-      const bool p_is_b = a.shift.col_stride == 0 && a.update_direction && a.inverse_diagonal.data == nullptr;
-      row_scaled_rhs(desk.state, c, p_is_b, static_cast<double>(at(a.shift, row, 0)));
+      row_scaled_rhs(desk.state, c, a.shift.col_stride == 0, static_cast<double>(at(a.shift, row, 0)));
     }
   }
   __syncthreads();

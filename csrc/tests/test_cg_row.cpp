@@ -131,12 +131,20 @@ void directions() {
 }
 
 void scaled_right_hand_side() {
-  RowState state = iterating(1.0, 1e-3);
   // H = −3, s = 1, p = b = 2: A p = −4, x = 2, b − A x = 2 + 4 = 6
+  RowState state = iterating(4.0, 1e-3);
   row_scaled_rhs(state, {-8.0, 16.0, 4.0}, true, 1.0);
   EXPECT_CLOSE(state.rr, 36.0, 1e-12);
-  row_scaled_rhs(state, {-8.0, 16.0, 4.0}, false, 1.0);
+  state = iterating(4.0, 1e-3);
+  row_scaled_rhs(state, {-8.0, 16.0, 4.0}, false, 1.0);  // a shift for every parameter
   EXPECT(std::isnan(state.rr));
+  state = iterating(4.0, 1e-3);
+  state.rz = 5.0;  // preconditioned: p is not b
+  row_scaled_rhs(state, {-8.0, 16.0, 4.0}, true, 1.0);
+  EXPECT(std::isnan(state.rr));
+  state = iterating(4.0, 1e-3);
+  row_scaled_rhs(state, {-8.0, 16.0, 4.0}, true, 0.0);  // no shift: x stays 0
+  EXPECT(state.rr == 4.0);
 }
 
 void overflow_is_looked_for_only_near_the_edge() {
