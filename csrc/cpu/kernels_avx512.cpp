@@ -7,6 +7,12 @@
 
 #include "kernels.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own conversions begin with a register left undefined on purpose.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,f16c"))), apply_to = function)
