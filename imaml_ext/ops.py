@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext._native import error as load_error
 from imaml_ext._native import native
 
 __all__ = [
@@ -253,11 +254,5 @@ def _register() -> None:
     torch.library.register_autograd("imaml_ext::prox_penalty", _penalty_backward, setup_context=_penalty_setup)
 
 
-def _loaded() -> bool:
-    from imaml_ext import _native
-
-    return _native.error is None
-
-
-if _loaded():
+if load_error is None:
     _register()
