@@ -14,25 +14,8 @@
 #endif
 
 #define IMAML_REGISTER_BYTES 32
-namespace imaml_ext::avx2 {
-namespace {
-#include "lanes.inl"
-#define IMAML_RULE IMAML_INLINE
-#include "../prox_rules.inl"
-#include "cg_kernels.inl"
-#include "prox_kernels.inl"
-}  // namespace
-
-template <typename T>
-const CgKernels<T>& cg_table() {
-  return Passes<T>::kTable;
-}
-template <typename T>
-const ProxKernels<T>& prox_table() {
-  return ProxPasses<T>::kTable;
-}
-IMAML_INSTANTIATE_TABLES
-}  // namespace imaml_ext::avx2
+#define IMAML_TARGET avx2
+#include "kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop
