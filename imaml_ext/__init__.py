@@ -9,18 +9,24 @@ from imaml_ext._version import __version__
 
 if TYPE_CHECKING:
     from imaml_ext._native import NativeUnavailableError
-    from imaml_ext.meta import IMAML, prox_solve  # type: ignore[no-redef]  # submodules have these names too
+    from imaml_ext.inner import GradientDescent
+    from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, Reptile, prox_solve  # type: ignore[no-redef]  # submodules have these names too
     from imaml_ext.models import MLP, Conv4, TaskLoss, from_module
     from imaml_ext.solvers import CGError, CGResult, CGStatus, cg  # type: ignore[no-redef]
 
 __all__ = [
+    "FOMAML",
     "IMAML",
+    "MAML",
     "MLP",
     "CGError",
     "CGResult",
     "CGStatus",
     "Conv4",
+    "GradientDescent",
+    "LearnableLam",
     "NativeUnavailableError",
+    "Reptile",
     "TaskLoss",
     "__version__",
     "cg",
@@ -34,9 +40,14 @@ _HOMES = {
     "CGResult": "solvers",
     "CGStatus": "solvers",
     "Conv4": "models",
+    "FOMAML": "meta",
+    "GradientDescent": "inner",
     "IMAML": "meta",
+    "LearnableLam": "meta",
+    "MAML": "meta",
     "MLP": "models",
     "NativeUnavailableError": "_native",
+    "Reptile": "meta",
     "TaskLoss": "models",
     "cg": "solvers",
     "from_module": "models",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,14 +91,16 @@ def test_json_must_have_every_knob() -> None:
         (DataConfig, "condition_number", 0.5),
         (ModelConfig, "filters", 0),
         (ModelConfig, "hidden", (40, 0)),
-        (InnerConfig, "lam", 0.0),
+        (InnerConfig, "lam", -0.1),
         (InnerConfig, "lam", float("nan")),
         (InnerConfig, "steps", 0),
         (InnerConfig, "lr", -0.1),
         (InnerConfig, "momentum", 1.0),
         (MetaConfig, "cg_steps", 0),
         (MetaConfig, "damping", -1.0),
+        (MetaConfig, "solver_lr", 0.0),
         (OuterConfig, "lr", float("inf")),
+        (OuterConfig, "lam_lr", 0.0),
         (OuterConfig, "betas", (0.9, 1.0)),
         (OuterConfig, "warmup_steps", -1),
         (OuterConfig, "clip_norm", 0.0),
@@ -125,6 +128,30 @@ def test_knobs_that_contradict_each_other() -> None:
         OuterConfig(steps=10, warmup_steps=10)
     with pytest.raises(ConfigError, match=r"model.name must be 'mlp' for the data set 'sinusoid'"):
         TrainConfig(data=DataConfig(name="sinusoid"), model=ModelConfig(name="conv4"))
+
+
+@pytest.mark.parametrize(
+    ("meta", "inner", "message"),
+    [
+        ({"algorithm": "imaml"}, {"lam": 0.0}, "inner.lam must be a positive number with meta.algorithm 'imaml'"),
+        (
+            {"algorithm": "maml", "learn_lam": "global"},
+            {"lam": 0.0},
+            "inner.lam must be a positive number to be learnt",
+        ),
+        ({"algorithm": "maml", "solver": "neumann"}, {}, "meta.solver must be left out with meta.algorithm 'maml'"),
+        ({"checkpoint_steps": True}, {}, "meta.checkpoint-steps must be left out with meta.algorithm 'imaml'"),
+        ({"solver_lr": 0.1}, {}, "meta.solver-lr must be left out with meta.solver 'cg'"),
+        ({"algorithm": "reptile", "learn_lam": "layer"}, {}, "meta.learn-lam must be 'none' with meta.algorithm 'rep"),
+        ({"algorithm": "fomaml", "learn_lam": "layer"}, {}, "meta.learn-lam must be 'none' with meta.algorithm 'fom"),
+    ],
+)
+def test_algorithms_and_knobs_that_do_not_go_together(
+    meta: dict[str, Any], inner: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(meta=MetaConfig(**meta), inner=InnerConfig(**inner))
+    assert message in str(caught.value)
 
 
 def test_every_knob_is_explained_once() -> None:

@@ -93,7 +93,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [4, 6, 8, 12]  # every 4, and where a validation falls between
     assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
     assert rows[0]["lr"] == learning_rate(config.outer, 3)
-    for name in ("query_loss", "support_loss", "cg_residual", "gradient_norm", "tasks_per_second", "seconds"):
+    for name in ("query_loss", "support_loss", "solve_residual", "gradient_norm", "tasks_per_second", "seconds"):
         assert all(row[name] is not None for row in rows), name
 
     kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
@@ -142,6 +142,86 @@ def test_resuming_changes_no_bit(tmp_path: Path, at_step: Any) -> None:
         assert torch.equal(value, stopped["optimizer"]["state"][0][name]), name
     assert _rows(tmp_path / "straight") == _rows(tmp_path / "stopped")
     assert json.loads((tmp_path / "straight" / "result.json").read_text())["test"] == result["test"]
+
+
+def _with(config: TrainConfig, **groups: dict[str, Any]) -> TrainConfig:
+    """The configuration with some knobs of some groups set."""
+    return replace(config, **{name: replace(getattr(config, name), **knobs) for name, knobs in groups.items()})
+
+
+@pytest.mark.parametrize("sharing", ["global", "layer", "parameter"])
+def test_a_learnt_lambda_resumes_with_the_same_bits_and_is_used_at_evaluation(
+    tmp_path: Path, at_step: Any, sharing: str
+) -> None:
+    config = _with(small_config(lam_lr=0.1), meta={"learn_lam": sharing})
+    straight = train(config, tmp_path / "straight")
+    at_step(7, _stop)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "stopped")
+    stopped = train(config, tmp_path / "stopped", resume=True)
+    ends = [_final(tmp_path / name) for name in ("straight", "stopped")]
+    assert torch.equal(ends[0]["theta"], ends[1]["theta"])
+    assert torch.equal(ends[0]["log_lam"], ends[1]["log_lam"])
+    assert _rows(tmp_path / "straight") == _rows(tmp_path / "stopped")
+    assert straight["test"] == stopped["test"] == evaluate_run(tmp_path / "stopped").to_json()
+
+    log_lam = ends[0]["log_lam"]
+    assert (log_lam != 0).double().mean() > 0.5  # λ was 1; those of dead units stay
+    assert len(log_lam) == {"global": 1, "layer": 6, "parameter": 97}[sharing]
+    rows = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert rows[-1]["lam"] == pytest.approx(float(log_lam.exp().mean()), rel=0.05)
+    experiment = build(config)
+    theta = ends[0]["theta"]
+    with_first = evaluate(experiment, theta, split="test", tasks=20, seed=0).loss
+    assert with_first != straight["test"]["loss"]
+    fixed = build(_with(small_config(), inner={"lam": 5.0}))
+    assert evaluate(fixed, theta, split="test", tasks=20, seed=0).loss != with_first
+
+
+def test_log_lambda_takes_the_step_configured(tmp_path: Path) -> None:
+    """SGD on log λ at its own rate and the schedule of θ, against the line that defines it."""
+    config = _with(
+        small_config(steps=2, optimizer="sgd", lr=0.5, lam_lr=0.2, schedule="linear", weight_decay=0.1),
+        meta={"learn_lam": "layer"},
+    )
+    train(config, tmp_path / "run")
+    experiment = build(config)
+    theta, sampler = experiment.initial_theta(), experiment.sampler("train", tasks=4, seed=0)
+    lam = experiment.lam
+    assert lam is not None
+    for step in range(2):
+        meta = experiment.algorithm.meta_gradient(theta, sampler.sample(step))
+        rate = 1 - step / 2
+        theta = theta - 0.5 * rate * (meta.gradient + 0.1 * theta)
+        with torch.no_grad():
+            lam.log -= 0.2 * rate * lam.values * meta.lam_gradient
+    final = _final(tmp_path / "run")
+    torch.testing.assert_close(final["theta"], theta, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final["log_lam"], lam.log.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("meta", "inner"),
+    [
+        ({"algorithm": "maml"}, {"lam": 0.0}),
+        ({"algorithm": "maml", "checkpoint_steps": True, "learn_lam": "layer"}, {"optimizer": "adam"}),
+        ({"algorithm": "fomaml"}, {"lam": 0.0, "optimizer": "momentum"}),
+        ({"algorithm": "reptile"}, {"lam": 0.0}),
+        ({"solver": "neumann", "damping": 5.0}, {}),
+        ({"solver": "fixed_point"}, {"proximal": "pullback"}),
+    ],
+)
+def test_every_algorithm_trains(tmp_path: Path, meta: dict[str, Any], inner: dict[str, Any]) -> None:
+    config = _with(small_config(steps=4), meta=meta, inner=inner)
+    result = train(config, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["skipped"] == 0
+    assert rows[-1]["query_loss"] > 0
+    assert result["test"]["loss"] > 0
+    assert not torch.equal(_final(tmp_path / "run")["theta"], build(config).initial_theta())
+    solved = meta.get("algorithm", "imaml") == "imaml"
+    assert ("diverged" in rows[-1]) == ("solve_residual" in rows[-1]) == solved
+    assert (tmp_path / "run" / "learning_curve.png").exists()
 
 
 def test_a_finished_run_is_only_tested_again(tmp_path: Path) -> None:

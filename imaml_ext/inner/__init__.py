@@ -1,5 +1,6 @@
 """The inner problem, argmin_φ L(φ) + ½ Σ λ (φ − θ)², and its solvers."""
 
-from imaml_ext.inner.gradient_descent import InnerResult, gradient_descent
+from imaml_ext.inner.gradient_descent import GradientDescent, gradient_descent
+from imaml_ext.inner.solver import InnerResult, InnerSolver
 
-__all__ = ["InnerResult", "gradient_descent"]
+__all__ = ["GradientDescent", "InnerResult", "InnerSolver", "gradient_descent"]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner import gradient_descent
+from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_rows
-from imaml_ext.meta.curvature import CURVATURES, curvature_operator
+from imaml_ext.inner.curvature import CURVATURES, curvature_operator
 from imaml_ext.meta.implicit import REACTIONS, implicit_solve
 from imaml_ext.models import LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient
 
-InnerSolver = Callable[[LossFunction, Tensor, Any, Tensor], Tensor]  # loss, theta, data, lam -> phi [B, N]
+InnerFunction = Callable[[LossFunction, Tensor, Any, Tensor], Tensor]  # loss, theta, data, lam -> phi [B, N]
 
 
 def prox_solve(
@@ -25,13 +25,7 @@ def prox_solve(
     lam: Coefficient,
     data: Any,
     *,
-    solver: InnerSolver | None = None,
-    steps: int = 16,
-    lr: Coefficient = 0.1,
-    optimizer: str = "sgd",
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    tolerance: float | None = None,
+    inner: InnerSolver | InnerFunction | None = None,
     cg_steps: int = 20,
     cg_rtol: float = 1e-6,
     damping: float = 0.0,
@@ -51,9 +45,9 @@ def prox_solve(
         loss: losses [B] = loss(params [B, N], data), row b from row b alone.
         theta: [N] or [B, N], float32 or float64. lam: λ > 0, a number or a tensor [], [B], [N] or [B, N].
         data: handed to `loss`.
-        solver: your own, differentiable or not: called with loss, theta as given, data, and lam as a tensor [1 or B,
-            1 or N]; returns phi [B, N]. By default `imaml_ext.inner.gradient_descent`, with
-        steps, lr, optimizer, momentum, nesterov, tolerance, num_tasks: as there.
+        inner: an inner solver, `GradientDescent()` unless given; or a function of your own, differentiable or not:
+            called with loss, theta as given, data, and lam as a tensor [1 or B, 1 or N]; returns phi [B, N].
+        num_tasks: B, where `data` has no `x`.
         cg_steps, cg_rtol, damping, negative_curvature: as `imaml_ext.meta.implicit_solve`; by default an indefinite
             system raises in the backward pass, which waits for the device for that.
         curvature: "hessian" or "gauss_newton".
@@ -74,27 +68,17 @@ def prox_solve(
     check_number("damping", damping, at_least=0)
     if curvature == "gauss_newton" and not isinstance(loss, TaskLoss):
         raise TypeError(f"loss must be a TaskLoss with curvature='gauss_newton', got {type(loss).__name__}")
+    if inner is not None and not callable(inner) and not hasattr(inner, "solve"):
+        raise TypeError(f"inner must be an inner solver or a function, got {type(inner).__name__}")
     if not isinstance(lam, Tensor):
         check_number("lam", lam, above=0)
     rows, tasks = task_rows(theta, data, num_tasks)  # [1 or B, N]
     coefficient = ops.as_coefficient(lam, "lam", rows.detach().expand(tasks, -1))  # [1 or B, 1 or N], with its graph
 
     def solve(lam_rows: Tensor) -> Tensor:
-        if solver is not None:
-            return _checked(solver(loss, theta.detach(), data, lam_rows.detach()), tasks, theta)
-        return gradient_descent(
-            loss,
-            theta,
-            data,
-            lam=lam_rows,
-            steps=steps,
-            lr=lr,
-            optimizer=optimizer,
-            momentum=momentum,
-            nesterov=nesterov,
-            tolerance=tolerance,
-            num_tasks=tasks,
-        ).phi
+        if callable(inner):
+            return _checked(inner(loss, theta.detach(), data, lam_rows.detach()), tasks, theta)
+        return (inner or GradientDescent()).solve(loss, theta, data, lam=lam_rows, num_tasks=tasks).phi
 
     def differentiate(phi: Tensor, lam_rows: Tensor, v: Tensor) -> Tensor:
         return implicit_solve(
@@ -113,11 +97,11 @@ def prox_solve(
 def _checked(phi: Any, tasks: int, theta: Tensor) -> Tensor:
     """What a user's solver returned, as a tensor of its own."""
     if not isinstance(phi, Tensor):
-        raise TypeError(f"solver must return a tensor, got {type(phi).__name__}")
+        raise TypeError(f"inner must return a tensor, got {type(phi).__name__}")
     shape = (tasks, theta.shape[-1])
     if phi.shape != shape or phi.dtype != theta.dtype or phi.device != theta.device:
         raise ValueError(
-            f"solver must return phi {list(shape)}, {theta.dtype} on {theta.device}, "
+            f"inner must return phi {list(shape)}, {theta.dtype} on {theta.device}, "
             f"got {list(phi.shape)}, {phi.dtype} on {phi.device}"
         )
     return phi.detach().clone(memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imaml_ext.training.run_directory import RunError, atomic_write
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
@@ -35,6 +35,7 @@ class Checkpoint:
     config: dict[str, Any]  # JSON form
     theta: Tensor  # [N]
     average: Tensor | None  # [N], the exponential average of theta where one is kept
+    log_lam: Tensor | None  # [G], where λ is learnt
     optimizer: dict[str, Any]
     window: dict[str, Tensor] = field(default_factory=dict)  # sums of the metrics since the last line of the log
     seconds: float = 0.0  # training time until here

@@ -130,22 +130,28 @@ class InnerConfig:
     """The proximal problem of a task, argmin over phi of L(phi) + lam/2 |phi - theta|^2, and its solver."""
 
     lam: float = 2.0
-    """Regularisation lambda: how strongly a task's parameters are held at theta."""
+    """Regularisation lambda: how strongly a task's parameters are held at theta. 0 is plain MAML, FOMAML, Reptile."""
 
-    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """Inner optimiser."""
+    solver: Literal["gradient_descent"] = "gradient_descent"
+    """How the problem is solved."""
 
     steps: int = 16
     """Inner steps in training and, unless evaluation.inner-steps says otherwise, at test."""
 
     lr: float = 0.1
-    """Inner learning rate."""
+    """Inner learning rate (gradient_descent)."""
+
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """Inner optimiser (gradient_descent)."""
 
     momentum: float = 0.9
     """Momentum of the inner optimiser `momentum`."""
 
+    proximal: Literal["gradient", "pullback"] = "gradient"
+    """Every step on the proximal objective; or plain steps, then one step of the penalty (the paper's public code)."""
+
     def __post_init__(self) -> None:
-        _check_finite_positive("inner.lam", self.lam)
+        _check_finite_nonnegative("inner.lam", self.lam)
         _check_count("inner.steps", self.steps)
         _check_finite_positive("inner.lr", self.lr)
         _check_fraction("inner.momentum", self.momentum)
@@ -155,14 +161,20 @@ class InnerConfig:
 class MetaConfig:
     """The meta-gradient (Algorithm 2)."""
 
-    algorithm: Literal["imaml"] = "imaml"
-    """How the meta-gradient is computed."""
+    algorithm: Literal["imaml", "maml", "fomaml", "reptile"] = "imaml"
+    """How the meta-gradient is computed: implicitly, through the inner steps, to first order, or by Reptile."""
+
+    solver: Literal["cg", "neumann", "fixed_point"] = "cg"
+    """Solver of the implicit system (imaml): conjugate gradients, Neumann series, or fixed point of the inner step."""
 
     cg_steps: int = 5
-    """Conjugate-gradient iterations of the implicit solve."""
+    """Iterations of the implicit solve, whichever solver it is."""
 
     cg_rtol: float = 1e-5
     """Relative residual at which a task's solve stops early."""
+
+    solver_lr: float | None = None
+    """Step size of the solver fixed_point; unset: inner.lr."""
 
     damping: float = 0.0
     """delta >= 0, added to lambda in the operator of the solve."""
@@ -171,12 +183,41 @@ class MetaConfig:
     """The matrix of the solve: the Gauss-Newton matrix, which trains stably, or the Hessian, the paper's letter."""
 
     negative_curvature: Literal["keep", "gradient", "skip", "raise"] = "keep"
-    """A task whose curvature is not positive gives its last iterate, its first-order gradient, or nothing; or stop."""
+    """A task whose solve breaks down gives its last good iterate, its first-order gradient, or nothing; or stop."""
+
+    checkpoint_steps: bool = False
+    """Keep the inner iterates alone and compute the rest again in the backward sweep (maml): memory for time."""
+
+    learn_lam: Literal["none", "global", "layer", "parameter"] = "none"
+    """Learn lambda from inner.lam on: one, one a parameter tensor, or one a parameter (imaml, maml)."""
 
     def __post_init__(self) -> None:
         _check_count("meta.cg-steps", self.cg_steps)
         _check_finite_nonnegative("meta.cg-rtol", self.cg_rtol)
         _check_finite_nonnegative("meta.damping", self.damping)
+        if self.solver_lr is not None:
+            _check_finite_positive("meta.solver-lr", self.solver_lr)
+        # A knob that the algorithm has no use for was meant for another one.
+        if self.algorithm != "imaml":
+            _check(self.solver == "cg", "meta.solver", f"left out with meta.algorithm {self.algorithm!r}", self.solver)
+        if self.algorithm != "maml":
+            _check(
+                not self.checkpoint_steps,
+                "meta.checkpoint-steps",
+                f"left out with meta.algorithm {self.algorithm!r}",
+                self.checkpoint_steps,
+            )
+        if self.solver != "fixed_point":
+            _check(
+                self.solver_lr is None, "meta.solver-lr", f"left out with meta.solver {self.solver!r}", self.solver_lr
+            )
+        if self.algorithm in ("fomaml", "reptile"):
+            _check(
+                self.learn_lam == "none",
+                "meta.learn-lam",
+                f"'none' with meta.algorithm {self.algorithm!r}, which has no gradient in lambda",
+                self.learn_lam,
+            )
 
 
 @dataclass(frozen=True)
@@ -194,6 +235,9 @@ class OuterConfig:
 
     lr: float = 1e-3
     """Peak outer learning rate."""
+
+    lam_lr: float = 1e-2
+    """Peak learning rate of log lambda, where meta.learn-lam learns it; it follows the same schedule."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
@@ -226,6 +270,7 @@ class OuterConfig:
         _check_count("outer.steps", self.steps)
         _check_count("outer.meta-batch", self.meta_batch)
         _check_finite_positive("outer.lr", self.lr)
+        _check_finite_positive("outer.lam-lr", self.lam_lr)
         for beta in self.betas:
             _check(0 <= beta < 1, "outer.betas", "two numbers in [0, 1)", self.betas)
         _check_finite_positive("outer.eps", self.eps)
@@ -329,6 +374,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data.name in ("sinusoid", "linear") and self.model.name == "conv4":
             raise ConfigError(f"model.name must be 'mlp' for the data set {self.data.name!r}, which has no images")
+        if self.meta.algorithm == "imaml" or self.meta.learn_lam != "none":
+            wanted = "to be learnt" if self.meta.algorithm != "imaml" else "with meta.algorithm 'imaml'"
+            _check(self.inner.lam > 0, "inner.lam", f"a positive number {wanted}", self.inner.lam)
 
 
 def knobs(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:

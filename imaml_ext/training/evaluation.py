@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imaml_ext.training.checkpoint import CheckpointError, load_checkpoint, load_newest
 from imaml_ext.training.config import ConfigError
-from imaml_ext.training.experiment import Experiment, build
+from imaml_ext.training.experiment import Experiment, build, restore_lam
 from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
 
@@ -138,5 +138,6 @@ def evaluate_run(
             f"{experiment.model.num_parameters}"
         )
     theta = theta.to(experiment.device, experiment.dtype)
+    restore_lam(experiment, saved)
     with ProgressBar("evaluating", total=settings.tasks) as bar:
         return evaluate(experiment, theta, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data import Dataset, Sampler, load_dataset
-from imaml_ext.meta import IMAML, MetaAlgorithm
+from imaml_ext.inner import GradientDescent, InnerSolver
+from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, MetaAlgorithm, Reptile
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel
+from imaml_ext.training.checkpoint import Checkpoint, CheckpointError
 from imaml_ext.training.config import ConfigError, DataConfig, TrainConfig
 from imaml_ext.training.run_directory import RunError
 
@@ -23,6 +25,7 @@ class Experiment:
     loss: TaskLoss
     algorithm: MetaAlgorithm
     test_algorithm: MetaAlgorithm  # the same, with the inner steps of the evaluation
+    lam: LearnableLam | None  # of both, where it is learnt
     device: torch.device
     dtype: torch.dtype
 
@@ -79,15 +82,35 @@ def build(config: TrainConfig) -> Experiment:
         torch.set_num_threads(config.run.threads)
     dataset = open_dataset(config.data)
     loss = TaskLoss(_model(config, dataset), "cross_entropy" if dataset.kind == "classification" else "mse")
+    dtype = getattr(torch, config.run.dtype)
+    lam = None
+    if config.meta.learn_lam != "none":
+        lam = LearnableLam(loss.model, config.inner.lam, sharing=config.meta.learn_lam, dtype=dtype, device=device)
     return Experiment(
         config=config,
         dataset=dataset,
         loss=loss,
-        algorithm=_algorithm(config, loss, config.inner.steps),
-        test_algorithm=_algorithm(config, loss, config.evaluation.inner_steps or config.inner.steps),
+        algorithm=_algorithm(config, loss, lam, config.inner.steps),
+        test_algorithm=_algorithm(config, loss, lam, config.evaluation.inner_steps or config.inner.steps),
+        lam=lam,
         device=device,
-        dtype=getattr(torch, config.run.dtype),
+        dtype=dtype,
     )
+
+
+def restore_lam(experiment: Experiment, saved: Checkpoint) -> None:
+    """Put the λ of a checkpoint into the experiment's algorithms, where it is learnt.
+
+    Raises:
+        CheckpointError: the checkpoint holds none, or of another shape.
+    """
+    if experiment.lam is None:
+        return
+    log = experiment.lam.log.detach()
+    if saved.log_lam is None or saved.log_lam.shape != log.shape:
+        found = "no lambda" if saved.log_lam is None else f"{saved.log_lam.numel()} values of lambda"
+        raise CheckpointError(f"the checkpoint of step {saved.step} holds {found}, the model needs {log.numel()}")
+    log.copy_(saved.log_lam)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -144,15 +167,28 @@ def _model(config: TrainConfig, dataset: Dataset) -> TaskModel:
     return MLP(features, model.hidden, outputs, activation=model.activation)
 
 
-def _algorithm(config: TrainConfig, loss: TaskLoss, inner_steps: int) -> MetaAlgorithm:
-    inner, meta = config.inner, config.meta
+def _inner(config: TrainConfig, steps: int) -> InnerSolver:
+    inner = config.inner
+    return GradientDescent(
+        steps=steps, lr=inner.lr, optimizer=inner.optimizer, momentum=inner.momentum, proximal=inner.proximal
+    )
+
+
+def _algorithm(config: TrainConfig, loss: TaskLoss, learnt: LearnableLam | None, inner_steps: int) -> MetaAlgorithm:
+    meta, inner = config.meta, _inner(config, inner_steps)
+    lam = config.inner.lam if learnt is None else learnt
+    if meta.algorithm == "maml":
+        return MAML(loss, lam=lam, inner=inner, checkpoint=meta.checkpoint_steps)
+    if meta.algorithm == "fomaml":
+        return FOMAML(loss, lam=config.inner.lam, inner=inner)
+    if meta.algorithm == "reptile":
+        return Reptile(loss, lam=config.inner.lam, inner=inner)
     return IMAML(
         loss,
-        lam=inner.lam,
-        inner_steps=inner_steps,
-        inner_lr=inner.lr,
-        inner_optimizer=inner.optimizer,
-        inner_momentum=inner.momentum,
+        lam=lam,
+        inner=inner,
+        solver=meta.solver,
+        solver_lr=meta.solver_lr,
         cg_steps=meta.cg_steps,
         cg_rtol=meta.cg_rtol,
         damping=meta.damping,

@@ -27,7 +27,8 @@ def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
     """`learning_curve.png` from `metrics.jsonl`: accuracy where there is one, loss, and the residual of the solve."""
     rows = read_metrics(directory.metrics)
     classification = any("query_accuracy" in row for row in rows)
-    panels = (["accuracy"] if classification else []) + ["loss", "residual"]
+    solved = any("solve_residual" in row for row in rows)
+    panels = (["accuracy"] if classification else []) + ["loss"] + (["residual"] if solved else [])
     figure = Figure(figsize=(8, 2.6 * len(panels) + 0.6), layout="constrained")
     axes = dict(zip(panels, figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], strict=True))
     figure.suptitle(title)
@@ -37,8 +38,10 @@ def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
     _curve(axes["loss"], rows, "loss", "query loss" + ("" if classification else " (mean squared error)"))
     if not classification:
         axes["loss"].set_yscale("log")
-    _line(axes["residual"], rows, "cg_residual", "mean over tasks", _TRAIN)
-    axes["residual"].set(ylabel="relative CG residual", xlabel="meta-step", yscale="log")
+    if solved:
+        _line(axes["residual"], rows, "solve_residual", "mean over tasks", _TRAIN)
+        axes["residual"].set(ylabel="residual of the implicit solve", yscale="log")
+    axes[panels[-1]].set_xlabel("meta-step")
     for axis in axes.values():
         axis.grid(alpha=0.3)
     _write(figure, directory.learning_curve)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,11 @@ def learning_rate(outer: OuterConfig, step: int) -> float:
     return outer.lr * (outer.final_lr_fraction + (1.0 - outer.final_lr_fraction) * remaining)
 
 
-def outer_optimizer(outer: OuterConfig, theta: Tensor) -> torch.optim.Optimizer:
-    """The optimiser of the flat meta-parameters theta [N]."""
+def outer_optimizer(outer: OuterConfig, theta: Tensor, log_lam: Tensor | None = None) -> torch.optim.Optimizer:
+    """The optimiser of the flat meta-parameters theta [N] and, where λ is learnt, of log λ, a group of its own."""
+    groups: list[dict[str, Any]] = [{"params": [theta], "weight_decay": outer.weight_decay}]
+    if log_lam is not None:
+        groups.append({"params": [log_lam]})
     if outer.optimizer == "adam":
-        return torch.optim.Adam([theta], lr=outer.lr, betas=outer.betas, eps=outer.eps, weight_decay=outer.weight_decay)
-    return torch.optim.SGD([theta], lr=outer.lr, momentum=outer.momentum, weight_decay=outer.weight_decay)
+        return torch.optim.Adam(groups, lr=outer.lr, betas=outer.betas, eps=outer.eps)
+    return torch.optim.SGD(groups, lr=outer.lr, momentum=outer.momentum)

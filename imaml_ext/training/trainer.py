@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data import Sampler
+from imaml_ext.meta import LearnableLam
 from imaml_ext.training import reports
 from imaml_ext.training.checkpoint import (
     Checkpoint,
@@ -24,7 +25,7 @@ from imaml_ext.training.checkpoint import (
 from imaml_ext.training.config import ConfigError, TrainConfig, knobs, to_json
 from imaml_ext.training.environment import environment
 from imaml_ext.training.evaluation import evaluate
-from imaml_ext.training.experiment import Experiment, build
+from imaml_ext.training.experiment import Experiment, build, restore_lam
 from imaml_ext.training.progress import ProgressBar, say
 from imaml_ext.training.run_directory import MetricsLog, RunDirectory, RunError, atomic_write, read_config, to_json_text
 from imaml_ext.training.schedule import learning_rate, outer_optimizer
@@ -87,6 +88,7 @@ class _State:
     theta: Tensor  # [N]
     optimizer: torch.optim.Optimizer
     average: Tensor | None  # [N]
+    lam: LearnableLam | None  # the one of the experiment's algorithms
     window: Window
     seconds: float  # training time, validation and checkpoints left out
 
@@ -123,13 +125,21 @@ def _outer_loop(
             )
             state.optimizer.param_groups[0]["lr"] = lr
             state.theta.grad = gradient
+            if state.lam is not None:  # log λ ← log λ − η_t · Adam(λ ∂F/∂λ), the schedule of θ at its own rate
+                assert meta.lam_gradient is not None
+                state.optimizer.param_groups[1]["lr"] = lr * (outer.lam_lr / outer.lr)
+                state.lam.log.grad = state.lam.log_gradient(meta.lam_gradient)
             state.optimizer.step()
             state.step += 1
             if state.average is not None:  # θ̄ ← d θ̄ + (1 − d) θ, with a smaller d over the first steps
                 decay = min(outer.average, (1 + state.step) / (10 + state.step))
                 state.average.lerp_(state.theta, 1 - decay)
+            metrics = {**meta.metrics, "gradient_norm": norm}
             finite = norm.isfinite() & state.theta.isfinite().all()
-            state.window.add({**meta.metrics, "gradient_norm": norm}, step=state.step, finite=finite)
+            if state.lam is not None:
+                metrics |= _lam_metrics(state.lam)
+                finite = finite & state.lam.log.isfinite().all()
+            state.window.add(metrics, step=state.step, finite=finite)
 
             # From here on the host; the device is waited for only where one of these is due.
             validate = bool(every) and (state.step % every == 0 or state.step == outer.steps)
@@ -162,6 +172,14 @@ def _outer_loop(
                 clock = time.perf_counter()
             if stopping:
                 raise Interrupted(stop.signal, f"stopped after step {state.step}; continue with --resume")
+
+
+def _lam_metrics(lam: LearnableLam) -> dict[str, Tensor]:
+    """λ, or the spread of the λs."""
+    values = lam.values
+    if len(values) == 1:
+        return {"lam": values[0]}
+    return {"lam": values.mean(), "lam_min": values.min(), "lam_max": values.max()}
 
 
 def _validation(experiment: Experiment, state: _State) -> dict[str, float | None]:
@@ -223,8 +241,10 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         shown["accuracy"] = f"{100 * row['query_accuracy']:.1f} %"
     if "val_accuracy" in row:
         shown["validation"] = f"{100 * row['val_accuracy']:.1f} %"
-    if "cg_residual" in row:
-        shown["CG residual"] = f"{row['cg_residual']:.1e}"
+    if "solve_residual" in row:
+        shown["residual"] = f"{row['solve_residual']:.1e}"
+    if "lam" in row:
+        shown["lambda"] = f"{row['lam']:.3g}"
     shown["speed"] = f"{row['tasks_per_second']:.1f} tasks/s"
     return shown
 
@@ -252,6 +272,7 @@ def _save(experiment: Experiment, state: _State, directory: RunDirectory) -> Non
             config=to_json(config),
             theta=state.theta.detach(),
             average=state.average,
+            log_lam=None if state.lam is None else state.lam.log.detach(),
             optimizer=state.optimizer.state_dict(),
             window=state.window.state(),
             seconds=state.seconds,
@@ -265,10 +286,11 @@ def _restore(experiment: Experiment, saved: Checkpoint | None) -> _State:
     outer = experiment.config.outer
     theta = experiment.initial_theta()  # [N]
     average = theta.clone() if outer.average else None
-    optimizer = outer_optimizer(outer, theta)
+    lam = experiment.lam
+    optimizer = outer_optimizer(outer, theta, None if lam is None else lam.log)
     window = Window(experiment.device)
     if saved is None:
-        return _State(0, theta, optimizer, average, window, 0.0)
+        return _State(0, theta, optimizer, average, lam, window, 0.0)
     if saved.theta.shape != theta.shape or saved.theta.dtype != theta.dtype:
         raise CheckpointError(
             f"the checkpoint of step {saved.step} holds {saved.theta.numel()} parameters of {saved.theta.dtype}, "
@@ -277,10 +299,11 @@ def _restore(experiment: Experiment, saved: Checkpoint | None) -> _State:
     theta.copy_(saved.theta)
     if average is not None and saved.average is not None:
         average.copy_(saved.average)
+    restore_lam(experiment, saved)
     optimizer.load_state_dict(saved.optimizer)
     window.load_state(saved.window)
     say(f"continuing after step {saved.step}")
-    return _State(saved.step, theta, optimizer, average, window, saved.seconds)
+    return _State(saved.step, theta, optimizer, average, lam, window, saved.seconds)
 
 
 def _load(directory: RunDirectory, config: TrainConfig, path: Path | None) -> Checkpoint | None:

@@ -1,0 +1,48 @@
+"""Small tasks for the tests of the meta-gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imaml_ext.models import MLP, Conv4, TaskLoss
+
+F64 = torch.float64
+
+
+class Data(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class Episodes(NamedTuple):
+    support: Data
+    query: Data
+
+
+def regression(tasks: int, *, hidden: tuple[int, ...] = (5,)) -> tuple[TaskLoss, Tensor, Episodes]:
+    """Random points and targets, of 3 inputs and 2 outputs: loss, theta [N] and the tasks, in float64."""
+    model = MLP(3, hidden, 2, activation="tanh")
+    theta = model.init(seed=0, dtype=F64) + 0.2 * torch.randn(model.num_parameters, dtype=F64)
+    sides = [Data(torch.randn(tasks, count, 3, dtype=F64), torch.randn(tasks, count, 2, dtype=F64)) for count in (6, 9)]
+    return TaskLoss(model, "mse"), theta, Episodes(*sides)
+
+
+def classification(tasks: int, *, dtype: torch.dtype = F64) -> tuple[TaskLoss, Tensor, Episodes]:
+    """Random images of 12 × 12 pixels in 3 classes, for a Conv4 of 4 filters."""
+    model = Conv4(3, image_size=12, filters=4)
+    sides = [
+        Data(
+            torch.rand(tasks, 3 * count, 1, 12, 12, dtype=dtype),
+            torch.arange(3).repeat_interleave(count).repeat(tasks, 1),
+        )
+        for count in (1, 2)
+    ]
+    return TaskLoss(model, "cross_entropy"), model.init(seed=2, dtype=dtype), Episodes(*sides)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return float((found - expected).norm() / expected.norm())
