@@ -8,13 +8,14 @@ from torch import Tensor
 from imaml_ext import FOMAML, IMAML, MAML, GradientDescent, LearnableLam, Reptile
 from imaml_ext.models import TaskLoss
 
+# Adam's ε is large: with a small one, its update jumps where a gradient changes sign, and no difference is fine enough.
 SOLVERS = {
     "sgd": GradientDescent(steps=4, lr=0.1),
     "momentum": GradientDescent(steps=4, lr=0.05, optimizer="momentum", momentum=0.7),
     "nesterov": GradientDescent(steps=4, lr=0.05, optimizer="momentum", momentum=0.7, nesterov=True),
-    "adam": GradientDescent(steps=4, lr=0.02, optimizer="adam", betas=(0.8, 0.9), eps=1e-3),
+    "adam": GradientDescent(steps=4, lr=0.02, optimizer="adam", betas=(0.8, 0.9), eps=0.1),
     "pullback": GradientDescent(steps=4, lr=0.1, proximal="pullback"),
-    "adam pullback": GradientDescent(steps=3, lr=0.02, optimizer="adam", proximal="pullback"),
+    "adam pullback": GradientDescent(steps=3, lr=0.02, optimizer="adam", eps=0.1, proximal="pullback"),
 }
 
 

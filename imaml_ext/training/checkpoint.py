@@ -35,10 +35,10 @@ class Checkpoint:
     config: dict[str, Any]  # JSON form
     theta: Tensor  # [N]
     average: Tensor | None  # [N], the exponential average of theta where one is kept
-    log_lam: Tensor | None  # [G], where λ is learnt
     optimizer: dict[str, Any]
     window: dict[str, Tensor] = field(default_factory=dict)  # sums of the metrics since the last line of the log
     seconds: float = 0.0  # training time until here
+    log_lam: Tensor | None = None  # [G], where λ is learnt
     format: int = FORMAT
 
 
