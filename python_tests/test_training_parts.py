@@ -177,7 +177,7 @@ class TestCheckpoints:
 
     def test_not_a_checkpoint(self, tmp_path: Path) -> None:
         torch.save({"theta": torch.zeros(3)}, tmp_path / "step-00000001.pt")
-        with pytest.raises(CheckpointError, match="is not a training checkpoint of format 1"):
+        with pytest.raises(CheckpointError, match="is not a training checkpoint of format 2"):
             load_checkpoint(tmp_path / "step-00000001.pt")
         with pytest.raises(CheckpointError, match="does not exist"):
             load_checkpoint(tmp_path / "step-00000002.pt")
