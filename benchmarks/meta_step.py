@@ -135,12 +135,12 @@ def makers(options: argparse.Namespace) -> tuple[Makers, dict[str, str]]:
     return found, left_out
 
 
-def check(problem: Problem, found: Makers) -> dict[str, float]:
+def check(problem: Problem, pool: Problem, found: Makers) -> dict[str, float]:
     """How far every implementation's meta-gradient is from that in float64.
 
     Raises MismatchError where one is further than TOLERANCE.
     """
-    few, truth = peers.check_problem(problem)
+    few, truth = peers.check_problem(problem, pool)
     results = {}
     for name, make in found.items():
         implementation = make(few)
@@ -150,10 +150,11 @@ def check(problem: Problem, found: Makers) -> dict[str, float]:
     return apart
 
 
-def compare(workload: Workload, problem: Problem, found: Makers, *, rounds: int) -> dict[str, Any]:
-    """Checks, times and prints one workload."""
+def compare(
+    workload: Workload, problem: Problem, found: Makers, apart: dict[str, float], *, rounds: int
+) -> dict[str, Any]:
+    """Times and prints one workload."""
     device = problem.device
-    apart = check(problem, found)
     steps = {name: make(problem).step for name, make in found.items()}
     machine = Machine(device)
     times = alternate({**steps, **machine.calls()}, rounds=rounds, device=device)
@@ -212,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What this and scaling.py have in common."""
     parser.add_argument("--imaml-dev", type=Path, metavar="FOLDER", help="source of github.com/aravindr93/imaml_dev")
     parser.add_argument("--data", default="glyphs", help="glyphs (built in), or omniglot in $IMAML_DATA_ROOT")
-    parser.add_argument("--inner", choices=["proximal", "pullback"], default="proximal")
+    parser.add_argument("--proximal", choices=["pullback", "gradient"], default="pullback", help="as in peers.py")
     parser.add_argument("--damping", type=float, default=Algorithm.damping, help="δ of (H + (λ + δ) I) u = v; λ = 2")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
     parser.add_argument("--rounds", type=int, default=7)
@@ -247,11 +248,13 @@ def main() -> int:
     runs = []
     for name in names:
         workload = replace(WORKLOADS[name], **changed)
-        algorithm = Algorithm(options.inner, workload.inner_steps, workload.cg_steps, damping=options.damping)
+        algorithm = Algorithm(options.proximal, workload.inner_steps, workload.cg_steps, damping=options.damping)
         problem = make_problem(workload, algorithm, data=options.data, device=device, seed=options.seed)
         title = ", ".join(f"{key} {value}" for key, value in asdict(workload).items())
-        print(f"\n{name}: {title}, inner {options.inner}, {options.data}, {device}")
-        run = compare(workload, problem, found, rounds=options.rounds)
+        print(f"\n{name}: {title}, {options.proximal}, {options.data}, {device}")
+        pool = make_problem(replace(workload, tasks=12), algorithm, data=options.data, device=device, seed=options.seed)
+        apart = check(problem, pool, found)
+        run = compare(workload, problem, found, apart, rounds=options.rounds)
         if options.hvp:
             run["product"] = measure_product(workload, problem, rounds=options.rounds)
         runs.append(

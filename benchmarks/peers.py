@@ -35,6 +35,7 @@ from torch.func import functional_call
 
 from imaml_ext import IMAML, TaskLoss, from_module
 from imaml_ext.data import EpisodeBatch
+from imaml_ext.inner import GradientDescent
 from imaml_ext.models import Conv4, TaskModel
 
 
@@ -42,12 +43,12 @@ from imaml_ext.models import Conv4, TaskModel
 class Algorithm:
     """What is computed.
 
-    inner: "proximal", `inner_steps` gradient steps on L + ½ λ ‖φ − θ‖²; or "pullback", as many on L alone and then one
-    step φ ← φ − lr λ (φ − θ), which is what the public code of the paper does.
+    proximal: "pullback", `inner_steps` gradient steps on L and then one step φ ← φ − lr λ (φ − θ), which is what the
+    public code of the paper does; or "gradient", the steps on L + ½ λ ‖φ − θ‖².
     lr: the default of the public code. What a step costs does not depend on its size.
     """
 
-    inner: str
+    proximal: str
     inner_steps: int
     cg_steps: int
     lr: float = 0.01
@@ -137,13 +138,10 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def imaml(algorithm: Algorithm, loss: TaskLoss) -> IMAML:
-    if algorithm.inner != "proximal":
-        raise ValueError(f"inner must be 'proximal' for imaml_ext, got {algorithm.inner!r}")
     return IMAML(
         loss,
         lam=algorithm.lam,
-        inner_steps=algorithm.inner_steps,
-        inner_lr=algorithm.lr,
+        inner=GradientDescent(algorithm.inner_steps, algorithm.lr, proximal=algorithm.proximal),
         cg_steps=algorithm.cg_steps,
         cg_rtol=0.0,
         damping=algorithm.damping,
@@ -244,10 +242,10 @@ def grouped_solver(problem: Problem) -> Callable[[Sequence[Tensor]], Tensor]:
             g = gradient(phi, support_x, episodes.support_y)
             with torch.no_grad():
                 for p, center, slope in zip(phi, theta, g, strict=True):
-                    if algorithm.inner == "proximal":
+                    if algorithm.proximal == "gradient":
                         slope = torch.add(slope, p - center, alpha=algorithm.lam)
                     p.sub_(slope, alpha=algorithm.lr)
-        if algorithm.inner == "pullback":
+        if algorithm.proximal == "pullback":
             with torch.no_grad():
                 for p, center in zip(phi, theta, strict=True):
                     p.sub_(p - center, alpha=algorithm.lr * algorithm.lam)
@@ -277,17 +275,16 @@ def grouped_solver(problem: Problem) -> Callable[[Sequence[Tensor]], Tensor]:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def check_problem(problem: Problem, *, distinct: int = 2, candidates: int = 12) -> tuple[Problem, Tensor]:
+def check_problem(problem: Problem, pool: Problem, *, distinct: int = 2) -> tuple[Problem, Tensor]:
     """The same problem on few distinct tasks, each many times, and its meta-gradient [N] in float64.
 
     Where an activation comes within rounding of the kink of its ReLU, rounding decides on which side it falls; with one
     image a class that moves a task's u by percents, in any implementation, for about one task in twenty. So those of
-    the problem's first tasks are taken whose u, in float64, changes least when θ does by parts in a hundred thousand,
-    far more than float32 rounds.
+    the pool's tasks are taken whose u, in float64, changes least when θ does by parts in a hundred thousand, far more
+    than float32 rounds.
     """
-    tasks = problem.episodes.num_tasks
-    few = problem.rows(torch.arange(min(tasks, candidates))).double()
-    solve, theta = grouped_solver(few), [p.detach() for p in few.network.parameters()]
+    exact = pool.double()
+    solve, theta = grouped_solver(exact), [p.detach() for p in exact.network.parameters()]
     u = solve(theta)
     moved = torch.zeros_like(u[:, 0])
     generator = torch.Generator().manual_seed(0)
@@ -296,8 +293,8 @@ def check_problem(problem: Problem, *, distinct: int = 2, candidates: int = 12) 
         other = solve([p * (1 + 1e-5 * n) for p, n in zip(theta, noise, strict=True)])
         moved = torch.maximum(moved, (other - u).norm(dim=1) / u.norm(dim=1))
     chosen = moved.argsort()[:distinct]
-    index = chosen[torch.arange(tasks, device=chosen.device) % chosen.numel()]
-    return problem.rows(index), problem.algorithm.lam * u[index].mean(0)
+    index = chosen[torch.arange(problem.episodes.num_tasks, device=chosen.device) % chosen.numel()]
+    return pool.rows(index), problem.algorithm.lam * u[index].mean(0)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -329,7 +326,7 @@ def imaml_dev(problem: Problem, path: Path) -> Implementation:
         meta_gradient = torch.zeros_like(theta)
         for task in tasks:
             learner.set_params(theta.clone())
-            if algorithm.inner == "proximal":
+            if algorithm.proximal == "gradient":
                 learner.learn_task(task, algorithm.inner_steps, add_regularization=True, w_0=theta, lam=lam)
             else:
                 learner.learn_task(task, algorithm.inner_steps)
@@ -376,7 +373,7 @@ def hypertorch(problem: Problem, path: Path) -> Implementation:
             def inner_loss(
                 params: Any, hparams: Any, f: Callable = support_loss, x: Any = support_x, y: Any = support_y
             ):
-                return f(params, hparams, algorithm.lam) if algorithm.inner == "proximal" else loss(params, x, y)
+                return f(params, hparams, algorithm.lam) if algorithm.proximal == "gradient" else loss(params, x, y)
 
             def query_loss(params: Any, hparams: Any, x: Tensor = query_x, y: Tensor = query_y) -> Tensor:
                 return loss(params, x, y) / len(tasks)
@@ -385,7 +382,7 @@ def hypertorch(problem: Problem, path: Path) -> Implementation:
             phi = [p.detach().clone().requires_grad_() for p in theta]
             for _ in range(algorithm.inner_steps):
                 phi = inner(phi, theta, create_graph=False)
-            if algorithm.inner == "pullback":
+            if algorithm.proximal == "pullback":
                 phi = [p - algorithm.lr * algorithm.lam * (p - c) for p, c in zip(phi, theta, strict=True)]
             implicit = hypergrad.GradientDescent(
                 lambda params, hparams, f=support_loss: f(params, hparams, algorithm.shift), step_size=1.0
@@ -429,12 +426,12 @@ def torchopt(problem: Problem) -> Implementation:
             with torch.enable_grad():
                 for _ in range(algorithm.inner_steps):
                     loss = F.cross_entropy(self(x), y)
-                    if algorithm.inner == "proximal":
+                    if algorithm.proximal == "gradient":
                         loss = loss + 0.5 * algorithm.lam * self.distance()
                     optimizer.zero_grad()
                     loss.backward(inputs=parameters)
                     optimizer.step()
-            if algorithm.inner == "pullback":
+            if algorithm.proximal == "pullback":
                 with torch.no_grad():
                     for p, center in zip(parameters, self.meta_parameters(), strict=True):
                         p.sub_(p - center, alpha=algorithm.lr * algorithm.lam)
@@ -488,13 +485,13 @@ def jax(problem: Problem) -> Implementation:
         def support_gradient(phi: Any) -> Any:
             return jax.grad(loss)(phi, support_x, support_y)
 
-        pull = algorithm.lam if algorithm.inner == "proximal" else 0.0
+        pull = algorithm.lam if algorithm.proximal == "gradient" else 0.0
 
         def descend(_: int, phi: Any) -> Any:
             return phi - algorithm.lr * (support_gradient(phi) + pull * (phi - theta))
 
         phi = jax.lax.fori_loop(0, algorithm.inner_steps, descend, theta)
-        if algorithm.inner == "pullback":
+        if algorithm.proximal == "pullback":
             phi = phi - algorithm.lr * algorithm.lam * (phi - theta)
         v = jax.grad(loss)(phi, query_x, query_y)
         _, hvp = jax.linearize(support_gradient, phi)
