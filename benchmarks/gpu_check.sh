@@ -1,29 +1,34 @@
 #!/usr/bin/env bash
 # Builds the extension in place, checks it on a GPU, measures it, and writes one result file. Needs no network.
 #
-#   benchmarks/gpu_check.sh [--wheels FOLDER] [--output FILE] [--limit SECONDS] [STEP ...]
+#   benchmarks/gpu_check.sh [--wheels FOLDER] [--output FILE] [--limit SECONDS]
+#                           [--imaml-dev FOLDER] [--hypertorch FOLDER] [STEP ...]
 #
-# Steps, all by default: build tests cpp memcheck racecheck benchmarks. One that fails does not stop the rest; steps run
-# earlier on the same hardware and versions stay in the result file, so the steps can be spread over several calls.
+# Steps, all by default: build tests cpp memcheck racecheck benchmarks meta_step scaling. One that fails does not stop
+# the rest; steps run earlier on the same hardware and versions stay in the result file, so the steps can be spread over
+# several calls.
 # --wheels: a folder of wheels with Python packages that are missing. --limit: the most that one step may take (480).
+# --imaml-dev, --hypertorch: sources of these peers for meta_step; TorchOpt and JAX take part where they are installed.
 # PYTHON: the Python to use, with torch, ninja, setuptools, pytest in it. Logs: build/gpu_check/.
 # Without a GPU every step goes as far as it can, and the result file says what was skipped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
-output=benchmarks/results/gpu_check.json wheels='' limit=480 steps=()
+output=benchmarks/results/gpu_check.json wheels='' limit=480 steps=() peers=()
+all_steps=(build tests cpp memcheck racecheck benchmarks meta_step scaling)
 while [ $# -gt 0 ]; do
   case $1 in
     --wheels) wheels=$2; shift ;;
     --output) output=$2; shift ;;
     --limit) limit=$2; shift ;;
-    build | tests | cpp | memcheck | racecheck | benchmarks) steps+=("$1") ;;
+    --imaml-dev | --hypertorch) peers+=("$1" "$(realpath "$2")"); shift ;;
+    build | tests | cpp | memcheck | racecheck | benchmarks | meta_step | scaling) steps+=("$1") ;;
     *) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;
   esac
   shift
 done
-[ ${#steps[@]} -gt 0 ] || steps=(build tests cpp memcheck racecheck benchmarks)
+[ ${#steps[@]} -gt 0 ] || steps=("${all_steps[@]}")
 
 logs=build/gpu_check
 mkdir -p "$logs" "$(dirname "$output")"
@@ -72,10 +77,16 @@ for step in "${steps[@]}"; do
     benchmarks)
       if [ "$gpu" != 1 ]; then skip benchmarks "no CUDA device"; continue; fi
       run every_kernel "$PYTHON" benchmarks/every_kernel.py --device cuda
-      for script in benchmarks/*.py; do
-        name=$(basename "$script" .py)
-        [ "$name" = every_kernel ] || run "benchmark-$name" "$PYTHON" "$script" --device cuda --json "$logs/benchmark-$name.json"
-      done ;;
+      run benchmark-cg "$PYTHON" benchmarks/cg.py --device cuda --json "$logs/benchmark-cg.json" ;;
+    meta_step)
+      # Every workload, beside all peers that are there. JAX must leave memory to the others.
+      if [ "$gpu" != 1 ]; then skip meta_step "no CUDA device"; continue; fi
+      "$PYTHON" -c 'import jax' 2> /dev/null && peers+=(--jax)
+      XLA_PYTHON_CLIENT_PREALLOCATE=false run meta_step "$PYTHON" benchmarks/meta_step.py all --hvp --device cuda \
+        "${peers[@]}" --json "$logs/benchmark-meta_step.json" ;;
+    scaling)
+      if [ "$gpu" != 1 ]; then skip scaling "no CUDA device"; continue; fi
+      run scaling "$PYTHON" benchmarks/scaling.py --device cuda --json "$logs/benchmark-scaling.json" ;;
   esac
 done
 

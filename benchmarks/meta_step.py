@@ -123,10 +123,12 @@ def makers(options: argparse.Namespace) -> tuple[Makers, dict[str, str]]:
         found["TorchOpt"] = peers.torchopt
     except ImportError as error:
         left_out["TorchOpt"] = str(error)
-    if options.jax:
-        found["JAX"] = peers.jax
-    else:
+    if not options.jax:
         left_out["JAX"] = "no --jax"
+    elif (backend := peers.jax_backend()) != {"cuda": "gpu"}.get(torch.device(options.device).type, "cpu"):
+        left_out["JAX"] = f"it runs on the {backend}, the others on {options.device}"
+    else:
+        found["JAX"] = peers.jax
     if options.only:
         unknown = set(options.only) - set(found)
         if unknown:
@@ -211,7 +213,6 @@ def measure_product(workload: Workload, problem: Problem, *, rounds: int) -> dic
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What this and scaling.py have in common."""
-    parser.add_argument("--imaml-dev", type=Path, metavar="FOLDER", help="source of github.com/aravindr93/imaml_dev")
     parser.add_argument("--data", default="glyphs", help="glyphs (built in), or omniglot in $IMAML_DATA_ROOT")
     parser.add_argument("--proximal", choices=["pullback", "gradient"], default="pullback", help="as in peers.py")
     parser.add_argument("--damping", type=float, default=Algorithm.damping, help="δ of (H + (λ + δ) I) u = v; λ = 2")
@@ -229,6 +230,7 @@ def main() -> int:
     add_arguments(parser)
     for field in fields(Workload):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="instead of the workload's")
+    parser.add_argument("--imaml-dev", type=Path, metavar="FOLDER", help="source of github.com/aravindr93/imaml_dev")
     parser.add_argument("--hypertorch", type=Path, metavar="FOLDER", help="source of github.com/prolearner/hypertorch")
     parser.add_argument("--jax", action="store_true", help="measure JAX too, which takes a while to compile")
     parser.add_argument("--only", action="append", metavar="NAME", help="this implementation beside ours; repeatable")

@@ -178,7 +178,7 @@ def imaml_ext(problem: Problem) -> Implementation:
 def imaml_ext_module(problem: Problem) -> Implementation:
     """The nn.Module, which this package knows nothing of, through `from_module`."""
     model = from_module(problem.network)
-    theta = model.init(seed=0, device=problem.device)
+    theta = model.init(seed=0, dtype=problem.episodes.support_x.dtype, device=problem.device)
     return _ours("imaml_ext, nn.Module", problem, model, theta, lambda flat: flat)
 
 
@@ -452,12 +452,20 @@ def torchopt(problem: Problem) -> Implementation:
     return Implementation("TorchOpt", step, lambda flat: algorithm.lam / algorithm.shift * flat)
 
 
+def jax_backend() -> str:
+    """Where JAX runs: "cpu" or "gpu"."""
+    import jax
+
+    return jax.default_backend()
+
+
 def jax(problem: Problem) -> Implementation:
     """What a user who knows JAX would write: one jitted step, tasks by vmap, NHWC, H by `jax.linearize`."""
     import jax
     import jax.numpy as jnp
     from jax.flatten_util import ravel_pytree
 
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 on GPUs too, as everyone else here
     algorithm, e = problem.algorithm, problem.episodes
     parameters = {
         name: jnp.asarray(p.detach().permute(2, 3, 1, 0).cpu().numpy() if p.dim() == 4 else p.detach().cpu().numpy())

@@ -1,0 +1,221 @@
+"""docs/benchmarks.md, and the picture in it, from the result files.
+
+python benchmarks/render.py            # writes docs/benchmarks.md and docs/benchmarks.svg
+python benchmarks/render.py --check    # exit code 1 where docs/benchmarks.md is not what the result files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+INTRODUCTION = """\
+# Benchmarks
+
+Made by `python benchmarks/render.py` from `benchmarks/results/`; each section names the command that measures it again.
+
+Every figure is a median over rounds in which all contestants of a table take turns in one process, on the machine that
+the section names; ratios are medians of the ratios within a round. Nothing is timed before results have been compared.
+
+## What a meta-step is here
+
+Adaptation of every task, the query gradient, conjugate gradients on (H + (λ + δ) I) u = v with a fixed number of
+products with the Hessian, the mean of λu, one Adam step; no loading of data. Conv4 with stride 2, 28×28 images,
+float32. All contestants compute the same meta-gradient from the same θ and the same tasks, by the algorithm of the
+paper's public code: plain gradient steps, a pull-back towards θ, λ = 2, δ = 22. `benchmarks/peers.py` says how each is
+called:
+
+| name | what it is |
+|---|---|
+| imaml_ext | `IMAML` with `Conv4` |
+| imaml_ext, nn.Module | `IMAML` with the same network as an `nn.Module`, through `from_module` |
+| grouped conv2d | plain PyTorch: every task a group of one convolution, H linearised once |
+| imaml_dev | the code published with the paper, github.com/aravindr93/imaml_dev; a loop over tasks |
+| hypertorch | github.com/prolearner/hypertorch; a loop over tasks |
+| TorchOpt | `ImplicitMetaGradientModule` with `solve_cg`; a loop over tasks |
+| JAX | the whole meta-step jitted, tasks by `vmap`, H by `jax.linearize` |
+
+"Off by" is the relative distance of the meta-gradient from that of a float64 calculation, 1e-4 at most, on tasks for
+which it does not hang on the rounding of one activation. "Of sgemm" is the rate at which the arithmetic of
+convolutions and linear layers is done (counted in `benchmarks/meta_step.py`), as a share of what a large float32
+`torch.mm` reaches in the same rounds.
+"""
+
+
+def render() -> str:
+    """The document."""
+    parts = [INTRODUCTION]
+    for name, result in _results():
+        parts.append(_SECTIONS[name](result))
+    return "\n".join(parts)
+
+
+def _results() -> Iterator[tuple[str, dict[str, Any]]]:
+    """CPU first, then what a GPU machine measured in benchmarks/gpu_check.sh."""
+    for name in _SECTIONS:
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            yield name, json.loads(path.read_text())
+    path = RESULTS / "gpu_check.json"
+    if path.exists():
+        measured = json.loads(path.read_text())["benchmarks"]
+        yield from ((name, measured[name]) for name in _SECTIONS if name in measured)
+
+
+def _heading(title: str, result: dict[str, Any]) -> str:
+    stamp = result["stamp"]
+    where = stamp.get("gpu") or f"{stamp['cpu']}, {stamp['threads']} threads"
+    versions = ", ".join(
+        f"{name} {stamp[name]}" for name in ("torch", "torchopt", "jax", "linear_operator", "cuda") if stamp.get(name)
+    )
+    return f"## {title}: {where}\n\n`{result['command']}`\n\n{versions}, Python {stamp['python']}.\n"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _ms(row: dict[str, Any]) -> list[str]:
+    return [f"{row['median_ms']:,.1f}", f"{row['min_ms']:,.1f} – {row['max_ms']:,.1f}"]
+
+
+def _words(w: dict[str, Any]) -> str:
+    return (
+        f"{w['ways']}-way {w['shots']}-shot, {w['queries']} {'query' if w['queries'] == 1 else 'queries'} a class, "
+        f"{w['tasks']} {'task' if w['tasks'] == 1 else 'tasks'}, {w['inner_steps']} inner steps, "
+        f"{w['cg_steps']} CG steps, {w['filters']} filters"
+    )
+
+
+def _mib(row: dict[str, Any]) -> str:
+    return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+
+
+def _meta_step(result: dict[str, Any]) -> str:
+    parts = [_heading("Meta-step", result)]
+    for name, why in result["left_out"].items():
+        parts.append(f"Left out: {name} ({why}).\n")
+    for run in result["runs"]:
+        machine = run["machine"]
+        gpu = any(row["peak_bytes"] is not None for row in run["results"].values())
+        parts.append(
+            f"### {run['name']}\n\n{_words(run['workload'])}; {run['data']}. {run['flop'] / 1e9:.1f} GFLOP; "
+            f"`torch.mm` {machine['sgemm_gflops']:,.0f} GFLOP/s, "
+            f"copy {machine['copy_gbytes']:,.0f} GB/s.\n"
+        )
+        header = ["", "median ms", "min – max", "÷ imaml_ext", "of sgemm", "off by"] + ["peak MiB"] * gpu
+        rows = []
+        for contestant, row in run["results"].items():
+            cells = [contestant, *_ms(row), f"{row['ratio_to_ours']:.2f}", f"{row['share_of_sgemm']:.0%}"]
+            rows.append([*cells, f"{row['distance_from_float64']:.1e}"] + [_mib(row)] * gpu)
+        parts.append(_table(header, rows))
+        if "product" in run:
+            rows = [[what, *_ms(row), f"{row['ratio_to_gradient']:.2f}"] for what, row in run["product"].items()]
+            parts.append("On the support sets of these tasks, by imaml_ext:\n")
+            parts.append(_table(["", "median ms", "min – max", "÷ gradient"], rows))
+    return "\n".join(parts)
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    parts = [
+        _heading("Scaling", result),
+        f"One number varied, the others as in: {_words(result['base'])}; {result['data']}.\n",
+    ]
+    if "gpu" not in result["stamp"] and result["axes"]:
+        parts.append("![Time of a meta-step over each axis](benchmarks.svg)\n")
+    for axis, measured in result["axes"].items():
+        rows = [
+            [str(p["value"]), f"{p['parameters']:,}", f"{p['flop'] / 1e9:.2f}", *_ms(p), f"{p['share_of_sgemm']:.0%}"]
+            for p in measured["points"]
+        ]
+        title = axis.replace("_", " ")
+        parts.append(_table([title, "parameters", "GFLOP", "median ms", "min – max", "of sgemm"], rows))
+        if "deviation_from_linear" in measured:
+            most = measured["points"][-1]["value"]
+            parts.append(
+                f"From 4 tasks on, the time a task is within {measured['deviation_from_linear']:.1%} of that at {most}."
+                "\n"
+            )
+    if "training" in result:
+        t = result["training"]
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in t["shares"].items())
+        parts.append(
+            f"Training `{t['preset']}` for {t['steps']} meta-steps: {t['outside']:.1%} of the time outside the "
+            f"meta-step ({shares}).\n"
+        )
+    return "\n".join(parts)
+
+
+def _cg(result: dict[str, Any]) -> str:
+    s = result["systems"]
+    rows = [
+        [
+            name,
+            *_ms(row),
+            f"{row['ratio_to_ours']:.2f}",
+            "" if (e := row["largest_relative_error"]) is None else f"{e:.1e}",
+        ]
+        for name, row in result["results"].items()
+    ]
+    return "\n".join(
+        [
+            _heading("Conjugate gradients", result),
+            f"{s['rows']} systems of {s['cols']:,} unknowns, {s['iterations']} iterations, {result['dtype']}, a "
+            "diagonal operator; the error is the largest of a system after these iterations.\n",
+            _table(["", "median ms", "min – max", "÷ imaml_ext.cg", "error"], rows),
+        ]
+    )
+
+
+_SECTIONS = {"meta_step": _meta_step, "scaling": _scaling, "cg": _cg}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Time over each axis, both logarithmic, beside a line of slope 1 through the last point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "imaml_ext"  # the same bytes for the same figures
+    from matplotlib import pyplot
+
+    axes = result["axes"]
+    figure, plots = pyplot.subplots(2, 3, figsize=(9, 5), layout="constrained")
+    for plot in plots.flat[len(axes) :]:
+        plot.axis("off")
+    for plot, (axis, measured) in zip(plots.flat, axes.items(), strict=False):
+        points = measured["points"]
+        x, y = [p["value"] for p in points], [p["median_ms"] for p in points]
+        spread = [[p["median_ms"] - p["min_ms"] for p in points], [p["max_ms"] - p["median_ms"] for p in points]]
+        plot.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2)
+        plot.plot(x, [y[-1] * v / x[-1] for v in x], ":", color="grey", label="proportional")
+        plot.set(xscale="log", yscale="log", xlabel=axis.replace("_", " "), ylabel="ms a meta-step")
+        plot.set_xticks(x, [str(v) for v in x])
+        plot.minorticks_off()
+    plots.flat[0].legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    document, path = render(), ROOT / "docs" / "benchmarks.md"
+    if options.check:
+        return int(not path.exists() or path.read_text() != document)
+    path.write_text(document)
+    scaling = RESULTS / "scaling.json"
+    if scaling.exists():
+        draw(json.loads(scaling.read_text()), path.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
