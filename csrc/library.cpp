@@ -25,4 +25,16 @@ TORCH_LIBRARY(imaml_ext, m) {
   m.def(
       "prox_adam_step_(Tensor(a!) phi, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor theta, "
       "Tensor lam, Tensor lr, float beta1, float beta2, float eps, int step) -> ()");
+
+  // The reference networks, every task with parameters of its own: params [B, N], x [B, S, *], y [B, S] labels or
+  // [B, S, *] targets; `network` as in network.h.
+  m.def("network_outputs(Tensor params, Tensor x, int[] network) -> Tensor");
+  m.def(
+      "network_gradient(Tensor params, Tensor x, Tensor y, int[] network) -> "
+      "(Tensor losses, Tensor outputs, Tensor gradient)");
+  m.def(
+      "network_linearise(Tensor params, Tensor x, Tensor y, int[] network) -> "
+      "(Tensor losses, Tensor outputs, Tensor gradient, Tensor tape)");
+  m.def(
+      "network_product(Tensor params, Tensor tape, Tensor y, Tensor p, int[] network, bool gauss_newton) -> Tensor");
 }

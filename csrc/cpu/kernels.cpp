@@ -8,6 +8,8 @@ namespace imaml_ext {
   const CgKernels<T>& cg_table();     \
   template <typename T>               \
   const ProxKernels<T>& prox_table(); \
+  template <typename T>               \
+  const NetworkKernels<T>& network_table(); \
   }
 IMAML_DECLARE_TABLES(baseline)
 #if defined(__x86_64__)
@@ -37,6 +39,11 @@ const ProxKernels<T>& prox_kernels() {
   IMAML_CHOOSE_TABLE(prox_table)
 }
 
+template <typename T>
+const NetworkKernels<T>& network_kernels() {
+  IMAML_CHOOSE_TABLE(network_table)
+}
+
 template const CgKernels<float>& cg_kernels();
 template const CgKernels<double>& cg_kernels();
 template const CgKernels<at::BFloat16>& cg_kernels();
@@ -45,5 +52,7 @@ template const ProxKernels<float>& prox_kernels();
 template const ProxKernels<double>& prox_kernels();
 template const ProxKernels<at::BFloat16>& prox_kernels();
 template const ProxKernels<at::Half>& prox_kernels();
+template const NetworkKernels<float>& network_kernels();
+template const NetworkKernels<double>& network_kernels();
 
 }  // namespace imaml_ext

@@ -7,6 +7,7 @@ namespace {
 #include "../prox_rules.inl"
 #include "cg_kernels.inl"
 #include "prox_kernels.inl"
+#include "network_kernels.inl"
 }  // namespace
 
 template <typename T>
@@ -16,6 +17,10 @@ const CgKernels<T>& cg_table() {
 template <typename T>
 const ProxKernels<T>& prox_table() {
   return ProxPasses<T>::kTable;
+}
+template <typename T>
+const NetworkKernels<T>& network_table() {
+  return NetworkPasses<T>::kTable;
 }
 IMAML_INSTANTIATE_TABLES
 }  // namespace imaml_ext::IMAML_TARGET

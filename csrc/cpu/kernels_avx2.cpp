@@ -1,4 +1,6 @@
 // The CPU kernels for AVX2. Every header comes first: nothing inline may be compiled for more than the baseline.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -7,10 +9,10 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define IMAML_REGISTER_BYTES 32
