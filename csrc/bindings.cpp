@@ -6,6 +6,7 @@
 
 #include "cg_solver.h"
 #include "cpu/capability.h"
+#include "network.h"
 
 namespace py = pybind11;
 
@@ -50,6 +51,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cg", torch::wrap_pybind_function(cg), py::arg("hvp"), py::arg("b"), py::kw_only(), py::arg("shift"),
         py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("inverse_diagonal"),
         py::arg("preconditioner"), py::arg("check_every"));
+  m.def("network_tape_size", [](const std::vector<int64_t>& network, int64_t images, int64_t item_size) {
+    return imaml_ext::network_tape_size(network, images, item_size);
+  });
   m.def("cpu_capability", [] { return imaml_ext::name_of(imaml_ext::cpu_capability()); });
 #if defined(IMAML_EXT_WITH_CUDA)
   m.attr("with_cuda") = true;

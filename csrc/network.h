@@ -63,4 +63,7 @@ struct Network {
 
 constexpr double kBatchNormEps = 1e-5;
 
+// Bytes a task of the tape that network_linearise makes on the CPU, of `images` examples in a type of `item_size` bytes.
+int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size);
+
 }  // namespace imaml_ext

@@ -251,6 +251,26 @@ def _register() -> None:
     def _(phi: Tensor, theta: Tensor, lam: Tensor) -> Tensor:
         return phi.new_empty((phi.shape[0],), dtype=compute_dtype(phi.dtype))
 
+    @torch.library.register_fake("imaml_ext::network_outputs")
+    def _(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
+        return params.new_empty((*x.shape[:2], network[-4]))
+
+    @torch.library.register_fake("imaml_ext::network_gradient")
+    def _(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = params.new_empty((*x.shape[:2], network[-4]))
+        return params.new_empty(x.shape[:1]), outputs, torch.empty_like(params)
+
+    @torch.library.register_fake("imaml_ext::network_linearise")
+    def _(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs = params.new_empty((*x.shape[:2], network[-4]))
+        size = native().network_tape_size(network, x.shape[1], params.element_size())
+        tape = params.new_empty((x.shape[0], size), dtype=torch.uint8)
+        return params.new_empty(x.shape[:1]), outputs, torch.empty_like(params), tape
+
+    @torch.library.register_fake("imaml_ext::network_product")
+    def _(params: Tensor, tape: Tensor, y: Tensor, p: Tensor, network: list[int], gauss_newton: bool) -> Tensor:
+        return torch.empty_like(p)
+
     torch.library.register_autograd("imaml_ext::prox_penalty", _penalty_backward, setup_context=_penalty_setup)
 
 

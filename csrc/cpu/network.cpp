@@ -645,6 +645,14 @@ void over_tasks(int64_t tasks, int64_t bytes, const Body& body) {
   for (int64_t task = together; task < tasks; ++task) body(task, base);
 }
 
+// Bytes of what second derivatives need of a task.
+template <typename T>
+int64_t tape_size(const Network& net, int64_t images) {
+  Arena measure(nullptr);
+  Storage<T>(net, images, Keep::kBars, true, measure);
+  return measure.used();
+}
+
 // [S, width] without the padding
 template <typename T>
 void copy_outputs(const Network& net, int64_t images, const T* from, T* to) {
@@ -742,15 +750,14 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
   const at::Tensor product = at::empty_like(p);
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
     using T = scalar_t;
-    Arena measure(nullptr);
-    Storage<T>(net, call.images, Keep::kBars, true, measure);
-    check_table(op, "tape", tape, at::kByte, {call.tasks, measure.used()}, params);
+    const int64_t stored = tape_size<T>(net, call.images);
+    check_table(op, "tape", tape, at::kByte, {call.tasks, stored}, params);
     Arena work(nullptr);
     work.take<T>(Task<T>::scratch_size(net));
     DotStorage<T>(net, call.images, work);
     over_tasks(call.tasks, work.used(), [&](int64_t task, char* memory) {
-      Arena stored(const_cast<char*>(static_cast<const char*>(tape.const_data_ptr())) + task * measure.used());
-      Storage<T> storage(net, call.images, Keep::kBars, true, stored);
+      Arena kept(const_cast<char*>(static_cast<const char*>(tape.const_data_ptr())) + task * stored);
+      Storage<T> storage(net, call.images, Keep::kBars, true, kept);
       Arena arena(memory);
       T* const scratch = arena.take<T>(Task<T>::scratch_size(net));
       DotStorage<T> dots(net, call.images, arena);
@@ -772,6 +779,11 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
 }
 
 }  // namespace
+
+int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size) {
+  const Network net = Network::parse(description);
+  return item_size == sizeof(float) ? tape_size<float>(net, images) : tape_size<double>(net, images);
+}
 
 TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
   m.impl("network_outputs", &network_outputs);

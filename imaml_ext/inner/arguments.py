@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.models import LossFunction
-from imaml_ext.models.loss import check_losses
+from imaml_ext.models.loss import TaskLoss, check_losses, task_gradient
 
 
 def task_rows(theta: Tensor, data: Any, num_tasks: int | None) -> tuple[Tensor, int]:
@@ -47,18 +47,16 @@ def task_losses(loss: LossFunction, params: Tensor, data: Any) -> Tensor:
     return losses
 
 
-def task_gradient(losses: Tensor, params: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Every task's own gradient [B, N] in one backward pass; zero where no loss depends on a parameter.
-
-    Raises:
-        ValueError: the losses depend on nothing by differentiable operations.
-    """
-    if not losses.requires_grad:
-        raise ValueError("loss must depend on params by differentiable operations, got a constant")
-    (gradient,) = torch.autograd.grad(
-        losses.sum(), params, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return gradient if create_graph else gradient.contiguous()
+def loss_and_gradient(loss: LossFunction, phi: Tensor, data: Any) -> tuple[Tensor, Tensor]:
+    """Losses [B] and every task's own gradient [B, N], in one pass, without a graph."""
+    if isinstance(loss, TaskLoss):
+        result = loss.gradient(phi, data)
+        return result.losses, result.gradient
+    params = phi.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = task_losses(loss, params, data)
+        gradient = task_gradient(losses, params)
+    return losses.detach(), gradient
 
 
 def check_int(name: str, value: int, *, minimum: int) -> int:

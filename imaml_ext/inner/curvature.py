@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from imaml_ext.inner.arguments import task_gradient, task_losses, task_rows
+from imaml_ext.inner.arguments import task_losses, task_rows
 from imaml_ext.models import LossFunction, TaskLoss
+from imaml_ext.models.loss import task_gradient
 
 CURVATURES = ("hessian", "gauss_newton")
 
@@ -25,11 +26,16 @@ class CurvatureOperator(Protocol):
 class HessianOperator:
     """H_b = ∇²L_b(φ_b): the gradient is built once, with its graph; a product differentiates that graph only.
 
-    The graph lives as long as the operator.
+    With the native engine of a `TaskLoss` a product is one pass over what the gradient has stored. What is stored lives
+    as long as the operator.
     """
 
     def __init__(self, loss: LossFunction, phi: Tensor, data: Any) -> None:
         self._params = _leaf(phi, data)
+        self._native = loss.linearise(self._params, data) if isinstance(loss, TaskLoss) else None
+        if self._native is not None:
+            self.losses, self.gradient = self._native.losses, self._native.gradient
+            return
         with torch.enable_grad():
             losses = task_losses(loss, self._params, data)
             self._gradient = task_gradient(losses, self._params, create_graph=True)
@@ -43,6 +49,8 @@ class HessianOperator:
             ValueError: p does not have the shape of phi.
         """
         _check_vector(p, self._params)
+        if self._native is not None:
+            return self._native.product(p)
         return _product(self._gradient, self._params, p)
 
 
@@ -63,6 +71,10 @@ class GaussNewtonOperator:
                 f"got {type(loss).__name__}"
             )
         self._params = _leaf(phi, data)
+        self._native = loss.linearise(self._params, data)
+        if self._native is not None:
+            self.losses, self.gradient = self._native.losses, self._native.gradient
+            return
         with torch.enable_grad():
             self._outputs = loss.outputs(self._params, data.x)  # [B, S, *]
             self._leaf_outputs = self._outputs.detach().requires_grad_()
@@ -80,6 +92,8 @@ class GaussNewtonOperator:
             ValueError: p does not have the shape of phi.
         """
         _check_vector(p, self._params)
+        if self._native is not None:
+            return self._native.product(p, gauss_newton=True)
         tangent = _product(self._pullback, self._cotangent, p)  # J p
         curved = _product(self._output_gradient, self._leaf_outputs, tangent)  # C J p
         return _product(self._outputs, self._params, curved)  # Jᵀ C J p

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_gradient, task_losses, task_rows
+from imaml_ext.inner.arguments import check_choice, check_int, check_number, loss_and_gradient, task_rows
 from imaml_ext.inner.solver import InnerResult
 from imaml_ext.models import LossFunction
 from imaml_ext.ops import Coefficient
@@ -147,15 +147,6 @@ def gradient_descent(
         final_loss, grad = loss_and_gradient(loss, phi, data)
         final_norm = proximal_norm(grad, phi, center, lam)
     return InnerResult(phi, losses, taken, final_loss, final_norm)
-
-
-def loss_and_gradient(loss: LossFunction, phi: Tensor, data: Any) -> tuple[Tensor, Tensor]:
-    """Losses [B] and every task's own gradient [B, N], in one backward pass."""
-    params = phi.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = task_losses(loss, params, data)
-        grad = task_gradient(losses, params)
-    return losses.detach(), grad
 
 
 def proximal_norm(grad: Tensor, phi: Tensor, theta: Tensor, lam: Tensor) -> Tensor:

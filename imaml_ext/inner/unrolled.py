@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import task_gradient, task_losses
+from imaml_ext.inner.arguments import loss_and_gradient, task_losses
 from imaml_ext.inner.curvature import HessianOperator
-from imaml_ext.inner.gradient_descent import GradientDescent, loss_and_gradient
+from imaml_ext.inner.gradient_descent import GradientDescent
 from imaml_ext.models import LossFunction
+from imaml_ext.models.loss import task_gradient
 
 State = tuple[Tensor, ...]  # φ, then the moments that the optimiser keeps, all [B, N]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
-from imaml_ext.inner.arguments import check_number, task_gradient, task_losses
+from imaml_ext.inner.arguments import check_number, loss_and_gradient, task_losses
 from imaml_ext.meta.regularisation import LearnableLam
 from imaml_ext.models import Data, LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient, as_coefficient
@@ -117,26 +117,30 @@ def sound(inner: InnerResult, *values: Tensor) -> Tensor:
     return finite
 
 
-def query_losses(loss: LossFunction, params: Tensor, query: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Query losses [B], with a graph where gradients are enabled, and their metrics."""
-    if not isinstance(loss, TaskLoss):
-        losses = task_losses(loss, params, query)
-        return losses, {"query_loss": losses.detach().mean()}
-    outputs = loss.outputs(params, query.x)
-    losses = loss.criterion(outputs, query.y)
-    metrics = {"query_loss": losses.detach().mean()}
-    accuracy = loss.accuracy(outputs.detach(), query.y)
-    if accuracy is not None:
-        metrics["query_accuracy"] = accuracy.mean()
-    return losses, metrics
+def query_metrics(loss: LossFunction, phi: Tensor, query: Any) -> dict[str, Tensor]:
+    """The mean query loss at phi [B, N], and the accuracy where there is one."""
+    with torch.no_grad():
+        if not isinstance(loss, TaskLoss):
+            return {"query_loss": task_losses(loss, phi, query).mean()}
+        outputs = loss.outputs(phi, query.x)
+        return _metrics(loss, loss.criterion(outputs, query.y), outputs, query.y)
 
 
 def query_gradient(loss: LossFunction, phi: Tensor, query: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """v = ∇Q(φ) [B, N], and the metrics of the query set."""
-    params = phi.detach().requires_grad_()
-    with torch.enable_grad():
-        losses, metrics = query_losses(loss, params, query)
-        return task_gradient(losses, params), metrics
+    if not isinstance(loss, TaskLoss):
+        losses, v = loss_and_gradient(loss, phi, query)
+        return v, {"query_loss": losses.mean()}
+    losses, outputs, v = loss.gradient(phi, query)
+    return v, _metrics(loss, losses, outputs, query.y)
+
+
+def _metrics(loss: TaskLoss, losses: Tensor, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    metrics = {"query_loss": losses.mean()}
+    accuracy = loss.accuracy(outputs, targets)
+    if accuracy is not None:
+        metrics["query_accuracy"] = accuracy.mean()
+    return metrics
 
 
 def count_metrics(counts: Tensor, finite: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

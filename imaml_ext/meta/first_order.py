@@ -13,7 +13,7 @@ from imaml_ext.meta.algorithm import (
     count_metrics,
     one_row,
     query_gradient,
-    query_losses,
+    query_metrics,
     sound,
     task_mean,
 )
@@ -84,7 +84,7 @@ class Reptile(InnerProblem):
         theta = one_row(theta)
         inner = self._solve(theta, episodes.support)
         with torch.no_grad():
-            _, metrics = query_losses(self.loss, inner.phi, episodes.query)
+            metrics = query_metrics(self.loss, inner.phi, episodes.query)
         way_back = theta - inner.phi  # [B, N]
         counts = sound(inner, way_back)
         return MetaGradient(

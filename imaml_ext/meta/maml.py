@@ -14,7 +14,7 @@ from imaml_ext.meta.algorithm import (
     MetaGradient,
     count_metrics,
     one_row,
-    query_losses,
+    query_gradient,
     sound,
     task_mean,
 )
@@ -79,10 +79,10 @@ class MAML(InnerProblem):
             phi, support_losses = unroll(
                 self.inner, self.loss, start, episodes.support, lam, checkpoint=self.checkpoint
             )
-            losses, metrics = query_losses(self.loss, phi, episodes.query)
-            by_theta, *by_lam = torch.autograd.grad(
-                losses.sum(), [start, lam] if learnt else [start], allow_unused=True, materialize_grads=True
-            )  # [B, N]
+        v, metrics = query_gradient(self.loss, phi.detach(), episodes.query)
+        by_theta, *by_lam = torch.autograd.grad(
+            phi, [start, lam] if learnt else [start], v, allow_unused=True, materialize_grads=True
+        )  # [B, N]
         inner = InnerResult(phi.detach(), support_losses, torch.full((tasks,), self.inner.steps, device=phi.device))
         counts = sound(inner, by_theta, *by_lam)
         metrics |= {**inner.metrics, **count_metrics(counts, counts, by_theta.dtype)}

@@ -8,6 +8,7 @@ from torch import Tensor
 from imaml_ext.models.initialise import glorot_bound, uniform
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.mlp import check_size
+from imaml_ext.models.network import describe_input, describe_layer
 from imaml_ext.models.task_layers import batch_norm, conv3x3, max_pool2x2
 from imaml_ext.models.task_model import TaskModel, check_inputs
 
@@ -71,6 +72,13 @@ class Conv4(TaskModel):
         shapes["linear.weight"] = (features, ways)
         shapes["linear.bias"] = (ways,)
         self.layout = ParameterLayout.of(shapes)
+        stride = 2 if pooling == "stride" else 1
+        last = "mean" if pooling == "stride" else "max"
+        pools = ("none" if pooling == "stride" else "max",) * (_LAYERS - 1) + (last,)
+        network = describe_input(*self.image_shape)
+        for pool in pools:
+            network += describe_layer(filters, kernel=3, stride=stride, norm="batch", activation="relu", pool=pool)
+        self.network = network + describe_layer(ways)
 
     def _initial(self, seed: int) -> dict[str, Tensor]:
         values = {}
@@ -83,8 +91,10 @@ class Conv4(TaskModel):
                 values[name] = uniform(tuple(shape), bound, seed=seed, index=index)
         return {name: value.double() for name, value in values.items()}
 
-    def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
+    def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
         check_inputs(inputs, self.image_shape, params)
+
+    def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
         p = self.layout.views(params)
         x = inputs.permute(0, 1, 3, 4, 2)  # [B, S, H, W, C]
         for layer in range(1, _LAYERS + 1):

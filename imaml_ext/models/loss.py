@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from imaml_ext.models.network import (
+    Network,
+    NetworkLinearisation,
+    network_gradient,
+    network_losses,
+    network_outputs,
+    supports,
+)
 from imaml_ext.models.task_model import TaskModel
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # outputs [B, S, *], targets [B, S, *] -> losses [B]
@@ -37,12 +45,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit; names the argument.
     """
-    if outputs.dim() != 3:
-        raise ValueError(f"outputs must have shape [B, S, classes] for cross-entropy, got {list(outputs.shape)}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64 labels for cross-entropy, got {targets.dtype}")
-    if targets.shape != outputs.shape[:2]:
-        raise ValueError(f"targets must have shape {list(outputs.shape[:2])}, got {list(targets.shape)}")
+    check_labels(outputs.shape, targets)
     log_probabilities = outputs.log_softmax(-1)
     return -log_probabilities.gather(-1, targets.unsqueeze(-1)).mean((1, 2))
 
@@ -58,18 +61,45 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit; names the argument.
     """
-    if outputs.shape == (*targets.shape, 1):
+    return (outputs - check_values(outputs.shape, outputs.dtype, targets)).square().flatten(1).mean(1)
+
+
+def check_labels(outputs_shape: torch.Size, targets: Tensor) -> Tensor:
+    """Raises TypeError or ValueError unless targets are labels [B, S] for outputs [B, S, K]."""
+    if len(outputs_shape) != 3:
+        raise ValueError(f"outputs must have shape [B, S, classes] for cross-entropy, got {list(outputs_shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64 labels for cross-entropy, got {targets.dtype}")
+    if targets.shape != outputs_shape[:2]:
+        raise ValueError(f"targets must have shape {list(outputs_shape[:2])}, got {list(targets.shape)}")
+    return targets
+
+
+def check_values(outputs_shape: torch.Size, dtype: torch.dtype, targets: Tensor) -> Tensor:
+    """Targets in the shape of the outputs; raises TypeError or ValueError where they do not fit."""
+    if outputs_shape == (*targets.shape, 1):
         targets = targets.unsqueeze(-1)
-    if targets.shape != outputs.shape:
+    if targets.shape != outputs_shape:
         raise ValueError(
-            f"targets must have the shape of the outputs, {list(outputs.shape)}, got {list(targets.shape)}"
+            f"targets must have the shape of the outputs, {list(outputs_shape)}, got {list(targets.shape)}"
         )
-    if targets.dtype != outputs.dtype:
-        raise TypeError(f"targets must have the dtype of the outputs, {outputs.dtype}, got {targets.dtype}")
-    return (outputs - targets).square().flatten(1).mean(1)
+    if targets.dtype != dtype:
+        raise TypeError(f"targets must have the dtype of the outputs, {dtype}, got {targets.dtype}")
+    return targets
 
 
 _CRITERIA: dict[str, Criterion] = {"cross_entropy": cross_entropy, "mse": mse}
+
+
+ENGINES = ("auto", "native", "torch")
+
+
+class LossGradient(NamedTuple):
+    """Losses [B], outputs [B, S, *] and every task's own gradient [B, N], without a graph."""
+
+    losses: Tensor
+    outputs: Tensor
+    gradient: Tensor
 
 
 class TaskLoss:
@@ -80,12 +110,15 @@ class TaskLoss:
         criterion: "cross_entropy", "mse", or a callable of outputs [B, S, *] and targets [B, S, *] that returns [B],
             entry b from row b alone; convex in the outputs where the Gauss-Newton matrix is to be positive
             semi-definite.
+        engine: "native", kernels that know the whole network with its first and second derivatives (`Conv4` and `MLP`
+            on the CPU with a named criterion); "torch", autograd through torch ops, differentiable to any order;
+            "auto", native where there is one. They agree up to rounding.
 
     Raises:
-        TypeError, ValueError: not a model, an unknown criterion.
+        TypeError, ValueError: not a model, an unknown criterion or engine.
     """
 
-    def __init__(self, model: TaskModel, criterion: str | Criterion) -> None:
+    def __init__(self, model: TaskModel, criterion: str | Criterion, *, engine: str = "auto") -> None:
         if not isinstance(model, TaskModel):
             raise TypeError(
                 f"model must be a TaskModel, got {type(model).__name__}: "
@@ -97,13 +130,27 @@ class TaskLoss:
                 raise ValueError(f"criterion must be one of {known} or a callable, got {criterion!r}")
         elif not callable(criterion):
             raise TypeError(f"criterion must be a name or a callable, got {type(criterion).__name__}")
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        if engine == "native" and (model.network is None or not isinstance(criterion, str)):
+            raise ValueError(
+                f"engine must be 'auto' or 'torch' for a {type(model).__name__} with {criterion!r}: "
+                "there are native kernels for Conv4 and MLP with a named criterion only"
+            )
         self.model = model
+        self.engine = engine
         self.classification = criterion == "cross_entropy"
         self._criterion = _CRITERIA[criterion] if isinstance(criterion, str) else criterion
+        self._network = model.network if isinstance(criterion, str) and engine != "torch" else None
 
     def outputs(self, params: Tensor, x: Tensor) -> Tensor:
-        """The model's outputs [B, S, *] for params [B, N] and inputs x [B, S, *]."""
-        return self.model(params, x)
+        """The model's outputs [B, S, *] for params [B, N] and inputs x [B, S, *]; differentiable to any order."""
+        network = self._native(params, x)
+        needs_graph = torch.is_grad_enabled() and params.requires_grad
+        if network is None or needs_graph:
+            return self.model(params, x)
+        self.model.check(params, x)
+        return network_outputs(params, x, network)
 
     def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Losses [B] of outputs [B, S, *].
@@ -111,10 +158,7 @@ class TaskLoss:
         Raises:
             TypeError, ValueError: outputs and targets do not fit each other, or the criterion does not give [B].
         """
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
-        if targets.device != outputs.device:
-            raise ValueError(f"targets must be on the device of the outputs, {outputs.device}, got {targets.device}")
+        _check_targets(targets, outputs.device)
         losses = self._criterion(outputs, targets)
         check_losses(losses, outputs.shape[0], "criterion")
         return losses
@@ -126,8 +170,76 @@ class TaskLoss:
         return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(1)
 
     def __call__(self, params: Tensor, data: Data) -> Tensor:
-        """Losses [B] of every task."""
-        return self.criterion(self.outputs(params, data.x), data.y)
+        """Losses [B] of every task; differentiable in params, twice with the native engine, else to any order."""
+        network = self._native(params, data.x)
+        if network is None or not (torch.is_grad_enabled() and params.requires_grad):
+            return self.criterion(self.outputs(params, data.x), data.y)
+        return network_losses(params, data.x, self._checked(params, data), network)
+
+    def gradient(self, params: Tensor, data: Data) -> LossGradient:
+        """Losses, outputs and gradients of every task in one pass, without a graph.
+
+        Raises:
+            TypeError, ValueError: params or data of a wrong dtype, shape or device, or losses without a gradient.
+        """
+        network = self._native(params, data.x)
+        if network is not None:
+            return LossGradient(*network_gradient(params, data.x, self._checked(params, data), network))
+        leaf = params.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self.outputs(leaf, data.x)
+            losses = self.criterion(outputs, data.y)
+            gradient = task_gradient(losses, leaf)
+        return LossGradient(losses.detach(), outputs.detach(), gradient)
+
+    def linearise(self, params: Tensor, data: Data) -> NetworkLinearisation | None:
+        """The native second derivative around params [B, N], or None where the engine is torch."""
+        network = self._native(params, data.x)
+        if network is None:
+            return None
+        return NetworkLinearisation(params, data.x, self._checked(params, data), network)
+
+    def _native(self, params: Tensor, x: Tensor) -> Network | None:
+        """The network where the native engine computes it."""
+        if self._network is None or not isinstance(params, Tensor) or not isinstance(x, Tensor) or x.requires_grad:
+            return None
+        if supports(params):
+            return self._network
+        if self.engine == "native":
+            raise ValueError(
+                f"params must be float32 or float64 on the CPU with engine='native', got {params.dtype} "
+                f"on {params.device}"
+            )
+        return None
+
+    def _checked(self, params: Tensor, data: Data) -> Tensor:
+        """The targets, all arguments having been checked."""
+        self.model.check(params, data.x)
+        _check_targets(data.y, params.device)
+        assert self.model.network is not None
+        shape = torch.Size((*data.x.shape[:2], self.model.network[-4]))  # [B, S, K]
+        return check_labels(shape, data.y) if self.classification else check_values(shape, params.dtype, data.y)
+
+
+def _check_targets(targets: object, device: torch.device) -> None:
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+    if targets.device != device:
+        raise ValueError(f"targets must be on the device of the outputs, {device}, got {targets.device}")
+
+
+def task_gradient(losses: Tensor, params: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Every task's own gradient [B, N] in one backward pass; zero where no loss depends on a parameter.
+
+    Raises:
+        ValueError: the losses depend on nothing by differentiable operations.
+    """
+    if not losses.requires_grad:
+        raise ValueError("loss must depend on params by differentiable operations, got a constant")
+    (gradient,) = torch.autograd.grad(
+        losses.sum(), params, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return gradient if create_graph else gradient.contiguous()
 
 
 def check_losses(losses: object, tasks: int, name: str) -> None:

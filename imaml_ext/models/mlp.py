@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imaml_ext.models.initialise import glorot_bound, he_bound, uniform
 from imaml_ext.models.layout import ParameterLayout
+from imaml_ext.models.network import describe_input, describe_layer
 from imaml_ext.models.task_model import TaskModel, check_inputs
 
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
@@ -44,6 +45,10 @@ class MLP(TaskModel):
             shapes[f"{layer}.weight"] = (fan_in, fan_out)
             shapes[f"{layer}.bias"] = (fan_out,)
         self.layout = ParameterLayout.of(shapes)
+        self.network = describe_input(in_features)
+        for width in hidden:
+            self.network += describe_layer(width, activation=activation)
+        self.network += describe_layer(out_features)
 
     def _initial(self, seed: int) -> dict[str, Tensor]:
         last = len(self.widths) - 2
@@ -54,9 +59,11 @@ class MLP(TaskModel):
             values[name] = uniform(shape, bound, seed=seed, index=index)
         return values
 
+    def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
+        check_inputs(_flattened(inputs), (self.widths[0],), params)
+
     def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
-        x = inputs.flatten(2) if inputs.dim() > 2 else inputs.unsqueeze(2)  # [B, S, in]
-        check_inputs(x, (self.widths[0],), params)
+        x = _flattened(inputs)
         p = self.layout.views(params)
         activation = _ACTIVATIONS[self.activation]
         for layer in range(len(self.widths) - 1):
@@ -64,6 +71,11 @@ class MLP(TaskModel):
                 x = activation(x)
             x = torch.baddbmm(p[f"{layer}.bias"].unsqueeze(1), x, p[f"{layer}.weight"])  # [B, S, out]
         return x
+
+
+def _flattened(inputs: Tensor) -> Tensor:
+    """[B, S, *] -> [B, S, in]."""
+    return inputs.flatten(2) if inputs.dim() > 2 else inputs.unsqueeze(2)
 
 
 def check_size(name: str, value: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imaml_ext.models.initialise import check_seed
 from imaml_ext.models.layout import ParameterLayout
+from imaml_ext.models.network import Network
 
 
 class TaskModel(ABC):
@@ -19,6 +20,7 @@ class TaskModel(ABC):
     """
 
     layout: ParameterLayout
+    network: Network | None = None  # what the native ops know the model as, if they do
 
     @property
     def num_parameters(self) -> int:
@@ -45,6 +47,11 @@ class TaskModel(ABC):
         Raises:
             TypeError, ValueError: a shape, dtype or device that does not fit; names the argument.
         """
+        self.check(params, inputs)
+        return self._outputs(params, inputs)
+
+    def check(self, params: Tensor, inputs: Tensor) -> None:
+        """Raises TypeError or ValueError where the arguments of `__call__` do not fit."""
         for name, value in (("params", params), ("inputs", inputs)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -62,7 +69,10 @@ class TaskModel(ABC):
             )
         if inputs.device != params.device:
             raise ValueError(f"inputs must be on the device of params, {params.device}, got {inputs.device}")
-        return self._outputs(params, inputs)
+        self._check_inputs(params, inputs)
+
+    def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:  # noqa: B027
+        """What a model demands of its inputs beyond that: nothing, unless it says so."""
 
     @abstractmethod
     def _initial(self, seed: int) -> dict[str, Tensor]:
