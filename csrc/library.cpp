@@ -35,6 +35,5 @@ TORCH_LIBRARY(imaml_ext, m) {
   m.def(
       "network_linearise(Tensor params, Tensor x, Tensor y, int[] network) -> "
       "(Tensor losses, Tensor outputs, Tensor gradient, Tensor tape)");
-  m.def(
-      "network_product(Tensor params, Tensor tape, Tensor y, Tensor p, int[] network, bool gauss_newton) -> Tensor");
+  m.def("network_product(Tensor params, Tensor tape, Tensor y, Tensor p, int[] network, bool gauss_newton) -> Tensor");
 }

@@ -61,13 +61,13 @@ Network Network::parse(at::IntArrayRef d) {
     layer.norm = static_cast<Norm>(d[at + 3]);
     layer.activation = static_cast<Activation>(d[at + 4]);
     layer.pool = static_cast<Pool>(d[at + 5]);
-    TORCH_CHECK_VALUE((kernel == 0 || kernel == 3) && stride >= 1 && layer.channels >= 1 && d[at + 3] >= 0 &&
-                          d[at + 3] <= 1 && d[at + 4] >= 0 && d[at + 4] <= 2 && d[at + 5] >= 0 && d[at + 5] <= 2,
-                      "network must describe each layer by kernel (0 or 3), stride, channels, norm (0 or 1), activation "
-                      "(0 to 2) and pool (0 to 2), got ",
-                      d.slice(at, kPerLayer));
-    TORCH_CHECK_VALUE(layer.activation != Activation::kTanh ||
-                          (layer.norm == Norm::kBias && layer.pool != Pool::kMax),
+    TORCH_CHECK_VALUE(
+        (kernel == 0 || kernel == 3) && stride >= 1 && layer.channels >= 1 && d[at + 3] >= 0 && d[at + 3] <= 1 &&
+            d[at + 4] >= 0 && d[at + 4] <= 2 && d[at + 5] >= 0 && d[at + 5] <= 2,
+        "network must describe each layer by kernel (0 or 3), stride, channels, norm (0 or 1), activation "
+        "(0 to 2) and pool (0 to 2), got ",
+        d.slice(at, kPerLayer));
+    TORCH_CHECK_VALUE(layer.activation != Activation::kTanh || (layer.norm == Norm::kBias && layer.pool != Pool::kMax),
                       "network must have no tanh after a batch norm or before max-pooling, got ",
                       d.slice(at, kPerLayer));
     const bool first = net.layers.empty();
@@ -88,8 +88,8 @@ Network Network::parse(at::IntArrayRef d) {
     height = layer.rows, width = layer.cols;
     if (layer.pool == Pool::kMax) height /= 2, width /= 2;
     if (layer.pool == Pool::kMean) height = width = 1;
-    TORCH_CHECK_VALUE(height >= 1 && width >= 1, "network must leave a pixel after every pooling, got none after layer ",
-                      net.layers.size());
+    TORCH_CHECK_VALUE(height >= 1 && width >= 1,
+                      "network must leave a pixel after every pooling, got none after layer ", net.layers.size());
     layer.pixels_out = height * width;
     channels = layer.channels;
     layer.weight = net.parameters;

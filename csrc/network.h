@@ -1,4 +1,5 @@
-// The reference networks as a list of layers, each a product with taps of a weight, a norm, an activation and a pooling.
+// The reference networks as a list of layers, each a product with taps of a weight, a norm, an activation and a
+// pooling.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,19 +26,19 @@ struct TapPair {
   int32_t to;
 };
 
-// out[to] = Σ_tap Σ_c in[from][c] · weight[tap][c], then norm, activation, pooling. Convolutions and linear layers alike:
-// padding is the absence of a pair. Each tap's weight is [depth, channels].
+// out[to] = Σ_tap Σ_c in[from][c] · weight[tap][c], then norm, activation, pooling. Convolutions and linear layers
+// alike: padding is the absence of a pair. Each tap's weight is [depth, channels].
 struct Layer {
   Norm norm;
   Activation activation;
   Pool pool;
-  int64_t depth;        // channels that a tap reads
-  int64_t channels;     // channels of the output
-  int64_t pixels_in;    // of an image
-  int64_t rows, cols;   // pixels of the output of the product
-  int64_t pixels_out;   // after pooling
-  int64_t weight;       // offsets in a row of parameters: weight [taps, depth, channels],
-  int64_t gamma, beta;  // [channels] each; no gamma with Norm::kBias
+  int64_t depth;                           // channels that a tap reads
+  int64_t channels;                        // channels of the output
+  int64_t pixels_in;                       // of an image
+  int64_t rows, cols;                      // pixels of the output of the product
+  int64_t pixels_out;                      // after pooling
+  int64_t weight;                          // offsets in a row of parameters: weight [taps, depth, channels],
+  int64_t gamma, beta;                     // [channels] each; no gamma with Norm::kBias
   std::vector<std::vector<TapPair>> taps;  // the first tap of all reaches every pixel of the output
   std::vector<int64_t> tap_index;          // which tap of the weight
 
@@ -46,8 +47,8 @@ struct Layer {
   int64_t width() const { return padded_channels(channels); }
 };
 
-// What the int[] argument of the network ops says: in_channels, height, width, then for every layer: kernel (0 linear over
-// all pixels, 3 for 3×3 with zero padding 1), stride, channels, norm, activation, pool.
+// What the int[] argument of the network ops says: in_channels, height, width, then for every layer: kernel (0 linear
+// over all pixels, 3 for 3×3 with zero padding 1), stride, channels, norm, activation, pool.
 struct Network {
   int64_t in_channels;
   int64_t height;
@@ -63,7 +64,8 @@ struct Network {
 
 constexpr double kBatchNormEps = 1e-5;
 
-// Bytes a task of the tape that network_linearise makes on the CPU, of `images` examples in a type of `item_size` bytes.
+// Bytes a task of the tape that network_linearise makes on the CPU, of `images` examples in a type of `item_size`
+// bytes.
 int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size);
 
 }  // namespace imaml_ext

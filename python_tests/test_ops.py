@@ -171,7 +171,7 @@ def test_every_op_is_tested_here() -> None:
     registered = {
         name.removeprefix("imaml_ext::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("imaml_ext::")
+        if name.startswith("imaml_ext::") and "::network_" not in name  # in test_network.py
     }
     assert registered == tested
 

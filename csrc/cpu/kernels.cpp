@@ -2,13 +2,13 @@
 
 namespace imaml_ext {
 
-#define IMAML_DECLARE_TABLES(target)  \
-  namespace target {                  \
-  template <typename T>               \
-  const CgKernels<T>& cg_table();     \
-  template <typename T>               \
-  const ProxKernels<T>& prox_table(); \
-  template <typename T>               \
+#define IMAML_DECLARE_TABLES(target)        \
+  namespace target {                        \
+  template <typename T>                     \
+  const CgKernels<T>& cg_table();           \
+  template <typename T>                     \
+  const ProxKernels<T>& prox_table();       \
+  template <typename T>                     \
   const NetworkKernels<T>& network_table(); \
   }
 IMAML_DECLARE_TABLES(baseline)

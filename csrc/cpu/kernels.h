@@ -53,8 +53,8 @@ struct ProxKernels {
   void (*adam)(const A&, int64_t row, int64_t begin, int64_t end);
 };
 
-// Layers of one task, float and double. Matrices are row-major; activations and their derivatives have `width` columns, a
-// multiple of kChannelBlock, and rows over images and pixels. Products are contracted (a·b + c rounds once) where the
+// Layers of one task, float and double. Matrices are row-major; activations and their derivatives have `width` columns,
+// a multiple of kChannelBlock, and rows over images and pixels. Products are contracted (a·b + c rounds once) where the
 // instruction set can, so their last bits depend on it.
 template <typename T>
 struct NetworkKernels {
@@ -82,7 +82,8 @@ const ProxKernels<T>& prox_kernels();
 template <typename T>
 const NetworkKernels<T>& network_kernels();
 
-// Each kernels_*.cpp defines cg_table<T>(), prox_table<T>() and network_table<T>() in the namespace of its instruction set.
+// Each kernels_*.cpp defines cg_table<T>(), prox_table<T>() and network_table<T>() in the namespace of its instruction
+// set.
 #define IMAML_INSTANTIATE_TABLES                          \
   template const CgKernels<float>& cg_table();            \
   template const CgKernels<double>& cg_table();           \

@@ -6,8 +6,8 @@ namespace {
 #define IMAML_RULE IMAML_INLINE
 #include "../prox_rules.inl"
 #include "cg_kernels.inl"
-#include "prox_kernels.inl"
 #include "network_kernels.inl"
+#include "prox_kernels.inl"
 }  // namespace
 
 template <typename T>

@@ -1,7 +1,7 @@
 // The reference networks on the CPU: a task at a time through all of its layers, so that its activations stay in the
 // cache, and tasks side by side; where tasks are fewer than threads, the work inside a task is split.
-#include "../checks.h"
 #include "../network.h"
+#include "../checks.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -40,17 +40,17 @@ class Arena {
 // What one layer of one task keeps.
 template <typename T>
 struct LayerValues {
-  T* hat;     // [S, pixels, width]   x̂, or z without a batch norm
-  T* act;     // [S, pixels or, with max-pooling, pixels_out, width]
-  T* out;     // [S, pixels_out, width]   `act`, or its mean over pixels
-  uint8_t* winner;  // [S, pixels_out, width]   which of the 2×2 pixels
+  T* hat;                   // [S, pixels, width]   x̂, or z without a batch norm
+  T* act;                   // [S, pixels or, with max-pooling, pixels_out, width]
+  T* out;                   // [S, pixels_out, width]   `act`, or its mean over pixels
+  uint8_t* winner;          // [S, pixels_out, width]   which of the 2×2 pixels
   T *scale, *gamma, *beta;  // [width]
 };
 template <typename T>
 struct LayerBars {
-  T* z_bar;    // [S, pixels, width]
-  T* y_bar;    // [S, pixels, width]; z_bar where that is no longer needed
-  T* out_bar;  // [S, pixels_out, width]; z_bar without pooling
+  T* z_bar;                 // [S, pixels, width]
+  T* y_bar;                 // [S, pixels, width]; z_bar where that is no longer needed
+  T* out_bar;               // [S, pixels_out, width]; z_bar without pooling
   T *gamma_bar, *beta_bar;  // [width]
 };
 
@@ -58,8 +58,8 @@ struct LayerBars {
 template <typename T>
 struct LayerDots {
   T *hat_dot, *act_dot, *out_dot;
-  T *gamma_dot, *beta_dot, *pull;        // [width]
-  T *gamma_bar_dot, *beta_bar_dot;       // [width]
+  T *gamma_dot, *beta_dot, *pull;   // [width]
+  T *gamma_bar_dot, *beta_bar_dot;  // [width]
 };
 
 enum class Keep { kNothing, kBars };
@@ -213,9 +213,7 @@ class Task {
   }
 
   // From bars.back().out_bar, the derivative in the outputs: Jᵀ of it in `gradient`, a row of parameters.
-  void backward(const T* params, Storage<T>& s, T* gradient) const {
-    backward(params, s, s.bars, gradient);
-  }
+  void backward(const T* params, Storage<T>& s, T* gradient) const { backward(params, s, s.bars, gradient); }
 
   // The derivative of the values along `direction`; that of the outputs is dots.back().out_dot.
   void tangent(const T* params, const T* direction, const Storage<T>& s, DotStorage<T>& t) const {
@@ -390,8 +388,8 @@ class Task {
         std::fill(in_bar + first * layer.pixels_in * width, in_bar + last * layer.pixels_in * width, T(0));
       }
       for (int64_t tap = 0; tap < taps; ++tap) {
-        over_pairs(layer.taps[tap], first, last, in_bar, layer.pixels_in, width, out_bar, layer.pixels(),
-                   layer.width(), [&](const T* const* c, const T* const* a, int64_t rows) {
+        over_pairs(layer.taps[tap], first, last, in_bar, layer.pixels_in, width, out_bar, layer.pixels(), layer.width(),
+                   [&](const T* const* c, const T* const* a, int64_t rows) {
                      kernels_.multiply(a, const_cast<T* const*>(c), rows, layer.channels,
                                        scratch_ + layer.tap_index[tap] * panel, width, true);
                    });
@@ -449,7 +447,7 @@ class Task {
     const int64_t width = layer.width();
     const bool batch = layer.norm == Norm::kBatch;
     split(images_, [&](int64_t begin, int64_t end) {
-      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t(&full)[4]) {
+      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t (&full)[4]) {
         for (int64_t c = 0; c < width; ++c) {
           const auto z = [&](int k) {
             const T hat = v.hat[full[k] * width + c];
@@ -474,7 +472,7 @@ class Task {
     const int64_t width = layer.width();
     const bool batch = layer.norm == Norm::kBatch;
     split(images_, [&](int64_t begin, int64_t end) {
-      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t(&full)[4]) {
+      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t (&full)[4]) {
         for (int64_t c = 0; c < width; ++c) {
           const int64_t at = full[v.winner[pooled * width + c]] * width + c;
           const T z_dot =
@@ -498,7 +496,7 @@ class Task {
     split(images_, [&](int64_t begin, int64_t end) {
       const int64_t image_size = layer.pixels() * width;
       std::fill(bar + begin * image_size, bar + end * image_size, T(0));
-      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t(&full)[4]) {
+      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t (&full)[4]) {
         for (int64_t c = 0; c < width; ++c) {
           const int64_t at = pooled * width + c;
           if (passes(layer, v.act[at])) bar[full[v.winner[at]] * width + c] = out_bar[at];
@@ -515,7 +513,8 @@ class Task {
   T* const scratch_;
 };
 
-// --- criteria -----------------------------------------------------------------------------------------------------------
+// --- criteria
+// -----------------------------------------------------------------------------------------------------------
 
 // Mean over a task's examples of −log softmax(outputs)[label], or over all entries of (output − target)².
 template <typename T>
@@ -571,7 +570,8 @@ struct Criterion {
   T entries() const { return static_cast<T>(images * channels); }
 };
 
-// --- ops ----------------------------------------------------------------------------------------------------------------
+// --- ops
+// ----------------------------------------------------------------------------------------------------------------
 
 // The arguments of an op, checked.
 struct Call {

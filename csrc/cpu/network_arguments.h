@@ -26,9 +26,9 @@ struct NormArguments {
 
   const T* gamma_dot = nullptr;
   const T* beta_dot = nullptr;
-  T* hat_dot = nullptr;   // ẏ, and the derivative of x̂ after (of z with kBias)
-  T* act_dot = nullptr;   // ȧ; null as `act`
-  T* pull = nullptr;      // mean(x̂ ẏ), of which the derivative of s is −s² times it
+  T* hat_dot = nullptr;    // ẏ, and the derivative of x̂ after (of z with kBias)
+  T* act_dot = nullptr;    // ȧ; null as `act`
+  T* pull = nullptr;       // mean(x̂ ẏ), of which the derivative of s is −s² times it
   T* y_bar_dot = nullptr;  // the derivative of ā, and of ȳ after
   T* gamma_bar_dot = nullptr;
   T* beta_bar_dot = nullptr;

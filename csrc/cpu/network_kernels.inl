@@ -44,7 +44,8 @@ struct NetworkPasses {
     if constexpr (kMost > 1) over_columns<kMost / 2>(j, last, body);
   }
 
-  // --- products -------------------------------------------------------------------------------------------------------
+  // --- products
+  // -------------------------------------------------------------------------------------------------------
 
   template <int R, int V>
   static IMAML_INLINE void multiply_tile(const T* const* a, T* const* c, int64_t j, int64_t depth, const T* b,
@@ -156,9 +157,11 @@ struct NetworkPasses {
     }
   }
 
-  // --- norm and activation --------------------------------------------------------------------------------------------
+  // --- norm and activation
+  // --------------------------------------------------------------------------------------------
 
-  // Σ over the rows of what `term` gives of a row, V registers of columns wide; in T over kBlock rows, in double beyond.
+  // Σ over the rows of what `term` gives of a row, V registers of columns wide; in T over kBlock rows, in double
+  // beyond.
   template <int V, int kSums, typename Term>
   static IMAML_INLINE void column_sums(int64_t rows, const Term& term, double (&total)[kSums][V * kWidth]) {
     constexpr int64_t kBlock = 64;
@@ -236,7 +239,8 @@ struct NetworkPasses {
       double total[1][V * kWidth];
       Vec mean[V], scale[V], gamma[V];
       column_sums<V, 1>(
-          n.rows, [&](int64_t r, Vec(&sum)[1][V]) {
+          n.rows,
+          [&](int64_t r, Vec(&sum)[1][V]) {
             for (int v = 0; v < V; ++v) sum[0][v] += get(at(n.hat, r, v));
           },
           total);
@@ -367,8 +371,7 @@ struct NetworkPasses {
               }
               sum[0][v] += z_bar_dot;
               if (batch)
-                sum[1][v] +=
-                    z_bar_dot * get(at(n.hat, r, v)) + get(at(n.z_bar, r, v)) * get(at(n.hat_dot, r, v));
+                sum[1][v] += z_bar_dot * get(at(n.hat, r, v)) + get(at(n.z_bar, r, v)) * get(at(n.hat_dot, r, v));
             }
           },
           total);
@@ -395,8 +398,8 @@ struct NetworkPasses {
         for (int v = 0; v < V; ++v) {
           const Vec hat = get(at(n.hat, r, v));
           const Vec u = get(at(n.z_bar, r, v)) - mean[v] - hat * along[v];
-          const Vec u_dot = get(at(n.y_bar_dot, r, v)) - mean_dot[v] - get(at(n.hat_dot, r, v)) * along[v] -
-                            hat * along_dot[v];
+          const Vec u_dot =
+              get(at(n.y_bar_dot, r, v)) - mean_dot[v] - get(at(n.hat_dot, r, v)) * along[v] - hat * along_dot[v];
           put(at(n.y_bar_dot, r, v), factor_dot[v] * u + scale[v] * u_dot);
         }
     });

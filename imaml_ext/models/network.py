@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 Network = tuple[int, ...]  # the int[] of the ops
 
@@ -38,8 +38,12 @@ def describe_layer(
 
 
 def supports(params: Tensor) -> bool:
-    """Whether there are kernels for parameters of this device and dtype."""
-    return params.device.type == "cpu" and params.dtype in (torch.float32, torch.float64)
+    """Whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func."""
+    return (
+        params.device.type == "cpu"
+        and params.dtype in (torch.float32, torch.float64)
+        and not is_functorch_wrapped_tensor(params)
+    )
 
 
 def network_outputs(params: Tensor, x: Tensor, network: Network) -> Tensor:
@@ -108,7 +112,6 @@ class _Gradient(torch.autograd.Function):
         return weights.unsqueeze(1) * gradient
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         params, weights, x, y, gradient = ctx.saved_tensors
         needs_params, needs_weights, *_ = ctx.needs_input_grad
@@ -117,6 +120,22 @@ class _Gradient(torch.autograd.Function):
             if ctx.linearisation is None:  # once, however many products follow
                 ctx.linearisation = NetworkLinearisation(params, x, y, ctx.network)
             by_params = ctx.linearisation.product(weights.unsqueeze(1) * u)
+            if torch.is_grad_enabled():
+                by_params = _Last.apply(by_params, params, weights, u)
         if needs_weights:
             by_weights = (gradient * u).sum(1)
         return by_params, by_weights, None, None, None, None
+
+
+class _Last(torch.autograd.Function):
+    """A second derivative, for which there is no third: an error, where autograd by itself would take it for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, *depends_on: Tensor) -> Tensor:
+        return product.view_as(product)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "the native engine of TaskLoss differentiates twice; for higher derivatives give it engine='torch'"
+        )

@@ -1,0 +1,248 @@
+"""The native networks: values and derivatives against autograd, rows against themselves alone, errors."""
+
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from imaml_ext import IMAML
+from imaml_ext.meta import gauss_newton_operator, hessian_operator
+from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel, from_module
+
+F64 = torch.float64
+
+
+class Data(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class Episodes(NamedTuple):
+    support: Data
+    query: Data
+
+
+# name: model, shape of an example
+MODELS: dict[str, tuple[TaskModel, tuple[int, ...]]] = {
+    "conv4": (Conv4(5, filters=16), (1, 28, 28)),
+    "conv4-padded-channels": (Conv4(3, in_channels=3, image_size=17, filters=20), (3, 17, 17)),
+    "conv4-many-input-channels": (Conv4(2, in_channels=9, image_size=12, filters=7), (9, 12, 12)),
+    "conv4-one-pixel-left-early": (Conv4(2, image_size=3, filters=5), (1, 3, 3)),
+    "conv4-max-odd": (Conv4(4, in_channels=2, image_size=37, filters=5, pooling="max"), (2, 37, 37)),
+    "conv4-max-even": (Conv4(3, in_channels=3, image_size=32, filters=33, pooling="max"), (3, 32, 32)),
+    "mlp-tanh": (MLP(1, (40, 40), 1, activation="tanh"), (1,)),
+    "mlp-relu": (MLP(12, (20,), 3), (3, 4)),
+    "mlp-linear": (MLP(17, (), 2), (17,)),
+}
+
+
+def draw(name: str, tasks: int, examples: int, dtype: torch.dtype = F64) -> tuple[TaskModel, str, Tensor, Data]:
+    """Fresh random parameters [B, N] and data."""
+    model, shape = MODELS[name]
+    params = model.init(seed=0, dtype=dtype) + 0.1 * torch.randn(tasks, model.num_parameters, dtype=dtype)
+    x = torch.rand(tasks, examples, *shape, dtype=dtype)
+    if isinstance(model, Conv4):
+        return model, "cross_entropy", params, Data(x, torch.randint(model.ways, (tasks, examples)))
+    assert isinstance(model, MLP)
+    return model, "mse", params, Data(x, torch.randn(tasks, examples, model.widths[-1], dtype=dtype))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-4)], ids=str)
+@pytest.mark.parametrize("examples", [1, 7])
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtype, tolerance: float) -> None:
+    model, criterion, params, data = draw(name, tasks, examples, dtype)
+    native, reference = (TaskLoss(model, criterion, engine=engine) for engine in ("native", "torch"))
+    direction = torch.randn_like(params)
+
+    torch.testing.assert_close(native.outputs(params, data.x), reference.outputs(params, data.x), rtol=0, atol=1e-3)
+    found, expected = native.gradient(params, data), reference.gradient(params, data)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative(mine, theirs) <= tolerance
+    for operator in (hessian_operator, gauss_newton_operator):
+        mine, theirs = operator(native, params, data), operator(reference, params, data)
+        assert torch.equal(mine.losses, found.losses)
+        assert torch.equal(mine.gradient, found.gradient)
+        assert relative(mine(direction), theirs(direction)) <= tolerance
+
+
+def graph(loss: TaskLoss, params: Tensor, data: Data, weights: Tensor, direction: Tensor) -> list[Tensor]:
+    """Values, weighted gradient and its derivative in params and weights, all through autograd."""
+    params, weights = params.clone().requires_grad_(), weights.clone().requires_grad_()
+    losses = loss(params, data)
+    (gradient,) = torch.autograd.grad(losses, params, weights, create_graph=True)
+    by_params, by_weights = torch.autograd.grad(gradient, (params, weights), direction, retain_graph=True)
+    (again,) = torch.autograd.grad(gradient, params, direction)
+    assert torch.equal(again, by_params)
+    return [losses, gradient, by_params, by_weights]
+
+
+@pytest.mark.parametrize("name", ["conv4", "mlp-tanh"])
+def test_autograd_finds_both_derivatives(name: str) -> None:
+    model, criterion, params, data = draw(name, 2, 6)
+    weights, direction = torch.randn(2, dtype=F64), torch.randn_like(params)
+    found, expected = (
+        graph(TaskLoss(model, criterion, engine=engine), params, data, weights, direction)
+        for engine in ("native", "torch")
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative(mine, theirs) <= 1e-12
+
+
+def test_derivatives_by_finite_differences() -> None:
+    model = MLP(3, (4,), 2, activation="tanh")
+    loss = TaskLoss(model, "mse", engine="native")
+    data = Data(torch.randn(2, 3, 3, dtype=F64), torch.randn(2, 3, 2, dtype=F64))
+    params = torch.randn(2, model.num_parameters, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: loss(p, data), (params,))
+    assert torch.autograd.gradgradcheck(lambda p: loss(p, data), (params,))
+
+
+def test_third_derivatives_are_refused() -> None:
+    model, criterion, params, data = draw("mlp-tanh", 1, 4)
+    params.requires_grad_()
+    (gradient,) = torch.autograd.grad(TaskLoss(model, criterion)(params, data).sum(), params, create_graph=True)
+    (product,) = torch.autograd.grad(gradient.sum(), params, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiates twice"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["conv4-padded-channels", "conv4-max-odd", "mlp-relu"])
+def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str) -> None:
+    model, criterion, params, data = draw(name, 5, 4, torch.float32)
+    loss = TaskLoss(model, criterion, engine="native")
+    direction = torch.randn_like(params)
+
+    def everything(rows: slice) -> list[Tensor]:
+        some = Data(data.x[rows], data.y[rows])
+        hessian, gauss_newton = (
+            operator(loss, params[rows], some)(direction[rows])
+            for operator in (hessian_operator, gauss_newton_operator)
+        )
+        return [*loss.gradient(params[rows], some), hessian, gauss_newton]
+
+    together = everything(slice(None))
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3, 8):  # tasks side by side, and the work inside the tasks that remain split
+            torch.set_num_threads(number)
+            assert all(map(torch.equal, everything(slice(None)), together)), number
+    finally:
+        torch.set_num_threads(threads)
+    for task in range(5):
+        alone = everything(slice(task, task + 1))
+        assert all(torch.equal(mine, all_of_them[task : task + 1]) for mine, all_of_them in zip(alone, together, strict=True)), task
+
+
+def test_a_broken_task_leaves_its_neighbours_alone() -> None:
+    model, criterion, params, data = draw("conv4", 3, 5, torch.float32)
+    loss = TaskLoss(model, criterion, engine="native")
+    whole = loss.gradient(params, data)
+    broken = params.clone()
+    broken[1, 100] = float("nan")
+    found = loss.gradient(broken, data)
+    assert found.losses[1].isnan()
+    for mine, before in zip(found, whole, strict=True):
+        assert torch.equal(mine[[0, 2]], before[[0, 2]])
+
+
+def test_imaml_with_either_engine() -> None:
+    model, _, _, support = draw("conv4", 4, 5)
+    query = Data(torch.rand_like(support.x), torch.randint(5, (4, 5)))
+    theta = model.init(seed=1, dtype=F64)
+    for curvature in ("hessian", "gauss_newton"):
+        found, expected = (
+            IMAML(TaskLoss(model, "cross_entropy", engine=engine), curvature=curvature, damping=5.0).meta_gradient(
+                theta, Episodes(support, query)
+            )
+            for engine in ("native", "torch")
+        )
+        assert relative(found.gradient, expected.gradient) <= 1e-9
+        assert found.metrics.keys() == expected.metrics.keys()
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability: str) -> None:
+    from imaml_ext.ops import cpu_capability
+
+    order = ["default", "avx2", "avx512"]
+    if order.index(capability) > order.index(cpu_capability()):
+        pytest.skip(f"this processor has {cpu_capability()} at most")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_network as t, torch\n"
+        "for name in t.MODELS:\n"
+        "    t.test_equals_autograd(name, 2, 3, torch.float64, 1e-12)\n"
+        "    t.test_equals_autograd(name, 2, 3, torch.float32, 2e-4)\n"
+    )
+    environment = {**os.environ, "IMAML_EXT_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", script, os.path.dirname(__file__)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["conv4", "conv4-max-odd", "mlp-tanh"])
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    model, _, params, data = draw(name, 2, 3, dtype)
+    ops, network = torch.ops.imaml_ext, list(model.network or ())
+    tape = ops.network_linearise(params, data.x, data.y, network)[3]
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    opcheck(ops.network_outputs.default, (params, data.x, network), test_utils=tests)
+    opcheck(ops.network_gradient.default, (params, data.x, data.y, network), test_utils=tests)
+    opcheck(ops.network_product.default, (params, tape, data.y, params, network, False), test_utils=tests)
+    opcheck(
+        ops.network_linearise.default, (params, data.x, data.y, network), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_without_tasks() -> None:
+    model = MLP(2, (3,), 2)
+    data = Data(torch.rand(0, 4, 2), torch.randint(2, (0, 4)))
+    found = TaskLoss(model, "cross_entropy", engine="native").gradient(torch.rand(0, model.num_parameters), data)
+    assert [list(part.shape) for part in found] == [[0], [0, 4, 2], [0, model.num_parameters]]
+
+
+def test_errors() -> None:
+    model, criterion, params, data = draw("conv4", 2, 5, torch.float32)
+    loss = TaskLoss(model, criterion, engine="native")
+    with pytest.raises(IndexError, match=r"y must hold labels in \[0, 5\), got 7"):
+        loss.gradient(params, Data(data.x, torch.full((2, 5), 7)))
+    with pytest.raises(TypeError, match="targets must be int64"):
+        loss.gradient(params, Data(data.x, data.y.int()))
+    with pytest.raises(ValueError, match=r"targets must have shape \[2, 5\], got \[2, 4\]"):
+        loss.gradient(params, Data(data.x, data.y[:, :4]))
+    with pytest.raises(ValueError, match="inputs must have shape"):
+        loss.gradient(params, Data(data.x[..., :-1], data.y))
+    with pytest.raises(ValueError, match="params must be float32 or float64 on the CPU"):
+        loss.gradient(params.bfloat16(), data)
+    with pytest.raises(ValueError, match="engine must be 'auto' or 'torch' for a"):
+        TaskLoss(from_module(torch.nn.Linear(2, 2)), "mse", engine="native")
+    with pytest.raises(ValueError, match="engine must be one of"):
+        TaskLoss(model, criterion, engine="fast")
+
+    network = list(model.network or ())
+    op = torch.ops.imaml_ext.network_outputs
+    with pytest.raises(ValueError, match="network must hold 3 numbers and 6 a layer, got 4"):
+        op(params, data.x, [1, 28, 28, 3])
+    with pytest.raises(ValueError, match="network must describe each layer"):
+        op(params, data.x, [*network[:-1], 7])
+    with pytest.raises(ValueError, match="params must be contiguous of shape"):
+        op(params[:, 1:], data.x, network)
+    with pytest.raises(ValueError, match="network must leave a pixel"):
+        op(params, data.x, [1, 1, 1, 3, 1, 4, 1, 1, 1])
+    with pytest.raises(ValueError, match="network must have no tanh"):
+        op(params, data.x, [1, 8, 8, 3, 1, 4, 1, 2, 0])
+    tape = torch.ops.imaml_ext.network_linearise(params, data.x, data.y, network)[3]
+    with pytest.raises(ValueError, match="tape must"):
+        torch.ops.imaml_ext.network_product(params, tape[:, 1:].contiguous(), data.y, params, network, False)
