@@ -142,7 +142,7 @@ def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str) ->
         torch.set_num_threads(threads)
     for task in range(5):
         alone = everything(slice(task, task + 1))
-        assert all(torch.equal(mine, all_of_them[task : task + 1]) for mine, all_of_them in zip(alone, together, strict=True)), task
+        assert all(torch.equal(mine, batch[task : task + 1]) for mine, batch in zip(alone, together, strict=True)), task
 
 
 def test_a_broken_task_leaves_its_neighbours_alone() -> None:

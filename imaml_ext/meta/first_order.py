@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from imaml_ext.inner import InnerSolver
@@ -83,8 +82,7 @@ class Reptile(InnerProblem):
         """
         theta = one_row(theta)
         inner = self._solve(theta, episodes.support)
-        with torch.no_grad():
-            metrics = query_metrics(self.loss, inner.phi, episodes.query)
+        metrics = query_metrics(self.loss, inner.phi, episodes.query)
         way_back = theta - inner.phi  # [B, N]
         counts = sound(inner, way_back)
         return MetaGradient(
