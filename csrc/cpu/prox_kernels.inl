@@ -16,7 +16,7 @@ struct ProxPasses {
   };
 
   // g ← g + λ (φ − θ)
-  static void gradient(const A& a, int64_t row, int64_t first, int64_t last) {
+  IMAML_PASS void gradient(const A& a, int64_t row, int64_t first, int64_t last) {
     const Row w(a, row);
     sweep(first, last, [&](int64_t i, int n) {
       const auto g = proximal_gradient(load(a.grad + w.at + i, n), w.lam.at(i, n), load(a.phi + w.at + i, n),
@@ -26,7 +26,7 @@ struct ProxPasses {
   }
 
   // Σ λ (φ − θ)²
-  static double penalty(const A& a, int64_t row, int64_t first, int64_t last) {
+  IMAML_PASS double penalty(const A& a, int64_t row, int64_t first, int64_t last) {
     const Row w(a, row);
     Sum sum;
     sweep(first, last, [&](int64_t i, int n) {
@@ -37,7 +37,7 @@ struct ProxPasses {
   }
 
   // φ ← φ − η (∇L + λ (φ − θ))
-  static void sgd(const A& a, int64_t row, int64_t first, int64_t last) {
+  IMAML_PASS void sgd(const A& a, int64_t row, int64_t first, int64_t last) {
     const Row w(a, row);
     sweep(first, last, [&](int64_t i, int n) {
       const auto phi = load(a.phi + w.at + i, n);
@@ -46,7 +46,7 @@ struct ProxPasses {
     });
   }
 
-  static void momentum(const A& a, int64_t row, int64_t first, int64_t last) {
+  IMAML_PASS void momentum(const A& a, int64_t row, int64_t first, int64_t last) {
     const Row w(a, row);
     const auto mu = broadcast(static_cast<C>(a.rule.momentum));
     sweep(first, last, [&](int64_t i, int n) {
@@ -59,7 +59,7 @@ struct ProxPasses {
     });
   }
 
-  static void adam(const A& a, int64_t row, int64_t first, int64_t last) {
+  IMAML_PASS void adam(const A& a, int64_t row, int64_t first, int64_t last) {
     const Row w(a, row);
     const auto beta1 = broadcast(static_cast<C>(a.rule.beta1));
     const auto beta2 = broadcast(static_cast<C>(a.rule.beta2));
