@@ -16,6 +16,12 @@ at::ScalarType CgTensors::check(const char* op) const {
   for (const auto& [name, vector] : vectors) {
     if (vector.defined()) check_like(op, name, vector, leader_name, like);
   }
+  const bool all = x.defined() && r.defined() && p.defined();
+  const bool none = !x.defined() && !r.defined() && !p.defined() && !hp.defined() && !inverse_diagonal.defined();
+  TORCH_CHECK_VALUE(all || none, op,
+                    ": x, r and p must be given together, or none of them where there is no hx and no "
+                    "inverse_diagonal, got ",
+                    x.defined() ? "x" : "no x", ", ", r.defined() ? "r" : "no r", ", ", p.defined() ? "p" : "no p");
   if (shift.defined()) check_coefficient(op, "shift", shift, like);
   if (inverse_diagonal.defined()) check_coefficient(op, "inverse_diagonal", inverse_diagonal, like);
   const int64_t rows = like.size(0);

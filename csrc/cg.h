@@ -32,7 +32,13 @@ struct CgArguments {
   RowState* state = nullptr;      // [B]
   int32_t* status = nullptr;      // [B]
   int32_t* iterations = nullptr;  // [B]
-  bool update_direction = true;   // cg_step_: make the next direction too (no callable preconditioner)
+  bool update_direction = true;   // make the next direction too (no callable preconditioner)
+  bool first = false;             // cg_step_: x is 0 and r and p are b, in no memory but that of b yet
+  bool last = false;              // cg_step_: nobody reads r and p afterwards
+
+  // Where r and p are read.
+  IMAML_HOST_DEVICE const T* r_now() const { return first ? b : r; }
+  IMAML_HOST_DEVICE const T* p_now() const { return first ? b : p; }
 
   static constexpr double unit_roundoff() { return 0.5 * static_cast<double>(std::numeric_limits<T>::epsilon()); }
   static constexpr double largest() { return static_cast<double>(std::numeric_limits<T>::max()); }
@@ -41,6 +47,7 @@ struct CgArguments {
 // The tensors of one solve, as the ops receive them; one that an op does not use stays undefined.
 struct CgTensors {
   at::Tensor b, hp, z, shift, inverse_diagonal, rtol, atol, x, r, p, state, status, iterations;
+  bool update_direction = true, first = false, last = false;
 
   // The only place that validates. Each failure names the op and the argument. Returns the vectors' dtype.
   at::ScalarType check(const char* op) const;
@@ -77,6 +84,9 @@ CgArguments<T> CgTensors::arguments() const {
   a.state = reinterpret_cast<RowState*>(state.mutable_data_ptr<double>());
   a.status = status.mutable_data_ptr<int32_t>();
   if (iterations.defined()) a.iterations = iterations.mutable_data_ptr<int32_t>();
+  a.update_direction = update_direction;
+  a.first = first;
+  a.last = last;
   return a;
 }
 

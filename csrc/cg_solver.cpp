@@ -18,12 +18,13 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 }
 
 void begin(const at::Tensor& b, const std::optional<at::Tensor>& hx, const CgOptions& o,
-           const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-           at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction) {
-  static const auto op =
-      find_op<void(const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
-                   const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&,
-                   at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool)>("imaml_ext::cg_begin_");
+           const std::optional<at::Tensor>& inverse_diagonal, const std::optional<at::Tensor>& x,
+           const std::optional<at::Tensor>& r, const std::optional<at::Tensor>& p, at::Tensor& state,
+           at::Tensor& status, at::Tensor& iterations, bool update_direction) {
+  static const auto op = find_op<void(
+      const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const std::optional<at::Tensor>&,
+      const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+      const std::optional<at::Tensor>&, at::Tensor&, at::Tensor&, at::Tensor&, bool)>("imaml_ext::cg_begin_");
   op.call(b, hx, o.shift, inverse_diagonal, o.rtol, o.atol, x, r, p, state, status, iterations, update_direction);
 }
 
@@ -37,12 +38,12 @@ void direction(const std::optional<at::Tensor>& z, const std::optional<at::Tenso
 
 void step(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
           const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-          at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction) {
+          at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first, bool last) {
   static const auto op =
       find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                   at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool)>(
+                   at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool, bool, bool)>(
           "imaml_ext::cg_step_");
-  op.call(hp, b, shift, inverse_diagonal, x, r, p, state, status, iterations, update_direction);
+  op.call(hp, b, shift, inverse_diagonal, x, r, p, state, status, iterations, update_direction, first, last);
 }
 
 // The work vectors r and p of the last solve on the CPU, kept by each thread for its next one: fresh memory of this
@@ -115,20 +116,29 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
     return apply(o.preconditioner, "preconditioner", r, b);
   };
 
-  // r = b − A x0,  z = M r,  p = z
+  // r = b − A x0,  z = M r,  p = z. From x = 0 without M that is r = p = b, and stays b until the first step.
+  const bool from_b = !o.x0 && !o.preconditioner && !inverse_diagonal && o.max_iterations > 0;
   std::optional<at::Tensor> hx;
   if (o.x0) hx = apply(hvp, "hvp", x, b);
-  begin(b, hx, o, inverse_diagonal, x, r, p, state, status, iterations, /*update_direction=*/!o.preconditioner);
+  if (from_b) {
+    begin(b, hx, o, inverse_diagonal, std::nullopt, std::nullopt, std::nullopt, state, status, iterations,
+          /*update_direction=*/true);
+  } else {
+    begin(b, hx, o, inverse_diagonal, x, r, p, state, status, iterations, /*update_direction=*/!o.preconditioner);
+  }
   if (o.preconditioner && o.max_iterations > 0) direction(precondition(), std::nullopt, x, r, p, state, status);
 
   for (int64_t k = 0; k < o.max_iterations; ++k) {
-    if (o.check_every > 0 && k % o.check_every == 0 && !status.ge(kIterating).any().item<bool>()) break;
+    const bool first = from_b && k == 0;
     const bool last = k + 1 == o.max_iterations;
-    const at::Tensor hp = apply(hvp, "hvp", p, b);
-    // A callable preconditioner stands between the new residual and the new direction; after the last iteration no
-    // direction is needed.
+    if (o.check_every > 0 && k % o.check_every == 0 && !status.ge(kIterating).any().item<bool>()) {
+      if (first) x.zero_();  // what the first step would have done
+      break;
+    }
+    const at::Tensor hp = apply(hvp, "hvp", first ? b : p, b);
+    // A callable preconditioner stands between the new residual and the new direction.
     step(hp, b, o.shift, inverse_diagonal, x, r, p, state, status, iterations,
-         /*update_direction=*/!o.preconditioner && !last);
+         /*update_direction=*/!o.preconditioner, first, last);
     if (o.preconditioner && !last) direction(precondition(), std::nullopt, x, r, p, state, status);
   }
 

@@ -2,8 +2,9 @@
 // bindings.cpp (imaml_ext.cg).
 //
 // One system a row: (H_b + diag(shift)) x_b = b_b, with H touched only through `hvp(p) -> H p`, [B, N] -> [B, N], row b
-// of the result depending on row b of p alone. Between two calls of `hvp` everything is one op on the device of `b`;
-// nothing is read back unless check_every asks for it.
+// of the result depending on row b of p alone; p is not to be kept or written to: without x0 and preconditioner the
+// first one is b itself. Between two calls of `hvp` everything is one op on the device of `b`; nothing is read back
+// unless check_every asks for it.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -369,6 +369,45 @@ def test_callbacks_are_called_as_often_as_documented() -> None:
     assert calls == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_solve_from_nothing_has_the_bits_of_one_from_zero_and_leaves_b_alone(dtype: torch.dtype, device: str) -> None:
+    """Without x0 and preconditioner the first call of hvp gets b itself, and no work vector is written before it."""
+    rows, cols = 7, 4203
+    d = (0.5 + torch.rand(rows, cols, dtype=torch.float64)).to(device=device, dtype=dtype)
+    b = torch.randn(rows, cols, dtype=torch.float64).to(device=device, dtype=dtype)
+    d[1] = -1
+    b[2] = 0
+    b[3, 4] = math.nan
+    d[4] = 1
+    before = b.clone()
+    for check_every in (0, 1):
+        for max_iterations in (0, 1, 2, 6):
+            seen: list[int] = []
+
+            def hvp(p: Tensor, seen: list[int] = seen) -> Tensor:
+                seen.append(p.data_ptr())
+                assert len(seen) == 1 or p.isfinite().all()
+                return d * p
+
+            options = {"shift": 0.3, "max_iterations": max_iterations, "rtol": 1e-3, "check_every": check_every}
+            ours = cg(hvp, b, **options)
+            assert seen[:1] == [b.data_ptr()][:max_iterations]
+            assert b.data_ptr() not in seen[1:]
+            zero = cg(lambda p: d * p, b, x0=torch.zeros_like(b), **options)
+            for name in ("x", "status", "iterations", "residual_norm"):
+                torch.testing.assert_close(
+                    getattr(ours, name), getattr(zero, name), rtol=0, atol=0, equal_nan=name == "residual_norm"
+                )
+            torch.testing.assert_close(b, before, rtol=0, atol=0, equal_nan=True)
+    # Every row over before the first step; and a callback that returns b itself.
+    over = cg(lambda p: 1 / 0, torch.zeros_like(b), check_every=1)
+    assert (over.x == 0).all()
+    returned = cg(lambda p: p, b, max_iterations=3)
+    torch.testing.assert_close(returned.x[[0, 1, 2, 4, 5, 6]], b[[0, 1, 2, 4, 5, 6]])
+    torch.testing.assert_close(b, before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_empty_systems() -> None:
     for shape in ((0, 5), (3, 0), (0, 0)):
         result = cg(lambda p: p, torch.zeros(shape))

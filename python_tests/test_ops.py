@@ -1,5 +1,7 @@
 """The native ops: against their oracle, their derivatives, and what torch.compile needs to know of them."""
 
+import math
+
 import pytest
 import torch
 from systems import DEVICES, DTYPES
@@ -159,6 +161,78 @@ def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
 def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
     arguments = {**_cg_arguments(dtype, device), **_prox_arguments(dtype, device)}[name]
     opcheck(getattr(torch.ops.imaml_ext, name).default, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_of_a_solve_that_begins_and_ends_with_b(device: str) -> None:
+    arguments = _cg_arguments(torch.float32, device)
+    b, _, shift, _, tolerance, _, x, r, p, state, status, iterations, _ = arguments["cg_begin_"]
+    op = torch.ops.imaml_ext
+    opcheck(
+        op.cg_begin_.default,
+        (b, None, shift, None, tolerance, tolerance, None, None, None, state, status, iterations),
+    )
+    for first, last in ((True, False), (False, True), (True, True)):
+        status.fill_(4)
+        opcheck(op.cg_step_.default, (2 * b, b, shift, None, x, r, p, state, status, iterations, True, first, last))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype: torch.dtype, device: str) -> None:
+    rows, cols = 9, 4111
+    d = 0.5 + torch.rand(rows, cols, dtype=torch.float64)
+    (b,) = _vectors(1, (rows, cols), dtype, device)
+    d[1] = -1.0  # negative curvature
+    d[2, 7] = math.nan
+    d[3] = 0.75  # the residual vanishes: the row verifies
+    b[4, 5] = math.inf
+    b[5] = 0.0
+    d[6] = 1e-3  # α p overflows float16
+    b[6] *= 100 if dtype == torch.float16 else 1
+    d = d.to(device=device, dtype=dtype)
+    shift = torch.zeros(1, 1, dtype=ops.compute_dtype(dtype), device=device)
+    shift[0, 0] = 0.25 if dtype != torch.float16 else 0.0
+    tolerance = torch.full((1,), 1e-2, dtype=torch.float64, device=device)
+    op = torch.ops.imaml_ext
+
+    def tables() -> tuple[Tensor, Tensor, Tensor]:
+        count = torch.empty(rows, dtype=torch.int32, device=device)
+        return torch.empty(rows, 6, dtype=torch.float64, device=device), count, count.clone()
+
+    def same(ours: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
+        torch.testing.assert_close(ours, other, rtol=0, atol=0, equal_nan=True)
+
+    # With the vectors written out, the step as any other.
+    x, r, p = (torch.full_like(b, math.nan) for _ in range(3))
+    written = tables()
+    op.cg_begin_(b, None, shift, None, tolerance, tolerance, x, r, p, *written)
+    assert x.count_nonzero() == 0
+    unwritten = tables()
+    op.cg_begin_(b, None, shift, None, tolerance, tolerance, None, None, None, *unwritten)
+    same(unwritten, written)
+    begun = tuple(t.clone() for t in unwritten)
+    before = b.clone()
+    op.cg_step_(d * b, b, shift, None, x, r, p, *written)
+    state, status, iterations = written
+
+    for first, last in ((True, False), (True, True), (False, True)):
+        start = torch.zeros_like(b) if not first else torch.full_like(b, math.nan)
+        other_x, other_r, other_p = start, *(torch.full_like(b, math.nan) if first else b.clone() for _ in range(2))
+        other_r[4], other_p[4] = 0, 0
+        kept_r, kept_p = other_r.clone(), other_p.clone()
+        ours = tuple(t.clone() for t in begun)
+        op.cg_step_(d * b, b, shift, None, other_x, other_r, other_p, *ours, True, first, last)
+        torch.testing.assert_close(other_x, x, rtol=0, atol=0)
+        same((ours[0][:, 1:], *ours[1:]), (state[:, 1:], status, iterations))
+        if last:
+            same((other_r, other_p), (kept_r, kept_p))
+        else:
+            at_work = status >= 4
+            assert {0, 7, 8} <= set(at_work.nonzero().flatten().tolist())
+            same((ours[0], other_r[at_work], other_p[at_work]), (state, r[at_work], p[at_work]))
+            assert (other_p[~at_work] == 0).all()  # the operator is given something finite
+        same((b,), (before,))
 
 
 def test_opcheck_of_the_differentiable_op() -> None:

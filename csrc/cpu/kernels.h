@@ -17,6 +17,7 @@ enum class UpdateTo : int {
   kNothing,
   kDirection,  // p ← z + β p
   kSolution,   // p ← x
+  kZero,       // p ← 0
 };
 
 struct ResidualSums {

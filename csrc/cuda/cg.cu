@@ -8,11 +8,6 @@
 namespace imaml_ext {
 namespace {
 
-template <typename C>
-__device__ __forceinline__ C at(const Coefficient<C>& c, int64_t row, int64_t col) {
-  return c.data[row * c.row_stride + col * c.col_stride];
-}
-
 // The elements of a row that a thread works on: packs of V, dealt out in turn to the threads of the team.
 template <int V, typename Body>
 __device__ __forceinline__ void for_each_pack(int64_t cols, int rank, int size, const Body& body) {
@@ -33,6 +28,20 @@ struct Desk {
   bool clear_solution;
 };
 
+// x ← 0,   p ← 0
+template <typename T, int V>
+__device__ __forceinline__ void clear(const CgArguments<T>& a, const RowTeam<3>& team, bool solution, bool direction) {
+  if (!solution && !direction) return;
+  const int64_t start = team.row() * a.cols;
+  Pack<T, V> zero;
+#pragma unroll
+  for (int k = 0; k < V; ++k) zero.v[k] = static_cast<T>(0.0f);
+  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
+    if (solution) store_pack<V>(a.x + start + i, zero);
+    if (direction) store_pack<V>(a.p + start + i, zero);
+  });
+}
+
 // x ← x + α p,   then   p ← z + β p   or   p ← x
 template <typename T, int V>
 __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const Desk& desk) {
@@ -45,13 +54,15 @@ __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>
   const C alpha = static_cast<C>(desk.alpha);
   const C beta = static_cast<C>(desk.beta);
   for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
-    auto p = load_pack<V>(a.p + start + i);
+    auto p = load_pack<V>(a.p_now() + start + i);
     if (desk.take_step || to_solution) {
-      auto x = load_pack<V>(a.x + start + i);
+      Pack<T, V> x;
+      if (!a.first) x = load_pack<V>(a.x + start + i);
       if (desk.take_step) {
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          x.v[k] = static_cast<T>(static_cast<C>(x.v[k]) + alpha * static_cast<C>(p.v[k]));
+          const C from = a.first ? C(0) : static_cast<C>(x.v[k]);
+          x.v[k] = static_cast<T>(from + alpha * static_cast<C>(p.v[k]));
         }
         store_pack<V>(a.x + start + i, x);
       }
@@ -91,7 +102,7 @@ __device__ __forceinline__ double dot_rz(const CgArguments<T>& a, RowTeam<3>& te
   return team.storage.team_sums[slot][0];
 }
 
-// r = b − (H x0 + shift x0), or b itself;   ‖b‖², ‖r‖², ‖x0‖²
+// r = b − (H x0 + shift x0), or b itself (written where there is an r);   ‖b‖², ‖r‖², ‖x0‖²
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
   using C = typename CgArguments<T>::C;
@@ -115,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
         sums[2] += static_cast<double>(x_k) * static_cast<double>(x_k);
       }
     }
-    store_pack<V>(a.r + start + i, r);
+    if (a.r != nullptr) store_pack<V>(a.r + start + i, r);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const double b_k = static_cast<double>(static_cast<C>(b.v[k]));
@@ -135,28 +146,20 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
   }
   __syncthreads();
 
-  // z = M r,  rᵀz,  p = z
+  // z = M r,  rᵀz,  p = z (written where there is a p)
   if (a.update_direction && row_is_active(desk.status)) {
     double rz = storage.team_sums[0][1];
     if (a.inverse_diagonal.data != nullptr) rz = dot_rz<T, V>(a, team, 1);
     __syncthreads();  // every thread has read the status
     if (threadIdx.x == 0) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
     __syncthreads();
-    update<T, V>(a, team, desk);
+    if (a.p != nullptr) update<T, V>(a, team, desk);
   }
 
   // x = 0 unless it is a warm start to keep. Even a row that is over has a direction, for the operator to be given
   // something finite.
-  const bool clear_solution = desk.clear_solution || a.hp == nullptr;
-  const bool clear_direction = !a.update_direction || !row_is_active(desk.status);
-  if (clear_solution || clear_direction) {
-    for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
-      Pack<T, V> zero;
-#pragma unroll
-      for (int k = 0; k < V; ++k) zero.v[k] = static_cast<T>(0.0f);
-      if (clear_solution) store_pack<V>(a.x + start + i, zero);
-      if (clear_direction) store_pack<V>(a.p + start + i, zero);
-    });
+  if (a.x != nullptr) {
+    clear<T, V>(a, team, desk.clear_solution || a.hp == nullptr, !a.update_direction || !row_is_active(desk.status));
   }
   team.sync();  // no block leaves while another may still read its sums
   if (team.leads()) {
@@ -182,12 +185,15 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
     desk.iterations = a.iterations[row];
   }
   __syncthreads();
-  if (!row_is_active(desk.status)) return;  // the same in every block: nobody has written yet, nobody will
+  if (!row_is_active(desk.status)) {  // the same in every block: nobody has written yet, nobody will
+    if (a.first) clear<T, V>(a, team, true, !a.last);
+    return;
+  }
 
   // A p = H p + shift p;   pᵀAp, ‖Ap‖², ‖p‖²
   double curvature[3] = {0.0, 0.0, 0.0};
   for_each_pack<V>(a.cols, rank, size, [&](int64_t i) {
-    const auto p = load_pack<V>(a.p + start + i);
+    const auto p = load_pack<V>(a.p_now() + start + i);
     const auto hp = load_pack<V>(a.hp + start + i);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
@@ -230,7 +236,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
   if (desk.may_overflow) {
     double infinite[1] = {0.0};
     for_each_pack<1>(a.cols, rank, size, [&](int64_t i) {
-      const T x = static_cast<T>(static_cast<C>(a.x[start + i]) + alpha * static_cast<C>(a.p[start + i]));
+      const C from = a.first ? C(0) : static_cast<C>(a.x[start + i]);
+      const T x = static_cast<T>(from + alpha * static_cast<C>(a.p_now()[start + i]));
       if (!is_finite(static_cast<double>(x))) infinite[0] += 1.0;
     });
     team.sum(1, infinite);
@@ -242,9 +249,9 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
     // r ← r − α A p   or   r ← b − A x, where p is x;   rᵀr, rᵀ M r
     double residual[2] = {0.0, 0.0};
     for_each_pack<V>(a.cols, rank, size, [&](int64_t i) {
-      const auto p = load_pack<V>(a.p + start + i);
+      const auto p = load_pack<V>(a.p_now() + start + i);
       const auto hp = load_pack<V>(a.hp + start + i);
-      auto r = load_pack<V>((verifying ? a.b : a.r) + start + i);
+      auto r = load_pack<V>((verifying ? a.b : a.r_now()) + start + i);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         const C Ap = static_cast<C>(hp.v[k]) + at(a.shift, row, i + k) * static_cast<C>(p.v[k]);
@@ -257,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
           residual[1] += wide * static_cast<double>(at(a.inverse_diagonal, row, i + k) * r_k);
         }
       }
-      store_pack<V>(a.r + start + i, r);
+      if (!a.last) store_pack<V>(a.r + start + i, r);
     });
     team.sum(2, residual);
     if (threadIdx.x == 0) {
@@ -268,6 +275,11 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
     }
     __syncthreads();
     update<T, V>(a, team, desk);
+  }
+
+  // A row that is over after its first step had neither of them yet.
+  if (a.first) {
+    clear<T, V>(a, team, !desk.take_step && !desk.take_scaled_rhs, !a.last && !row_is_active(desk.status));
   }
 
   team.sync();  // every block has read the row's state, and no block leaves while another may still read its sums
@@ -306,12 +318,11 @@ __global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
 
 // Validates, then launches launch(arguments, V) in the vectors' type, V elements at a time where the layout allows it.
 template <typename Launch>
-void run(const char* op, const CgTensors& tensors, bool update_direction, const Launch& launch) {
+void run(const char* op, const CgTensors& tensors, const Launch& launch) {
   const auto dtype = tensors.check(op);
   const c10::cuda::CUDAGuard guard(tensors.state.device());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
-    auto a = tensors.arguments<scalar_t>();
-    a.update_direction = update_direction;
+    const auto a = tensors.arguments<scalar_t>();
     if (can_pack<scalar_t>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p)) {
       launch(a, std::integral_constant<int, 16 / sizeof(scalar_t)>{});
     } else {
@@ -322,13 +333,15 @@ void run(const char* op, const CgTensors& tensors, bool update_direction, const 
 
 void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
                const std::optional<at::Tensor>& inverse_diagonal, const at::Tensor& rtol, const at::Tensor& atol,
-               at::Tensor& x, at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status,
-               at::Tensor& iterations, bool update_direction) {
+               const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& r,
+               const std::optional<at::Tensor>& p, at::Tensor& state, at::Tensor& status, at::Tensor& iterations,
+               bool update_direction) {
   CgTensors t;
   t.b = b, t.hp = hx.value_or(at::Tensor()), t.shift = shift, t.rtol = rtol, t.atol = atol;
   t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
-  run("cg_begin_", t, update_direction, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+  t.x = x.value_or(at::Tensor()), t.r = r.value_or(at::Tensor()), t.p = p.value_or(at::Tensor());
+  t.state = state, t.status = status, t.iterations = iterations, t.update_direction = update_direction;
+  run("cg_begin_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
     launch_row_teams(begin_kernel<T, V>, a.rows, a.cols, a);
   });
 }
@@ -338,18 +351,20 @@ void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::T
   CgTensors t;
   t.z = z.value_or(at::Tensor()), t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
   t.x = x, t.r = r, t.p = p, t.state = state, t.status = status;
-  run("cg_direction_", t, true, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+  run("cg_direction_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
     launch_row_teams(direction_kernel<T, V>, a.rows, a.cols, a);
   });
 }
 
 void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
               const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction) {
+              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first,
+              bool last) {
   CgTensors t;
   t.hp = hp, t.b = b, t.shift = shift, t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
   t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
-  run("cg_step_", t, update_direction, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
+  t.update_direction = update_direction && !last, t.first = first, t.last = last;
+  run("cg_step_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
     launch_row_teams(step_kernel<T, V>, a.rows, a.cols, a);
   });
 }

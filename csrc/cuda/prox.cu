@@ -16,11 +16,6 @@ __device__ __forceinline__ double square_root(double a) { return sqrt(a); }
 
 constexpr int kElementThreads = 256;
 
-template <typename C>
-__device__ __forceinline__ C at(const Coefficient<C>& c, int64_t row, int64_t col) {
-  return c.data[row * c.row_stride + col * c.col_stride];
-}
-
 // One element of one row under a rule: what is read, what the rule makes of it, what is written.
 template <typename T>
 struct Element {

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "../coefficient.h"
+
 namespace imaml_ext {
 
 constexpr int kThreads = 512;
@@ -134,6 +136,11 @@ void launch_row_teams(void (*kernel)(Argument), int64_t rows, int64_t cols, cons
   config.attrs = &attribute;
   config.numAttrs = size > 1 ? 1 : 0;
   C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, argument));
+}
+
+template <typename C>
+__device__ __forceinline__ C at(const Coefficient<C>& c, int64_t row, int64_t col) {
+  return c.data[row * c.row_stride + col * c.col_stride];
 }
 
 // V numbers that lie side by side, read and written at once.

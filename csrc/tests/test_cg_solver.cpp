@@ -1,6 +1,8 @@
 // The solver as a C++ user calls it: a std::function for H p, no Python anywhere.
 #include <ATen/ATen.h>
 
+#include <vector>
+
 #include "cg_row.h"
 #include "cg_solver.h"
 #include "check.h"
@@ -100,6 +102,22 @@ void rows_fail_alone() {
   }
 }
 
+void begins_with_b_and_leaves_it_alone() {
+  const auto b = at::randn({3, 50}), before = b.clone();
+  std::vector<const void*> seen;
+  const RowOperator twice = [&](const at::Tensor& p) {
+    seen.push_back(p.const_data_ptr());
+    return 2 * p;
+  };
+  CgOptions options;
+  options.max_iterations = 2;
+  const auto from_nothing = cg(twice, b, options);
+  EXPECT(seen.size() == 2 && seen[0] == b.const_data_ptr() && seen[1] != b.const_data_ptr());
+  EXPECT(b.equal(before));
+  options.x0 = at::zeros_like(b);
+  EXPECT(cg(twice, b, options).x.equal(from_nothing.x));
+}
+
 void calls_exactly_as_often_as_it_says() {
   const auto b = at::randn({4, 9});
   int calls = 0;
@@ -148,6 +166,7 @@ int main() {
   return run_tests({{"agrees_with_a_direct_solve", agrees_with_a_direct_solve},
                     {"shift_preconditioner_and_warm_start", shift_preconditioner_and_warm_start},
                     {"rows_fail_alone", rows_fail_alone},
+                    {"begins_with_b_and_leaves_it_alone", begins_with_b_and_leaves_it_alone},
                     {"calls_exactly_as_often_as_it_says", calls_exactly_as_often_as_it_says},
                     {"bad_arguments_are_named", bad_arguments_are_named}});
 }

@@ -154,8 +154,8 @@ def cg(
     the iterate it had. A zero right-hand side gives x = 0 after no iterations.
 
     Args:
-        hvp: called with p [B, N] (contiguous, not to be kept or written to), returns H p [B, N], row b of it from row b
-            of p alone. What it raises comes out unchanged.
+        hvp: called with p [B, N] (contiguous, not to be kept or written to: without x0 and preconditioner the first p
+            is b itself), returns H p [B, N], row b of it from row b of p alone. What it raises comes out unchanged.
         b: [B, N], float32, float64, bfloat16 or float16.
         shift: λ + δ, a number, one a task [B], one a parameter [N], or [B, N].
         x0: [B, N], a warm start, at the price of one more call of `hvp`.
