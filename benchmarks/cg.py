@@ -3,6 +3,10 @@
     python benchmarks/cg.py                      # 32 systems of 112,000 unknowns, 5 iterations, float32
     python benchmarks/cg.py --device cuda --json result.json
 
+Beside the times stands how many words an unknown our solve has to move through memory, the callback's included, and
+how long that takes at the speed of a copy over as much memory as the solve uses: what no formulation that moves them
+can beat.
+
 The operator is diagonal, so that the callback costs as little as a callback can, and writes into a buffer of its own;
 its time alone is printed too. Peers:
 
@@ -99,6 +103,17 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
+def words_moved(iterations: int) -> int:
+    """Words an unknown that imaml_ext.cg and its callback read or write in memory, rows staying in the cache."""
+    callback = 3  # d and p in, H p out
+    if iterations == 1:
+        return 1 + callback + 3  # ‖b‖; b and H p in, x out
+    first = 5  # b and H p in; x, r and p out
+    middle = 7  # x, r, p and H p in; x, r and p out
+    last = 5  # x, r, p and H p in; x out
+    return 1 + iterations * callback + first + (iterations - 2) * middle + last
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=32)
@@ -141,14 +156,19 @@ def main() -> int:
             apart = float(((x - oracle.x).norm(dim=1) / oracle.x.norm(dim=1)).max())
             assert apart < 1e-4, f"{name} is {apart:.1e} away from the float64 iterate"
 
+    # Six vectors are in use: d, b, H p, r, p, x.
+    source, target = b.new_ones(3, *shape), b.new_zeros(3, *shape)
+
     for solve in solvers.values():  # warm up
         timed(solve, device)
-    times: dict[str, list[float]] = {name: [] for name in [*solvers, "callback alone"]}
+    times: dict[str, list[float]] = {name: [] for name in [*solvers, "callback alone", "copy"]}
     for _ in range(options.rounds):
         for name, solve in solvers.items():
             times[name].append(timed(solve, device))
         times["callback alone"].append(timed(lambda: [hvp(b) for _ in range(options.iterations)], device))
+        times["copy"].append(timed(lambda: target.copy_(source), device))
 
+    copies = times.pop("copy")
     ours = times["imaml_ext.cg"]
     size = f"{options.rows} systems of {options.cols:,} unknowns"
     print(f"{size}, {options.iterations} iterations, {options.dtype}, {device}")
@@ -168,6 +188,14 @@ def main() -> int:
         print(f"{name:28} {median:10.2f} {min(values):8.2f} {max(values):8.2f}  {ratio:7.2f}  {error}")
     best = min((row["ratio_to_ours"], name) for name, row in rows.items() if name.startswith("in-place"))
     print(f"the fastest in-place PyTorch takes {best[0]:.2f} times as long ({best[1]})")
+    words = words_moved(options.iterations)
+    bound_ms = words / 6 * statistics.median(copies)  # a copy moves two words for each of three unknowns
+    bandwidth = 6 * b.numel() * b.element_size() / statistics.median(copies) / 1e6
+    share = statistics.median(words / 6 * c / o for c, o in zip(copies, ours, strict=True))
+    print(
+        f"imaml_ext.cg and its callback move {words} words an unknown: {bound_ms:.2f} ms at the speed of a copy, "
+        f"{bandwidth:.1f} GB/s, {100 * share:.0f} % of the time taken"
+    )
     if "linear_operator" in rows:
         print(f"linear_operator takes {rows['linear_operator']['ratio_to_ours']:.2f} times as long")
     if options.json:
@@ -183,6 +211,9 @@ def main() -> int:
             "stamp": {**environment(device), **versions},
             "systems": {"rows": options.rows, "cols": options.cols, "iterations": options.iterations},
             "dtype": options.dtype,
+            "words_moved_per_unknown": words,
+            "copy_gb_per_s": bandwidth,
+            "ms_at_copy_speed": bound_ms,
             "results": rows,
         }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
