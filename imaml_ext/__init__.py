@@ -9,7 +9,7 @@ from imaml_ext._version import __version__
 
 if TYPE_CHECKING:
     from imaml_ext._native import NativeUnavailableError
-    from imaml_ext.inner import GradientDescent
+    from imaml_ext.inner import GradientDescent, HessianFree
     from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, Reptile, prox_solve  # type: ignore[no-redef]  # submodules have these names too
     from imaml_ext.models import MLP, Conv4, TaskLoss, from_module
     from imaml_ext.solvers import CGError, CGResult, CGStatus, cg  # type: ignore[no-redef]
@@ -24,6 +24,7 @@ __all__ = [
     "CGStatus",
     "Conv4",
     "GradientDescent",
+    "HessianFree",
     "LearnableLam",
     "NativeUnavailableError",
     "Reptile",
@@ -42,6 +43,7 @@ _HOMES = {
     "Conv4": "models",
     "FOMAML": "meta",
     "GradientDescent": "inner",
+    "HessianFree": "inner",
     "IMAML": "meta",
     "LearnableLam": "meta",
     "MAML": "meta",

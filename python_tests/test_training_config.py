@@ -96,6 +96,9 @@ def test_json_must_have_every_knob() -> None:
         (InnerConfig, "steps", 0),
         (InnerConfig, "lr", -0.1),
         (InnerConfig, "momentum", 1.0),
+        (InnerConfig, "cg_steps", 0),
+        (InnerConfig, "damping", -1.0),
+        (InnerConfig, "backtracks", -1),
         (MetaConfig, "cg_steps", 0),
         (MetaConfig, "damping", -1.0),
         (MetaConfig, "solver_lr", 0.0),
@@ -142,6 +145,16 @@ def test_knobs_that_contradict_each_other() -> None:
         ({"algorithm": "maml", "solver": "neumann"}, {}, "meta.solver must be left out with meta.algorithm 'maml'"),
         ({"checkpoint_steps": True}, {}, "meta.checkpoint-steps must be left out with meta.algorithm 'imaml'"),
         ({"solver_lr": 0.1}, {}, "meta.solver-lr must be left out with meta.solver 'cg'"),
+        (
+            {"algorithm": "maml"},
+            {"solver": "hessian_free"},
+            "meta.algorithm must be 'imaml', 'fomaml' or 'reptile' with",
+        ),
+        (
+            {"solver": "fixed_point"},
+            {"solver": "hessian_free"},
+            "meta.solver-lr must be given for the solver 'fixed_po",
+        ),
         ({"algorithm": "reptile", "learn_lam": "layer"}, {}, "meta.learn-lam must be 'none' with meta.algorithm 'rep"),
         ({"algorithm": "fomaml", "learn_lam": "layer"}, {}, "meta.learn-lam must be 'none' with meta.algorithm 'fom"),
     ],
@@ -152,6 +165,12 @@ def test_algorithms_and_knobs_that_do_not_go_together(
     with pytest.raises(ConfigError) as caught:
         TrainConfig(meta=MetaConfig(**meta), inner=InnerConfig(**inner))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("knob", "value"), [("optimizer", "adam"), ("proximal", "pullback")])
+def test_hessian_free_has_no_descent_rule(knob: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"inner\.{knob} must be left out with inner\.solver 'hessian_free'"):
+        InnerConfig(solver="hessian_free", **{knob: value})
 
 
 def test_every_knob_is_explained_once() -> None:

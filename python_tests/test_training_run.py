@@ -207,6 +207,8 @@ def test_log_lambda_takes_the_step_configured(tmp_path: Path) -> None:
         ({"algorithm": "maml", "checkpoint_steps": True, "learn_lam": "layer"}, {"optimizer": "adam"}),
         ({"algorithm": "fomaml"}, {"lam": 0.0, "optimizer": "momentum"}),
         ({"algorithm": "reptile"}, {"lam": 0.0}),
+        ({}, {"solver": "hessian_free", "steps": 2}),
+        ({"algorithm": "reptile"}, {"solver": "hessian_free", "steps": 1, "curvature": "hessian"}),
         ({"solver": "neumann", "damping": 5.0}, {}),
         ({"solver": "fixed_point"}, {"proximal": "pullback"}),
     ],
@@ -220,7 +222,9 @@ def test_every_algorithm_trains(tmp_path: Path, meta: dict[str, Any], inner: dic
     assert result["test"]["loss"] > 0
     assert not torch.equal(_final(tmp_path / "run")["theta"], build(config).initial_theta())
     solved = meta.get("algorithm", "imaml") == "imaml"
-    assert ("diverged" in rows[-1]) == ("solve_residual" in rows[-1]) == solved
+    assert ("solve_residual" in rows[-1]) == solved
+    assert ("diverged" in rows[-1]) == (meta.get("solver", "cg") != "cg")
+    assert ("newton_step_size" in rows[-1]) == (inner.get("solver") == "hessian_free")
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
 

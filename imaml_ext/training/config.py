@@ -132,11 +132,11 @@ class InnerConfig:
     lam: float = 2.0
     """Regularisation lambda: how strongly a task's parameters are held at theta. 0 is plain MAML, FOMAML, Reptile."""
 
-    solver: Literal["gradient_descent"] = "gradient_descent"
-    """How the problem is solved."""
+    solver: Literal["gradient_descent", "hessian_free"] = "gradient_descent"
+    """How the problem is solved: gradient descent, or Newton-CG with a line search (needs few inner.steps)."""
 
     steps: int = 16
-    """Inner steps in training and, unless evaluation.inner-steps says otherwise, at test."""
+    """Gradient or Newton steps in training and, unless evaluation.inner-steps says otherwise, at test."""
 
     lr: float = 0.1
     """Inner learning rate (gradient_descent)."""
@@ -150,11 +150,30 @@ class InnerConfig:
     proximal: Literal["gradient", "pullback"] = "gradient"
     """Every step on the proximal objective; or plain steps, then one step of the penalty (the paper's public code)."""
 
+    cg_steps: int = 5
+    """Conjugate-gradient iterations of a Newton direction (hessian_free)."""
+
+    curvature: Literal["hessian", "gauss_newton"] = "gauss_newton"
+    """The matrix of the Newton direction (hessian_free)."""
+
+    damping: float = 0.0
+    """delta >= 0, added to lambda in the Newton direction (hessian_free)."""
+
+    backtracks: int = 10
+    """How often a Newton step is halved at most, before the task stays where it is (hessian_free)."""
+
     def __post_init__(self) -> None:
         _check_finite_nonnegative("inner.lam", self.lam)
         _check_count("inner.steps", self.steps)
         _check_finite_positive("inner.lr", self.lr)
         _check_fraction("inner.momentum", self.momentum)
+        _check_count("inner.cg-steps", self.cg_steps)
+        _check_finite_nonnegative("inner.damping", self.damping)
+        _check_count("inner.backtracks", self.backtracks, least=0)
+        if self.solver == "hessian_free":
+            without = "with inner.solver 'hessian_free'"
+            _check(self.optimizer == "sgd", "inner.optimizer", f"left out {without}", self.optimizer)
+            _check(self.proximal == "gradient", "inner.proximal", f"left out {without}", self.proximal)
 
 
 @dataclass(frozen=True)
@@ -377,6 +396,20 @@ class TrainConfig:
         if self.meta.algorithm == "imaml" or self.meta.learn_lam != "none":
             wanted = "to be learnt" if self.meta.algorithm != "imaml" else "with meta.algorithm 'imaml'"
             _check(self.inner.lam > 0, "inner.lam", f"a positive number {wanted}", self.inner.lam)
+        if self.inner.solver == "hessian_free":
+            without = "with inner.solver 'hessian_free'"
+            _check(
+                self.meta.algorithm != "maml",
+                "meta.algorithm",
+                f"'imaml', 'fomaml' or 'reptile' {without}, whose steps are not differentiated",
+                self.meta.algorithm,
+            )
+            _check(
+                self.meta.solver != "fixed_point" or self.meta.solver_lr is not None,
+                "meta.solver-lr",
+                f"given for the solver 'fixed_point' {without}",
+                self.meta.solver_lr,
+            )
 
 
 def knobs(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:

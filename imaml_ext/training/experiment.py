@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data import Dataset, Sampler, load_dataset
-from imaml_ext.inner import GradientDescent, InnerSolver
+from imaml_ext.inner import GradientDescent, HessianFree, InnerSolver
 from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, MetaAlgorithm, Reptile
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel
 from imaml_ext.training.checkpoint import Checkpoint, CheckpointError
@@ -169,6 +169,14 @@ def _model(config: TrainConfig, dataset: Dataset) -> TaskModel:
 
 def _inner(config: TrainConfig, steps: int) -> InnerSolver:
     inner = config.inner
+    if inner.solver == "hessian_free":
+        return HessianFree(
+            steps=steps,
+            cg_steps=inner.cg_steps,
+            curvature=inner.curvature,
+            damping=inner.damping,
+            backtracks=inner.backtracks,
+        )
     return GradientDescent(
         steps=steps, lr=inner.lr, optimizer=inner.optimizer, momentum=inner.momentum, proximal=inner.proximal
     )
