@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_losses, task_rows
+from imaml_ext.inner.arguments import (
+    check_choice,
+    check_int,
+    check_number,
+    loss_and_gradient,
+    task_losses,
+    task_rows,
+)
 from imaml_ext.inner.curvature import CURVATURES, curvature_operator
-from imaml_ext.inner.gradient_descent import loss_and_gradient, proximal_norm
+from imaml_ext.inner.gradient_descent import proximal_norm
 from imaml_ext.inner.solver import InnerResult
 from imaml_ext.models import LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient
