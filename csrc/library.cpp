@@ -37,6 +37,10 @@ TORCH_LIBRARY(imaml_ext, m) {
   m.def(
       "network_gradient(Tensor params, Tensor x, Tensor y, int[] network) -> "
       "(Tensor losses, Tensor outputs, Tensor gradient)");
+  // `steps` times φ ← φ − η (∇L + λ (φ − θ)), as prox_sgd_step_; losses [steps, B] before each.
+  m.def(
+      "network_descend_(Tensor(a!) phi, Tensor theta, Tensor lam, Tensor lr, Tensor x, Tensor y, int[] network, "
+      "int steps) -> Tensor");
   m.def(
       "network_linearise(Tensor params, Tensor x, Tensor y, int[] network) -> "
       "(Tensor losses, Tensor outputs, Tensor gradient, Tensor tape)");

@@ -260,6 +260,12 @@ def _register() -> None:
         outputs = params.new_empty((*x.shape[:2], network[-4]))
         return params.new_empty(x.shape[:1]), outputs, torch.empty_like(params)
 
+    @torch.library.register_fake("imaml_ext::network_descend_")
+    def _(
+        phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: list[int], steps: int
+    ) -> Tensor:
+        return phi.new_empty((steps, phi.shape[0]))
+
     @torch.library.register_fake("imaml_ext::network_linearise")
     def _(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         outputs = params.new_empty((*x.shape[:2], network[-4]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from imaml_ext import IMAML
+from imaml_ext import IMAML, ops
 from imaml_ext.meta import gauss_newton_operator, hessian_operator
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel, from_module
 
@@ -145,6 +145,35 @@ def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str) ->
         assert all(torch.equal(mine, batch[task : task + 1]) for mine, batch in zip(alone, together, strict=True)), task
 
 
+@pytest.mark.parametrize("name", ["conv4", "mlp-tanh"])
+def test_descent_gives_the_bits_of_its_steps(name: str) -> None:
+    model, criterion, theta, data = draw(name, 3, 5, torch.float32)
+    loss = TaskLoss(model, criterion, engine="native")
+    lam, lr = torch.rand(3, 1), 0.1 * torch.rand(1, model.num_parameters)
+    phi, expected = theta.clone(), theta.clone()
+    losses = loss.descend_(phi, theta, data, lam=lam, lr=lr, steps=4)
+    assert losses is not None
+    for step in range(4):
+        here, _, gradient = loss.gradient(expected, data)
+        assert torch.equal(losses[step], here)
+        ops.prox_sgd_step_(expected, gradient, theta, lam, lr)
+    assert torch.equal(phi, expected)
+    assert TaskLoss(model, criterion, engine="torch").descend_(phi, theta, data, lam=lam, lr=lr, steps=4) is None
+    assert torch.equal(phi, expected)
+
+
+def test_two_linearisations_at_a_time_keep_apart() -> None:
+    model, criterion, params, data = draw("conv4", 2, 5)
+    loss, p = TaskLoss(model, criterion, engine="native"), torch.randn_like(params)
+    first = hessian_operator(loss, params, data)
+    expected = first(p)
+    second = hessian_operator(loss, params + 1, data)
+    assert torch.equal(first(p), expected)
+    assert not torch.equal(second(p), expected)
+    del first, second
+    assert torch.equal(hessian_operator(loss, params, data)(p), expected)
+
+
 def test_a_broken_task_leaves_its_neighbours_alone() -> None:
     model, criterion, params, data = draw("conv4", 3, 5, torch.float32)
     loss = TaskLoss(model, criterion, engine="native")
@@ -195,14 +224,22 @@ def test_every_instruction_set(capability: str) -> None:
 @pytest.mark.parametrize("name", ["conv4", "conv4-max-odd", "mlp-tanh"])
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     model, _, params, data = draw(name, 2, 3, dtype)
-    ops, network = torch.ops.imaml_ext, list(model.network or ())
-    tape = ops.network_linearise(params, data.x, data.y, network)[3]
+    registered, network = torch.ops.imaml_ext, list(model.network or ())
+    tape = registered.network_linearise(params, data.x, data.y, network)[3]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    opcheck(ops.network_outputs.default, (params, data.x, network), test_utils=tests)
-    opcheck(ops.network_gradient.default, (params, data.x, data.y, network), test_utils=tests)
-    opcheck(ops.network_product.default, (params, tape, data.y, params, network, False), test_utils=tests)
+    opcheck(registered.network_outputs.default, (params, data.x, network), test_utils=tests)
+    opcheck(registered.network_gradient.default, (params, data.x, data.y, network), test_utils=tests)
+    scalar = torch.ones(1, 1, dtype=dtype)
     opcheck(
-        ops.network_linearise.default, (params, data.x, data.y, network), test_utils=("test_schema", "test_faketensor")
+        registered.network_descend_.default,
+        (params.clone(), params, scalar, scalar, data.x, data.y, network, 2),
+        test_utils=tests,
+    )
+    opcheck(registered.network_product.default, (params, tape, data.y, params, network, False), test_utils=tests)
+    opcheck(
+        registered.network_linearise.default,
+        (params, data.x, data.y, network),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 

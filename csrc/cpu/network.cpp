@@ -579,11 +579,12 @@ struct Call {
   int64_t tasks;
   int64_t images;
 
-  Call(const char* op, const at::Tensor& params, at::IntArrayRef network) : net(Network::parse(network)) {
-    TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble, op,
-                     ": params must be float32 or float64, got ", params.scalar_type());
-    TORCH_CHECK_VALUE(params.dim() == 2 && params.size(1) == net.parameters && params.is_contiguous(), op,
-                      ": params must be contiguous of shape [B, ", net.parameters, "], got ", params.sizes());
+  Call(const char* op, const at::Tensor& params, at::IntArrayRef network, const char* name = "params")
+      : net(Network::parse(network)) {
+    TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble, op, ": ", name,
+                     " must be float32 or float64, got ", params.scalar_type());
+    TORCH_CHECK_VALUE(params.dim() == 2 && params.size(1) == net.parameters && params.is_contiguous(), op, ": ", name,
+                      " must be contiguous of shape [B, ", net.parameters, "], got ", params.sizes());
     tasks = params.size(0);
   }
 
@@ -653,6 +654,17 @@ int64_t tape_size(const Network& net, int64_t images) {
   return measure.used();
 }
 
+// Room for tapes. The last one is kept when it is not too large, and taken again once nobody else holds it: fresh
+// memory costs about as much as filling it.
+at::Tensor take_tape(int64_t tasks, int64_t bytes) {
+  constexpr int64_t kMostKept = int64_t{256} << 20;
+  static thread_local at::Tensor kept;
+  if (kept.defined() && kept.use_count() == 1 && kept.size(0) == tasks && kept.size(1) == bytes) return kept;
+  const at::Tensor tape = at::empty({tasks, bytes}, at::kByte);
+  if (tape.numel() <= kMostKept) kept = tape;
+  return tape;
+}
+
 // [S, width] without the padding
 template <typename T>
 void copy_outputs(const Network& net, int64_t images, const T* from, T* to) {
@@ -705,7 +717,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(const c
     scratch_measure.take<T>(Task<T>::scratch_size(net));
     Storage<T>(net, call.images, keep, true, storage_measure);
     const int64_t stored = storage_measure.used();
-    if (keep == Keep::kBars) tape = at::empty({call.tasks, stored}, params.options().dtype(at::kByte));
+    if (keep == Keep::kBars) tape = take_tape(call.tasks, stored);
     const int64_t bytes = scratch_measure.used() + (keep == Keep::kBars ? 0 : stored);
     over_tasks(call.tasks, bytes, [&](int64_t task, char* memory) {
       void* const place = keep == Keep::kBars ? static_cast<char*>(tape.mutable_data_ptr()) + task * stored
@@ -736,6 +748,55 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> network_linearise(con
                                                                              const at::Tensor& x, const at::Tensor& y,
                                                                              at::IntArrayRef network) {
   return differentiate("network_linearise", params, x, y, network, Keep::kBars);
+}
+
+// A task takes all of its steps before the next one begins: its φ, its gradient and its activations stay in the cache.
+at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::Tensor& lam, const at::Tensor& lr,
+                            const at::Tensor& x, const at::Tensor& y, at::IntArrayRef network, int64_t steps) {
+  const char* const op = "network_descend_";
+  Call call(op, phi, network, "phi");
+  call.read_x(op, x, phi);
+  call.read_y(op, y, phi, true);
+  TORCH_CHECK_VALUE(steps >= 0, op, ": steps must be at least 0, got ", steps);
+  ProxTensors prox;
+  prox.phi = phi, prox.theta = theta, prox.lam = lam, prox.lr = lr;
+  prox.check(op);
+  const Network& net = call.net;
+  const at::Tensor losses = at::empty({steps, call.tasks}, phi.options());
+  AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "imaml_ext", [&] {
+    using T = scalar_t;
+    const ProxArguments<T> rows = prox.arguments<T>();
+    const auto step = prox_kernels<T>().sgd;
+    const auto layout = [&](void* base) {
+      Arena arena(base);
+      T* const scratch = arena.take<T>(Task<T>::scratch_size(net));
+      T* const gradient = arena.take<T>(net.parameters);
+      Storage<T> storage(net, call.images, Keep::kNothing, true, arena);
+      return std::tuple(scratch, gradient, std::move(storage), arena.used());
+    };
+    over_tasks(call.tasks, std::get<3>(layout(nullptr)), [&](int64_t task, char* memory) {
+      auto [scratch, gradient, storage, used] = layout(memory);
+      const Task<T> pass(net, call.images, scratch);
+      pass.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
+      const Criterion<T> criterion = call.criterion<T>(y, task);
+      ProxArguments<T> row = rows;  // of this task alone
+      row.rows = 1;
+      row.phi += task * rows.cols;
+      row.theta += task * rows.theta_row_stride;
+      row.lam.data += task * rows.lam.row_stride;
+      row.lr.data += task * rows.lr.row_stride;
+      row.grad = gradient;
+      for (int64_t k = 0; k < steps; ++k) {
+        pass.forward(row.phi, storage);
+        losses.mutable_data_ptr<T>()[k * call.tasks + task] =
+            criterion(storage.values.back().out, storage.probabilities, storage.bars.back().out_bar);
+        pass.backward(row.phi, storage, gradient);
+        split(pieces_of(rows.cols),
+              [&](int64_t first, int64_t last) { step(row, 0, first * kPiece, std::min(last * kPiece, rows.cols)); });
+      }
+    });
+  });
+  return losses;
 }
 
 at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
@@ -788,6 +849,7 @@ int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t i
 TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
   m.impl("network_outputs", &network_outputs);
   m.impl("network_gradient", &network_gradient);
+  m.impl("network_descend_", &network_descend_);
   m.impl("network_linearise", &network_linearise);
   m.impl("network_product", &network_product);
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from imaml_ext import ops
 from imaml_ext.inner.arguments import check_choice, check_int, check_number, loss_and_gradient, task_rows
 from imaml_ext.inner.solver import InnerResult
-from imaml_ext.models import LossFunction
+from imaml_ext.models import LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient
 
 OPTIMIZERS = ("sgd", "momentum", "adam")
@@ -121,11 +121,15 @@ def gradient_descent(
     lr = ops.as_coefficient(lr, "lr", phi).detach()
     pull = torch.zeros_like(lam) if proximal == "pullback" else lam  # of the steps
 
-    losses = phi.new_empty(steps, tasks)
+    losses: Tensor | None = None  # [steps, B]
+    if optimizer == "sgd" and tolerance is None and isinstance(loss, TaskLoss):
+        losses = loss.descend_(phi, center, data, lam=pull, lr=lr, steps=steps)
+    to_take = range(steps if losses is None else 0)
+    losses = phi.new_empty(steps, tasks) if losses is None else losses
     taken = torch.full((tasks,), steps if tolerance is None else 0, device=phi.device)
     first = torch.zeros_like(phi) if optimizer != "sgd" else None  # velocity, or first moment
     second = torch.zeros_like(phi) if optimizer == "adam" else None
-    for step in range(steps):
+    for step in to_take:
         losses[step], grad = loss_and_gradient(loss, phi, data)  # [B], [B, N]
         step_lr = lr
         if tolerance is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from imaml_ext.models.network import (
     Network,
     NetworkLinearisation,
+    network_descend_,
     network_gradient,
     network_losses,
     network_outputs,
@@ -191,6 +192,20 @@ class TaskLoss:
             losses = self.criterion(outputs, data.y)
             gradient = task_gradient(losses, leaf)
         return LossGradient(losses.detach(), outputs.detach(), gradient)
+
+    def descend_(self, phi: Tensor, theta: Tensor, data: Data, *, lam: Tensor, lr: Tensor, steps: int) -> Tensor | None:
+        """`steps` times φ ← φ − η (∇L + λ (φ − θ)) in place, a task after another, with the losses [steps, B] before
+        each step; None, and nothing done, where the engine is torch.
+
+        The same bits as `gradient` and `ops.prox_sgd_step_` in turn give, sooner.
+
+        Args:
+            phi: [B, N]. theta: [1 or B, N]. lam, lr: [1 or B, 1 or N].
+        """
+        network = self._native(phi, data.x)
+        if network is None:
+            return None
+        return network_descend_(phi, theta, lam, lr, data.x, self._checked(phi, data), network, steps)
 
     def linearise(self, params: Tensor, data: Data) -> NetworkLinearisation | None:
         """The native second derivative around params [B, N], or None where the engine is torch."""

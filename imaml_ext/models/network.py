@@ -56,6 +56,16 @@ def network_gradient(params: Tensor, x: Tensor, y: Tensor, network: Network) -> 
     return torch.ops.imaml_ext.network_gradient(params.detach().contiguous(), x.contiguous(), y.contiguous(), network)
 
 
+def network_descend_(
+    phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: Network, steps: int
+) -> Tensor:
+    """`steps` proximal gradient steps on phi [B, N] in place, and the losses [steps, B] before each.
+
+    theta: [1 or B, N]; lam, lr: [1 or B, 1 or N].
+    """
+    return torch.ops.imaml_ext.network_descend_(phi, theta, lam, lr, x.contiguous(), y.contiguous(), network, steps)
+
+
 class NetworkLinearisation:
     """The loss around params [B, N]: its value, its gradient, and products with its second derivative.
 
