@@ -172,8 +172,9 @@ def newton_cg(
     for step in range(steps):
         operator = curvature_operator(curvature, loss, phi, data)
         gradient = ops.prox_gradient_(operator.gradient.clone(), phi, center, lam)  # ∇F [B, N]
-        # The line search compares like with like: what it measured itself, where it has.
-        losses[step], objectives[step] = objective(phi) if here is None else here
+        if here is None:  # at φ = θ there is no penalty
+            here = operator.losses, operator.losses
+        losses[step], objectives[step] = here
 
         # (H + Λ + δI) d = −∇F
         solved = cg(operator, -gradient, shift=lam + damping, max_iterations=cg_steps, rtol=cg_rtol)
