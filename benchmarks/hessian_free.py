@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=1000, help="whose objective is followed")
     parser.add_argument("--newton-steps", type=int, default=2, help="of these")
     parser.add_argument("--compared", type=int, default=40, help="episodes of the comparison")
+    parser.add_argument("--part", choices=["both", "compared", "monotone"], default="both")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     preset: TrainConfig = PRESETS["omniglot-5w1s-1000"].config
@@ -157,9 +158,12 @@ def main() -> int:
     for name, theta in starts.items():
         print(f"θ: {name}", file=sys.stderr, flush=True)
         theta = trained(experiment, options.meta_steps) if theta is None else theta
-        results[name] = compared(experiment, theta, episodes=options.compared)
+        if options.part != "monotone":
+            results[name] = compared(experiment, theta, episodes=options.compared)
     assert theta is not None  # the last one, trained
-    increases = monotone(experiment, theta, episodes=options.episodes, steps=options.newton_steps)
+    increases = []
+    if options.part != "compared":
+        increases = monotone(experiment, theta, episodes=options.episodes, steps=options.newton_steps)
     stamp = {
         "command": shlex.join(["python", "benchmarks/hessian_free.py", *sys.argv[1:]]),
         "cost": "gradient 1, product with H or G 2, loss 1/3",
