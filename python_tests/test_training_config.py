@@ -110,7 +110,7 @@ def test_json_must_have_every_knob() -> None:
         (OuterConfig, "final_lr_fraction", 1.5),
         (OuterConfig, "average", 1.0),
         (EvaluationConfig, "tasks", 1),
-        (EvaluationConfig, "inner_steps", 0),
+        (EvaluationConfig, "inner_steps", -1),
         (RunConfig, "seed", -1),
         (RunConfig, "threads", 0),
         (RunConfig, "log_every", 0),

@@ -23,15 +23,17 @@ from .rng import check_int, normal, random_words
 class LinearSampler:
     """Linear regression tasks of chosen conditioning; ``sample(step)`` is a function of (seed, stream, step) alone.
 
-    Support and query inputs have XᵀX/S = R diag(s) Rᵀ with s spaced logarithmically from 1/condition_number to 1 and a
-    random rotation R for each task and side; the true weights w_b are standard normal around a centre common to all
-    tasks of the seed.
+    Support and query inputs have XᵀX/S = R diag(s) Rᵀ with s spaced logarithmically from 1/condition_number to 1, in as
+    many distinct values as asked for, and a random rotation R for each task and side; the true weights w_b are standard
+    normal around a centre common to all tasks of the seed.
 
     Args:
         features: inputs of a task, at least 1.
         shots, queries: points a task, each at least ``features`` (or XᵀX would be singular).
         meta_batch: tasks a step.
         condition_number: largest over smallest eigenvalue of XᵀX/S, at least 1.
+        eigenvalues: distinct eigenvalues of XᵀX/S, at least 2 and at most ``features``, whose number is the default;
+            conjugate gradients end after as many steps.
         noise: standard deviation of what is added to y.
         device, dtype: of the tensors returned; float64, as closed forms are compared to.
 
@@ -47,6 +49,7 @@ class LinearSampler:
         meta_batch: int,
         seed: int,
         condition_number: float = 10.0,
+        eigenvalues: int | None = None,
         noise: float = 0.1,
         stream: str = "train",
         device: torch.device | str | None = None,
@@ -64,11 +67,14 @@ class LinearSampler:
             raise ValueError(f"condition_number must be a finite number of at least 1, got {condition_number}")
         if self.features == 1 and condition_number != 1:
             raise ValueError(f"condition_number must be 1 where features = 1, got {condition_number}")
+        if eigenvalues is not None and check_int("eigenvalues", eigenvalues, minimum=2) > self.features:
+            raise ValueError(f"eigenvalues must not exceed features = {self.features}, got {eigenvalues}")
         if not (np.isfinite(noise) and noise >= 0):
             raise ValueError(f"noise must be a finite number of at least 0, got {noise}")
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point type, got {dtype}")
         self.condition_number = float(condition_number)
+        self.eigenvalues = self.features if eigenvalues is None else eigenvalues
         self.noise = float(noise)
         self.stream = stream
         self.device = torch.device(device) if device is not None else torch.device("cpu")
@@ -99,7 +105,8 @@ class LinearSampler:
             noise = self._normal(f"{side}/noise", step=step, first=tasks.start, count=count, shape=(points,))
             columns, _ = np.linalg.qr(gaussian)  # [B, points, d], orthonormal columns
             rotation, _ = np.linalg.qr(turn)  # [B, d, d]
-            spread = self.condition_number ** np.linspace(-0.5, 0.0, d) if d > 1 else np.ones(1)  # singular values
+            level = np.arange(d) * self.eigenvalues // d  # 0 … eigenvalues − 1
+            spread = self.condition_number ** np.linspace(-0.5, 0.0, self.eigenvalues)[level]  # singular values
             x = np.sqrt(points) * (columns * spread) @ rotation.transpose(0, 2, 1)
             y = x @ weights[..., None] + self.noise * noise[..., None]
             sides += [x, y]

@@ -83,6 +83,9 @@ class DataConfig:
     shots: int = 1
     """Support examples of each class; for regression, support points of a task."""
 
+    train_shots: int | None = None
+    """The same in training, where it is to be another number than at test; unset: data.shots."""
+
     queries: int = 5
     """Query examples of each class; for regression, query points of a task."""
 
@@ -98,6 +101,8 @@ class DataConfig:
         _check_finite_nonnegative("data.noise", self.noise)
         _check_count("data.ways", self.ways, least=2)
         _check_count("data.shots", self.shots)
+        if self.train_shots is not None:
+            _check_count("data.train-shots", self.train_shots)
         _check_count("data.queries", self.queries)
 
 
@@ -319,7 +324,7 @@ class EvaluationConfig:
     """Tasks evaluated at a time: memory, not the result."""
 
     inner_steps: int | None = None
-    """Inner steps at validation and test; unset: inner.steps."""
+    """Inner steps at validation and test; unset: inner.steps; 0 judges theta itself."""
 
     every: int = 0
     """Meta-steps between validations, on the validation split where there is one; 0: never."""
@@ -334,7 +339,7 @@ class EvaluationConfig:
         _check_count("evaluation.tasks", self.tasks, least=2)
         _check_count("evaluation.meta-batch", self.meta_batch)
         if self.inner_steps is not None:
-            _check_count("evaluation.inner-steps", self.inner_steps)
+            _check_count("evaluation.inner-steps", self.inner_steps, least=0)
         _check_count("evaluation.every", self.every, least=0)
         _check_count("evaluation.validation-tasks", self.validation_tasks, least=2)
         _check_count("evaluation.seed", self.seed, least=0)
@@ -411,6 +416,11 @@ class TrainConfig:
                 self.meta.solver_lr,
             )
 
+    @property
+    def test_inner_steps(self) -> int:
+        """Inner steps at validation and test."""
+        return self.inner.steps if self.evaluation.inner_steps is None else self.evaluation.inner_steps
+
 
 def knobs(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every knob as ("outer.lr", value), in the order of definition."""
@@ -420,6 +430,23 @@ def knobs(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from knobs(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
+
+
+def with_knobs(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with other values for some knobs, {"outer.lr": 1e-3, …}.
+
+    Raises:
+        ConfigError: a knob that does not exist, or a value that its own check refuses.
+    """
+    known = {name for name, _ in knobs(config)}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"unknown knob {name}")
+        group, knob = name.split(".")
+        groups.setdefault(group, {})[knob] = value
+    changed = {group: dataclasses.replace(getattr(config, group), **knobs) for group, knobs in groups.items()}
+    return dataclasses.replace(config, **changed)
 
 
 def to_json(config: object) -> dict[str, Any]:

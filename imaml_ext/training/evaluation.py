@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.training.checkpoint import CheckpointError, load_checkpoint, load_newest
-from imaml_ext.training.config import ConfigError
+from imaml_ext.training.config import ConfigError, TrainConfig
 from imaml_ext.training.experiment import Experiment, build, restore_lam
 from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
@@ -81,7 +81,7 @@ def evaluate(
         split=split,
         tasks=tasks,
         seed=seed,
-        inner_steps=experiment.test_inner_steps,
+        inner_steps=experiment.config.test_inner_steps,
         loss=loss,
         loss_interval=loss_interval,
         accuracy=accuracy,
@@ -127,9 +127,23 @@ def evaluate_run(
         run=replace(config.run, device=config.run.device if device is None else device),
         data=replace(config.data, root=config.data.root if data_root is None else data_root),
     )
+    experiment, theta = open_run(directory, config, checkpoint=checkpoint)
+    with ProgressBar("evaluating", total=settings.tasks) as bar:
+        return evaluate(experiment, theta, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update)
+
+
+def open_run(
+    directory: RunDirectory, config: TrainConfig, *, checkpoint: Path | None = None
+) -> tuple[Experiment, Tensor]:
+    """What a run has learnt, its newest parameters theta [N] or those of `checkpoint`, to be judged as `config` says.
+
+    Raises:
+        RunError: the directory holds no checkpoint, or it is damaged or of another model.
+        ConfigError, DataError: the tasks asked for cannot be made.
+    """
     saved = load_newest(directory.checkpoints) if checkpoint is None else load_checkpoint(checkpoint)
     if saved is None:
-        raise RunError(f"{path} has no checkpoint yet: nothing to evaluate")
+        raise RunError(f"{directory.path} has no checkpoint yet: nothing to evaluate")
     experiment = build(config)
     theta = saved.theta if saved.average is None else saved.average  # [N]
     if theta.numel() != experiment.model.num_parameters:
@@ -137,7 +151,5 @@ def evaluate_run(
             f"the checkpoint holds {theta.numel()} parameters, the model of {directory.config} has "
             f"{experiment.model.num_parameters}"
         )
-    theta = theta.to(experiment.device, experiment.dtype)
     restore_lam(experiment, saved)
-    with ProgressBar("evaluating", total=settings.tasks) as bar:
-        return evaluate(experiment, theta, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update)
+    return experiment, theta.to(experiment.device, experiment.dtype)

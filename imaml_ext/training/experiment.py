@@ -37,10 +37,6 @@ class Experiment:
     def classification(self) -> bool:
         return self.dataset.kind == "classification"
 
-    @property
-    def test_inner_steps(self) -> int:
-        return self.config.evaluation.inner_steps or self.config.inner.steps
-
     def initial_theta(self) -> Tensor:
         """theta [N], the same bits for a seed on every machine."""
         return self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
@@ -58,7 +54,7 @@ class Experiment:
             return self.dataset.sampler(
                 split,
                 ways=data.ways if self.classification else None,
-                shots=data.shots,
+                shots=data.train_shots if split == "train" and data.train_shots is not None else data.shots,
                 queries=data.queries,
                 meta_batch=tasks,
                 seed=seed,
@@ -91,7 +87,7 @@ def build(config: TrainConfig) -> Experiment:
         dataset=dataset,
         loss=loss,
         algorithm=_algorithm(config, loss, lam, config.inner.steps),
-        test_algorithm=_algorithm(config, loss, lam, config.evaluation.inner_steps or config.inner.steps),
+        test_algorithm=_algorithm(config, loss, lam, config.test_inner_steps),
         lam=lam,
         device=device,
         dtype=dtype,

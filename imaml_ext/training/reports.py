@@ -44,18 +44,18 @@ def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
     axes[panels[-1]].set_xlabel("meta-step")
     for axis in axes.values():
         axis.grid(alpha=0.3)
-    _write(figure, directory.learning_curve)
+    write_figure(figure, directory.learning_curve)
 
 
 def _curve(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, label: str, *, scale: float = 1.0) -> None:
     """Training tasks as a faint line with its running mean, validation tasks with their 95 % interval."""
-    steps, values = _column(rows, f"query_{quantity}")
+    steps, values = column(rows, f"query_{quantity}")
     axis.plot(steps, scale * values, color=_TRAIN, alpha=0.3, linewidth=1)
     width = max(1, len(values) // 25)
-    axis.plot(steps, scale * _running_mean(values, width), color=_TRAIN, label="training tasks (running mean)")
-    steps, values = _column(rows, f"val_{quantity}")
+    axis.plot(steps, scale * running_mean(values, width), color=_TRAIN, label="training tasks (running mean)")
+    steps, values = column(rows, f"val_{quantity}")
     if len(values):
-        _, interval = _column(rows, f"val_{quantity}_interval")
+        _, interval = column(rows, f"val_{quantity}_interval")
         error = scale * interval if len(interval) == len(values) else None
         axis.errorbar(steps, scale * values, yerr=error, color=_VALIDATION, capsize=2, label="validation tasks")
     axis.set_ylabel(label)
@@ -63,17 +63,17 @@ def _curve(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, label: 
 
 
 def _line(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str, color: str) -> None:
-    steps, values = _column(rows, name)
+    steps, values = column(rows, name)
     axis.plot(steps, values, color=color, label=label)
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the rows that have this metric."""
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
 
 
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over the last `width` values, over fewer at the start."""
     sums = np.cumsum(values)
     count = np.minimum(np.arange(1, len(values) + 1), width)
@@ -92,7 +92,7 @@ def draw_episodes(directory: RunDirectory, experiment: Experiment, theta: Tensor
         figure = _image_episodes(episodes.to(device="cpu"), predicted.cpu(), experiment)
     else:
         figure = _regression_episodes(experiment, episodes, phi)
-    _write(figure, directory.episodes)
+    write_figure(figure, directory.episodes)
 
 
 def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Experiment) -> Figure:
@@ -187,10 +187,11 @@ def draw_samples(path: Path, dataset: Dataset) -> None:
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1)
         axis.set_title(split)
         axis.axis("off")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
+    """The figure as a PNG file, whole or not at all."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     atomic_write(path, buffer.getvalue())

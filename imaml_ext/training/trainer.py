@@ -34,6 +34,10 @@ from imaml_ext.training.tensorboard import TensorBoard
 from imaml_ext.training.window import Window
 
 
+class Diverged(RunError):
+    """The meta-gradient or the parameters of a run became non-finite."""
+
+
 def train(
     config: TrainConfig,
     path: Path,
@@ -53,12 +57,12 @@ def train(
 
     Raises:
         ConfigError, DataError: what was asked for cannot be run; nothing has been written.
-        RunError: the directory holds another run or cannot be written, a checkpoint is damaged, or the meta-gradient
-            became non-finite.
+        RunError: the directory holds another run or cannot be written, or a checkpoint is damaged.
+        Diverged: the meta-gradient or the parameters became non-finite.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     directory = RunDirectory(path)
-    _check_directory(directory, config, resume=resume)
+    check_directory(directory, config, resume=resume)
     experiment = build(config)
     train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed)
     for split in ("val", "test") if config.evaluation.every else ("test",):  # before anything is written
@@ -256,7 +260,7 @@ def _check_finite(state: _State, directory: RunDirectory) -> None:
         return
     kept = list_checkpoints(directory.checkpoints)
     where = f"the newest checkpoint, {kept[-1]}, is from before" if kept else "no checkpoint was due before"
-    raise RunError(
+    raise Diverged(
         f"the meta-gradient or the parameters became non-finite at step {bad_step}; {where}; "
         "a smaller outer.lr or inner.lr, a larger meta.damping or an outer.clip-norm may help"
     )
@@ -332,8 +336,13 @@ _FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation."
 _FIXED_OF_RUN = ("run.seed", "run.dtype")
 
 
-def _check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
-    """A run never writes over another one, and never continues one under other settings."""
+def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
+    """A run never writes over another one, and never continues one under other settings.
+
+    Raises:
+        RunError: the directory is not empty, or with `resume` holds something other than a run.
+        ConfigError: with `resume`, its run has other settings.
+    """
     if directory.is_empty():
         return
     if not resume:
