@@ -1,4 +1,4 @@
-"""`imaml train | evaluate | data | doctor`: the command line, generated from the configuration classes.
+"""`imaml train | evaluate | reproduce | data | doctor`: the command line, generated from the configuration classes.
 
 Exit codes: 0 done; 1 an error that the message on stderr explains; 2 an unknown command, preset or knob; 130 and 143
 stopped by Ctrl-C or SIGTERM, after saving.
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from imaml_ext.reproduce import EXPERIMENTS, ExperimentOptions
 from imaml_ext.training.config import ConfigError, DataConfig, TrainConfig
 from imaml_ext.training.presets import PRESETS
 
@@ -121,7 +122,7 @@ class Doctor:
 class _Command:
     """A parsed command line: what to do, and for training the preset that was named."""
 
-    options: Train | Evaluate | Data | Doctor
+    options: Train | Evaluate | ExperimentOptions | Data | Doctor
     preset: str = ""
 
 
@@ -160,13 +161,22 @@ def _parse(arguments: list[str]) -> _Command:
     """The command line as one of the classes above; tyro ends the process with 2 where it cannot be understood."""
     if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1] in PRESETS:
         return _parse_train(arguments[1], arguments[2:])
+    if arguments[:1] == ["reproduce"] and len(arguments) > 1 and arguments[1] in EXPERIMENTS:
+        kind = EXPERIMENTS[arguments[1]]
+        return _Command(tyro.cli(kind, prog=f"imaml reproduce {kind.name}", args=arguments[2:]))
     presets: list[Any] = [
         Annotated[Train, tyro.conf.subcommand(name=name, default=Train(preset.config), description=preset.description)]
         for name, preset in PRESETS.items()
     ]
     train: Any = Annotated[_either(presets), tyro.conf.subcommand("train", description="Meta-train as a preset says.")]
+    experiments: list[Any] = [
+        Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EXPERIMENTS.items()
+    ]
+    reproduce: Any = Annotated[
+        _either(experiments), tyro.conf.subcommand("reproduce", description="Repeat an experiment of the paper.")
+    ]
     others = [Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Evaluate, Data, Doctor)]
-    commands = _either([train, *others])
+    commands = _either([train, reproduce, *others])
     options = tyro.cli(
         commands, prog="imaml", description="Few-shot meta-learning with implicit gradients.", args=arguments
     )
@@ -208,6 +218,11 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(options, command.preset, shlex.join(["imaml", *arguments]))
         case Evaluate() as options:
             return _evaluate(options)
+        case ExperimentOptions() as options:
+            from imaml_ext.reproduce import reproduce
+
+            reproduce(options, command=shlex.join(["imaml", *arguments]))
+            return 0
         case Data() as options:
             return _data(options)
         case Doctor():

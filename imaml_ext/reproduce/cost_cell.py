@@ -1,0 +1,129 @@
+"""One cell of the cost experiment: time and peak memory of one meta-gradient, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from imaml_ext.data import load_dataset
+from imaml_ext.inner import GradientDescent, HessianFree
+from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm
+from imaml_ext.models import Conv4, TaskLoss
+
+WAYS, SHOTS = 20, 5
+LAM, LR, CG_STEPS = 2.0, 0.1, 5  # the paper's; time and memory do not depend on them
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
+
+
+@dataclass(frozen=True)
+class CostCell:
+    """What is measured; everything but `method` and `steps` is common to the cells of an experiment."""
+
+    method: str
+    steps: int
+    meta_batch: int
+    queries: int
+    filters: int
+    repeats: int
+    device: str
+    threads: int
+    data: str
+    data_root: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}/{self.steps}"
+
+
+def measure(cell: CostCell) -> dict[str, Any]:
+    """Peak memory of the first meta-gradient above what θ and the episodes hold, then the time of `repeats` more.
+
+    Memory on a CPU is what torch's allocator has handed out at most at one time, exact to the byte and the same at every
+    run; the growth of the resident set, which knows of every other buffer too but comes in pages and rounds up, stands
+    beside it. On CUDA it is `torch.cuda.max_memory_allocated`.
+    """
+    device = torch.device(cell.device)
+    torch.set_num_threads(cell.threads)
+    dataset = load_dataset(cell.data, root=cell.data_root)
+    sampler = dataset.sampler(
+        "train",
+        ways=WAYS,
+        shots=SHOTS,
+        queries=cell.queries,
+        meta_batch=cell.meta_batch,
+        seed=0,
+        device=device,
+        dtype=torch.float32,
+    )
+    model = Conv4(WAYS, in_channels=1, image_size=28, filters=cell.filters)
+    algorithm = _algorithm(cell, TaskLoss(model, "cross_entropy"))
+    theta, episodes = model.init(seed=0, device=device), sampler.sample(0)
+
+    def meta_gradient() -> None:
+        algorithm.meta_gradient(theta, episodes)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    memory = _cuda_memory(meta_gradient, device) if device.type == "cuda" else _cpu_memory(meta_gradient)
+    seconds = []
+    for _ in range(cell.repeats):
+        began = time.perf_counter()
+        meta_gradient()
+        seconds.append(time.perf_counter() - began)
+    return {**memory, "seconds": statistics.median(seconds), "seconds_each": seconds}
+
+
+def _algorithm(cell: CostCell, loss: TaskLoss) -> MetaAlgorithm:
+    descent = GradientDescent(steps=cell.steps, lr=LR)
+    match cell.method:
+        case "maml" | "maml-checkpoint":
+            return MAML(loss, inner=descent, lam=LAM, checkpoint=cell.method == "maml-checkpoint")
+        case "fomaml":
+            return FOMAML(loss, inner=descent, lam=LAM)
+        case "imaml-gd":
+            return IMAML(loss, inner=descent, lam=LAM, cg_steps=CG_STEPS)
+        case "imaml-hf":
+            return IMAML(loss, inner=HessianFree(steps=cell.steps), lam=LAM, cg_steps=CG_STEPS)
+    raise ValueError(f"no such method: {cell.method!r}")
+
+
+def _cuda_memory(call: Callable[[], None], device: torch.device) -> dict[str, int]:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device) - before}
+
+
+def _cpu_memory(call: Callable[[], None]) -> dict[str, int]:
+    resident = _resident_bytes()
+    call()
+    resident = max(0, _MAXRSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident)
+    # A pass of its own: the profiler's records would count as resident too.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        call()
+    allocated, peak = 0, 0
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()  # negative where memory is given back
+        peak = max(peak, allocated)
+    return {"peak_bytes": peak, "resident_bytes": resident}
+
+
+def _resident_bytes() -> int:
+    """Pages of this process in memory now; on a system without /proc, the most there ever were."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return _MAXRSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * os.sysconf("SC_PAGE_SIZE")
