@@ -169,9 +169,7 @@ def _parse(arguments: list[str]) -> _Command:
         for name, preset in PRESETS.items()
     ]
     train: Any = Annotated[_either(presets), tyro.conf.subcommand("train", description="Meta-train as a preset says.")]
-    experiments: list[Any] = [
-        Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EXPERIMENTS.items()
-    ]
+    experiments: list[Any] = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EXPERIMENTS.items()]
     reproduce: Any = Annotated[
         _either(experiments), tyro.conf.subcommand("reproduce", description="Repeat an experiment of the paper.")
     ]

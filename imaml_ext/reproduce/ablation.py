@@ -1,7 +1,8 @@
 """What damping, CG steps, λ, curvature and the inner step do to iMAML: 5-way 1-shot at one fixed, small budget.
 
-Two settings are varied, one knob at a time: `literal`, the paper's text with the paper's numbers; and `base`, the same
-algorithm with numbers that train. Beside them stand the variant of the paper's public code and the first-order gradient.
+Two recipes are varied, one knob at a time: `literal`, the paper's text with the paper's numbers; and `base`, the same
+algorithm with numbers that train. Beside them stand the variant of the paper's public code, and the first-order
+gradient.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ FIRST_ORDER = {**{name: BASE[name] for name in BASE if name.startswith("inner.")
 
 @dataclass(frozen=True)
 class Study:
-    """Cells that differ from `base` in what their label says; the cell of the base itself is among the recipes."""
+    """Cells that differ from the recipe `base` in what their label says; `base_value` is the label of the recipe."""
 
     name: str
     title: str
     base: str
+    base_value: str
     cells: Mapping[str, Mapping[str, Any]]
 
 
@@ -67,24 +69,26 @@ _HANDLING = {
 }
 RECIPES = {"literal": LITERAL, "base": BASE, "public-code": PUBLIC_CODE, "first-order": FIRST_ORDER}
 STUDIES = (
-    Study("literal-damping", "literal: damping δ", "literal", _values("meta.damping", 1, 4, 22, 100)),
+    Study("literal-damping", "literal: damping δ", "literal", "0", _values("meta.damping", 1, 4, 22, 100)),
     Study(
         "literal-curvature",
         "literal: curvature, and tasks where it is negative",
         "literal",
+        "hessian-keep",
         {label: knobs for label, knobs in _HANDLING.items() if label != "hessian-keep"},
     ),
-    Study("literal-inner", "literal: inner step", "literal", {"pullback": {"inner.proximal": "pullback"}}),
-    Study("lam", "base: λ", "base", _values("inner.lam", 0.02, 0.5, 2)),
-    Study("cg-steps", "base: CG steps", "base", {str(n): {"meta.cg_steps": n} for n in (1, 2, 10, 20)}),
-    Study("damping", "base: damping δ", "base", _values("meta.damping", 0.1, 1, 10)),
+    Study("literal-inner", "literal: inner step", "literal", "gradient", {"pullback": {"inner.proximal": "pullback"}}),
+    Study("lam", "base: λ", "base", "0.1", _values("inner.lam", 0.02, 0.5, 2)),
+    Study("cg-steps", "base: CG steps", "base", "5", {str(n): {"meta.cg_steps": n} for n in (1, 2, 10, 20)}),
+    Study("damping", "base: damping δ", "base", "0", _values("meta.damping", 0.1, 1, 10)),
     Study(
         "curvature",
         "base: curvature, and tasks where it is negative",
         "base",
+        "gauss-newton",
         {label: knobs for label, knobs in _HANDLING.items() if label != "gauss-newton"},
     ),
-    Study("inner", "base: inner step", "base", {"pullback": {"inner.proximal": "pullback"}}),
+    Study("inner", "base: inner step", "base", "gradient", {"pullback": {"inner.proximal": "pullback"}}),
 )
 BUDGETS: dict[str, dict[str, Any]] = {
     "small": {"outer.steps": 300, "outer.meta_batch": 8, "outer.lr": 1e-3, "evaluation.tasks": 600},
@@ -113,20 +117,24 @@ def run(options: Ablation, *, command: str = "") -> None:
     train_cells(ablation_cells(options), options, command=command, draw=draw)
 
 
-def _groups(found: Mapping[str, Outcome]) -> list[tuple[str, str | None, list[tuple[str, Outcome]]]]:
-    """Title, base and finished cells of the recipes and of every study that has some."""
-    groups = [("recipes", None, "recipe", list(RECIPES))]
-    groups += [(study.title, study.base, study.name, list(study.cells)) for study in STUDIES]
-    with_cells = [
-        (title, base, [(label, found[f"{name}/{label}"]) for label in labels if f"{name}/{label}" in found])
-        for title, base, name, labels in groups
-    ]
-    return [group for group in with_cells if group[2]]
+def _groups(found: Mapping[str, Outcome]) -> list[tuple[str, list[tuple[str, Outcome]]]]:
+    """Title and finished cells of the recipes, and of every study that has some, its recipe first."""
+    groups = [("recipes", {label: f"recipe/{label}" for label in RECIPES})]
+    for study in STUDIES:
+        of_study = {label: f"{study.name}/{label}" for label in study.cells}
+        if any(name in found for name in of_study.values()):
+            groups.append((study.title, {f"{study.base_value} ({study.base})": f"recipe/{study.base}", **of_study}))
+    finished = []
+    for title, cells in groups:
+        members = [(label, found[name]) for label, name in cells.items() if name in found]
+        if members:
+            finished.append((title, members))
+    return finished
 
 
 def _table(options: Ablation, found: Mapping[str, Outcome]) -> str:
     rows = []
-    for title, _, members in _groups(found):
+    for title, members in _groups(found):
         for label, outcome in members:
             rows.append([title, label, outcome.accuracy])
             title = ""
@@ -138,14 +146,14 @@ def _table(options: Ablation, found: Mapping[str, Outcome]) -> str:
 
 
 def _draw(options: Ablation, found: Mapping[str, Outcome]) -> Figure:
-    """Left, the test accuracy of every cell, with that of its base as a line; right, the recipes as they learn."""
+    """Left, the test accuracy of every cell, with that of its recipe as a line; right, the recipes as they learn."""
     groups = _groups(found)
-    rows = sum(len(members) + 1 for _, _, members in groups)
+    rows = sum(len(members) + 1 for _, members in groups)
     figure = Figure(figsize=(13, max(4.0, 0.26 * rows + 1.2)), layout="constrained")
     figure.suptitle(f"iMAML on {options.data} 5-way 1-shot, budget {options.budget}")
     left, right = figure.subplots(1, 2)
     ticks, labels, row = [], [], 0
-    for index, (title, base, members) in enumerate(groups):
+    for index, (title, members) in enumerate(groups):
         color = f"C{index % 10}"
         positions = list(range(row + 1, row + 1 + len(members)))
         accuracy, interval = accuracy_bars([outcome for _, outcome in members])
@@ -153,14 +161,13 @@ def _draw(options: Ablation, found: Mapping[str, Outcome]) -> Figure:
         for position, (_, outcome) in zip(positions, members, strict=True):
             if outcome.test is None:
                 left.text(0.02, position, "diverged", transform=left.get_yaxis_transform(), color=color, va="center")
-        if base is not None and f"recipe/{base}" in found:
-            of_base, _ = accuracy_bars([found[f"recipe/{base}"]])
-            left.plot([*of_base, *of_base], [row + 0.6, positions[-1] + 0.4], color=color, linewidth=1)
+        if index:
+            left.plot([accuracy[0]] * 2, [row + 0.6, positions[-1] + 0.4], color=color, linewidth=1)
         ticks += [row, *positions]
         labels += [title, *(f"{label}   " for label, _ in members)]
         row = positions[-1] + 1
     left.set_yticks(ticks, labels, fontsize=8)
-    left.set(xlabel="test accuracy (%); line: the setting that is varied", ylim=(row, -1))
+    left.set(xlabel="test accuracy (%); line: the recipe that is varied", ylim=(row, -1))
     left.grid(alpha=0.3)
     for index, label in enumerate(RECIPES):
         if f"recipe/{label}" in found:

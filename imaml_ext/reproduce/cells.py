@@ -11,13 +11,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from imaml_ext.reproduce.options import TrainedOptions
+from imaml_ext.reproduce.options import ImageOptions, TrainedOptions
 from imaml_ext.reproduce.results import output_folder, write_results
 from imaml_ext.training import reports
 from imaml_ext.training.config import ConfigError, TrainConfig, to_json, with_knobs
 from imaml_ext.training.experiment import resolve_device
 from imaml_ext.training.progress import say
-from imaml_ext.training.run_directory import RunDirectory, RunError, atomic_write, read_config, read_metrics, to_json_text
+from imaml_ext.training.run_directory import (
+    RunDirectory,
+    RunError,
+    atomic_write,
+    read_config,
+    read_metrics,
+    to_json_text,
+)
 from imaml_ext.training.trainer import Diverged, check_directory, train
 
 
@@ -124,14 +131,9 @@ def write_outcomes(options: TrainedOptions, found: Mapping[str, Outcome], **cont
 def common_knobs(options: TrainedOptions) -> dict[str, Any]:
     """Knobs that every cell takes from the options of the experiment."""
     knobs: dict[str, Any] = {"run.device": options.device, "run.threads": options.threads, "run.seed": options.seed}
-    knobs |= {f"data.{name}": value for name, value in _data(options).items()}
+    if isinstance(options, ImageOptions):
+        knobs |= {"data.name": options.data, "data.root": options.data_root}
     return knobs
-
-
-def _data(options: TrainedOptions) -> dict[str, Any]:
-    if not hasattr(options, "data"):
-        return {}
-    return {"name": options.data, "root": options.data_root}
 
 
 def cell(name: str, base: TrainConfig, *layers: Mapping[str, Any]) -> Cell:
@@ -186,7 +188,7 @@ def draw_learning_curve(axis: Axes, outcome: Outcome, metric: str, *, scale: flo
 
 
 def percent_axis(axis: Axes) -> None:
-    axis.set_ylim(top=100.5)
+    axis.set_ylim(0, 101)
     axis.grid(alpha=0.3)
 
 

@@ -1,19 +1,19 @@
 """The paper's cost experiment: time and peak memory of one meta-gradient against the number of inner steps.
 
 20-way 5-shot, Conv4. Each cell is measured in a fresh process, so that none inherits another's memory, and is kept in
-cost.json as soon as it is known. Per method the cells come in the order of their steps; from the two before, memory being
-linear in the steps at most, a cell that would not fit is left out with its estimate.
+cost.json as soon as it is known. Per method the cells come in the order of their steps; memory being at most linear in
+the steps, a cell that would not fit is known by the two before it, and left out with its estimate.
 
 Source: Rajeswaran et al., arXiv 1909.04630, section 4 ("computation and memory").
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import multiprocessing
 import os
+import signal
 from collections.abc import Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +102,47 @@ def _measured(cell: CostCell, cells: Cells, limit: float) -> dict[str, Any]:
     estimate = _estimate(cell, cells)
     about = {"method": cell.method, "steps": cell.steps}
     if estimate is not None and estimate > limit:
-        return {**about, "estimated_bytes": round(estimate), "left_out": f"more than the limit of {limit / _GIB:.1f} GiB"}
+        return {
+            **about,
+            "estimated_bytes": round(estimate),
+            "left_out": f"more than the limit of {limit / _GIB:.1f} GiB",
+        }
+    return {**about, **_in_a_process(cell)}
+
+
+def _in_a_process(cell: CostCell) -> dict[str, Any]:
+    """`measure(cell)` in a fresh process, or why it could not be.
+
+    Raises:
+        RunError: it failed for another reason than memory.
+    """
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-        try:
-            return {**about, **pool.submit(_quiet_measure, cell).result()}
-        except BrokenProcessPool:
-            return {**about, "left_out": "its process was killed, as a system does that runs out of memory"}
-        except torch.OutOfMemoryError:
-            return {**about, "left_out": "the device ran out of memory"}
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_send_measured, args=(cell, sender))
+    process.start()
+    sender.close()
+    try:
+        measured: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            return {"left_out": "its process was killed, as a system does that runs out of memory"}
+        raise RunError(f"measuring {cell.name} failed with exit code {process.exitcode}; it has said why") from None
+    finally:
+        process.kill()
+        process.join()
+    return measured
 
 
-def _quiet_measure(cell: CostCell) -> dict[str, Any]:
+def _send_measured(cell: CostCell, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
-    return measure(cell)
+    try:
+        sender.send(measure(cell))
+    except RuntimeError as error:  # torch.OutOfMemoryError of a GPU is one too
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        sender.send({"left_out": "the device ran out of memory"})
 
 
 def _estimate(cell: CostCell, cells: Cells) -> float | None:

@@ -48,9 +48,9 @@ class CostCell:
 def measure(cell: CostCell) -> dict[str, Any]:
     """Peak memory of the first meta-gradient above what θ and the episodes hold, then the time of `repeats` more.
 
-    Memory on a CPU is what torch's allocator has handed out at most at one time, exact to the byte and the same at every
-    run; the growth of the resident set, which knows of every other buffer too but comes in pages and rounds up, stands
-    beside it. On CUDA it is `torch.cuda.max_memory_allocated`.
+    Memory on a CPU is the most that torch's allocator has handed out at one time, exact to the byte; beside it stands
+    the growth of the resident set, which knows of every other buffer too, but comes in pages. On CUDA it is
+    `torch.cuda.max_memory_allocated`.
     """
     device = torch.device(cell.device)
     torch.set_num_threads(cell.threads)

@@ -1,7 +1,7 @@
 """The paper's Omniglot table: five algorithms on four kinds of tasks, beside the published figures.
 
-A column is a preset, `omniglot-5w1s` and so on: data and network. What an algorithm sets differently is in ALGORITHM_KNOBS,
-how long it is trained in BUDGETS; nothing else decides a cell.
+A column is a preset, `omniglot-5w1s` and so on: data and network. What an algorithm sets differently is in
+ALGORITHM_KNOBS, how long it is trained in BUDGETS; nothing else decides a cell.
 """
 
 from __future__ import annotations

@@ -84,9 +84,7 @@ class Exactness(ExperimentOptions):
         if not self.dtypes:
             raise ConfigError("--dtypes must name float32, float64 or both, got none")
         if max(self.eigenvalues) > self.features:
-            raise ConfigError(
-                f"--eigenvalues must not exceed --features, {self.features}, got {max(self.eigenvalues)}"
-            )
+            raise ConfigError(f"--eigenvalues must not exceed --features, {self.features}, got {max(self.eigenvalues)}")
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ SHOTS = ("5shot", "10shot")
 TEST_STEPS = (0, 1, 2, 3, 5, 10, 20, 50)
 _TASKS_DRAWN, _POINTS_DRAWN = 3, 200
 
-# MAML, first-order MAML: Finn et al. (2017), section 5.1, with five steps in place of one. Reptile: Nichol et al. (2018),
-# section 2, with the gradient of all training points in place of batches. Neither has a λ.
+# MAML, first-order MAML: Finn et al. (2017), section 5.1, with five steps in place of one. Reptile: Nichol et al.
+# (2018), section 2, with the gradient of all training points in place of batches. None of them has a λ.
 ALGORITHM_KNOBS: dict[str, dict[str, Any]] = {
     "imaml-gd": {},
     "imaml-hf": {"inner.solver": "hessian_free", "inner.steps": 3},
@@ -113,7 +113,7 @@ def _adaptation(directory: RunDirectory) -> dict[str, Any]:
 def _adapt(directory: RunDirectory) -> dict[str, Any]:
     config = read_config(directory).config
     settings = config.evaluation
-    usual = config.inner.steps if settings.inner_steps is None else settings.inner_steps
+    usual = config.test_inner_steps
     errors, functions = [], {}
     with ProgressBar("adapting", total=len(TEST_STEPS)) as bar:
         for done, steps in enumerate(sorted({*TEST_STEPS, usual}), 1):
@@ -173,7 +173,7 @@ def _draw_errors(options: Sinusoid, found: Mapping[str, Outcome], adaptation: Ma
     for (left, right), shots in zip(figure.subplots(len(SHOTS), 2), SHOTS, strict=True):
         for algorithm in ALGORITHMS:
             name = f"{shots}/{algorithm}"
-            style = {"color": COLORS[algorithm], "label": LABELS[algorithm]}
+            style: dict[str, Any] = {"color": COLORS[algorithm], "label": LABELS[algorithm]}
             if name in adaptation:
                 _draw_error(left, adaptation[name], **style)
             if name in found:

@@ -446,7 +446,7 @@ def with_knobs(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         group, knob = name.split(".")
         groups.setdefault(group, {})[knob] = value
     changed = {group: dataclasses.replace(getattr(config, group), **knobs) for group, knobs in groups.items()}
-    return dataclasses.replace(config, **changed)
+    return from_json(TrainConfig, to_json(dataclasses.replace(config, **changed)))  # strict in the types of values
 
 
 def to_json(config: object) -> dict[str, Any]:
