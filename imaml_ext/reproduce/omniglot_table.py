@@ -72,7 +72,7 @@ _TRIAL = {"outer.steps": 4, "outer.meta_batch": 2, "model.filters": 4, "evaluati
 BUDGETS: dict[str, dict[int, dict[str, Any]]] = {  # by name and ways
     "small": {
         5: {"outer.steps": 2000, "outer.meta_batch": 16, "outer.lr": 3e-3, "outer.schedule": "cosine"},
-        20: {"outer.steps": 2000, "outer.meta_batch": 4, "outer.lr": 3e-3, "outer.schedule": "cosine"},
+        20: {"outer.steps": 1000, "outer.meta_batch": 4, "outer.lr": 3e-3, "outer.schedule": "cosine"},
     },
     "published": {
         5: {"outer.steps": 20_000, "outer.meta_batch": 32, "outer.lr": 1e-3, "outer.schedule": "cosine"},
