@@ -424,6 +424,20 @@ def test_linear_tasks_have_the_condition_number_asked_for() -> None:
         torch.testing.assert_close(side.y.squeeze(-1), (side.x @ sampler.weights(0)[..., None]).squeeze(-1))
 
 
+@pytest.mark.parametrize("distinct", [2, 3, 7])
+def test_linear_tasks_have_the_distinct_eigenvalues_asked_for(distinct: int) -> None:
+    sampler = LinearSampler(
+        features=7, shots=12, queries=9, meta_batch=5, seed=0, condition_number=100.0, eigenvalues=distinct
+    )
+    batch = sampler.sample(0)
+    for side in (batch.support, batch.query):
+        eigenvalues = torch.linalg.eigvalsh(side.x.mT @ side.x / side.x.shape[1])  # [B, 7], ascending
+        levels = 100.0 ** torch.linspace(-1, 0, distinct, dtype=torch.float64)
+        nearest = (eigenvalues.log().unsqueeze(-1) - levels.log()).abs().min(-1)  # of the levels, for every eigenvalue
+        assert nearest.values.max() < 1e-8
+        assert all(set(row.tolist()) == set(range(distinct)) for row in nearest.indices)
+
+
 def test_linear_noise_has_its_size() -> None:
     options = {"features": 2, "shots": 500, "queries": 2, "meta_batch": 20, "seed": 0}
     noisy, clean = (LinearSampler(noise=n, **options).sample(0) for n in (0.3, 0.0))  # type: ignore[arg-type]
@@ -469,6 +483,8 @@ def test_linear_closed_form_is_the_derivative_of_the_solved_problem(scale: float
         ({"condition_number": 0.5}, "condition_number must be a finite number of at least 1"),
         ({"condition_number": float("nan")}, "condition_number"),
         ({"features": 1}, "condition_number must be 1 where features = 1"),
+        ({"eigenvalues": 1}, "eigenvalues must be at least 2, got 1"),
+        ({"eigenvalues": 4}, "eigenvalues must not exceed features = 3, got 4"),
         ({"noise": -1.0}, "noise must be"),
         ({"meta_batch": 0}, "meta_batch must be positive"),
     ],

@@ -21,7 +21,7 @@ from imaml_ext.training import (
     RunConfig,
     TrainConfig,
 )
-from imaml_ext.training.config import from_json, knobs, to_json
+from imaml_ext.training.config import from_json, knobs, to_json, with_knobs
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -74,6 +74,20 @@ def test_json_is_read_strictly(path: str, value: object, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_knobs_are_set_by_name() -> None:
+    config = with_knobs(TrainConfig(), {"outer.lr": 0.5, "outer.steps": 7, "meta.algorithm": "reptile"})
+    expected = dict(knobs(TrainConfig())) | {"outer.lr": 0.5, "outer.steps": 7, "meta.algorithm": "reptile"}
+    assert dict(knobs(config)) == expected
+    for values, message in (
+        ({"outer.learning_rate": 1.0}, "unknown knob outer.learning_rate"),
+        ({"outer": 1.0}, "unknown knob outer"),
+        ({"meta.algorithm": "newton"}, "meta.algorithm must be one of"),
+        ({"inner.lam": 0.0}, "inner.lam must be a positive number"),  # with meta.algorithm imaml
+    ):
+        with pytest.raises(ConfigError, match=message):
+            with_knobs(TrainConfig(), values)
+
+
 def test_json_must_have_every_knob() -> None:
     values = to_json(TrainConfig())
     del values["inner"]["lam"]
@@ -86,6 +100,7 @@ def test_json_must_have_every_knob() -> None:
     [
         (DataConfig, "ways", 1),
         (DataConfig, "shots", 0),
+        (DataConfig, "train_shots", 0),
         (DataConfig, "queries", 0),
         (DataConfig, "noise", -0.1),
         (DataConfig, "condition_number", 0.5),

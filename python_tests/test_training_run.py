@@ -389,3 +389,22 @@ def test_images_resume_with_all_threads(tmp_path: Path, at_step: Any) -> None:
     assert straight["test"] == stopped["test"]
     assert 0 <= straight["test"]["accuracy"] <= 1
     assert (tmp_path / "stopped" / "episodes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shots_of_training_and_of_the_test() -> None:
+    config = small_config()
+    experiment = build(replace(config, data=replace(config.data, shots=5, train_shots=7)))
+    shots = {
+        split: experiment.sampler(split, tasks=2, seed=0).sample(0).support_x.shape[1] for split in ("train", "test")
+    }
+    assert shots == {"train": 7, "test": 5}
+
+
+def test_theta_itself_is_judged_with_no_inner_steps() -> None:
+    config = small_config()
+    experiment = build(replace(config, evaluation=replace(config.evaluation, inner_steps=0)))
+    theta = experiment.initial_theta()
+    episodes = experiment.sampler("test", tasks=20, seed=0).sample(0)
+    result = evaluate(experiment, theta, split="test", tasks=20, seed=0)
+    assert result.inner_steps == 0
+    assert result.loss == pytest.approx(experiment.loss(theta.expand(20, -1), episodes.query).mean().item(), rel=1e-6)
