@@ -49,7 +49,7 @@ def measure(cell: CostCell) -> dict[str, Any]:
     """Peak memory of the first meta-gradient above what θ and the episodes hold, then the time of `repeats` more.
 
     Memory on a CPU is the most that torch's allocator has handed out at one time, exact to the byte; beside it stands
-    the growth of the resident set, which knows of every other buffer too, but comes in pages. On CUDA it is
+    the growth of the resident set, which knows of every other buffer too, the profiler's records among them. On CUDA it is
     `torch.cuda.max_memory_allocated`.
     """
     device = torch.device(cell.device)
@@ -66,7 +66,9 @@ def measure(cell: CostCell) -> dict[str, Any]:
         dtype=torch.float32,
     )
     model = Conv4(WAYS, in_channels=1, image_size=28, filters=cell.filters)
-    algorithm = _algorithm(cell, TaskLoss(model, "cross_entropy"))
+    # The native engine keeps no graph, so that MAML itself would be checkpointed: its memory is that of autograd's graph.
+    engine = "torch" if cell.method == "maml" else "auto"
+    algorithm = _algorithm(cell, TaskLoss(model, "cross_entropy", engine=engine))
     theta, episodes = model.init(seed=0, device=device), sampler.sample(0)
 
     def meta_gradient() -> None:
@@ -107,11 +109,10 @@ def _cuda_memory(call: Callable[[], None], device: torch.device) -> dict[str, in
 
 def _cpu_memory(call: Callable[[], None]) -> dict[str, int]:
     resident = _resident_bytes()
-    call()
-    resident = max(0, _MAXRSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident)
-    # A pass of its own: the profiler's records would count as resident too.
+    # The first call of all: what is kept from one call to the next counts. The profiler's records are resident too.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
+    resident = max(0, _MAXRSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident)
     allocated, peak = 0, 0
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):

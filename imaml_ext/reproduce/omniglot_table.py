@@ -71,7 +71,7 @@ ALGORITHM_KNOBS: dict[str, dict[int, dict[str, Any]]] = {  # by algorithm and wa
 _TRIAL = {"outer.steps": 4, "outer.meta_batch": 2, "model.filters": 4, "evaluation.tasks": 10, "run.log_every": 1}
 BUDGETS: dict[str, dict[int, dict[str, Any]]] = {  # by name and ways
     "small": {
-        5: {"outer.steps": 2000, "outer.meta_batch": 16, "outer.lr": 3e-3, "outer.schedule": "cosine"},
+        5: {"outer.steps": 5000, "outer.meta_batch": 16, "outer.lr": 3e-3, "outer.schedule": "cosine"},
         20: {"outer.steps": 1000, "outer.meta_batch": 4, "outer.lr": 3e-3, "outer.schedule": "cosine"},
     },
     "published": {
