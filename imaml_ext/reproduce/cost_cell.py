@@ -49,8 +49,8 @@ def measure(cell: CostCell) -> dict[str, Any]:
     """Peak memory of the first meta-gradient above what θ and the episodes hold, then the time of `repeats` more.
 
     Memory on a CPU is the most that torch's allocator has handed out at one time, exact to the byte; beside it stands
-    the growth of the resident set, which knows of every other buffer too, the profiler's records among them. On CUDA it is
-    `torch.cuda.max_memory_allocated`.
+    the growth of the resident set, which knows of every other buffer too, the profiler's records among them. On CUDA
+    it is `torch.cuda.max_memory_allocated`.
     """
     device = torch.device(cell.device)
     torch.set_num_threads(cell.threads)
@@ -66,7 +66,7 @@ def measure(cell: CostCell) -> dict[str, Any]:
         dtype=torch.float32,
     )
     model = Conv4(WAYS, in_channels=1, image_size=28, filters=cell.filters)
-    # The native engine keeps no graph, so that MAML itself would be checkpointed: its memory is that of autograd's graph.
+    # The native engine keeps no graph: MAML on it would be checkpointed already.
     engine = "torch" if cell.method == "maml" else "auto"
     algorithm = _algorithm(cell, TaskLoss(model, "cross_entropy", engine=engine))
     theta, episodes = model.init(seed=0, device=device), sampler.sample(0)
