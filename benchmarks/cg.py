@@ -23,12 +23,12 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from measure import timed
 from torch import Tensor
 
 import imaml_ext.reference
@@ -87,20 +87,6 @@ def linear_operator_peer() -> Callable | None:
             return linear_cg(matmul, b.unsqueeze(2), tolerance=0.0, max_iter=iterations, max_tridiag_iter=0).squeeze(2)
 
     return solve
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begin)
 
 
 def words_moved(iterations: int) -> int:

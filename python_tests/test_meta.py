@@ -1,10 +1,11 @@
 """Implicit meta-gradients against closed forms, finite differences and dense matrices."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from meta_tasks import F64, Data, Episodes
 from systems import solve_directly
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,18 +21,6 @@ from imaml_ext.meta import (
     prox_solve,
 )
 from imaml_ext.models import MLP, Conv4, TaskLoss
-
-F64 = torch.float64
-
-
-class Data(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-
-class Episodes(NamedTuple):
-    support: Data
-    query: Data
 
 
 def _random(*shape: int, seed: int) -> Tensor:

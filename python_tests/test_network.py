@@ -3,29 +3,16 @@
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
+from meta_tasks import F64, Data, Episodes
 from torch import Tensor
 from torch.library import opcheck
 
 from imaml_ext import IMAML, ops
 from imaml_ext.meta import gauss_newton_operator, hessian_operator
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel, from_module
-
-F64 = torch.float64
-
-
-class Data(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-
-class Episodes(NamedTuple):
-    support: Data
-    query: Data
-
 
 # name: model, shape of an example
 MODELS: dict[str, tuple[TaskModel, tuple[int, ...]]] = {
