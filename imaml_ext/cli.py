@@ -1,4 +1,4 @@
-"""`imaml train | evaluate | reproduce | data | doctor`: the command line, generated from the configuration classes.
+"""`imaml train | evaluate | export | reproduce | data | doctor`: the command line, made from the configuration classes.
 
 Exit codes: 0 done; 1 an error that the message on stderr explains; 2 an unknown command, preset or knob; 130 and 143
 stopped by Ctrl-C or SIGTERM, after saving.
@@ -48,10 +48,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Test the parameters of a run on tasks that it was never trained on."""
+    """Test the parameters of a run, or pretrained ones, on tasks that they were never trained on."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Path | None] = None
     """The run directory."""
+
+    pretrained: str | None = None
+    """In place of a run: the name of weights that come with the package, or a file NAME.safetensors."""
 
     checkpoint: Path | None = None
     """A checkpoint file; unset: the run's newest."""
@@ -79,6 +82,23 @@ class Evaluate:
 
     output: Path | None = None
     """Write the result to this JSON file too."""
+
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the meta-parameters of a finished run as a safetensors file, and its card beside it."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+
+    output: tyro.conf.Positional[Path]
+    """The file, NAME.safetensors; the card is NAME.md."""
+
+    commit: str = ""
+    """Commit of the sources that trained it, where the run does not say."""
 
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show the traceback of an error."""
@@ -122,7 +142,7 @@ class Doctor:
 class _Command:
     """A parsed command line: what to do, and for training the preset that was named."""
 
-    options: Train | Evaluate | ExperimentOptions | Data | Doctor
+    options: Train | Evaluate | Export | ExperimentOptions | Data | Doctor
     preset: str = ""
 
 
@@ -173,7 +193,7 @@ def _parse(arguments: list[str]) -> _Command:
     reproduce: Any = Annotated[
         _either(experiments), tyro.conf.subcommand("reproduce", description="Repeat an experiment of the paper.")
     ]
-    others = [Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Evaluate, Data, Doctor)]
+    others = [Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Evaluate, Export, Data, Doctor)]
     commands = _either([train, reproduce, *others])
     options = tyro.cli(
         commands, prog="imaml", description="Few-shot meta-learning with implicit gradients.", args=arguments
@@ -216,6 +236,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(options, command.preset, shlex.join(["imaml", *arguments]))
         case Evaluate() as options:
             return _evaluate(options)
+        case Export() as options:
+            return _export(options)
         case ExperimentOptions() as options:
             from imaml_ext.reproduce import reproduce
 
@@ -245,23 +267,31 @@ def _train(options: Train, preset: str, command: str) -> int:
 
 
 def _evaluate(options: Evaluate) -> int:
-    from imaml_ext.training.evaluation import evaluate_run
+    from imaml_ext.pretrained import evaluate_pretrained
+    from imaml_ext.training.evaluation import EvaluationOverrides, evaluate_run
     from imaml_ext.training.run_directory import atomic_write, to_json_text
 
-    result = evaluate_run(
-        options.run,
-        checkpoint=options.checkpoint,
-        split=options.split,
-        tasks=options.tasks,
-        seed=options.seed,
-        inner_steps=options.inner_steps,
-        meta_batch=options.meta_batch,
-        device=options.device,
-        data_root=options.data_root,
-    )
+    if (options.run is None) == (options.pretrained is None):
+        raise ConfigError("evaluate needs a run directory or --pretrained NAME, and not both")
+    names = [item.name for item in dataclasses.fields(EvaluationOverrides)]
+    overrides = EvaluationOverrides(**{name: getattr(options, name) for name in names})
+    if options.run is not None:
+        result = evaluate_run(options.run, overrides, checkpoint=options.checkpoint, split=options.split)
+    else:
+        if options.checkpoint is not None:
+            raise ConfigError("--checkpoint is of a run directory: it cannot be given with --pretrained")
+        result = evaluate_pretrained(str(options.pretrained), overrides, split=options.split)
     if options.output is not None:
         atomic_write(options.output, to_json_text(result.to_json()))
     print(result)
+    return 0
+
+
+def _export(options: Export) -> int:
+    from imaml_ext.pretrained import export_run
+
+    weights = export_run(options.run, options.output, commit=options.commit)
+    print(f"{weights.card.figure}: {options.output}, {options.output.with_suffix('.md')}")
     return 0
 
 

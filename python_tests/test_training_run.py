@@ -28,7 +28,7 @@ from imaml_ext.training import (
 from imaml_ext.training import experiment as experiment_module
 from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
 from imaml_ext.training.config import from_json
-from imaml_ext.training.evaluation import evaluate_run
+from imaml_ext.training.evaluation import EvaluationOverrides, evaluate_run
 from imaml_ext.training.run_directory import read_metrics
 from imaml_ext.training.schedule import learning_rate
 
@@ -342,7 +342,7 @@ class TestEvaluation:
         assert evaluate_run(tmp_path / "run").to_json() == result["test"]
         first = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
         assert evaluate_run(tmp_path / "run", checkpoint=first).loss != result["test"]["loss"]
-        assert evaluate_run(tmp_path / "run", inner_steps=1).inner_steps == 1
+        assert evaluate_run(tmp_path / "run", EvaluationOverrides(inner_steps=1)).inner_steps == 1
         with pytest.raises(RunError, match="holds no run"):
             evaluate_run(tmp_path / "nothing")
 

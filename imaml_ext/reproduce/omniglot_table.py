@@ -42,8 +42,8 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 # iMAML: as omniglot-5w1s-1000, which says why not the paper's letter; Hessian-free by many short directions, which
 # reach a lower objective for their cost than few long ones (docs/algorithms.md), and at an outer rate of its own: with
 # 3e-3 it learns more slowly than gradient descent, with 1e-2 faster, where gradient descent gains nothing. MAML,
-# first-order MAML: Finn et al. (2017), appendix A.1. Reptile: Nichol et al. (2018), appendix A, with the gradient of all
-# support images in place of batches.
+# first-order MAML: Finn et al. (2017), appendix A.1. Reptile: Nichol et al. (2018), appendix A, with the gradient of
+# all support images in place of batches.
 _MAML_KNOBS = {
     5: {"inner.lam": 0.0, "inner.steps": 1, "inner.lr": 0.4, "evaluation.inner_steps": 3},
     20: {"inner.lam": 0.0, "inner.steps": 5, "inner.lr": 0.1},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware as plain JSON values; nothing that names a machine or a user."""
     stamp: dict[str, Any] = {
         "imaml_ext": imaml_ext.__version__,
+        "commit": _source_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -30,6 +32,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         stamp["gpu"] = torch.cuda.get_device_name(device)
         stamp["cuda"] = torch.version.cuda
     return stamp
+
+
+def _source_commit() -> str:
+    """The commit that the package is imported from, with a + where its files differ; "" outside a checkout."""
+    package = Path(imaml_ext.__file__).parent
+    if not (package.parent / ".git").exists():
+        return ""
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _cpu_name() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imaml_ext.training.checkpoint import CheckpointError, load_checkpoint, load_newest
 from imaml_ext.training.config import ConfigError, TrainConfig
-from imaml_ext.training.experiment import Experiment, build, restore_lam
+from imaml_ext.training.experiment import Experiment, build
 from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
 
@@ -94,40 +94,53 @@ def _mean_and_interval(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(values.numel())
 
 
+@dataclass(frozen=True)
+class EvaluationOverrides:
+    """What an evaluation does otherwise than the run was configured; None: as it was.
+
+    tasks, seed, inner_steps, meta_batch: of `EvaluationConfig`; device: of `RunConfig`; data_root: of `DataConfig`.
+    """
+
+    tasks: int | None = None
+    seed: int | None = None
+    inner_steps: int | None = None
+    meta_batch: int | None = None
+    device: str | None = None
+    data_root: Path | None = None
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with these settings in it."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        run = {"device": given.pop("device")} if "device" in given else {}
+        data = {"root": given.pop("data_root")} if "data_root" in given else {}
+        return replace(
+            config,
+            evaluation=replace(config.evaluation, **given),
+            run=replace(config.run, **run),
+            data=replace(config.data, **data),
+        )
+
+
+AS_CONFIGURED = EvaluationOverrides()
+
+
 def evaluate_run(
-    path: Path,
-    *,
-    checkpoint: Path | None = None,
-    split: str = "test",
-    tasks: int | None = None,
-    seed: int | None = None,
-    inner_steps: int | None = None,
-    meta_batch: int | None = None,
-    device: str | None = None,
-    data_root: Path | None = None,
+    path: Path, overrides: EvaluationOverrides = AS_CONFIGURED, *, checkpoint: Path | None = None, split: str = "test"
 ) -> Evaluation:
-    """Evaluate the newest parameters of a run, or those of `checkpoint`; None means as the run was configured.
+    """Evaluate the newest parameters of a run, or those of `checkpoint`.
 
     Raises:
         RunError: the directory holds no run or no checkpoint, or the checkpoint is damaged.
         ConfigError, DataError: the tasks asked for cannot be made.
     """
     directory = RunDirectory(path)
-    config = read_config(directory).config
-    settings = replace(
-        config.evaluation,
-        tasks=config.evaluation.tasks if tasks is None else tasks,
-        seed=config.evaluation.seed if seed is None else seed,
-        inner_steps=config.evaluation.inner_steps if inner_steps is None else inner_steps,
-        meta_batch=config.evaluation.meta_batch if meta_batch is None else meta_batch,
-    )
-    config = replace(
-        config,
-        evaluation=settings,
-        run=replace(config.run, device=config.run.device if device is None else device),
-        data=replace(config.data, root=config.data.root if data_root is None else data_root),
-    )
-    experiment, theta = open_run(directory, config, checkpoint=checkpoint)
+    experiment, theta = open_run(directory, overrides.applied(read_config(directory).config), checkpoint=checkpoint)
+    return evaluate_as_configured(experiment, theta, split=split)
+
+
+def evaluate_as_configured(experiment: Experiment, theta: Tensor, *, split: str) -> Evaluation:
+    """As `evaluate`, with the number and the seed of the tasks that the configuration says, and a progress bar."""
+    settings = experiment.config.evaluation
     with ProgressBar("evaluating", total=settings.tasks) as bar:
         return evaluate(experiment, theta, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update)
 
@@ -151,5 +164,5 @@ def open_run(
             f"the checkpoint holds {theta.numel()} parameters, the model of {directory.config} has "
             f"{experiment.model.num_parameters}"
         )
-    restore_lam(experiment, saved)
+    experiment.restore_lam(saved.log_lam)
     return experiment, theta.to(experiment.device, experiment.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +12,16 @@ from imaml_ext.data import Dataset, Sampler, load_dataset
 from imaml_ext.inner import GradientDescent, HessianFree, InnerSolver
 from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, MetaAlgorithm, Reptile
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel
-from imaml_ext.training.checkpoint import Checkpoint, CheckpointError
+from imaml_ext.training.checkpoint import CheckpointError
 from imaml_ext.training.config import ConfigError, DataConfig, TrainConfig
 from imaml_ext.training.run_directory import RunError
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """What a configuration describes, on its device."""
+class Learner:
+    """What a configuration describes but for its data, on its device."""
 
     config: TrainConfig
-    dataset: Dataset
     loss: TaskLoss
     algorithm: MetaAlgorithm
     test_algorithm: MetaAlgorithm  # the same, with the inner steps of the evaluation
@@ -33,13 +33,34 @@ class Experiment:
     def model(self) -> TaskModel:
         return self.loss.model
 
-    @property
-    def classification(self) -> bool:
-        return self.dataset.kind == "classification"
-
     def initial_theta(self) -> Tensor:
         """theta [N], the same bits for a seed on every machine."""
         return self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
+
+    def restore_lam(self, saved: Tensor | None) -> None:
+        """Put a saved log λ [G] into the algorithms, where λ is learnt.
+
+        Raises:
+            CheckpointError: none was saved, or of another shape.
+        """
+        if self.lam is None:
+            return
+        log = self.lam.log.detach()
+        if saved is None or saved.shape != log.shape:
+            found = "no lambda was" if saved is None else f"{saved.numel()} values of lambda were"
+            raise CheckpointError(f"{found} saved, the model needs {log.numel()}")
+        log.copy_(saved)
+
+
+@dataclass(frozen=True)
+class Experiment(Learner):
+    """A learner and its data."""
+
+    dataset: Dataset
+
+    @property
+    def classification(self) -> bool:
+        return self.dataset.kind == "classification"
 
     def sampler(self, split: str, *, tasks: int, seed: int) -> Sampler:
         """Batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone.
@@ -74,17 +95,26 @@ def build(config: TrainConfig) -> Experiment:
         RunError: the device asked for is not there.
     """
     device = resolve_device(config.run.device)
+    dataset = open_dataset(config.data)
+    learner = build_learner(config, kind=dataset.kind, input_shape=dataset.input_shape, device=device)
+    return Experiment(**vars(learner), dataset=dataset)
+
+
+def build_learner(config: TrainConfig, *, kind: str, input_shape: tuple[int, ...], device: torch.device) -> Learner:
+    """The part that needs no data, for "classification" or "regression" of inputs of this shape.
+
+    Raises:
+        ConfigError: knobs that do not fit together, or do not fit such inputs.
+    """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    dataset = open_dataset(config.data)
-    loss = TaskLoss(_model(config, dataset), "cross_entropy" if dataset.kind == "classification" else "mse")
+    loss = task_loss(config, kind=kind, input_shape=input_shape)
     dtype = getattr(torch, config.run.dtype)
     lam = None
     if config.meta.learn_lam != "none":
         lam = LearnableLam(loss.model, config.inner.lam, sharing=config.meta.learn_lam, dtype=dtype, device=device)
-    return Experiment(
+    return Learner(
         config=config,
-        dataset=dataset,
         loss=loss,
         algorithm=_algorithm(config, loss, lam, config.inner.steps),
         test_algorithm=_algorithm(config, loss, lam, config.test_inner_steps),
@@ -92,21 +122,6 @@ def build(config: TrainConfig) -> Experiment:
         device=device,
         dtype=dtype,
     )
-
-
-def restore_lam(experiment: Experiment, saved: Checkpoint) -> None:
-    """Put the λ of a checkpoint into the experiment's algorithms, where it is learnt.
-
-    Raises:
-        CheckpointError: the checkpoint holds none, or of another shape.
-    """
-    if experiment.lam is None:
-        return
-    log = experiment.lam.log.detach()
-    if saved.log_lam is None or saved.log_lam.shape != log.shape:
-        found = "no lambda" if saved.log_lam is None else f"{saved.log_lam.numel()} values of lambda"
-        raise CheckpointError(f"the checkpoint of step {saved.step} holds {found}, the model needs {log.numel()}")
-    log.copy_(saved.log_lam)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -149,18 +164,22 @@ def open_dataset(data: DataConfig) -> Dataset:
         raise ConfigError(f"{data.name}: {error}") from error
 
 
-def _model(config: TrainConfig, dataset: Dataset) -> TaskModel:
-    model = config.model
-    outputs = config.data.ways if dataset.kind == "classification" else 1
-    if model.name == "conv4":
-        channels, height, width = dataset.input_shape
+def task_loss(config: TrainConfig, *, kind: str, input_shape: tuple[int, ...]) -> TaskLoss:
+    """The model of a configuration, for "classification" or "regression" of such inputs, and its criterion.
+
+    Raises:
+        ConfigError: the model does not take such inputs.
+    """
+    model, classification = config.model, kind == "classification"
+    outputs = config.data.ways if classification else 1
+    if model.name == "mlp":
+        net: TaskModel = MLP(math.prod(input_shape), model.hidden, outputs, activation=model.activation)
+    else:
+        channels, height, width = input_shape
         if height != width:
             raise ConfigError(f"model.name 'conv4' needs square images, {config.data.name} has {height} × {width}")
-        return Conv4(outputs, in_channels=channels, image_size=height, filters=model.filters, pooling=model.pooling)
-    features = 1
-    for size in dataset.input_shape:
-        features *= size
-    return MLP(features, model.hidden, outputs, activation=model.activation)
+        net = Conv4(outputs, in_channels=channels, image_size=height, filters=model.filters, pooling=model.pooling)
+    return TaskLoss(net, "cross_entropy" if classification else "mse")
 
 
 def _inner(config: TrainConfig, steps: int) -> InnerSolver:

@@ -25,7 +25,7 @@ from imaml_ext.training.checkpoint import (
 from imaml_ext.training.config import ConfigError, TrainConfig, knobs, to_json
 from imaml_ext.training.environment import environment
 from imaml_ext.training.evaluation import evaluate
-from imaml_ext.training.experiment import Experiment, build, restore_lam
+from imaml_ext.training.experiment import Experiment, build
 from imaml_ext.training.progress import ProgressBar, say
 from imaml_ext.training.run_directory import MetricsLog, RunDirectory, RunError, atomic_write, read_config, to_json_text
 from imaml_ext.training.schedule import learning_rate, outer_optimizer
@@ -303,7 +303,7 @@ def _restore(experiment: Experiment, saved: Checkpoint | None) -> _State:
     theta.copy_(saved.theta)
     if average is not None and saved.average is not None:
         average.copy_(saved.average)
-    restore_lam(experiment, saved)
+    experiment.restore_lam(saved.log_lam)
     optimizer.load_state_dict(saved.optimizer)
     window.load_state(saved.window)
     say(f"continuing after step {saved.step}")

@@ -1,0 +1,27 @@
+"""Trained meta-parameters, and the few lines that adapt them to examples of one's own."""
+
+from imaml_ext.pretrained.images import read_images
+from imaml_ext.pretrained.learner import AdaptedLearner, FewShotLearner, load_pretrained
+from imaml_ext.pretrained.weights import (
+    Card,
+    Weights,
+    WeightsError,
+    evaluate_pretrained,
+    export_run,
+    pretrained_names,
+    read_weights,
+)
+
+__all__ = [
+    "AdaptedLearner",
+    "Card",
+    "FewShotLearner",
+    "Weights",
+    "WeightsError",
+    "evaluate_pretrained",
+    "export_run",
+    "load_pretrained",
+    "pretrained_names",
+    "read_images",
+    "read_weights",
+]

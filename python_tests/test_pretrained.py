@@ -1,0 +1,270 @@
+"""Weights files, published weights, and the learner that is made from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from training_tools import imaml, small_config
+
+from imaml_ext.data.errors import DataError
+from imaml_ext.pretrained import (
+    FewShotLearner,
+    WeightsError,
+    evaluate_pretrained,
+    export_run,
+    load_pretrained,
+    pretrained_names,
+    read_images,
+    read_weights,
+)
+from imaml_ext.training import DataConfig, MetaConfig, ModelConfig
+from imaml_ext.training.evaluation import EvaluationOverrides
+from imaml_ext.training.experiment import build
+from imaml_ext.training.run_directory import RunError
+from imaml_ext.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory):
+    """A finished run on the sinusoid with a learnt λ: its directory and its result."""
+    path = tmp_path_factory.mktemp("regression") / "run"
+    config = replace(small_config(), meta=MetaConfig(learn_lam="layer"))
+    return path, train(config, path, preset="sinusoid-5shot", command="imaml train sinusoid-5shot")
+
+
+@pytest.fixture(scope="module")
+def classification(tmp_path_factory):
+    """A finished run on glyphs, 3-way 2-shot, with a small network."""
+    path = tmp_path_factory.mktemp("classification") / "run"
+    config = replace(
+        small_config(steps=2),
+        data=DataConfig(name="glyphs", ways=3, shots=2, queries=4),
+        model=ModelConfig(name="conv4", filters=4),
+    )
+    return path, train(config, path, preset="glyphs-5w1s", command="imaml train glyphs-5w1s")
+
+
+def test_exported_weights_are_those_of_the_run(regression, tmp_path):
+    run, result = regression
+    written = export_run(run, tmp_path / "sine.safetensors", commit="0123abc")
+    weights = read_weights(tmp_path / "sine.safetensors")
+
+    assert torch.equal(weights.theta, written.theta)
+    assert torch.equal(weights.log_lam, written.log_lam)
+    assert weights.log_lam.shape == (6,)
+    assert weights.config == written.config
+    assert weights.card == written.card
+    assert weights.card.test == result["test"]
+    assert evaluate_pretrained(tmp_path / "sine.safetensors").to_json() == result["test"]
+    fewer = evaluate_pretrained(tmp_path / "sine.safetensors", EvaluationOverrides(tasks=7, inner_steps=1))
+    assert (fewer.tasks, fewer.inner_steps) == (7, 1)
+
+
+def test_any_program_can_read_the_tensors(regression, tmp_path):
+    export_run(regression[0], tmp_path / "sine.safetensors")
+    tensors = load_file(tmp_path / "sine.safetensors")
+    layout = read_weights(tmp_path / "sine.safetensors").task_loss().model.layout
+    assert set(tensors) == {*layout.names, "log_lam"}
+    assert [tensors[name].shape for name in layout.names] == list(layout.shapes)
+
+
+def test_the_card_says_where_they_come_from_and_nothing_of_the_machine(regression, tmp_path):
+    export_run(regression[0], tmp_path / "sine.safetensors", commit="0123abc")
+    card = (tmp_path / "sine.md").read_text()
+    test = regression[1]["test"]
+    for words in ("imaml train sinusoid-5shot", "0123abc", "12 meta-steps of 4 tasks", f"{test['loss']:.4f}"):
+        assert words in card
+    assert str(regression[0]) not in card
+    assert str(regression[0]).encode() not in (tmp_path / "sine.safetensors").read_bytes()
+
+
+def test_commands(classification, tmp_path):
+    run, result = classification
+    file = tmp_path / "small.safetensors"
+    exported = imaml("export", run, file)
+    assert exported.returncode == 0
+    assert "accuracy" in exported.stdout
+    done = imaml("evaluate", "--pretrained", file, "--output", tmp_path / "out.json")
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == result["test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs a run directory or --pretrained"),
+        (["RUN", "--pretrained", "x"], "needs a run directory or --pretrained"),
+        (["--pretrained", "x", "--checkpoint", "y"], "--checkpoint is of a run directory"),
+        (["--pretrained", "no-such-weights"], "no pretrained weights are called 'no-such-weights'"),
+        (["--pretrained", "absent.safetensors"], "absent.safetensors cannot be read"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(arguments, message):
+    done = imaml("evaluate", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_damaged_and_foreign_files(regression, tmp_path):
+    file = tmp_path / "sine.safetensors"
+    export_run(regression[0], file)
+    whole = file.read_bytes()
+    for length in (0, 7, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match=r"sine\.safetensors"):
+            read_weights(file)
+    save_file({"w": torch.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="not written by `imaml export`"):
+        read_weights(tmp_path / "other.safetensors")
+
+
+def test_a_file_that_lacks_a_parameter(regression, tmp_path):
+    file = tmp_path / "sine.safetensors"
+    export_run(regression[0], file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    dropped = next(name for name in tensors if name != "log_lam")
+    del tensors[dropped]
+    save_file(tensors, file, metadata)
+    with pytest.raises(WeightsError, match=f"missing .*{dropped}"):
+        read_weights(file)
+
+
+def test_only_a_finished_run_is_exported(classification, tmp_path):
+    with pytest.raises(RunError, match="holds no run"):
+        export_run(tmp_path / "nothing", tmp_path / "a.safetensors")
+    with pytest.raises(RunError, match=r"NAME\.safetensors"):
+        export_run(classification[0], tmp_path / "a.pt")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_bytes((classification[0] / "config.json").read_bytes())
+    with pytest.raises(RunError, match=r"not finished: it has no result\.json"):
+        export_run(unfinished, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.fixture
+def learner(classification, tmp_path) -> FewShotLearner:
+    export_run(classification[0], tmp_path / "small.safetensors")
+    return load_pretrained(tmp_path / "small.safetensors")
+
+
+def test_a_learner_predicts_as_the_evaluation_does(classification, learner):
+    """The accuracy over the test tasks, one at a time, is that of result.json."""
+    result = classification[1]["test"]
+    experiment = build(learner.weights.config)
+    episodes = experiment.sampler("test", tasks=result["tasks"], seed=result["seed"]).sample(0)
+    right = []
+    for x, y, query_x, query_y in zip(
+        episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True
+    ):
+        probabilities = learner.adapt(x, y).predict(query_x, with_support=False)
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(query_x)))
+        right.append((probabilities.argmax(-1) == query_y).double().mean())
+    assert torch.stack(right).mean().item() == pytest.approx(result["accuracy"], abs=1e-12)
+
+
+def test_an_example_is_judged_alone_beside_the_support_set(learner):
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    x = torch.rand(6, 1, 28, 28, generator=generator)
+    adapted = learner.adapt(x, torch.tensor([0, 0, 1, 1, 2, 2]))
+    query = torch.rand(1, 1, 28, 28, generator=generator)
+    beside = adapted.predict(torch.cat([query, x]), with_support=False)[:1]
+    torch.testing.assert_close(adapted.predict(query), beside)
+    as_bytes = (255 * query).round().to(torch.uint8)
+    torch.testing.assert_close(adapted.predict(as_bytes), adapted.predict(as_bytes.float() / 255))
+
+
+def test_a_regressor_too(regression, tmp_path):
+    export_run(regression[0], tmp_path / "sine.safetensors")
+    learner = load_pretrained(tmp_path / "sine.safetensors")
+    adapted = learner.adapt(torch.linspace(-5, 5, 5).unsqueeze(1), torch.randn(5, 1))
+    assert adapted.predict(torch.zeros(3, 1)).shape == (3, 1)
+    with pytest.raises(ValueError, match=r"y must have shape \[5, 1\]"):
+        learner.adapt(torch.zeros(5, 1), torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        ([1], torch.zeros(1, dtype=torch.int64), TypeError, "x must be a tensor"),
+        (torch.zeros(2, 28, 28), torch.zeros(2, dtype=torch.int64), ValueError, r"x must have shape \[S, 1, 28, 28\]"),
+        (torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64), ValueError, "S >= 1"),
+        (torch.zeros(2, 1, 28, 28), torch.zeros(3, dtype=torch.int64), ValueError, r"y must have shape \[2\]"),
+        (torch.zeros(2, 1, 28, 28), torch.zeros(2), TypeError, "integer labels"),
+        (torch.zeros(2, 1, 28, 28), torch.tensor([0, 3]), ValueError, r"labels in \[0, 3\), got 0 to 3"),
+    ],
+)
+def test_bad_support(learner, x, y, error, message):
+    with pytest.raises(error, match=message):
+        learner.adapt(x, y)
+
+
+def drawn(path: Path, *, ground: int, ink: int, at: tuple[int, int], size: tuple[int, int] = (120, 90)) -> Path:
+    image = Image.new("L", size, ground)
+    ImageDraw.Draw(image).line([at, (at[0] + 40, at[1]), (at[0] + 20, at[1] + 50)], fill=ink, width=5)
+    image.save(path)
+    return path
+
+
+def test_ink_is_found_wherever_and_whatever_it_is(tmp_path):
+    paths = [
+        drawn(tmp_path / "dark.png", ground=250, ink=10, at=(20, 20)),
+        drawn(tmp_path / "light.png", ground=5, ink=245, at=(60, 30)),
+        drawn(tmp_path / "grey.png", ground=180, ink=90, at=(10, 12), size=(200, 300)),
+    ]
+    images = read_images(paths, (1, 28, 28))
+    assert images.shape == (3, 1, 28, 28)
+    torch.testing.assert_close(images[0], images[1])
+    torch.testing.assert_close(images[0], images[2])
+    assert images.min() == 0
+    assert images.max() > 0.95
+    rows, columns = (images[0, 0] > 0.5).nonzero(as_tuple=True)
+    assert 2 <= rows.min() <= 4  # a tenth of the ink's side, of 28 pixels, on each side
+    assert 23 <= rows.max() <= 25
+    assert abs((columns.min() + columns.max()).item() - 27) <= 1
+
+
+def test_colour_is_cut_to_its_middle(tmp_path):
+    pixels = np.zeros((40, 80, 3), dtype=np.uint8)
+    pixels[:, 20:60] = (255, 0, 51)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    image = read_images([tmp_path / "wide.png"], (3, 32, 32))
+    inside = image[..., 3:-3]  # resampling mixes the columns at the cut
+    torch.testing.assert_close(inside, torch.tensor([1, 0, 0.2]).view(1, 3, 1, 1).expand_as(inside))
+
+
+def test_images_that_cannot_be_read(tmp_path):
+    Image.new("L", (30, 30), 200).save(tmp_path / "blank.png")
+    (tmp_path / "text.png").write_text("not an image")
+    for name, message in (("blank.png", "is blank"), ("text.png", "cannot be read"), ("none.png", "does not exist")):
+        with pytest.raises(DataError, match=message):
+            read_images([tmp_path / name], (1, 28, 28))
+    with pytest.raises(ValueError, match="shape must be"):
+        read_images([tmp_path / "blank.png"], (2, 28, 28))
+    with pytest.raises(ValueError, match="at least one file"):
+        read_images([], (1, 28, 28))
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_published_weights(name):
+    """Their figure, on the data and the tasks that their card names, to 0.3 points; and the card is theirs."""
+    weights = read_weights(name)
+    file = Path(__file__).parents[1] / "imaml_ext" / "pretrained" / "weights" / name
+    assert file.with_suffix(".md").read_text() == weights.card.to_markdown(name, weights.config)
+    if weights.config.data.name == "omniglot" and not os.environ.get("IMAML_DATA_ROOT"):
+        pytest.skip("IMAML_DATA_ROOT is not set: it names the folder of the real data")
+    found = evaluate_pretrained(name, EvaluationOverrides(device="cpu"))
+    expected = weights.card.test
+    assert found.tasks == expected["tasks"]
+    assert found.accuracy == pytest.approx(expected["accuracy"], abs=0.003)
