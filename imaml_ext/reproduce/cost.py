@@ -68,11 +68,11 @@ _OF_A_CELL = ("meta_batch", "queries", "filters", "repeats", "device", "threads"
 
 def _settings(options: Cost, device: torch.device) -> dict[str, Any]:
     """What all cells of a cost.json share, the machine and the versions included."""
-    threads = options.threads or torch.get_num_threads()
+    machine = {name: value for name, value in environment(device).items() if name != "commit"}
     return {
         **{name: getattr(options, name) for name in ("meta_batch", "queries", "filters", "repeats", "data")},
         **{"ways": WAYS, "shots": SHOTS, "lam": LAM, "cg_steps": CG_STEPS},
-        **{**environment(device), "device": str(device), "threads": threads},
+        **{**machine, "device": str(device), "threads": options.threads or torch.get_num_threads()},
     }
 
 
