@@ -95,6 +95,19 @@ PRESETS: dict[str, Preset] = {
             run=RunConfig(log_every=20, checkpoint_every=200),
         ),
     ),
+    # imaml train omniglot-5w1s-gd --data.root FOLDER
+    "omniglot-5w1s-gd": Preset(
+        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: the published weights of that name.",
+        config=TrainConfig(
+            data=DataConfig(name="omniglot", ways=5, shots=1, queries=5),
+            model=ModelConfig(name="conv4"),
+            inner=InnerConfig(lam=0.1, steps=8, lr=0.4),
+            meta=MetaConfig(cg_steps=3, curvature="gauss_newton"),
+            outer=OuterConfig(steps=36_000, meta_batch=16, lr=4e-3, schedule="cosine"),
+            evaluation=EvaluationConfig(tasks=2000),
+            run=RunConfig(log_every=100, checkpoint_every=1000),
+        ),
+    ),
     # imaml train omniglot-5w5s --data.root FOLDER
     "omniglot-5w5s": Preset(
         summary="Omniglot, 5-way 5-shot, 1,200 / 423 characters.",
