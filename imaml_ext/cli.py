@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from imaml_ext.reproduce import EXPERIMENTS, ExperimentOptions
-from imaml_ext.training.config import ConfigError, DataConfig, TrainConfig
+from imaml_ext.training.config import ConfigError, DatasetName, FromScratch, SourceConfig, TrainConfig
 from imaml_ext.training.presets import PRESETS
 
 # torch, matplotlib and the data are imported by the command that needs them: `imaml --help` answers at once.
@@ -80,6 +80,12 @@ class Evaluate:
     data_root: Path | None = None
     """Folder of the data set's files; unset: as in the run."""
 
+    from_scratch: int | None = None
+    """Beside it, on the same tasks: the network trained on each task alone, so many steps of Adam from fresh weights."""
+
+    scratch_lr: float = FromScratch.lr
+    """Learning rate of these steps."""
+
     output: Path | None = None
     """Write the result to this JSON file too."""
 
@@ -105,23 +111,11 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(SourceConfig):
     """Prepare a data set (render, download or pack it, once) and say what is in it."""
 
-    name: tyro.conf.Positional[Literal["glyphs", "omniglot", "sinusoid", "linear"]]
+    name: tyro.conf.Positional[DatasetName] = dataclasses.field()  # required here
     """The data set."""
-
-    root: Path | None = None
-    """Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."""
-
-    cache_dir: Path | None = None
-    """Folder for rendered or packed images; unset: the user's cache folder."""
-
-    download: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Download Omniglot through torchvision when it is not under the root."""
-
-    split_protocol: Literal["1200/423", "vinyals"] = "1200/423"
-    """Omniglot's characters: 1,200 / 423, or Vinyals' 1,028 / 172 / 423."""
 
     picture: Path | None = None
     """Write a picture with samples of each split (PNG)."""
@@ -275,12 +269,15 @@ def _evaluate(options: Evaluate) -> int:
         raise ConfigError("evaluate needs a run directory or --pretrained NAME, and not both")
     names = [item.name for item in dataclasses.fields(EvaluationOverrides)]
     overrides = EvaluationOverrides(**{name: getattr(options, name) for name in names})
+    scratch = None if options.from_scratch is None else FromScratch(options.from_scratch, options.scratch_lr)
     if options.run is not None:
-        result = evaluate_run(options.run, overrides, checkpoint=options.checkpoint, split=options.split)
+        result = evaluate_run(
+            options.run, overrides, checkpoint=options.checkpoint, split=options.split, from_scratch=scratch
+        )
     else:
         if options.checkpoint is not None:
             raise ConfigError("--checkpoint is of a run directory: it cannot be given with --pretrained")
-        result = evaluate_pretrained(str(options.pretrained), overrides, split=options.split)
+        result = evaluate_pretrained(str(options.pretrained), overrides, split=options.split, from_scratch=scratch)
     if options.output is not None:
         atomic_write(options.output, to_json_text(result.to_json()))
     print(result)
@@ -297,26 +294,12 @@ def _export(options: Export) -> int:
 
 def _data(options: Data) -> int:
     from imaml_ext.data import summary
+    from imaml_ext.training.experiment import open_dataset
 
-    print(
-        summary(
-            options.name,
-            root=options.root,
-            cache_dir=options.cache_dir,
-            download=options.download,
-            split_protocol=options.split_protocol,
-        )
-    )
+    dataset = open_dataset(options)
+    print(summary(dataset))
     if options.picture is not None:
-        from imaml_ext.training.experiment import open_dataset
         from imaml_ext.training.reports import draw_samples
 
-        config = DataConfig(
-            name=options.name,
-            root=options.root,
-            cache_dir=options.cache_dir,
-            download=options.download,
-            split_protocol=options.split_protocol,
-        )
-        draw_samples(options.picture, open_dataset(config))
+        draw_samples(options.picture, dataset)
     return 0

@@ -26,6 +26,8 @@ from imaml_ext.training.run_directory import read_metrics
         (["train"], ["glyphs-5w1s"]),
         (["fly"], ["fly", "train"]),
         (["data", "imagenet"], ["imagenet", "omniglot"]),
+        (["data"], ["glyphs", "cifar-fs"]),
+        (["evaluate", "run", "--from-scratch"], ["--from-scratch"]),
     ],
 )
 def test_a_command_that_cannot_be_understood_exits_with_2(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import inspect
 import os
 import sys
 import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch
 from imaml_ext import data
 from imaml_ext.data import DataError, cache, glyphs, load_dataset, omniglot
 from imaml_ext.data.omniglot import character_names, load_omniglot, name_rank, omniglot_split
+from imaml_ext.training import ConfigError
 
 # Every byte of glyphs, as drawn from the font files of matplotlib 3.5 to 3.11.
 GLYPHS_SHA256 = "f1e119ea59a15114d46425d2a0ad54c68f930f49ae8c88fa2264af961812e045"
@@ -114,7 +118,7 @@ def test_vinyals_split_is_the_published_one(real_root: Path) -> None:
         (lambda: omniglot_split(validation=1200), "validation must be from 0 to 1199 characters, got 1200"),
         (lambda: load_dataset("omniglot", split_protocol="x"), "split_protocol must be one of"),
         (lambda: load_dataset("omniglot", validation=-1), "validation must be zero or positive, got -1"),
-        (lambda: load_dataset("imagenet"), "name must be one of 'glyphs', 'omniglot', 'sinusoid', 'linear'"),
+        (lambda: load_dataset("imagenet"), "name must be one of 'glyphs', 'omniglot', 'mini-imagenet', 'cifar-fs'"),
     ],
 )
 def test_unknown_names_and_protocols_are_refused(call, message: str) -> None:
@@ -637,9 +641,28 @@ def _path_area(vertices: np.ndarray, codes: np.ndarray) -> tuple[float, float]:
 # ---- the registry ---------------------------------------------------------------------------------------------------
 
 
+def test_options_are_those_of_the_data_set_and_knobs() -> None:
+    from imaml_ext.training.config import DatasetName, SourceConfig
+    from imaml_ext.training.experiment import open_dataset
+
+    assert tuple(data.DATASETS) == typing.get_args(DatasetName)
+    known = {field.name for field in dataclasses.fields(SourceConfig)} - {"name"}
+    assert set().union(*map(data.dataset_options, data.DATASETS)) == known
+    defaults = dataclasses.asdict(SourceConfig())
+    for build in data.DATASETS.values():  # the same defaults from Python and from the command line
+        for option in inspect.signature(build).parameters.values():
+            assert option.default == defaults[option.name], option
+    with pytest.raises(TypeError, match="features is no option of sinusoid, which has none"):
+        load_dataset("sinusoid", features=3)
+    with pytest.raises(TypeError, match=r"rotations is no option of cifar-fs, which has root, cache_dir, download"):
+        load_dataset("cifar-fs", rotations=False)
+    with pytest.raises(ConfigError, match=r"data\.image-size must be left out for the data set 'glyphs', got '32'"):
+        open_dataset(SourceConfig(name="glyphs", image_size=32))
+
+
 @pytest.mark.parametrize("name", ["sinusoid", "linear"])
 def test_regression_datasets(name: str) -> None:
-    dataset = load_dataset(name, features=3)
+    dataset = load_dataset(name, **({"features": 3} if name == "linear" else {}))
     assert dataset.kind == "regression"
     train, test = (dataset.sampler(s, shots=5, queries=6, meta_batch=2, seed=0) for s in ("train", "test"))
     batch = train.sample(0)
@@ -668,12 +691,12 @@ def test_omniglot_without_validation_has_no_val(packed_file: Path) -> None:
 
 
 def test_summary_counts_what_there_is(packed_file: Path) -> None:
-    text = data.summary("omniglot", root=packed_file.parent, split_protocol="vinyals")
+    text = data.summary(load_dataset("omniglot", root=packed_file.parent, split_protocol="vinyals"))
     lines = text.splitlines()
     assert "classification, one example: 1 × 28 × 28" in lines
     table = [line.split()[:4] for line in lines if line.split()[:1] in (["train"], ["val"], ["test"])]
     assert table == [["train", "1,028", "4,112", "20"], ["val", "172", "688", "20"], ["test", "423", "1,692", "20"]]
-    assert "sin(x" in data.summary("sinusoid")
+    assert "sin(x" in data.summary(load_dataset("sinusoid"))
 
 
 def test_image_grid_places_every_image() -> None:

@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[TaskModel, tuple[int, ...]]] = {
     "conv4-one-pixel-left-early": (Conv4(2, image_size=3, filters=5), (1, 3, 3)),
     "conv4-max-odd": (Conv4(4, in_channels=2, image_size=37, filters=5, pooling="max"), (2, 37, 37)),
     "conv4-max-even": (Conv4(3, in_channels=3, image_size=32, filters=33, pooling="max"), (3, 32, 32)),
+    "conv4-cifar": (Conv4(5, in_channels=3, image_size=32, filters=32, pooling="max"), (3, 32, 32)),
     "mlp-tanh": (MLP(1, (40, 40), 1, activation="tanh"), (1,)),
     "mlp-relu": (MLP(12, (20,), 3), (3, 4)),
     "mlp-linear": (MLP(17, (), 2), (17,)),
@@ -77,6 +78,20 @@ def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtyp
         assert torch.equal(mine.losses, found.losses)
         assert torch.equal(mine.gradient, found.gradient)
         assert relative(mine(direction), theirs(direction.double())) <= of_derivatives
+
+
+def test_photographs_of_84_pixels() -> None:
+    """84 → 42 → 21 → 10 → 5: max-pooling leaves the last row and column of 21 out."""
+    model = Conv4(5, in_channels=3, image_size=84, filters=32, pooling="max")
+    assert model.layout.shapes[model.layout.names.index("linear.weight")] == (32 * 5 * 5, 5)
+    params = model.init(seed=0, dtype=F64).unsqueeze(0)
+    data = Data(torch.rand(1, 5, 3, 84, 84, dtype=F64), torch.arange(5).unsqueeze(0))
+    native, reference = (TaskLoss(model, "cross_entropy", engine=engine) for engine in ("native", "torch"))
+    direction = torch.randn_like(params)
+    for found, expected in zip(native.gradient(params, data), reference.gradient(params, data), strict=True):
+        assert relative(found, expected) <= 1e-12
+    for operator in (hessian_operator, gauss_newton_operator):
+        assert relative(*(operator(loss, params, data)(direction) for loss in (native, reference))) <= 1e-12
 
 
 def graph(loss: TaskLoss, params: Tensor, data: Data, weights: Tensor, direction: Tensor) -> list[Tensor]:

@@ -95,6 +95,14 @@ def test_json_must_have_every_knob() -> None:
         from_json(TrainConfig, values)
 
 
+def test_runs_of_before_there_were_photographs_are_read() -> None:
+    values = to_json(TrainConfig())
+    del values["augment"]
+    for knob in ("image_size", "greyscale", "val_fraction", "test_fraction"):
+        del values["data"][knob]
+    assert from_json(TrainConfig, values) == TrainConfig()
+
+
 @pytest.mark.parametrize(
     ("group", "knob", "value"),
     [
@@ -104,6 +112,9 @@ def test_json_must_have_every_knob() -> None:
         (DataConfig, "queries", 0),
         (DataConfig, "noise", -0.1),
         (DataConfig, "condition_number", 0.5),
+        (DataConfig, "image_size", 0),
+        (DataConfig, "val_fraction", 1.0),
+        (DataConfig, "test_fraction", 0.9),  # 0.16 are for validation
         (ModelConfig, "filters", 0),
         (ModelConfig, "hidden", (40, 0)),
         (InnerConfig, "lam", -0.1),

@@ -52,7 +52,7 @@ def test_presets_and_knobs_that_are_named_exist() -> None:
         text = page.read_text()
         for knob in re.findall(rf"[`-]({groups})\.([a-z_-]+)`", text):
             assert ".".join(knob).replace("_", "-").replace(".no-", ".") in names, f"{page.name}: {knob}"
-        for preset in re.findall(r"`((?:glyphs|omniglot|sinusoid)-\w+)`", text):
+        for preset in re.findall(r"`((?:glyphs|omniglot|mini-imagenet|cifar-fs|fc100|sinusoid)-\w+)`", text):
             assert preset in PRESETS, f"{page.name}: {preset}"
     table = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in table for name in PRESETS)

@@ -22,6 +22,21 @@ def default_cache_dir() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "imaml_ext"
 
 
+def cache_folder(cache_dir: Path | str | None) -> Path:
+    """``cache_dir``, or the default."""
+    return Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+
+
+def data_folder(root: Path | str | None, cache: Path) -> tuple[Path, str]:
+    """Where a data set's own files are looked for, and what says so: ``root``, else ``$IMAML_DATA_ROOT``, else the
+    cache."""
+    if root is not None:
+        return Path(root).expanduser(), "root"
+    if given := os.environ.get("IMAML_DATA_ROOT"):
+        return Path(given).expanduser(), "IMAML_DATA_ROOT"
+    return cache, "the cache"
+
+
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a compressed .npz under a temporary name and rename it: a reader sees the whole file or none.
 

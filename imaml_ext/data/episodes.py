@@ -7,7 +7,6 @@ that resuming a run, or splitting the batch over processes, changes no task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .augment import Augmentation
+from .class_images import ClassImages
 from .rng import check_int, choose_distinct, random_words
 
 
@@ -94,135 +95,6 @@ def shard_slice(num_tasks: int, shard: tuple[int, int] | None) -> slice:
     return slice(rank * num_tasks // world_size, (rank + 1) * num_tasks // world_size)
 
 
-class ClassImages:
-    """Images by class, kept as uint8, and the list of classes that may be drawn.
-
-    A class is a character in one of up to four orientations: rotated by 0, 90, 180 or 270 degrees counter-clockwise, a
-    character makes new classes (usual for Omniglot since Santoro et al. 2016). Rotated images are not stored; pixels
-    are permuted when a batch is gathered. With ``rotations = 4`` the class id is 4 · (position of the character) +
-    quarter turns.
-
-    Args:
-        images: uint8 [characters, drawings, H, W] or [characters, drawings, H, W, C].
-        names: one name a character of ``images``; numbers where omitted.
-        characters: which characters of ``images`` belong (indices; all by default). Several splits share one tensor.
-        rotations: 1 or 4; 4 needs square images.
-        orientations: bool [len(characters), rotations]: which orientations are classes. By default all. Where a
-            character turned by some angle looks like itself or another one, that orientation is left out.
-
-    Raises TypeError or ValueError that name the argument.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        *,
-        names: Sequence[str] | None = None,
-        characters: Sequence[int] | np.ndarray | None = None,
-        rotations: int = 1,
-        orientations: np.ndarray | None = None,
-    ) -> None:
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a torch.uint8 tensor, got {got}")
-        if images.dim() not in (4, 5) or 0 in images.shape:
-            raise ValueError(
-                "images must be [characters, drawings, H, W] or [characters, drawings, H, W, C] with no empty "
-                f"dimension, got {tuple(images.shape)}"
-            )
-        if rotations not in (1, 4):
-            raise ValueError(f"rotations must be 1 or 4, got {rotations!r}")
-        if rotations == 4 and images.shape[2] != images.shape[3]:
-            raise ValueError(f"rotations = 4 needs square images, got {images.shape[2]} × {images.shape[3]}")
-        if names is not None and len(names) != images.shape[0]:
-            raise ValueError(f"names must be one a character ({images.shape[0]}), got {len(names)}")
-        chosen = np.arange(images.shape[0]) if characters is None else np.asarray(characters, dtype=np.int64)
-        if chosen.ndim != 1 or chosen.size == 0 or chosen.min() < 0 or chosen.max() >= images.shape[0]:
-            raise ValueError(f"characters must be a non-empty list of indices below {images.shape[0]}")
-        if np.unique(chosen).size != chosen.size:
-            raise ValueError("characters must be distinct indices, got repeated ones")
-        if orientations is None:
-            orientations = np.ones((chosen.size, rotations), dtype=bool)
-        if orientations.shape != (chosen.size, rotations) or orientations.dtype != np.bool_:
-            raise ValueError(
-                f"orientations must be bool [{chosen.size}, {rotations}], "
-                f"got {orientations.dtype} {list(orientations.shape)}"
-            )
-        position, turn = np.nonzero(orientations)
-        self.images = images.contiguous()
-        self.rotations = rotations
-        self.character = chosen[position]  # [classes] which character of `images` each class shows
-        self.quarter_turns = turn.astype(np.int64)  # [classes]
-        self._names = tuple(names) if names is not None else None
-
-    @property
-    def num_classes(self) -> int:
-        return self.character.size
-
-    @property
-    def num_characters(self) -> int:
-        return np.unique(self.character).size
-
-    @property
-    def num_drawings(self) -> int:
-        return self.images.shape[1]
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image as episodes give it."""
-        height, width = self.images.shape[2:4]
-        return (self.images.shape[4] if self.images.dim() == 5 else 1, height, width)
-
-    @property
-    def device(self) -> torch.device:
-        return self.images.device
-
-    def name(self, class_id: int) -> str:
-        """Readable name of a class, with its rotation in degrees where it is turned."""
-        character, turns = int(self.character[class_id]), int(self.quarter_turns[class_id])
-        name = self._names[character] if self._names is not None else str(character)
-        return f"{name} rotated {90 * turns}°" if turns else name
-
-    def with_images(self, images: Tensor) -> ClassImages:
-        """The same classes over another copy of the image tensor (on another device, say)."""
-        if images.shape != self.images.shape or images.dtype != torch.uint8:
-            raise ValueError(
-                f"images must be uint8 {tuple(self.images.shape)}, got {images.dtype} {tuple(images.shape)}"
-            )
-        other = object.__new__(ClassImages)
-        other.__dict__.update(self.__dict__, images=images.contiguous())
-        return other
-
-    def to(self, device: torch.device | str) -> ClassImages:
-        return self.with_images(self.images.to(device))
-
-    def gather(self, classes: np.ndarray, drawings: np.ndarray, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Images of the given classes and drawings, on the device of the images.
-
-        Args: classes, drawings: int64 arrays of one shape […]. Returns dtype […, C, H, W], values in [0, 1].
-        """
-        shape = classes.shape
-        classes = classes.reshape(-1)
-        rows = self.character[classes] * self.num_drawings + drawings.reshape(-1)
-        flat = self.images.flatten(0, 1)  # [characters · drawings, H, W(, C)]
-        if self.rotations == 1:
-            picked = flat.index_select(0, self._index(rows))
-        else:
-            # Grouped by angle on the host, which knows the angles: no index of the size of the pixels, no device look.
-            picked = torch.empty((rows.size, *flat.shape[1:]), dtype=torch.uint8, device=self.device)
-            turns = self.quarter_turns[classes]
-            for turn in np.unique(turns):
-                where = np.nonzero(turns == turn)[0]
-                turned = torch.rot90(flat.index_select(0, self._index(rows[where])), int(turn), (1, 2))
-                picked.index_copy_(0, self._index(where), turned)
-        picked = picked.permute(0, 3, 1, 2) if picked.dim() == 4 else picked.unsqueeze(1)  # [rows, C, H, W]
-        images = torch.empty(picked.shape, dtype=dtype, device=self.device).copy_(picked)
-        return images.div_(255).view(*shape, *self.image_shape)
-
-    def _index(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.device, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class EpisodeIndices:
     """Which images make a batch. classes [B, ways]; support [B, ways, shots] and query [B, ways, queries]: drawings."""
@@ -246,8 +118,10 @@ class EpisodeSampler:
         seed, stream: what the tasks depend on beside the step; give each use (train, val, test) a stream of its own.
         device: where episodes are made; the uint8 images are kept there.
         dtype: floating-point type of the images.
+        augmentation: random changes to every image, a function of (seed, stream, step) too.
 
-    Raises ValueError where a number is not positive, ``ways`` exceeds the classes or ``shots + queries`` the drawings.
+    Raises ValueError where a number is not positive, ``ways`` exceeds the classes, ``shots + queries`` the drawings of
+    a class, or images cannot be augmented so.
     """
 
     def __init__(
@@ -262,6 +136,7 @@ class EpisodeSampler:
         stream: str = "train",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.ways = check_int("ways", ways, minimum=1)
         self.shots = check_int("shots", shots, minimum=1)
@@ -272,14 +147,19 @@ class EpisodeSampler:
             raise TypeError(f"dtype must be a floating-point type, got {dtype}")
         if self.ways > images.num_classes:
             raise ValueError(f"ways must not exceed the {images.num_classes} classes there are, got {self.ways}")
-        if self.shots + self.queries > images.num_drawings:
+        smallest = int(images.drawings.argmin())
+        if self.shots + self.queries > images.drawings[smallest]:
+            whose = "a class has" if images.num_drawings is not None else f"class {images.name(smallest)!r} has"
             raise ValueError(
-                f"shots + queries must not exceed the {images.num_drawings} drawings a class has, "
+                f"shots + queries must not exceed the {images.drawings[smallest]} drawings {whose}, "
                 f"got {self.shots} + {self.queries}"
             )
+        if augmentation is not None:
+            augmentation.check_images(images.image_shape)
         self.images = images if device is None else images.to(device)
         self.stream = stream
         self.dtype = dtype
+        self.augmentation = augmentation
 
     def indices(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeIndices:
         """Classes and drawings of meta-step ``step`` (of the slice ``shard = (rank, world_size)`` of its tasks)."""
@@ -296,7 +176,7 @@ class EpisodeSampler:
             words_per_task=self.ways * (1 + each),
         )
         classes = choose_distinct(words[:, : self.ways], self.images.num_classes)  # [B, ways]
-        drawings = choose_distinct(words[:, self.ways :].reshape(-1, each), self.images.num_drawings)
+        drawings = choose_distinct(words[:, self.ways :].reshape(-1, each), self.images.drawings[classes.reshape(-1)])
         drawings = drawings.reshape(count, self.ways, each)
         return EpisodeIndices(classes, drawings[..., : self.shots], drawings[..., self.shots :])
 
@@ -307,12 +187,39 @@ class EpisodeSampler:
         labels.
         """
         chosen = self.indices(step, shard=shard)
-        support_x, support_y = self._side(chosen.classes, chosen.support)
-        query_x, query_y = self._side(chosen.classes, chosen.query)
-        return EpisodeBatch(support_x, support_y, query_x, query_y)
+        support_x, query_x = self._images(chosen.classes, chosen.support), self._images(chosen.classes, chosen.query)
+        if self.augmentation is not None:
+            support_x, query_x = self._augment(self.augmentation, support_x, query_x, step, shard)
+        return EpisodeBatch(support_x, self._labels(chosen.support), query_x, self._labels(chosen.query))
 
-    def _side(self, classes: np.ndarray, drawings: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _images(self, classes: np.ndarray, drawings: np.ndarray) -> Tensor:
+        """classes [B, ways], drawings [B, ways, each] -> [B, ways · each, C, H, W]."""
         tasks, ways, each = drawings.shape
-        x = self.images.gather(np.repeat(classes, each, axis=1), drawings.reshape(tasks, ways * each), dtype=self.dtype)
+        drawings = drawings.reshape(tasks, ways * each)
+        return self.images.gather(np.repeat(classes, each, axis=1), drawings, dtype=self.dtype)
+
+    def _labels(self, drawings: np.ndarray) -> Tensor:
+        """drawings [B, ways, each] -> [B, ways · each]."""
+        tasks, ways, each = drawings.shape
         labels = torch.arange(ways, device=self.images.device).repeat_interleave(each, output_size=ways * each)
-        return x, labels.repeat(tasks, 1)  # [B, S, C, H, W], [B, S]
+        return labels.repeat(tasks, 1)
+
+    def _augment(
+        self, augmentation: Augmentation, support_x: Tensor, query_x: Tensor, step: int, shard: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each image has words of its own, apart from those that chose it."""
+        (tasks, shown), asked = support_x.shape[:2], query_x.shape[1]
+        words = random_words(
+            seed=self.seed,
+            stream=f"{self.stream}/augmentation",
+            step=step,
+            first_task=shard_slice(self.meta_batch, shard).start,
+            num_tasks=tasks,
+            words_per_task=(shown + asked) * augmentation.WORDS,
+        ).reshape(tasks, shown + asked, augmentation.WORDS)
+
+        def change(images: Tensor, words: np.ndarray) -> Tensor:
+            flat = words.reshape(-1, augmentation.WORDS)
+            return augmentation(images.flatten(0, 1), flat).view(images.shape)
+
+        return change(support_x, words[:, :shown]), change(query_x, words[:, shown:])

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import default_cache_dir, load_arrays, save_arrays
+from .cache import cache_folder, load_arrays, save_arrays
 from .errors import DataError
 from .raster import SIZE, SUB, FontFile, draw, transform
 
@@ -138,8 +138,7 @@ def load_glyphs(*, cache_dir: Path | str | None = None) -> np.ndarray:
         )
     constants = repr((_SEED, RADIUS, _MATRIX_SPREAD, _SHIFT_SPREAD, NUM_DRAWERS, SIZE, SUB))
     key = hashlib.sha256("\n".join([table.digest, constants, *hashes]).encode()).hexdigest()[:16]
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    path = cache / "glyphs" / f"glyphs-{key}.npz"
+    path = cache_folder(cache_dir) / "glyphs" / f"glyphs-{key}.npz"
     shape = (len(table.classes), NUM_DRAWERS, SIZE, SIZE)
     if path.is_file():
         try:

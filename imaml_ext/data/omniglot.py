@@ -22,13 +22,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from .cache import default_cache_dir, load_arrays, save_arrays
+from .cache import cache_folder, data_folder, load_arrays, save_arrays
+from .download import download_through_torchvision
 from .errors import DataError
 
 PROTOCOLS = ("1200/423", "vinyals")
@@ -103,15 +103,13 @@ def load_omniglot(
 
     Raises DataError where nothing is found, or what is found is incomplete, truncated or of the wrong format.
     """
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    given = root if root is not None else os.environ.get("IMAML_DATA_ROOT") or None
-    where = Path(given).expanduser() if given is not None else cache
+    cache = cache_folder(cache_dir)
+    where, origin = data_folder(root, cache)
     found = _find(where)
     if download and (found is None or (found.is_dir() and not _is_complete(found))):
         _download(where)
         found = _find(where)
     if found is None:
-        origin = "root" if root is not None else "IMAML_DATA_ROOT" if given is not None else "the cache"
         state = "holds neither omniglot28.npz nor images_background/" if where.is_dir() else "is not a folder"
         raise DataError(
             f"Omniglot was not found: {origin} {where} {state}; give the folder that has it as root or in "
@@ -222,21 +220,9 @@ def _read_drawing(path: Path) -> np.ndarray:
 
 
 def _download(where: Path) -> None:
-    try:
-        from torchvision.datasets import Omniglot
-    except Exception as error:  # one built for another torch fails with RuntimeError or OSError, not ImportError
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise DataError(
-            f"Omniglot is downloaded through torchvision, which cannot be imported here ({reason}); install the "
-            "torchvision that belongs to this torch, or put images_background/ and images_evaluation/ "
-            "(github.com/brendenlake/omniglot) into a folder and give it as root"
-        ) from error
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-        for background in (True, False):
-            Omniglot(str(where), background=background, download=True)
-    except Exception as error:
-        raise DataError(
-            f"downloading Omniglot into {where} failed ({type(error).__name__}: {error}); try again, or put "
-            "images_background/ and images_evaluation/ (github.com/brendenlake/omniglot) there"
-        ) from error
+    download_through_torchvision(
+        "Omniglot",
+        where,
+        lambda datasets: [datasets.Omniglot(str(where), background=half, download=True) for half in (True, False)],
+        by_hand="images_background/ and images_evaluation/ (github.com/brendenlake/omniglot)",
+    )

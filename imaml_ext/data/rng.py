@@ -62,17 +62,19 @@ def normal(words: np.ndarray) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
-def choose_distinct(words: np.ndarray, population: int) -> np.ndarray:
+def choose_distinct(words: np.ndarray, population: int | np.ndarray) -> np.ndarray:
     """For each row, ``words.shape[1]`` distinct numbers of ``range(population)``, in random order.
 
     A partial Fisher-Yates shuffle, vectorised over rows. A word w becomes an index below n as ⌊(w ≫ 32)·n / 2³²⌋: the
     probabilities are uniform to within n/2³².
 
-    Args: words uint64 [rows, count], count ≤ population < 2³². Returns int64 [rows, count].
+    Args: words uint64 [rows, count]; population, for all rows or one a row [rows], count ≤ population < 2³².
+    Returns int64 [rows, count].
     """
     rows, count = words.shape
-    deck = np.broadcast_to(np.arange(population, dtype=np.int64), (rows, population)).copy()
-    left = np.arange(population, population - count, -1, dtype=np.uint64)
+    populations = np.asarray(population, dtype=np.int64).reshape(-1, 1)  # [1 or rows, 1]
+    deck = np.tile(np.arange(populations.max(), dtype=np.int64), (rows, 1))
+    left = (populations - np.arange(count)).astype(np.uint64)  # [1 or rows, count]
     swap = (((words >> np.uint64(32)) * left) >> np.uint64(32)).astype(np.int64)
     every_row = np.arange(rows)
     for position in range(count):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imaml_ext.models import TaskLoss
 from imaml_ext.training.checkpoint import load_newest
-from imaml_ext.training.config import TrainConfig, from_json, to_json
+from imaml_ext.training.config import FromScratch, TrainConfig, from_json, to_json
 from imaml_ext.training.evaluation import AS_CONFIGURED, Evaluation, EvaluationOverrides, evaluate_as_configured
 from imaml_ext.training.experiment import build, open_dataset, task_loss
 from imaml_ext.training.run_directory import RunDirectory, RunError, atomic_write, read_config
@@ -195,7 +195,11 @@ def export_run(run: Path, output: Path, *, commit: str = "") -> Weights:
 
 
 def evaluate_pretrained(
-    source: Path | str, overrides: EvaluationOverrides = AS_CONFIGURED, *, split: str = "test"
+    source: Path | str,
+    overrides: EvaluationOverrides = AS_CONFIGURED,
+    *,
+    split: str = "test",
+    from_scratch: FromScratch | None = None,
 ) -> Evaluation:
     """Adapt weights, by name or from a file, to tasks of their own data set and judge them there.
 
@@ -206,7 +210,8 @@ def evaluate_pretrained(
     weights = read_weights(source)
     experiment = build(overrides.applied(weights.config))
     experiment.restore_lam(weights.log_lam)
-    return evaluate_as_configured(experiment, weights.theta.to(experiment.device, experiment.dtype), split=split)
+    theta = weights.theta.to(experiment.device, experiment.dtype)
+    return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

@@ -21,13 +21,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from imaml_ext.data import load_dataset
 from imaml_ext.reproduce.cost_cell import CG_STEPS, LAM, SHOTS, WAYS, CostCell, measure
 from imaml_ext.reproduce.options import Cost
 from imaml_ext.reproduce.results import COLORS, LABELS, output_folder, read_results, write_results
-from imaml_ext.training.config import ConfigError
+from imaml_ext.training.config import ConfigError, SourceConfig
 from imaml_ext.training.environment import environment
-from imaml_ext.training.experiment import resolve_device
+from imaml_ext.training.experiment import open_dataset, resolve_device
 from imaml_ext.training.progress import ProgressBar, say
 from imaml_ext.training.reports import write_figure
 from imaml_ext.training.run_directory import RunError
@@ -37,7 +36,9 @@ Cells = dict[str, dict[str, Any]]  # "method/steps" -> what was measured, or why
 
 
 def run(options: Cost, *, command: str = "") -> None:
-    load_dataset(options.data, root=options.data_root)  # what is missing is said before anything is measured
+    open_dataset(
+        SourceConfig(name=options.data, root=options.data_root)
+    )  # what is missing is said before anything is measured
     device = resolve_device(options.device)
     path = output_folder(options.output_dir) / "cost.json"
     settings = _settings(options, device)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from imaml_ext.data import load_dataset
 from imaml_ext.inner import GradientDescent, HessianFree
 from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm
 from imaml_ext.models import Conv4, TaskLoss
+from imaml_ext.training.config import DatasetName, SourceConfig
+from imaml_ext.training.experiment import open_dataset
 
 WAYS, SHOTS = 20, 5
 LAM, LR, CG_STEPS = 2.0, 0.1, 5  # the paper's; time and memory do not depend on them
@@ -37,7 +38,7 @@ class CostCell:
     repeats: int
     device: str
     threads: int
-    data: str
+    data: DatasetName
     data_root: Path | None
 
     @property
@@ -54,7 +55,7 @@ def measure(cell: CostCell) -> dict[str, Any]:
     """
     device = torch.device(cell.device)
     torch.set_num_threads(cell.threads)
-    dataset = load_dataset(cell.data, root=cell.data_root)
+    dataset = open_dataset(SourceConfig(name=cell.data, root=cell.data_root))
     sampler = dataset.sampler(
         "train",
         ways=WAYS,

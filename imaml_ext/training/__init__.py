@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from imaml_ext.training.config import (
+    AugmentConfig,
     ConfigError,
     DataConfig,
     EvaluationConfig,
@@ -14,6 +15,7 @@ from imaml_ext.training.config import (
     ModelConfig,
     OuterConfig,
     RunConfig,
+    SourceConfig,
     TrainConfig,
 )
 from imaml_ext.training.presets import PRESETS, Preset
@@ -31,6 +33,7 @@ _LAZY = {  # these need torch, or the pictures' library
 
 __all__ = [
     "PRESETS",
+    "AugmentConfig",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "OuterConfig",
     "Preset",
     "RunConfig",
+    "SourceConfig",
     "TrainConfig",
     *_LAZY,
 ]

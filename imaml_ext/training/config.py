@@ -43,30 +43,45 @@ def _check_count(knob: str, value: int, least: int = 1) -> None:
     _check(value >= least, knob, f"an integer >= {least}", value)
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the tasks come from."""
+DatasetName = Literal["glyphs", "omniglot", "mini-imagenet", "cifar-fs", "fc100", "folder", "sinusoid", "linear"]
 
-    name: Literal["glyphs", "omniglot", "sinusoid", "linear"] = "glyphs"
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A data set. An option that it has no use for must be left as it is."""
+
+    name: DatasetName = "glyphs"
     """Data set. `glyphs`, `sinusoid` and `linear` need no download."""
 
     root: Path | None = None
-    """Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."""
+    """Folder of the data set's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."""
 
     cache_dir: Path | None = None
     """Folder for rendered or packed images; unset: the user's cache folder."""
 
     download: bool = False
-    """Download Omniglot through torchvision when it is not under the root."""
+    """Download the data set through torchvision when it is not under the root (omniglot, cifar-fs, fc100)."""
 
     split_protocol: Literal["1200/423", "vinyals"] = "1200/423"
     """Omniglot's characters: 1,200 to train on and 423 to test, or Vinyals' 1,028 / 172 / 423 with validation."""
 
     validation: int = 0
-    """Characters of the protocol 1200/423 that are held out of the 1,200 for validation."""
+    """Characters of the protocol 1200/423 that are held out of the 1,200 for validation (omniglot)."""
 
     rotations: bool = True
     """A character in each of four orientations is a class of its own (omniglot; glyphs: in training only)."""
+
+    image_size: int = 84
+    """Pixels a side that pictures are scaled to (folder)."""
+
+    greyscale: bool = False
+    """Read pictures without their colours (folder)."""
+
+    val_fraction: float = 0.16
+    """Fraction of the classes for validation, where there are no folders train, val and test (folder)."""
+
+    test_fraction: float = 0.2
+    """Fraction of the classes for testing, likewise (folder)."""
 
     features: int = 20
     """Inputs of a regression task (linear)."""
@@ -76,6 +91,31 @@ class DataConfig:
 
     noise: float = 0.1
     """Standard deviation of the noise on the targets (linear)."""
+
+    def __post_init__(self) -> None:
+        _check_count("data.validation", self.validation, least=0)
+        _check_count("data.image-size", self.image_size)
+        _check_fraction("data.val-fraction", self.val_fraction)
+        _check_fraction("data.test-fraction", self.test_fraction)
+        _check(
+            self.val_fraction + self.test_fraction < 1,
+            "data.test-fraction",
+            f"below 1 together with data.val-fraction ({self.val_fraction})",
+            self.test_fraction,
+        )
+        _check_count("data.features", self.features)
+        _check(
+            math.isfinite(self.condition_number) and self.condition_number >= 1,
+            "data.condition-number",
+            "a number >= 1",
+            self.condition_number,
+        )
+        _check_finite_nonnegative("data.noise", self.noise)
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Where the tasks come from, and what they are made of."""
 
     ways: int = 5
     """Classes of a task (not in regression)."""
@@ -90,20 +130,37 @@ class DataConfig:
     """Query examples of each class; for regression, query points of a task."""
 
     def __post_init__(self) -> None:
-        _check_count("data.validation", self.validation, least=0)
-        _check_count("data.features", self.features)
-        _check(
-            math.isfinite(self.condition_number) and self.condition_number >= 1,
-            "data.condition-number",
-            "a number >= 1",
-            self.condition_number,
-        )
-        _check_finite_nonnegative("data.noise", self.noise)
+        super().__post_init__()
         _check_count("data.ways", self.ways, least=2)
         _check_count("data.shots", self.shots)
         if self.train_shots is not None:
             _check_count("data.train-shots", self.train_shots)
         _check_count("data.queries", self.queries)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to the images of training tasks, support and query alike; none at validation and test."""
+
+    flip: bool = False
+    """Mirror every other image left to right."""
+
+    crop_padding: int = 0
+    """Shift each image by up to so many pixels in each direction; what is uncovered is black."""
+
+    brightness: float = 0.0
+    """Multiply each image by a random factor in 1 - brightness .. 1 + brightness."""
+
+    contrast: float = 0.0
+    """Likewise the differences from the image's mean."""
+
+    saturation: float = 0.0
+    """Likewise the differences of colours from grey."""
+
+    def __post_init__(self) -> None:
+        _check_count("augment.crop-padding", self.crop_padding, least=0)
+        for knob in ("brightness", "contrast", "saturation"):
+            _check(0 <= getattr(self, knob) <= 1, f"augment.{knob}", "in [0, 1]", getattr(self, knob))
 
 
 @dataclass(frozen=True)
@@ -346,6 +403,18 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class FromScratch:
+    """The baseline without meta-learning: each task's network is trained on its support set alone, with Adam."""
+
+    steps: int
+    lr: float = 0.003
+
+    def __post_init__(self) -> None:
+        _check_count("from-scratch", self.steps)
+        _check_finite_positive("scratch-lr", self.lr)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How the run is executed and recorded."""
 
@@ -388,6 +457,7 @@ class TrainConfig:
     """Everything that decides a run; its JSON form is recorded in the run directory."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
@@ -398,6 +468,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data.name in ("sinusoid", "linear") and self.model.name == "conv4":
             raise ConfigError(f"model.name must be 'mlp' for the data set {self.data.name!r}, which has no images")
+        for name, value in knobs(self.augment, "augment."):
+            if self.data.name in ("sinusoid", "linear"):
+                without = f"left out for the data set {self.data.name!r}, which has no images"
+                _check(not value, name.replace("_", "-"), without, value)
         if self.meta.algorithm == "imaml" or self.meta.learn_lam != "none":
             wanted = "to be learnt" if self.meta.algorithm != "imaml" else "with meta.algorithm 'imaml'"
             _check(self.inner.lam > 0, "inner.lam", f"a positive number {wanted}", self.inner.lam)
@@ -462,10 +536,14 @@ def to_json(config: object) -> dict[str, Any]:
     return plain(config)
 
 
+# Knobs that runs recorded before there were such do not have; their defaults are what those runs did.
+_ADDED = ("augment", "data.image_size", "data.greyscale", "data.val_fraction", "data.test_fraction")
+
+
 def from_json(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
     """Read what `to_json` wrote.
 
-    Strict: every knob must be there with a value of its type, and nothing else.
+    Strict: every knob must be there with a value of its type, and nothing else; but for knobs newer than the run.
 
     Raises:
         ConfigError: on an unknown or missing knob, a value of the wrong type, or one that the knob's own check refuses.
@@ -476,9 +554,9 @@ def from_json(cls: type[Config], values: Mapping[str, Any], prefix: str = "") ->
     names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for unknown in (name for name in values if name not in names):
         raise ConfigError(f"unknown knob {prefix}{unknown}; known here: {', '.join(names)}")
-    for missing in (name for name in names if name not in values):
+    for missing in (name for name in names if name not in values and f"{prefix}{name}" not in _ADDED):
         raise ConfigError(f"knob {prefix}{missing} is missing")
-    return cls(**{name: _typed(types_of[name], values[name], f"{prefix}{name}") for name in names})
+    return cls(**{name: _typed(types_of[name], values[name], f"{prefix}{name}") for name in names if name in values})
 
 
 def _typed(expected: Any, value: Any, knob: str) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext.inner import GradientDescent
+from imaml_ext.models import Data
 from imaml_ext.training.checkpoint import CheckpointError, load_checkpoint, load_newest
-from imaml_ext.training.config import ConfigError, TrainConfig
+from imaml_ext.training.config import ConfigError, FromScratch, TrainConfig
 from imaml_ext.training.experiment import Experiment, build
 from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
@@ -30,16 +32,22 @@ class Evaluation:
     loss_interval: float
     accuracy: float | None
     accuracy_interval: float | None
+    from_scratch: Evaluation | None = None  # the same tasks without meta-learning, where that was asked for
 
     def __str__(self) -> str:
         if self.accuracy is not None and self.accuracy_interval is not None:
             figure = f"accuracy {100 * self.accuracy:.2f} ± {100 * self.accuracy_interval:.2f} %"
         else:
             figure = f"mean squared error {self.loss:.4f} ± {self.loss_interval:.4f}"
-        return f"{self.split} {figure} ({self.tasks} tasks, 95 % interval)"
+        line = f"{self.split} {figure} ({self.tasks} tasks, 95 % interval)"
+        if self.from_scratch is None:
+            return line
+        return f"{line}\nfrom scratch, {self.from_scratch.inner_steps} steps a task: {self.from_scratch}"
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        values = dict(vars(self))
+        baseline = values.pop("from_scratch")
+        return values if baseline is None else values | {"from_scratch": baseline.to_json()}
 
 
 def evaluate(
@@ -58,6 +66,53 @@ def evaluate(
     Raises:
         ConfigError: the data set has no such split, or its classes do not allow such tasks.
     """
+    return _judge(
+        experiment,
+        lambda _, support: experiment.test_algorithm.adapt(theta, support),
+        inner_steps=experiment.config.test_inner_steps,
+        split=split,
+        tasks=tasks,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def evaluate_from_scratch(
+    experiment: Experiment,
+    scratch: FromScratch,
+    *,
+    split: str,
+    tasks: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """As `evaluate`, on the same tasks, of networks that know nothing but the support set; task k begins from the
+    initial parameters of the seed `seed` + k.
+
+    Raises:
+        ConfigError: the data set has no such split, or its classes do not allow such tasks.
+    """
+    inner = GradientDescent(steps=scratch.steps, lr=scratch.lr, optimizer="adam")
+
+    def train(first: int, support: Data) -> Tensor:
+        seeds = range(seed + first, seed + first + len(support.x))
+        rows = [experiment.model.init(seed=s, dtype=experiment.dtype, device=experiment.device) for s in seeds]
+        return inner.solve(experiment.loss, torch.stack(rows), support, lam=0.0).phi
+
+    return _judge(experiment, train, inner_steps=scratch.steps, split=split, tasks=tasks, seed=seed, progress=progress)
+
+
+def _judge(
+    experiment: Experiment,
+    learn: Callable[[int, Data], Tensor],
+    *,
+    inner_steps: int,
+    split: str,
+    tasks: int,
+    seed: int,
+    progress: Callable[[int], None],
+) -> Evaluation:
+    """Losses and accuracies on the query sets of phi [B, N] = learn(number of the first task, support sets)."""
     if tasks < 2:
         raise ConfigError(f"tasks must be an integer >= 2, got {tasks}")
     sampler = experiment.sampler(split, tasks=tasks, seed=seed)
@@ -67,7 +122,7 @@ def evaluate(
     done = 0
     for batch in range(batches):
         episodes = sampler.sample(0, shard=(batch, batches))  # a slice of the one batch of all tasks
-        phi = experiment.test_algorithm.adapt(theta, episodes.support)  # [B, N]
+        phi = learn(done, episodes.support)  # [B, N]
         with torch.no_grad():
             outputs = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, …]
             losses.append(experiment.loss.criterion(outputs, episodes.query_y).double())  # [B]
@@ -81,7 +136,7 @@ def evaluate(
         split=split,
         tasks=tasks,
         seed=seed,
-        inner_steps=experiment.config.test_inner_steps,
+        inner_steps=inner_steps,
         loss=loss,
         loss_interval=loss_interval,
         accuracy=accuracy,
@@ -125,7 +180,12 @@ AS_CONFIGURED = EvaluationOverrides()
 
 
 def evaluate_run(
-    path: Path, overrides: EvaluationOverrides = AS_CONFIGURED, *, checkpoint: Path | None = None, split: str = "test"
+    path: Path,
+    overrides: EvaluationOverrides = AS_CONFIGURED,
+    *,
+    checkpoint: Path | None = None,
+    split: str = "test",
+    from_scratch: FromScratch | None = None,
 ) -> Evaluation:
     """Evaluate the newest parameters of a run, or those of `checkpoint`.
 
@@ -135,14 +195,26 @@ def evaluate_run(
     """
     directory = RunDirectory(path)
     experiment, theta = open_run(directory, overrides.applied(read_config(directory).config), checkpoint=checkpoint)
-    return evaluate_as_configured(experiment, theta, split=split)
+    return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
 
 
-def evaluate_as_configured(experiment: Experiment, theta: Tensor, *, split: str) -> Evaluation:
-    """As `evaluate`, with the number and the seed of the tasks that the configuration says, and a progress bar."""
-    settings = experiment.config.evaluation
-    with ProgressBar("evaluating", total=settings.tasks) as bar:
-        return evaluate(experiment, theta, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update)
+def evaluate_as_configured(
+    experiment: Experiment, theta: Tensor, *, split: str, from_scratch: FromScratch | None = None
+) -> Evaluation:
+    """As `evaluate`, with the number and the seed of the tasks that the configuration says, and a progress bar.
+
+    With `from_scratch`, networks trained on each task alone are judged beside it.
+    """
+    tasks, seed = experiment.config.evaluation.tasks, experiment.config.evaluation.seed
+    with ProgressBar("evaluating", total=tasks) as bar:
+        result = evaluate(experiment, theta, split=split, tasks=tasks, seed=seed, progress=bar.update)
+    if from_scratch is None:
+        return result
+    with ProgressBar("from scratch", total=tasks) as bar:
+        baseline = evaluate_from_scratch(
+            experiment, from_scratch, split=split, tasks=tasks, seed=seed, progress=bar.update
+        )
+    return replace(result, from_scratch=baseline)
 
 
 def open_run(

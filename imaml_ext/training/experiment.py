@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor
 
-from imaml_ext.data import Dataset, Sampler, load_dataset
+from imaml_ext.data import Augmentation, Dataset, Sampler, dataset_options, load_dataset
 from imaml_ext.inner import GradientDescent, HessianFree, InnerSolver
 from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, MetaAlgorithm, Reptile
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel
 from imaml_ext.training.checkpoint import CheckpointError
-from imaml_ext.training.config import ConfigError, DataConfig, TrainConfig
+from imaml_ext.training.config import AugmentConfig, ConfigError, SourceConfig, TrainConfig
 from imaml_ext.training.run_directory import RunError
 
 
@@ -62,13 +62,15 @@ class Experiment(Learner):
     def classification(self) -> bool:
         return self.dataset.kind == "classification"
 
-    def sampler(self, split: str, *, tasks: int, seed: int) -> Sampler:
+    def sampler(self, split: str, *, tasks: int, seed: int, augmented: bool = False) -> Sampler:
         """Batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone.
+
+        `augmented`: images are changed as the configuration says for training, if it does.
 
         Raises:
             ConfigError: the data set has no such split, or its classes do not allow such tasks.
         """
-        data = self.config.data
+        data, augment = self.config.data, self.config.augment
         if split not in self.dataset.splits:
             raise ConfigError(f"{data.name} has no split {split!r}; there are: {', '.join(self.dataset.splits)}")
         try:
@@ -81,6 +83,7 @@ class Experiment(Learner):
                 seed=seed,
                 device=self.device,
                 dtype=self.dtype,
+                augmentation=Augmentation(**asdict(augment)) if augmented and augment != AugmentConfig() else None,
             )
         except ValueError as error:
             raise ConfigError(f"{data.name}, split {split!r}: {error}") from error
@@ -140,26 +143,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def open_dataset(data: DataConfig) -> Dataset:
+def open_dataset(data: SourceConfig) -> Dataset:
     """The data set of a configuration.
 
     Raises:
-        ConfigError: options that the data set does not allow.
+        ConfigError: options that the data set does not have, or not allow.
         DataError: it is missing, damaged or of the wrong format.
     """
+    taken = dataset_options(data.name)
+    for knob in fields(SourceConfig):
+        value = getattr(data, knob.name)
+        if knob.name not in ("name", *taken) and value != knob.default:
+            name = knob.name.replace("_", "-")
+            raise ConfigError(f"data.{name} must be left out for the data set {data.name!r}, got {str(value)!r}")
     try:
-        return load_dataset(
-            data.name,
-            root=data.root,
-            split_protocol=data.split_protocol,
-            validation=data.validation,
-            rotations=data.rotations,
-            cache_dir=data.cache_dir,
-            download=data.download,
-            features=data.features,
-            condition_number=data.condition_number,
-            noise=data.noise,
-        )
+        return load_dataset(data.name, **{option: getattr(data, option) for option in taken})
     except ValueError as error:
         raise ConfigError(f"{data.name}: {error}") from error
 

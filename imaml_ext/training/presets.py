@@ -48,6 +48,19 @@ def _omniglot(*, ways: int, shots: int, inner_steps: int) -> TrainConfig:
     )
 
 
+def _photographs(data: DataConfig) -> TrainConfig:
+    """The paper's settings for mini-ImageNet (lambda 0.5, 10 gradient steps, 5 CG steps), for all photographs."""
+    return TrainConfig(
+        data=data,
+        model=ModelConfig(name="conv4", filters=32, pooling="max"),
+        inner=InnerConfig(lam=0.5, steps=10, lr=0.1),
+        meta=MetaConfig(cg_steps=5, curvature="gauss_newton"),
+        outer=OuterConfig(steps=20_000, meta_batch=4, lr=1e-3, schedule="cosine"),
+        evaluation=EvaluationConfig(tasks=1000, every=1000),
+        run=RunConfig(log_every=50, checkpoint_every=500),
+    )
+
+
 def _sinusoid(*, shots: int) -> TrainConfig:
     """tanh and the Gauss-Newton matrix: inner problems that gradient descent does not run away from."""
     return TrainConfig(
@@ -122,6 +135,31 @@ PRESETS: dict[str, Preset] = {
     "omniglot-20w5s": Preset(
         summary="Omniglot, 20-way 5-shot, 1,200 / 423 characters.",
         config=_omniglot(ways=20, shots=5, inner_steps=25),
+    ),
+    # imaml train mini-imagenet-5w1s --data.root FOLDER
+    "mini-imagenet-5w1s": Preset(
+        summary="mini-ImageNet, 5-way 1-shot.",
+        config=_photographs(DataConfig(name="mini-imagenet", ways=5, shots=1, queries=15)),
+    ),
+    # imaml train mini-imagenet-5w5s --data.root FOLDER
+    "mini-imagenet-5w5s": Preset(
+        summary="mini-ImageNet, 5-way 5-shot.",
+        config=_photographs(DataConfig(name="mini-imagenet", ways=5, shots=5, queries=15)),
+    ),
+    # imaml train cifar-fs-5w1s --data.root FOLDER
+    "cifar-fs-5w1s": Preset(
+        summary="CIFAR-FS, 5-way 1-shot.",
+        config=_photographs(DataConfig(name="cifar-fs", ways=5, shots=1, queries=15)),
+    ),
+    # imaml train cifar-fs-5w5s --data.root FOLDER
+    "cifar-fs-5w5s": Preset(
+        summary="CIFAR-FS, 5-way 5-shot.",
+        config=_photographs(DataConfig(name="cifar-fs", ways=5, shots=5, queries=15)),
+    ),
+    # imaml train fc100-5w1s --data.root FOLDER
+    "fc100-5w1s": Preset(
+        summary="FC100, 5-way 1-shot: test classes unlike those of training.",
+        config=_photographs(DataConfig(name="fc100", ways=5, shots=1, queries=15)),
     ),
     # imaml train sinusoid-5shot
     "sinusoid-5shot": Preset(

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from imaml_ext.data import Dataset, EpisodeBatch, sample_sheet
+from imaml_ext.data import Dataset, EpisodeBatch, ImageDataset, sample_sheet
 from imaml_ext.training.experiment import Experiment
 from imaml_ext.training.run_directory import RunDirectory, atomic_write, read_metrics
 
@@ -100,6 +100,7 @@ def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Exper
     data = experiment.config.data
     ways, shots, queries = min(data.ways, _MOST_WAYS), min(data.shots, _MOST_SHOTS), min(data.queries, _MOST_QUERIES)
     columns = shots + queries
+    drawn = isinstance(experiment.dataset, ImageDataset) and experiment.dataset.drawn
     figure = Figure(
         figsize=(max(7.0, 0.8 * columns * 1.15), 0.95 * ways * episodes.num_tasks + 1.2), layout="constrained"
     )
@@ -118,14 +119,14 @@ def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Exper
         axes[0, shots + 1].set_title("query", fontsize=9)
         for way in range(ways):
             for shot in range(shots):
-                _image(axes[way, shot], episodes.support_x[task, way * data.shots + shot])
+                _image(axes[way, shot], episodes.support_x[task, way * data.shots + shot], drawn)
             axes[way, 0].text(-0.15, 0.5, f"{way + 1}", transform=axes[way, 0].transAxes, ha="right", va="center")
             for query in range(queries):
                 index = way * data.queries + query
                 answer = int(predicted[task, index])
                 good = answer == int(episodes.query_y[task, index])
                 axis = axes[way, shots + 1 + query]
-                _image(axis, episodes.query_x[task, index])
+                _image(axis, episodes.query_x[task, index], drawn)
                 color, mark = (_RIGHT, "✓") if good else (_WRONG, "✗")
                 axis.text(
                     1.04, 0.5, f"{mark}\n{answer + 1}", transform=axis.transAxes, color=color, va="center", fontsize=9
@@ -137,12 +138,10 @@ def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Exper
     return figure
 
 
-def _image(axis: Axes, image: Tensor) -> None:
-    """image [C, H, W] in [0, 1]; one channel is ink, shown dark on white."""
-    if image.shape[0] == 1:
-        axis.imshow(1 - image[0].float().numpy(), cmap="gray", vmin=0, vmax=1)
-    else:
-        axis.imshow(image.permute(1, 2, 0).float().numpy())
+def _image(axis: Axes, image: Tensor, drawn: bool) -> None:
+    """image [C, H, W] in [0, 1]; what is drawn is ink, shown dark on white."""
+    pixels = image.permute(1, 2, 0).float().numpy()  # [H, W, C]
+    axis.imshow(1 - pixels if drawn else pixels, cmap="gray", vmin=0, vmax=1)
 
 
 def _regression_episodes(experiment: Experiment, episodes: EpisodeBatch, phi: Tensor) -> Figure:
@@ -174,7 +173,7 @@ def _regression_episodes(experiment: Experiment, episodes: EpisodeBatch, phi: Te
 
 
 def draw_samples(path: Path, dataset: Dataset) -> None:
-    """A picture of a data set: ten classes of each split, a row a class.
+    """A picture of a data set: up to ten classes of each split, a row a class.
 
     Raises:
         DataError: the data set has no images.

@@ -64,7 +64,7 @@ def train(
     directory = RunDirectory(path)
     check_directory(directory, config, resume=resume)
     experiment = build(config)
-    train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed)
+    train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
     for split in ("val", "test") if config.evaluation.every else ("test",):  # before anything is written
         experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
 

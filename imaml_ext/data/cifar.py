@@ -1,0 +1,130 @@
+"""CIFAR-FS and FC100: the 100 classes of CIFAR-100 (Krizhevsky 2009), 32×32 in colour, as few-shot data sets.
+
+CIFAR-FS (Bertinetto et al., ICLR 2019) splits the classes at random, 64 / 16 / 20. FC100 (Oreshkin et al., NeurIPS
+2018) splits them by superclass, 60 / 20 / 20, so that test classes are unlike training classes. Both splits are fixed
+lists in ``cifar_splits.json``.
+
+The images are read from whichever of these a root folder holds, the first that is found:
+
+- ``cifar-100-python/``, the files ``train``, ``test`` and ``meta`` as published, which torchvision downloads: 600
+  images a class from both;
+- ``cifar100_100_per_class.npz``: ``images`` uint8 [n, 32, 32, 3], ``fine_label``, ``class_names``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from .cache import cache_folder, data_folder, load_arrays
+from .download import download_through_torchvision
+from .errors import DataError
+from .pickles import load_pickle
+from .pictures import LabelledImages
+
+SIZE = 32
+IMAGES_A_CLASS = 600  # of the whole data set
+_BATCHES = "cifar-100-python"
+_PACKED = "cifar100_100_per_class.npz"
+_PLACES = (".", "cifar100", "cifar-100")
+_PACKED_ARRAYS: dict[str, tuple[str, tuple[int | None, ...]]] = {
+    "images": ("uint8", (None, SIZE, SIZE, 3)),
+    "fine_label": ("u", (None,)),
+    "class_names": ("U", (100,)),
+}
+
+
+@functools.cache
+def _split_file() -> dict[str, dict[str, list[str]]]:
+    return json.loads(resources.files(__package__).joinpath("cifar_splits.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def class_names() -> tuple[str, ...]:
+    """The 100 classes in the order of CIFAR-100's labels, which is that of their names."""
+    return tuple(sorted(name for members in _split_file()["superclasses"].values() for name in members))
+
+
+def cifar_split(name: str) -> dict[str, np.ndarray]:
+    """Indices into ``class_names()`` of "train", "val" and "test"; ``name``: "cifar-fs" or "fc100"."""
+    table = _split_file()
+    splits = {
+        split: members
+        if name == "cifar-fs"
+        else [c for superclass in members for c in table["superclasses"][superclass]]
+        for split, members in table[name].items()
+    }
+    return {split: np.array(sorted(map(class_names().index, members))) for split, members in splits.items()}
+
+
+def load_cifar(
+    name: str, *, root: Path | str | None = None, cache_dir: Path | str | None = None, download: bool = False
+) -> LabelledImages:
+    """CIFAR-100 in the splits of "cifar-fs" or "fc100", images uint8 [n, 32, 32, 3].
+
+    ``root``: a folder that holds one of the forms above, or the parent of one; by default ``$IMAML_DATA_ROOT``, else
+    the cache. ``download=True`` fetches ``cifar-100-python`` through torchvision into ``root`` where it has none that is
+    complete.
+
+    Raises DataError where nothing is found, or what is found is incomplete, damaged or of the wrong format.
+    """
+    where, origin = data_folder(root, cache_folder(cache_dir))
+    folders = [where / place for place in _PLACES]
+    batches = next((folder / _BATCHES for folder in folders if (folder / _BATCHES).is_dir()), None)
+    if download and (batches is None or not all((batches / file).is_file() for file in ("train", "test", "meta"))):
+        download_through_torchvision(
+            "CIFAR-100",
+            where,
+            lambda datasets: [datasets.CIFAR100(str(where), train=train, download=True) for train in (True, False)],
+            by_hand="cifar-100-python/ (cs.toronto.edu/~kriz/cifar.html)",
+        )
+        batches = where / _BATCHES
+    packed = next((folder / _PACKED for folder in folders if (folder / _PACKED).is_file()), None)
+    if batches is not None:
+        source, (images, labels) = batches, _read_batches(batches)
+    elif packed is not None:
+        source, (images, labels) = packed, _read_packed(packed)
+    else:
+        state = f"holds neither {_BATCHES}/ nor {_PACKED}" if where.is_dir() else "is not a folder"
+        raise DataError(
+            f"CIFAR-100 was not found: {origin} {where} {state}; give the folder that has it as root or in "
+            "IMAML_DATA_ROOT, or pass download=True to fetch it through torchvision"
+        )
+    if labels.size != len(images) or labels.size == 0 or not 0 <= labels.min() <= labels.max() < 100:
+        raise DataError(f"{source} must hold one label from 0 to 99 an image, of which it has {len(images)}")
+    counts = np.bincount(labels, minlength=100)
+    if counts.min() == 0:
+        raise DataError(f"{source} holds no image of the class {class_names()[int(counts.argmin())]!r}")
+    return LabelledImages(images[np.argsort(labels, kind="stable")], class_names(), counts, cifar_split(name))
+
+
+def _read_batches(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n, 32, 32, 3] and labels [n] of the published files."""
+    _check_names(folder / "meta", load_pickle(folder / "meta", "fine_label_names")["fine_label_names"])
+    images, labels = [], []
+    for path in (folder / "train", folder / "test"):
+        content = load_pickle(path, "data", "fine_labels")
+        data = content["data"]
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3 * SIZE * SIZE,):
+            got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+            raise DataError(f"{path}: 'data' must be uint8 (any, {3 * SIZE * SIZE}), got {got}")
+        images.append(data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))
+        labels.append(np.asarray(content["fine_labels"]))
+        if labels[-1].shape != data.shape[:1] or labels[-1].dtype.kind not in "iu":
+            raise DataError(f"{path}: 'fine_labels' must hold one integer an image, of which there are {len(data)}")
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def _read_packed(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    arrays = load_arrays(path, _PACKED_ARRAYS)
+    _check_names(path, arrays["class_names"].tolist())
+    return arrays["images"], arrays["fine_label"].astype(np.int64)
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    if list(names) != list(class_names()):
+        raise DataError(f"{path} does not name the 100 classes of CIFAR-100 in the expected order; create it again")

@@ -1,0 +1,154 @@
+"""Images by class, on the device that episodes are made on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ClassImages:
+    """Images by class, kept as uint8, and the list of classes that may be drawn.
+
+    A class is a character in one of up to four orientations: rotated by 0, 90, 180 or 270 degrees counter-clockwise, a
+    character makes new classes (usual for Omniglot since Santoro et al. 2016). Rotated images are not stored; pixels
+    are permuted when a batch is gathered. With ``rotations = 4`` the class id is 4 · (position of the character) +
+    quarter turns.
+
+    Args:
+        images: uint8 [characters, drawings, H, W] or [characters, drawings, H, W, C]; with ``counts`` one character
+            after another, [sum of counts, H, W] or [sum of counts, H, W, C].
+        counts: how many drawings each character has, where that differs: int [characters].
+        names: one name a character of ``images``; numbers where omitted.
+        characters: which characters of ``images`` belong (indices; all by default). Several splits share one tensor.
+        rotations: 1 or 4; 4 needs square images.
+        orientations: bool [len(characters), rotations]: which orientations are classes. By default all. Where a
+            character turned by some angle looks like itself or another one, that orientation is left out.
+
+    Raises TypeError or ValueError that name the argument.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        *,
+        counts: Sequence[int] | np.ndarray | None = None,
+        names: Sequence[str] | None = None,
+        characters: Sequence[int] | np.ndarray | None = None,
+        rotations: int = 1,
+        orientations: np.ndarray | None = None,
+    ) -> None:
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a torch.uint8 tensor, got {got}")
+        leading = 2 if counts is None else 1
+        if images.dim() not in (leading + 2, leading + 3) or 0 in images.shape:
+            first = "characters, drawings" if counts is None else "drawings"
+            raise ValueError(
+                f"images must be [{first}, H, W] or [{first}, H, W, C] with no empty dimension, "
+                f"got {tuple(images.shape)}"
+            )
+        height, width = images.shape[leading : leading + 2]
+        if rotations not in (1, 4):
+            raise ValueError(f"rotations must be 1 or 4, got {rotations!r}")
+        if rotations == 4 and height != width:
+            raise ValueError(f"rotations = 4 needs square images, got {height} × {width}")
+        counts = np.full(images.shape[0], images.shape[1]) if counts is None else counts
+        each = np.asarray(counts, dtype=np.int64)  # [characters]
+        if each.ndim != 1 or each.min(initial=1) < 1 or each.sum() != images.shape[:leading].numel():
+            raise ValueError(
+                f"counts must be one positive number a character, {images.shape[0]} in sum, got {each.tolist()}"
+            )
+        if names is not None and len(names) != each.size:
+            raise ValueError(f"names must be one a character ({each.size}), got {len(names)}")
+        chosen = np.arange(each.size) if characters is None else np.asarray(characters, dtype=np.int64)
+        if chosen.ndim != 1 or chosen.size == 0 or chosen.min() < 0 or chosen.max() >= each.size:
+            raise ValueError(f"characters must be a non-empty list of indices below {each.size}")
+        if np.unique(chosen).size != chosen.size:
+            raise ValueError("characters must be distinct indices, got repeated ones")
+        if orientations is None:
+            orientations = np.ones((chosen.size, rotations), dtype=bool)
+        if orientations.shape != (chosen.size, rotations) or orientations.dtype != np.bool_:
+            raise ValueError(
+                f"orientations must be bool [{chosen.size}, {rotations}], "
+                f"got {orientations.dtype} {list(orientations.shape)}"
+            )
+        position, turn = np.nonzero(orientations)
+        self.images = images.contiguous()
+        self.rotations = rotations
+        self.character = chosen[position]  # [classes] which character of `images` each class shows
+        self.quarter_turns = turn.astype(np.int64)  # [classes]
+        self.drawings = each[self.character]  # [classes] how many there are
+        self._first_row = (np.cumsum(each) - each)[self.character]  # [classes] where they begin in `images`
+        self._leading = leading
+        self._names = tuple(names) if names is not None else None
+
+    @property
+    def num_classes(self) -> int:
+        return self.character.size
+
+    @property
+    def num_characters(self) -> int:
+        return np.unique(self.character).size
+
+    @property
+    def num_drawings(self) -> int | None:
+        """Drawings of a class; None where classes differ in it."""
+        return int(self.drawings[0]) if (self.drawings == self.drawings[0]).all() else None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image as episodes give it."""
+        height, width, *channels = self.images.shape[self._leading :]
+        return (channels[0] if channels else 1, height, width)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def name(self, class_id: int) -> str:
+        """Readable name of a class, with its rotation in degrees where it is turned."""
+        character, turns = int(self.character[class_id]), int(self.quarter_turns[class_id])
+        name = self._names[character] if self._names is not None else str(character)
+        return f"{name} rotated {90 * turns}°" if turns else name
+
+    def with_images(self, images: Tensor) -> ClassImages:
+        """The same classes over another copy of the image tensor (on another device, say)."""
+        if images.shape != self.images.shape or images.dtype != torch.uint8:
+            raise ValueError(
+                f"images must be uint8 {tuple(self.images.shape)}, got {images.dtype} {tuple(images.shape)}"
+            )
+        other = object.__new__(ClassImages)
+        other.__dict__.update(self.__dict__, images=images.contiguous())
+        return other
+
+    def to(self, device: torch.device | str) -> ClassImages:
+        return self.with_images(self.images.to(device))
+
+    def gather(self, classes: np.ndarray, drawings: np.ndarray, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Images of the given classes and drawings, on the device of the images.
+
+        Args: classes, drawings: int64 arrays of one shape […]. Returns dtype […, C, H, W], values in [0, 1].
+        """
+        shape = classes.shape
+        classes = classes.reshape(-1)
+        rows = self._first_row[classes] + drawings.reshape(-1)
+        flat = self.images.flatten(0, self._leading - 1)  # [all drawings, H, W(, C)]
+        if self.rotations == 1:
+            picked = flat.index_select(0, self._index(rows))
+        else:
+            # Grouped by angle on the host, which knows the angles: no index of the size of the pixels, no device look.
+            picked = torch.empty((rows.size, *flat.shape[1:]), dtype=torch.uint8, device=self.device)
+            turns = self.quarter_turns[classes]
+            for turn in np.unique(turns):
+                where = np.nonzero(turns == turn)[0]
+                turned = torch.rot90(flat.index_select(0, self._index(rows[where])), int(turn), (1, 2))
+                picked.index_copy_(0, self._index(where), turned)
+        picked = picked.permute(0, 3, 1, 2) if picked.dim() == 4 else picked.unsqueeze(1)  # [rows, C, H, W]
+        images = torch.empty(picked.shape, dtype=dtype, device=self.device).copy_(picked)
+        return images.div_(255).view(*shape, *self.image_shape)
+
+    def _index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.device, non_blocking=True)

@@ -1,0 +1,175 @@
+"""mini-ImageNet: 100 classes of ImageNet, 600 photographs each at 84×84 (Vinyals et al., NeurIPS 2016), split into 64
+classes to train on, 16 for validation and 20 for testing (Ravi and Larochelle, ICLR 2017).
+
+It is read from whichever of these a root folder holds, the first that is found:
+
+- ``mini-imagenet-cache-{train,val,test}.pkl``: ``image_data`` uint8 [n, 84, 84, 3], ``class_dict`` class -> rows;
+- ``miniImageNet_category_split_{train_phase_train,val,test}.pickle``: ``data`` uint8 [n, 84, 84, 3], ``labels``;
+- ``train.csv``, ``val.csv``, ``test.csv`` with the columns filename and label, and all pictures in ``images/``;
+- ``train/<class>/``, ``val/<class>/``, ``test/<class>/`` with .jpg or .png pictures.
+
+Pictures are scaled to 84×84 by a Lanczos filter and packed once into the cache.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cache import cache_folder, data_folder
+from .errors import DataError
+from .pickles import load_pickle
+from .pictures import SPLITS, LabelledImages, load_classes, load_split_tree
+
+SIZE = 84
+NUM_CLASSES = {"train": 64, "val": 16, "test": 20}
+IMAGES_A_CLASS = 600  # of the whole data set
+_PLACES = (".", "mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet")
+_SplitClasses = tuple[np.ndarray, dict[str, np.ndarray]]  # images uint8 [n, 84, 84, 3], class -> its rows
+
+
+def load_mini_imagenet(*, root: Path | str | None = None, cache_dir: Path | str | None = None) -> LabelledImages:
+    """All photographs, uint8 [n, 84, 84, 3], and the classes of each split.
+
+    ``root``: a folder that holds one of the forms above, or the parent of one; by default ``$IMAML_DATA_ROOT``, else
+    the cache.
+
+    Raises DataError where nothing is found, or what is found is incomplete, damaged or of the wrong format.
+    """
+    cache = cache_folder(cache_dir)
+    where, origin = data_folder(root, cache)
+    for files, read in _FORMS:
+        for folder in (where / place for place in _PLACES):
+            if any((folder / file).exists() for file in files):
+                for file in files:
+                    if not (folder / file).exists():
+                        raise DataError(f"mini-ImageNet in {folder} is incomplete: {file} is missing")
+                found = read(folder, cache)
+                _check(folder, found)
+                return found
+    raise DataError(
+        f"mini-ImageNet was not found: {origin} {where} holds neither mini-imagenet-cache-train.pkl, "
+        "miniImageNet_category_split_train_phase_train.pickle, train.csv nor train/; give the folder that has it as "
+        "root or in IMAML_DATA_ROOT"
+    )
+
+
+def _check(folder: Path, found: LabelledImages) -> None:
+    for split, wanted in NUM_CLASSES.items():
+        if found.splits[split].size != wanted:
+            raise DataError(
+                f"mini-ImageNet in {folder} must have {wanted} classes in {split!r}, found {found.splits[split].size}"
+            )
+
+
+def _read_cache_files(folder: Path, cache: Path) -> LabelledImages:
+    def read(path: Path, split: str) -> _SplitClasses:
+        content = load_pickle(path, "image_data", "class_dict")
+        images, classes = _images(path, "image_data", content), content["class_dict"]
+        if not isinstance(classes, dict):
+            raise DataError(f"{path}: 'class_dict' must be a dictionary, got {type(classes).__name__}")
+        return images, {_text(name): _integers(path, "class_dict", rows) for name, rows in classes.items()}
+
+    return _join(folder, _CACHE_FILES, read)
+
+
+def _read_category_files(folder: Path, cache: Path) -> LabelledImages:
+    def read(path: Path, split: str) -> _SplitClasses:
+        content = load_pickle(path, "data", "labels")
+        images, labels = _images(path, "data", content), _integers(path, "labels", content["labels"])
+        if labels.size != len(images):
+            raise DataError(f"{path}: 'labels' must hold one label an image ({len(images)}), got {labels.size}")
+        names = content.get("catname2label")
+        known = {label: _text(name) for name, label in names.items()} if isinstance(names, dict) else {}
+        # Where classes have no names, numbers may begin at 0 in each file: they are told apart by their split.
+        return images, {
+            known.get(label, f"{split}/{label}"): np.nonzero(labels == label)[0] for label in np.unique(labels).tolist()
+        }
+
+    return _join(folder, _CATEGORY_FILES, read)
+
+
+def _join(folder: Path, files: tuple[str, ...], read: Callable[[Path, str], _SplitClasses]) -> LabelledImages:
+    """The files of the three splits, each put in order of its classes, as one array."""
+    splits: dict[str, np.ndarray] = {}
+    names: list[str] = []
+    counts: list[int] = []
+    images: list[np.ndarray] = []
+    for split, file in zip(SPLITS, files, strict=True):
+        found, classes = read(folder / file, split)
+        order = np.concatenate([np.empty(0, np.int64), *classes.values()])
+        if not np.array_equal(np.sort(order), np.arange(len(found))):
+            raise DataError(f"{folder / file}: the classes must name each of the {len(found)} images once")
+        if repeated := set(names) & set(classes):
+            raise DataError(f"{folder / file}: class {min(repeated)!r} is in another split too; splits share no class")
+        splits[split] = np.arange(len(names), len(names) + len(classes))
+        images.append(found if np.array_equal(order, np.arange(len(found))) else found[order])
+        names += classes
+        counts += [rows.size for rows in classes.values()]
+    if min(counts, default=0) < 1:
+        raise DataError(f"mini-ImageNet in {folder}: class {names[int(np.argmin(counts))]!r} has no image")
+    return LabelledImages(np.concatenate(images), tuple(names), np.array(counts), splits)
+
+
+def _images(path: Path, key: str, content: dict[str, Any]) -> np.ndarray:
+    images = content[key]
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
+        got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise DataError(f"{path}: '{key}' must be uint8 (any, {SIZE}, {SIZE}, 3), got {got}")
+    return images
+
+
+def _integers(path: Path, key: str, values: Any) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise DataError(f"{path}: '{key}' must hold lists of integers, got {array.dtype} {array.shape}")
+    return array.astype(np.int64)
+
+
+def _text(name: Any) -> str:
+    return name.decode("latin1") if isinstance(name, bytes) else str(name)
+
+
+def _read_csv_files(folder: Path, cache: Path) -> LabelledImages:
+    classes: dict[str, dict[str, list[Path]]] = {}
+    for split, file in zip(SPLITS, _CSV_FILES, strict=True):
+        members = classes[split] = {}
+        for filename, label in _read_csv(folder / file):
+            members.setdefault(label, []).append(folder / "images" / filename)
+    return load_classes(folder, classes, size=SIZE, greyscale=False, cache=cache)
+
+
+def _read_csv(path: Path) -> list[tuple[str, str]]:
+    """(filename, label) of every row."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
+    if not rows or rows[0] != ["filename", "label"]:
+        raise DataError(f"{path} must begin with the line 'filename,label', got {','.join(rows[0]) if rows else ''!r}")
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != 2 or not all(row) or Path(row[0]).name != row[0]:
+            raise DataError(
+                f"{path}: row {number} must be the name of a file in images/ and a label, got {','.join(row)!r}"
+            )
+    return [(filename, label) for filename, label in rows[1:]]
+
+
+def _read_tree(folder: Path, cache: Path) -> LabelledImages:
+    return load_split_tree(folder, size=SIZE, greyscale=False, cache=cache)
+
+
+_CACHE_FILES = tuple(f"mini-imagenet-cache-{split}.pkl" for split in SPLITS)
+_CATEGORY_FILES = tuple(f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test"))
+_CSV_FILES = tuple(f"{split}.csv" for split in SPLITS)
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[Path, Path], LabelledImages]], ...] = (
+    (_CACHE_FILES, _read_cache_files),
+    (_CATEGORY_FILES, _read_category_files),
+    ((*_CSV_FILES, "images"), _read_csv_files),
+    (SPLITS, _read_tree),
+)

@@ -1,0 +1,545 @@
+"""mini-ImageNet, CIFAR-FS, FC100 and pictures in folders: every form they are read from, and what is missing or damaged."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imaml_ext.data import DataError, ImageDataset, cifar_split, load_dataset, load_mini_imagenet, pictures, summary
+from imaml_ext.data.cifar import class_names
+from imaml_ext.data.folder import load_folder
+from imaml_ext.data.mini_imagenet import NUM_CLASSES
+from imaml_ext.data.pickles import load_pickle
+
+CATEGORY_FILES = {"train": "train_phase_train", "val": "val", "test": "test"}
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_and_plain_containers_come_back(protocol: int, tmp_path: Path) -> None:
+    content = {
+        b"array": np.arange(6, dtype=np.uint8).reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "scalar": np.int64(7),
+        "plain": [1, 2.5, None, ("text", b"bytes"), {"a": True}],
+    }
+    (tmp_path / "file").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = load_pickle(tmp_path / "file", "array")
+    assert np.array_equal(found["array"], content[b"array"])
+    assert np.array_equal(found["fortran"], content["fortran"])
+    assert found["scalar"] == 7
+    assert found["plain"] == content["plain"]
+
+
+def test_a_pickle_of_python_2_is_read(tmp_path: Path) -> None:
+    """Protocol 2 with byte strings, as `cPickle.dump({'data': numpy.zeros(2, 'u1'), 'labels': [3]})` wrote them."""
+    stream = (
+        b"\x80\x02}q\x01(U\x06labelsq\x02]q\x03K\x03aU\x04dataq\x04cnumpy.core.multiarray\n_reconstruct\nq\x05cnumpy\n"
+        b"ndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07(K\x01K\x02\x85cnumpy\ndtype\nq\x08U\x02u1K\x00K\x01\x87Rq\t(K\x03U\x01|"
+        b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x02\xfe\x80tbu."
+    )
+    (tmp_path / "file").write_bytes(stream)
+    found = load_pickle(tmp_path / "file")
+    assert found["labels"] == [3]
+    assert found["data"].tolist() == [254, 128]
+
+
+class _Runs:
+    def __reduce__(self) -> tuple:
+        return (os.system, ("touch run-by-the-pickle",))
+
+
+@pytest.mark.parametrize("content", [_Runs(), {"data": _Runs()}, {"data": np.array([_Runs()], dtype=object)}])
+def test_a_pickle_cannot_run_anything(content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(pickle.dumps(content))
+    with pytest.raises(
+        DataError, match=r"it names (posix|nt)\.system, which is neither an array nor a plain container"
+    ):
+        load_pickle(tmp_path / "file", "data")
+    assert files_of(tmp_path) == ["file"]
+
+
+def test_pickles_that_are_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    whole = pickle.dumps({"data": np.arange(1000)})
+    for content in (b"", b"<html>", whole[:200], whole[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="is damaged or not a pickle of arrays"):
+            load_pickle(path, "data")
+    path.write_bytes(pickle.dumps([1]))
+    with pytest.raises(DataError, match="must hold a dictionary, got list"):
+        load_pickle(path)
+    path.write_bytes(pickle.dumps({"other": 1}))
+    with pytest.raises(DataError, match=r"has no entry 'data' \(it holds other\)"):
+        load_pickle(path, "data")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_pickle(tmp_path / "missing")
+
+
+# ---- mini-ImageNet --------------------------------------------------------------------------------------------------
+
+
+def pixels(class_number: int, image: int) -> np.ndarray:
+    """What image `image` of class `class_number` is filled with."""
+    return np.array([class_number, 10 * image, 200], np.uint8)
+
+
+def mini_classes() -> dict[str, list[int]]:
+    numbers, first = {}, 0
+    for split, count in NUM_CLASSES.items():
+        numbers[split] = list(range(first, first + count))
+        first += count
+    return numbers
+
+
+def class_name(number: int) -> str:
+    return f"n{number:08d}"
+
+
+def write_cache_files(folder: Path) -> None:
+    """Two images a class; rows are dealt out in turn, not one class after another."""
+    for split, numbers in mini_classes().items():
+        images = np.zeros((2 * len(numbers), 84, 84, 3), np.uint8)
+        rows = {}
+        for position, number in enumerate(numbers):
+            rows[class_name(number)] = [position, position + len(numbers)]
+            for image, row in enumerate(rows[class_name(number)]):
+                images[row] = pixels(number, image)
+        content = {"image_data": images, "class_dict": rows}
+        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_category_files(folder: Path) -> None:
+    for split, numbers in mini_classes().items():
+        labels = [number for image in range(2) for number in numbers]
+        images = np.stack([np.broadcast_to(pixels(n, image), (84, 84, 3)) for image in range(2) for n in numbers])
+        names = {class_name(number): number for number in numbers}
+        content = {"data": images, "labels": labels, "catname2label": names}
+        path = folder / f"miniImageNet_category_split_{CATEGORY_FILES[split]}.pickle"
+        path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def save_picture(path: Path, number: int, image: int) -> None:
+    Image.fromarray(np.broadcast_to(pixels(number, image), (30, 40, 3))).save(path)
+
+
+def write_csv_files(folder: Path) -> None:
+    (folder / "images").mkdir()
+    for split, numbers in mini_classes().items():
+        lines = ["filename,label"]
+        for number in numbers:
+            for image in range(2):
+                name = f"{class_name(number)}{image:08d}.png"
+                save_picture(folder / "images" / name, number, image)
+                lines.append(f"{name},{class_name(number)}")
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_tree(folder: Path) -> None:
+    for split, numbers in mini_classes().items():
+        for number in numbers:
+            (folder / split / class_name(number)).mkdir(parents=True)
+            for image in range(2):
+                save_picture(folder / split / class_name(number) / f"{image}.png", number, image)
+
+
+FORMS = {"cache": write_cache_files, "category": write_category_files, "csv": write_csv_files, "tree": write_tree}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mini_imagenet_is_the_same_from_every_form(form: str, tmp_path: Path) -> None:
+    place = tmp_path / "data" / ("mini-imagenet" if form in ("cache", "tree") else ".")
+    place.mkdir(parents=True)
+    FORMS[form](place)
+    found = load_mini_imagenet(root=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert found.images.shape == (200, 84, 84, 3)
+    assert found.names == tuple(class_name(n) for n in range(100))
+    assert found.counts.tolist() == [2] * 100
+    assert {s: c.tolist() for s, c in found.splits.items()} == mini_classes()
+    expected = np.stack([pixels(n, image) for n in range(100) for image in range(2)])
+    assert np.array_equal(found.images, np.broadcast_to(expected[:, None, None], found.images.shape))
+    packed = files_of(tmp_path / "cache") if (tmp_path / "cache").exists() else []
+    assert len(packed) == (1 if form in ("csv", "tree") else 0)
+
+
+def test_mini_imagenet_dataset(tmp_path: Path) -> None:
+    write_cache_files(tmp_path)
+    dataset = load_dataset("mini-imagenet", root=tmp_path)
+    assert dataset.input_shape == (3, 84, 84)
+    assert dataset.splits == ("train", "val", "test")
+    batch = dataset.sampler("test", ways=20, shots=1, queries=1, meta_batch=1, seed=0).sample(0)
+    both = torch.cat([batch.support_x, batch.query_x], 1)[0] * 255  # [40, 3, 84, 84]
+    assert sorted(both[:20, 0, 0, 0].round().int().tolist()) == mini_classes()["test"]
+    assert torch.equal(both[:20, 0], both[20:, 0])  # the same classes,
+    assert ((both[:20, 1, 5, 5] - both[20:, 1, 5, 5]).abs().round() == 10).all()  # other images
+    assert "2 images a class of the published 600: results do not compare" in summary(dataset)
+    with pytest.raises(ValueError, match=r"shots \+ queries must not exceed the 2 drawings a class has, got 1 \+ 2"):
+        dataset.sampler("test", ways=5, shots=1, queries=2, meta_batch=1, seed=0)
+
+
+def test_pictures_are_packed_once_and_a_changed_one_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv_files(tmp_path)
+    cache = tmp_path / "cache"
+    first = load_mini_imagenet(root=tmp_path, cache_dir=cache)
+    (packed,) = (cache / "pictures").iterdir()
+
+    def unexpected(*args: object) -> np.ndarray:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "_read_picture", unexpected)
+        assert np.array_equal(load_mini_imagenet(root=tmp_path, cache_dir=cache).images, first.images)
+        packed.write_bytes(packed.read_bytes()[:1000])  # a damaged cache is not believed
+        with pytest.raises(AssertionError, match="read again"):
+            load_mini_imagenet(root=tmp_path, cache_dir=cache)
+    save_picture(tmp_path / "images" / f"{class_name(3)}00000001.png", 77, 1)
+    again = load_mini_imagenet(root=tmp_path, cache_dir=cache)
+    assert (again.images[7, ..., 0] == 77).all()
+
+
+def _without(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def _rewrite(folder: Path, name: str, **changes: object) -> None:
+    content = pickle.loads((folder / name).read_bytes()) | changes
+    (folder / name).write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("form", "spoil", "message"),
+    [
+        ("cache", lambda f: _without(f, "mini-imagenet-cache-val.pkl"), "mini-imagenet-cache-val.pkl is missing"),
+        (
+            "cache",
+            lambda f: _rewrite(f, "mini-imagenet-cache-val.pkl", image_data=np.zeros((32, 28, 28, 3), np.uint8)),
+            r"'image_data' must be uint8 \(any, 84, 84, 3\), got uint8 \(32, 28, 28, 3\)",
+        ),
+        (
+            "cache",
+            lambda f: _rewrite(f, "mini-imagenet-cache-val.pkl", class_dict={"a": [0, 1], "b": [1, 2]}),
+            "the classes must name each of the 32 images once",
+        ),
+        (
+            "cache",
+            lambda f: _rewrite(f, "mini-imagenet-cache-val.pkl", class_dict=[1]),
+            "must be a dictionary, got list",
+        ),
+        (
+            "cache",
+            lambda f: _rewrite(f, "mini-imagenet-cache-test.pkl", class_dict={class_name(0): list(range(40))}),
+            "class 'n00000000' is in another split too",
+        ),
+        (
+            "cache",
+            lambda f: _rewrite(f, "mini-imagenet-cache-val.pkl", class_dict={"a": list(range(32))}),
+            "must have 16 classes in 'val', found 1",
+        ),
+        (
+            "category",
+            lambda f: _rewrite(f, "miniImageNet_category_split_val.pickle", labels=[64] * 31),
+            r"'labels' must hold one label an image \(32\), got 31",
+        ),
+        ("csv", lambda f: _without(f, "test.csv"), "test.csv is missing"),
+        ("csv", lambda f: (f / "val.csv").write_text("name,class\n"), "must begin with the line 'filename,label'"),
+        (
+            "csv",
+            lambda f: (f / "val.csv").write_text("filename,label\n../../secret.png,a\n"),
+            "row 2 must be the name of a file in images/ and a label, got '../../secret.png,a'",
+        ),
+        ("csv", lambda f: _without(f, f"images/{class_name(9)}00000000.png"), "the picture .*cannot be read"),
+        (
+            "csv",
+            lambda f: (f / f"images/{class_name(9)}00000000.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing"),
+            "n0000000900000000.png is damaged or not a picture",
+        ),
+    ],
+)
+def test_spoilt_mini_imagenet(form: str, spoil, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    FORMS[form](tmp_path / "data")
+    spoil(tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        load_mini_imagenet(root=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_missing_mini_imagenet_says_what_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"root .* holds neither mini-imagenet-cache-train.pkl, .* nor train/; give"):
+        load_mini_imagenet(root=tmp_path)
+
+
+# ---- CIFAR-FS and FC100 ---------------------------------------------------------------------------------------------
+
+
+def real_root() -> Path:
+    root = os.environ.get("IMAML_DATA_ROOT")
+    if not root:
+        pytest.skip("IMAML_DATA_ROOT is not set: it names the folder of the real data")
+    if not (Path(root) / "cifar100" / "cifar100_100_per_class.npz").is_file():
+        pytest.skip(f"IMAML_DATA_ROOT {root} holds no cifar100/cifar100_100_per_class.npz")
+    return Path(root)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("cifar-fs", (64, 16, 20)), ("fc100", (60, 20, 20))])
+def test_cifar_splits_are_disjoint_and_complete(name: str, sizes: tuple[int, ...]) -> None:
+    splits = cifar_split(name)
+    assert tuple(splits) == ("train", "val", "test")
+    assert tuple(s.size for s in splits.values()) == sizes
+    assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(100))
+
+
+def test_cifar_splits_are_the_published_ones() -> None:
+    import json
+
+    folder = real_root() / "cifar100" / "splits"
+    superclass = json.loads((folder / "fine_to_coarse.json").read_text())
+    for split, members in cifar_split("cifar-fs").items():
+        published = {name for _, name in json.loads((folder / f"cifar-fs-{split}.json").read_text())}
+        assert {class_names()[i] for i in members} == published
+    for split, members in cifar_split("fc100").items():
+        published = set(json.loads((folder / f"fc100-{split}.json").read_text()))
+        assert {superclass[class_names()[i]] for i in members} == published
+
+
+@pytest.mark.parametrize("name", ["cifar-fs", "fc100"])
+def test_real_cifar(name: str) -> None:
+    root = real_root()
+    dataset = load_dataset(name, root=root)
+    assert isinstance(dataset, ImageDataset)
+    assert dataset.input_shape == (3, 32, 32)
+    test = dataset.images("test")
+    assert (test.num_classes, test.num_drawings) == (20, 100)
+    assert "100 images a class of the published 600: results do not compare" in summary(dataset)
+    with np.load(root / "cifar100" / "cifar100_100_per_class.npz") as packed:
+        where = np.nonzero(packed["fine_label"] == list(class_names()).index(test.name(3)))[0]
+        expected = torch.from_numpy(packed["images"][where[[0, 99]]]).permute(0, 3, 1, 2).float() / 255
+    assert torch.equal(test.gather(np.array([3, 3]), np.array([0, 99])), expected)
+    batch = dataset.sampler("test", ways=5, shots=5, queries=15, meta_batch=40, seed=0).sample(0)
+    # Images of one class resemble each other more than those of others do: labels mean something.
+    nearest = torch.cdist(batch.query_x.flatten(2), batch.support_x.flatten(2)).argmin(-1)
+    assert (batch.support_y.gather(1, nearest) == batch.query_y).float().mean() > 0.23  # 0.2 by chance
+
+
+def write_batches(folder: Path, *, each: tuple[int, int] = (3, 2)) -> np.ndarray:
+    """The published files with `each` images of every class in train and test; returns the images by class."""
+    folder.mkdir(parents=True)
+    order = np.random.RandomState(0)
+    rows = []
+    for file, count in zip(("train", "test"), each, strict=True):
+        labels = order.permutation(np.repeat(np.arange(100), count))
+        data = order.randint(0, 256, (labels.size, 3072)).astype(np.uint8)
+        (folder / file).write_bytes(pickle.dumps({b"data": data, b"fine_labels": labels.tolist()}, protocol=2))
+        rows.append((labels, data))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": list(class_names())}, protocol=2))
+    by_class = [np.concatenate([data[labels == c] for labels, data in rows]) for c in range(100)]
+    return np.stack(by_class).reshape(100, sum(each), 3, 32, 32)
+
+
+def test_cifar_from_the_published_files(tmp_path: Path) -> None:
+    images = write_batches(tmp_path / "cifar-100-python")
+    dataset = load_dataset("fc100", root=tmp_path)
+    assert isinstance(dataset, ImageDataset)
+    val = dataset.images("val")
+    assert val.num_drawings == 5
+    number = class_names().index(val.name(7))
+    gathered = val.gather(np.full(5, 7), np.arange(5), dtype=torch.float64)
+    assert torch.equal(gathered, torch.from_numpy(images[number]).double() / 255)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train", b"", "train is damaged or not a pickle"),
+        ("test", None, "test cannot be read"),
+        ("meta", None, "meta cannot be read"),
+        ("meta", {"fine_label_names": ["apple"]}, "does not name the 100 classes of CIFAR-100"),
+        (
+            "train",
+            {"data": np.zeros((5, 3072)), "fine_labels": [0] * 5},
+            r"'data' must be uint8 \(any, 3072\), got float",
+        ),
+        (
+            "train",
+            {"data": np.zeros((5, 3072), np.uint8), "fine_labels": [0] * 4},
+            "'fine_labels' must hold one integer an image, of which there are 5",
+        ),
+        (
+            "train",
+            {"data": np.zeros((5, 3072), np.uint8), "fine_labels": [0, 1, 2, 3, 100]},
+            "must hold one label from 0 to 99 an image",
+        ),
+    ],
+)
+def test_spoilt_cifar_files(file: str, content: object, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    write_batches(folder, each=(1, 1))
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    before = files_of(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_dataset("cifar-fs", root=tmp_path)
+    assert files_of(tmp_path) == before
+
+
+def test_spoilt_packed_cifar(tmp_path: Path) -> None:
+    path = tmp_path / "cifar100_100_per_class.npz"
+    arrays = {
+        "images": np.zeros((100, 32, 32, 3), np.uint8),
+        "fine_label": np.arange(100, dtype=np.uint8),
+        "class_names": np.array(class_names()),
+    }
+    np.savez(path, **arrays)
+    assert load_dataset("cifar-fs", root=tmp_path).rows()[0]["images of a class"] == 1
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"is damaged or not an \.npz archive"):
+        load_dataset("cifar-fs", root=tmp_path)
+    for change, message in (
+        ({"class_names": np.array(class_names()[::-1])}, "does not name the 100 classes"),
+        ({"fine_label": np.zeros(100, np.uint8)}, "holds no image of the class 'aquarium_fish'"),
+        ({"fine_label": np.zeros(99, np.uint8)}, "must hold one label from 0 to 99 an image, of which it has 100"),
+        ({"images": np.zeros((100, 3072), np.uint8)}, r"'images' must be uint8 \(any, 32, 32, 3\)"),
+    ):
+        np.savez(path, **(arrays | change))
+        with pytest.raises(DataError, match=message):
+            load_dataset("cifar-fs", root=tmp_path)
+
+
+def test_cifar_is_downloaded_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(root: str, *, train: bool, download: bool) -> None:
+        asked.append((root, train, download))
+        if train:
+            write_batches(Path(root) / "cifar-100-python", each=(1, 1))
+
+    datasets = types.ModuleType("torchvision.datasets")
+    datasets.CIFAR100 = download  # type: ignore[attr-defined]
+    package = types.ModuleType("torchvision")
+    package.datasets = datasets  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+    with pytest.raises(DataError, match=r"CIFAR-100 was not found: root .* holds neither cifar-100-python/ nor"):
+        load_dataset("cifar-fs", root=tmp_path)
+    for _ in range(2):
+        assert load_dataset("cifar-fs", root=tmp_path, download=True).rows()[0]["images of a class"] == 2
+    assert asked == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(DataError, match=r"CIFAR-100 is downloaded through torchvision, which cannot be imported here"):
+        load_dataset("cifar-fs", root=tmp_path / "empty", download=True)
+    assert not (tmp_path / "empty").exists()
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def write_folder(folder: Path, counts: dict[str, int]) -> None:
+    """Pictures of 20 × 10 pixels, a colour a picture: red says which class, green which picture."""
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for image in range(count):
+            colour = np.array([number * 10, image * 10, 50], np.uint8)
+            Image.fromarray(np.broadcast_to(colour, (10, 20, 3))).save(folder / name / f"{image:03d}.PNG")
+
+
+COUNTS = {f"class-{i}": 3 + i % 4 for i in range(10)}
+
+
+def test_folder_of_ragged_classes(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    write_folder(root, COUNTS)
+    (root / "notes.txt").write_text("not a class")
+    (root / "class-0" / "notes.txt").write_text("not a picture")
+    dataset = load_dataset("folder", root=root, cache_dir=tmp_path / "cache", image_size=16)
+    assert isinstance(dataset, ImageDataset)
+    assert dataset.input_shape == (3, 16, 16)
+    names = {split: {dataset.images(split).name(i) for i in range(dataset.images(split).num_classes)}
+             for split in dataset.splits}  # fmt: skip
+    assert {split: len(members) for split, members in names.items()} == {"train": 6, "val": 2, "test": 2}
+    assert set().union(*names.values()) == set(COUNTS)
+    train = dataset.images("train")
+    assert {train.name(i): int(n) for i, n in enumerate(train.drawings)} == {n: COUNTS[n] for n in names["train"]}
+    batch = dataset.sampler("train", ways=6, shots=1, queries=2, meta_batch=3, seed=0).sample(0)
+    colours = (batch.support_x[..., 0, 0] * 255).round().long()  # [3, 6, 3]
+    assert {int(c) // 10 for c in colours[0, :, 0]} == {int(name[-1]) for name in names["train"]}
+    with pytest.raises(ValueError, match=r"shots \+ queries must not exceed the 3 drawings class 'class-\d' has, got"):
+        dataset.sampler("train", ways=2, shots=2, queries=2, meta_batch=1, seed=0)
+    assert "3 to 6" in summary(dataset)
+
+
+def test_folder_split_follows_its_rule(tmp_path: Path) -> None:
+    import hashlib
+
+    write_folder(tmp_path, COUNTS)
+    ranked = sorted(COUNTS, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    found = load_folder(tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0.3, test_fraction=0.1)
+    names = {split: {found.names[i] for i in members} for split, members in found.splits.items()}
+    assert names == {"train": set(ranked[:6]), "val": set(ranked[6:9]), "test": set(ranked[9:])}
+    found = load_folder(tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0, test_fraction=0.5)
+    assert {split: members.size for split, members in found.splits.items()} == {"train": 5, "test": 5}
+    with pytest.raises(
+        DataError, match=r"holds 10 classes, which leaves none for 'test' with val_fraction = 0\.16 and"
+    ):
+        load_folder(tmp_path, test_fraction=0.02)
+    with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
+        load_folder(tmp_path, val_fraction=1.5)
+
+
+def test_folder_with_splits_of_its_own(tmp_path: Path) -> None:
+    for split, counts in {"train": {"a": 2, "b": 3}, "test": {"c": 4}}.items():
+        write_folder(tmp_path / split, counts)
+    found = load_folder(tmp_path, cache_dir=tmp_path / "cache", image_size=8, greyscale=True)
+    assert found.images.shape == (9, 8, 8)
+    assert found.images[1].tolist() == [[round(10 * 0.587 + 50 * 0.114)] * 8] * 8  # luma of (0, 10, 50)
+    assert {split: [found.names[i] for i in m] for split, m in found.splits.items()} == {
+        "train": ["a", "b"],
+        "test": ["c"],
+    }
+    write_folder(tmp_path / "val", {"a": 2})
+    with pytest.raises(DataError, match="class 'a' is in val and in another split"):
+        load_folder(tmp_path, cache_dir=tmp_path / "cache")
+    for picture in (tmp_path / "test" / "c").iterdir():
+        picture.unlink()
+    with pytest.raises(DataError, match="class 'c' has no pictures"):
+        load_folder(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="root must be given: a folder that holds one folder of pictures a class"):
+        load_dataset("folder")
+    with pytest.raises(DataError, match="is not a folder"):
+        load_dataset("folder", root=tmp_path / "nowhere")
+    with pytest.raises(DataError, match="must hold one folder of pictures a class, found none"):
+        load_dataset("folder", root=tmp_path)
+    write_folder(tmp_path / "train", {"a": 1})
+    with pytest.raises(DataError, match="test/ is missing"):
+        load_dataset("folder", root=tmp_path)
+
+
+def test_a_truncated_picture_leaves_nothing_behind(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    write_folder(root, COUNTS)
+    victim = root / "class-3" / "001.jpg"
+    Image.effect_noise((64, 64), 50).save(victim)
+    victim.write_bytes(victim.read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"001\.jpg is damaged or not a picture"):
+        load_dataset("folder", root=root, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
