@@ -81,7 +81,7 @@ class Evaluate:
     """Folder of the data set's files; unset: as in the run."""
 
     from_scratch: int | None = None
-    """Beside it, on the same tasks: the network trained on each task alone, so many steps of Adam from fresh weights."""
+    """Beside it, on the same tasks: the network trained on each task alone, by so many steps of Adam."""
 
     scratch_lr: float = FromScratch.lr
     """Learning rate of these steps."""

@@ -142,7 +142,7 @@ def test_augmentation_changes_images_but_not_which() -> None:
 def test_images_that_cannot_be_changed_so() -> None:
     ink = ClassImages(torch.zeros(3, 4, 8, 8, dtype=torch.uint8))
     options = {"ways": 2, "shots": 1, "queries": 1, "meta_batch": 1, "seed": 0}
-    with pytest.raises(ValueError, match="saturation must be 0 for images without colours, got 0.2"):
+    with pytest.raises(ValueError, match=r"saturation must be 0 for images without colours, got 0\.2"):
         EpisodeSampler(ink, augmentation=Augmentation(saturation=0.2), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="crop_padding must be below the 8 × 8 pixels, got 8"):
         EpisodeSampler(ink, augmentation=Augmentation(crop_padding=8), **options)  # type: ignore[arg-type]

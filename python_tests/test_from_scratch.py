@@ -58,5 +58,5 @@ def test_it_stands_beside_the_result_of_a_run(tmp_path: Path) -> None:
 
 
 def test_its_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match="scratch-lr must be a positive number, got 0.0"):
+    with pytest.raises(ConfigError, match=r"scratch-lr must be a positive number, got 0\.0"):
         FromScratch(steps=1, lr=0.0)

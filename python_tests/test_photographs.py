@@ -1,4 +1,4 @@
-"""mini-ImageNet, CIFAR-FS, FC100 and pictures in folders: every form they are read from, and what is missing or damaged."""
+"""mini-ImageNet, CIFAR-FS, FC100 and folders of pictures: every form they are read from, and what is damaged."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def load_cifar(
     """CIFAR-100 in the splits of "cifar-fs" or "fc100", images uint8 [n, 32, 32, 3].
 
     ``root``: a folder that holds one of the forms above, or the parent of one; by default ``$IMAML_DATA_ROOT``, else
-    the cache. ``download=True`` fetches ``cifar-100-python`` through torchvision into ``root`` where it has none that is
-    complete.
+    the cache. ``download=True`` fetches ``cifar-100-python`` through torchvision into ``root`` where it has none, or an
+    incomplete one.
 
     Raises DataError where nothing is found, or what is found is incomplete, damaged or of the wrong format.
     """
