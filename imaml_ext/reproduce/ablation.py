@@ -1,8 +1,8 @@
-"""What damping, CG steps, λ, curvature and the inner step do to iMAML: 5-way 1-shot at one fixed, small budget.
+"""What each knob does to iMAML: 5-way 1-shot at one fixed, small budget.
 
-Two recipes are varied, one knob at a time: `literal`, the paper's text with the paper's numbers; and `base`, the same
-algorithm with numbers that train. Beside them stand the variant of the paper's public code, and the first-order
-gradient.
+Three recipes are varied, one knob at a time: `literal`, the paper's text with the paper's numbers; `base`, the same
+algorithm with numbers that train; `hessian-free`, the same with the other inner solver. Beside them stand the variant of
+the paper's public code, and the first-order gradient.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ LITERAL: dict[str, Any] = {
     "meta.negative_curvature": "keep",
 }
 BASE = {**LITERAL, "inner.lam": 0.1, "inner.lr": 0.4, "meta.curvature": "gauss_newton"}
+HESSIAN_FREE = {**BASE, "inner.solver": "hessian_free", "inner.steps": 8, "inner.cg_steps": 1}
 # Its operator is (H + 24 I)/12 = (H + λ + δ)/12 with λ = 2, δ = 22; Adam does not see the factor.
 PUBLIC_CODE = {**LITERAL, "inner.proximal": "pullback", "meta.damping": 22.0}
 FIRST_ORDER = {**{name: BASE[name] for name in BASE if name.startswith("inner.")}, "meta.algorithm": "fomaml"}
@@ -67,7 +68,14 @@ _HANDLING = {
     "hessian-skip": {"meta.curvature": "hessian", "meta.negative_curvature": "skip"},
     "gauss-newton": {"meta.curvature": "gauss_newton"},
 }
-RECIPES = {"literal": LITERAL, "base": BASE, "public-code": PUBLIC_CODE, "first-order": FIRST_ORDER}
+_FASTER = {"outer.lr": 0.003}
+RECIPES = {
+    "literal": LITERAL,
+    "base": BASE,
+    "hessian-free": HESSIAN_FREE,
+    "public-code": PUBLIC_CODE,
+    "first-order": FIRST_ORDER,
+}
 STUDIES = (
     Study("literal-damping", "literal: damping δ", "literal", "0", _values("meta.damping", 1, 4, 22, 100)),
     Study(
@@ -89,6 +97,36 @@ STUDIES = (
         {label: knobs for label, knobs in _HANDLING.items() if label != "gauss-newton"},
     ),
     Study("inner", "base: inner step", "base", "gradient", {"pullback": {"inner.proximal": "pullback"}}),
+    Study("inner-steps", "base: inner steps", "base", "16", {str(n): {"inner.steps": n} for n in (1, 2, 4, 8)}),
+    Study("outer-lr", "base: outer learning rate", "base", "0.001", _values("outer.lr", 0.003, 0.01, 0.03)),
+    Study(
+        "outer-schedule",
+        "base at outer rate 0.003: schedule, average",
+        "base",
+        "constant, 0.001",
+        {
+            "cosine": {**_FASTER, "outer.schedule": "cosine"},
+            "cosine-warmup": {**_FASTER, "outer.schedule": "cosine", "outer.warmup_steps": 30},
+            "average": {**_FASTER, "outer.average": 0.98},
+        },
+    ),
+    Study(
+        "hessian-free-outer-lr",
+        "hessian-free: outer learning rate",
+        "hessian-free",
+        "0.001",
+        _values("outer.lr", 0.003, 0.01, 0.03),
+    ),
+    Study(
+        "hessian-free-steps",
+        "hessian-free at outer rate 0.01: Newton × CG steps",
+        "hessian-free",
+        "8×1, 0.001",
+        {
+            f"{newton}x{cg}": {"outer.lr": 0.01, "inner.steps": newton, "inner.cg_steps": cg}
+            for newton, cg in ((4, 1), (16, 1), (5, 2), (2, 5))
+        },
+    ),
 )
 BUDGETS: dict[str, dict[str, Any]] = {
     "small": {"outer.steps": 300, "outer.meta_batch": 8, "outer.lr": 1e-3, "evaluation.tasks": 600},
