@@ -1,7 +1,7 @@
 """What each knob does to iMAML: 5-way 1-shot at one fixed, small budget.
 
-Three recipes are varied, one knob at a time: `literal`, the paper's text with the paper's numbers; `base`, the same
-algorithm with numbers that train; `hessian-free`, the same with the other inner solver. Beside them stand the variant of
+Three recipes are varied, one knob at a time: `literal`, the paper's text with its numbers; `base`, the same algorithm
+with numbers that train; `hessian-free`, the same with the other inner solver. Beside them stand the variant of
 the paper's public code, and the first-order gradient.
 """
 
@@ -106,7 +106,7 @@ STUDIES = (
         "constant, 0.001",
         {
             "cosine": {**_FASTER, "outer.schedule": "cosine"},
-            "cosine-warmup": {**_FASTER, "outer.schedule": "cosine", "outer.warmup_steps": 30},
+            "linear": {**_FASTER, "outer.schedule": "linear"},
             "average": {**_FASTER, "outer.average": 0.98},
         },
     ),
