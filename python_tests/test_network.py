@@ -179,6 +179,16 @@ def test_descent_gives_the_bits_of_its_steps(name: str) -> None:
     assert torch.equal(phi, expected)
 
 
+def test_models_alone_bring_the_ops_with_them() -> None:
+    script = (
+        "import torch; from imaml_ext.data.episodes import TaskData; from imaml_ext.models import MLP, TaskLoss\n"
+        "data = TaskData(torch.rand(1, 3, 2), torch.rand(1, 3, 1)); model = MLP(2, (3,), 1)\n"
+        "TaskLoss(model, 'mse').gradient(model.init(seed=0).unsqueeze(0), data)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_linearisations_at_a_time_keep_apart() -> None:
     model, criterion, params, data = draw("conv4", 2, 5)
     loss, p = TaskLoss(model, criterion, engine="native"), torch.randn_like(params)

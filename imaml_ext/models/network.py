@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+import imaml_ext.ops  # noqa: F401  (registers the ops)
+
 Network = tuple[int, ...]  # the int[] of the ops
 
 NORMS = {"bias": 0, "batch": 1}
