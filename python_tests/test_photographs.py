@@ -471,8 +471,8 @@ def test_folder_of_ragged_classes(tmp_path: Path) -> None:
     dataset = load_dataset("folder", root=root, cache_dir=tmp_path / "cache", image_size=16)
     assert isinstance(dataset, ImageDataset)
     assert dataset.input_shape == (3, 16, 16)
-    names = {split: {dataset.images(split).name(i) for i in range(dataset.images(split).num_classes)}
-             for split in dataset.splits}  # fmt: skip
+    parts = {split: dataset.images(split) for split in dataset.splits}
+    names = {split: {part.name(i) for i in range(part.num_classes)} for split, part in parts.items()}
     assert {split: len(members) for split, members in names.items()} == {"train": 6, "val": 2, "test": 2}
     assert set().union(*names.values()) == set(COUNTS)
     train = dataset.images("train")
