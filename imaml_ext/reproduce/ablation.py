@@ -20,7 +20,7 @@ from imaml_ext.reproduce.cells import (
     cell,
     common_knobs,
     draw_learning_curve,
-    percent_axis,
+    error_axis,
     train_cells,
     write_outcomes,
 )
@@ -210,9 +210,9 @@ def _draw(options: Ablation, found: Mapping[str, Outcome]) -> Figure:
     for index, label in enumerate(RECIPES):
         if f"recipe/{label}" in found:
             style = {"color": f"C{index}", "label": label}
-            draw_learning_curve(right, found[f"recipe/{label}"], "query_accuracy", scale=100, **style)
-    right.set(xlabel="meta-step", ylabel="query accuracy (%), training tasks, running mean")
-    percent_axis(right)
+            draw_learning_curve(right, found[f"recipe/{label}"], "query_accuracy", **style)
+    right.set(xlabel="meta-step", ylabel="query error (%), training tasks, running mean")
+    error_axis(right)
     if right.get_legend_handles_labels()[0]:
         right.legend(frameon=False)
     return figure

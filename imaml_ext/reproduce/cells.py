@@ -180,15 +180,20 @@ def _finished(directory: RunDirectory) -> Mapping[str, Any] | None:
     return None
 
 
-def draw_learning_curve(axis: Axes, outcome: Outcome, metric: str, *, scale: float = 1.0, **style: Any) -> None:
-    """The running mean of a metric over training, from metrics.jsonl."""
+def draw_learning_curve(axis: Axes, outcome: Outcome, metric: str, **style: Any) -> None:
+    """The running mean of a metric over training, from metrics.jsonl; of an accuracy, the error in percent."""
     steps, values = reports.column(read_metrics(outcome.directory.metrics), metric)
     if len(values):
-        axis.plot(steps, scale * reports.running_mean(values, max(1, len(values) // 25)), **style)
+        mean = reports.running_mean(values, max(1, len(values) // 25))
+        axis.plot(steps, 100 * (1 - mean) if metric.endswith("accuracy") else mean, **style)
 
 
-def percent_axis(axis: Axes) -> None:
-    axis.set_ylim(0, 101)
+def error_axis(axis: Axes) -> None:
+    """Errors in percent, where 2 and 1 are as far apart as 20 and 10."""
+    ticks = (0.5, 1, 2, 5, 10, 20, 50)
+    axis.set_yscale("log")
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
 
 

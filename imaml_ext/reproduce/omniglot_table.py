@@ -18,7 +18,7 @@ from imaml_ext.reproduce.cells import (
     cell,
     common_knobs,
     draw_learning_curve,
-    percent_axis,
+    error_axis,
     train_cells,
     write_outcomes,
 )
@@ -154,18 +154,18 @@ def _draw_table(options: OmniglotTable, found: Mapping[str, Outcome]) -> Figure:
 
 
 def _draw_curves(options: OmniglotTable, found: Mapping[str, Outcome]) -> Figure:
-    """Query accuracy on the training tasks, a panel a column."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    figure.suptitle(f"Learning curves on {options.data}, budget {options.budget}: training tasks, running mean")
-    axes = figure.subplots(1, len(COLUMNS), sharey=True)
-    for axis, (column, title) in zip(axes, COLUMNS.items(), strict=True):
+    """Query error on the training tasks, a panel for each column that has runs."""
+    columns = [column for column in COLUMNS if any(f"{column}/{algorithm}" in found for algorithm in ALGORITHMS)]
+    figure = Figure(figsize=(3 + 3.2 * len(columns), 4.2), layout="constrained")
+    figure.suptitle(f"Training tasks of {options.data}, budget {options.budget}, running mean")
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axis, column in zip(axes, columns, strict=True):
         for algorithm in ALGORITHMS:
             if f"{column}/{algorithm}" in found:
                 style = {"color": COLORS[algorithm], "label": LABELS[algorithm]}
-                draw_learning_curve(axis, found[f"{column}/{algorithm}"], "query_accuracy", scale=100, **style)
-        axis.set(title=title, xlabel="meta-step")
-        percent_axis(axis)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8, loc="lower right")
-    axes[0].set_ylabel("query accuracy (%)")
+                draw_learning_curve(axis, found[f"{column}/{algorithm}"], "query_accuracy", **style)
+        axis.set(title=COLUMNS[column], xlabel="meta-step")
+        error_axis(axis)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("query error (%)")
     return figure
