@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from imaml_ext.training.config import (
     DataConfig,
+    DatasetName,
     EvaluationConfig,
     InnerConfig,
     MetaConfig,
@@ -48,14 +49,19 @@ def _omniglot(*, ways: int, shots: int, inner_steps: int) -> TrainConfig:
     )
 
 
-def _photographs(data: DataConfig) -> TrainConfig:
-    """The paper's settings for mini-ImageNet (lambda 0.5, 10 gradient steps, 5 CG steps), for all photographs."""
+def _photographs(name: DatasetName, *, shots: int) -> TrainConfig:
+    """The paper's settings for mini-ImageNet (lambda 0.5, 10 gradient steps, 5 CG steps), for all photographs.
+
+    On 32 × 32 pixels an outer rate of 3e-3 learns faster than 1e-3 from the first meta-steps on, and from random
+    parameters inner steps of 0.1 descend where those of 0.2 and 0.4 first climb.
+    """
+    large = name == "mini-imagenet"
     return TrainConfig(
-        data=data,
+        data=DataConfig(name=name, ways=5, shots=shots, queries=15 if large else 5),
         model=ModelConfig(name="conv4", filters=32, pooling="max"),
         inner=InnerConfig(lam=0.5, steps=10, lr=0.1),
         meta=MetaConfig(cg_steps=5, curvature="gauss_newton"),
-        outer=OuterConfig(steps=20_000, meta_batch=4, lr=1e-3, schedule="cosine"),
+        outer=OuterConfig(steps=20_000 if large else 5000, meta_batch=4, lr=1e-3 if large else 3e-3, schedule="cosine"),
         evaluation=EvaluationConfig(tasks=1000, every=1000),
         run=RunConfig(log_every=50, checkpoint_every=500),
     )
@@ -139,27 +145,27 @@ PRESETS: dict[str, Preset] = {
     # imaml train mini-imagenet-5w1s --data.root FOLDER
     "mini-imagenet-5w1s": Preset(
         summary="mini-ImageNet, 5-way 1-shot.",
-        config=_photographs(DataConfig(name="mini-imagenet", ways=5, shots=1, queries=15)),
+        config=_photographs("mini-imagenet", shots=1),
     ),
     # imaml train mini-imagenet-5w5s --data.root FOLDER
     "mini-imagenet-5w5s": Preset(
         summary="mini-ImageNet, 5-way 5-shot.",
-        config=_photographs(DataConfig(name="mini-imagenet", ways=5, shots=5, queries=15)),
+        config=_photographs("mini-imagenet", shots=5),
     ),
     # imaml train cifar-fs-5w1s --data.root FOLDER
     "cifar-fs-5w1s": Preset(
         summary="CIFAR-FS, 5-way 1-shot.",
-        config=_photographs(DataConfig(name="cifar-fs", ways=5, shots=1, queries=15)),
+        config=_photographs("cifar-fs", shots=1),
     ),
     # imaml train cifar-fs-5w5s --data.root FOLDER
     "cifar-fs-5w5s": Preset(
         summary="CIFAR-FS, 5-way 5-shot.",
-        config=_photographs(DataConfig(name="cifar-fs", ways=5, shots=5, queries=15)),
+        config=_photographs("cifar-fs", shots=5),
     ),
     # imaml train fc100-5w1s --data.root FOLDER
     "fc100-5w1s": Preset(
         summary="FC100, 5-way 1-shot: test classes unlike those of training.",
-        config=_photographs(DataConfig(name="fc100", ways=5, shots=1, queries=15)),
+        config=_photographs("fc100", shots=1),
     ),
     # imaml train sinusoid-5shot
     "sinusoid-5shot": Preset(
