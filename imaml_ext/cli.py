@@ -1,11 +1,14 @@
 """`imaml train | evaluate | export | reproduce | data | doctor`: the command line, made from the configuration classes.
 
+Under torchrun, `imaml train` is one job of several processes, and rank 0 speaks for it.
+
 Exit codes: 0 done; 1 an error that the message on stderr explains; 2 an unknown command, preset or knob; 130 and 143
 stopped by Ctrl-C or SIGTERM, after saving.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -13,7 +16,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +26,8 @@ import tyro
 from imaml_ext.reproduce import EXPERIMENTS, ExperimentOptions
 from imaml_ext.training.config import ConfigError, DatasetName, FromScratch, SourceConfig, TrainConfig
 from imaml_ext.training.presets import PRESETS
+from imaml_ext.training.ranks import Ranks, ReportedElsewhere, joined
+from imaml_ext.training.run_directory import RecordedRun, RunDirectory, RunError, read_config
 
 # torch, matplotlib and the data are imported by the command that needs them: `imaml --help` answers at once.
 
@@ -145,9 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in arguments or os.environ.get("IMAML_DEBUG", "") not in ("", "0")
     try:
-        return _dispatch(arguments)
+        with joined() as ranks:
+            return _dispatch(arguments, ranks)
     except KeyboardInterrupt:
         return 130
+    except ReportedElsewhere as error:
+        return error.code
     except Exception as error:
         code = _exit_code(error)
         if debug or code is None:
@@ -159,16 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that explains itself; None of one that is a defect and needs its traceback."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | RunError):
         return 1
     from imaml_ext import CGError, NativeUnavailableError
     from imaml_ext.data import DataError
-    from imaml_ext.training.run_directory import RunError
     from imaml_ext.training.signals import Interrupted
 
     if isinstance(error, Interrupted):
         return 128 + error.signal
-    return 1 if isinstance(error, DataError | RunError | NativeUnavailableError | CGError) else None
+    return 1 if isinstance(error, DataError | NativeUnavailableError | CGError) else None
 
 
 def _parse(arguments: list[str]) -> _Command:
@@ -200,34 +207,40 @@ def _either(kinds: list[Any]) -> Any:
     return functools.reduce(operator.or_, kinds)
 
 
-def _parse_train(name: str, arguments: list[str]) -> _Command:
-    """`imaml train PRESET …`. A run that is resumed keeps its own settings where the command line gives none."""
-
-    def parse(config: TrainConfig) -> Train:
-        text = PRESETS[name].description
-        return tyro.cli(Train, prog=f"imaml train {name}", description=text, default=Train(config), args=arguments)
-
-    options = parse(PRESETS[name].config)
-    options = dataclasses.replace(options, run_dir=options.run_dir or Path("runs") / name)
-    if options.resume and options.run_dir is not None:
-        from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
-
-        directory = RunDirectory(options.run_dir)
-        if directory.holds_run():
-            recorded = read_config(directory)
-            if recorded.preset != name:
-                raise RunError(f"{options.run_dir} holds a run of the preset {recorded.preset!r}, not of {name!r}")
-            options = dataclasses.replace(parse(recorded.config), run_dir=options.run_dir)
+def _parse_train(name: str, arguments: list[str], config: TrainConfig | None = None) -> _Command:
+    """`imaml train PRESET …`, with `config` in place of the preset's where the command line gives none."""
+    preset = PRESETS[name]
+    options = tyro.cli(
+        Train,
+        prog=f"imaml train {name}",
+        description=preset.description,
+        default=Train(config or preset.config),
+        args=arguments,
+    )
     if options.checkpoint is not None and not options.resume:
         raise ConfigError("--checkpoint says where to continue from: it needs --resume")
-    return _Command(options, name)
+    return _Command(dataclasses.replace(options, run_dir=options.run_dir or Path("runs") / name), name)
 
 
-def _dispatch(arguments: list[str]) -> int:
-    command = _parse(arguments)
+def _recorded(path: Path, preset: str) -> RecordedRun | None:
+    """The run of this preset that is in a directory, None where there is no run yet."""
+    directory = RunDirectory(path)
+    if not directory.holds_run():
+        return None
+    recorded = read_config(directory)
+    if recorded.preset != preset:
+        raise RunError(f"{path} holds a run of the preset {recorded.preset!r}, not of {preset!r}")
+    return recorded
+
+
+def _dispatch(arguments: list[str], ranks: Ranks) -> int:
+    with contextlib.nullcontext() if ranks.first else _unheard():
+        command = ranks.together(_parse, arguments)
     match command.options:
         case Train() as options:
-            return _train(options, command.preset, shlex.join(["imaml", *arguments]))
+            return _train(options, command.preset, arguments, ranks)
+        case _ if ranks.size > 1:
+            raise ranks.once(RunError(f"imaml {arguments[0]} runs in one process: start it without torchrun"))
         case Evaluate() as options:
             return _evaluate(options)
         case Export() as options:
@@ -245,15 +258,33 @@ def _dispatch(arguments: list[str]) -> int:
             return int(doctor() or 0)
 
 
-def _train(options: Train, preset: str, command: str) -> int:
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Where rank 0 says the same."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def _train(options: Train, preset: str, arguments: list[str], ranks: Ranks) -> int:
     from imaml_ext.training.trainer import train
 
+    assert options.run_dir is not None
+    if options.resume:  # a run keeps its own settings where the command line gives none
+        recorded = ranks.on_first(_recorded, options.run_dir, preset)
+        if recorded is not None:
+            command = ranks.together(_parse_train, preset, arguments[2:], recorded.config)
+            assert isinstance(command.options, Train)
+            options = command.options
     assert options.run_dir is not None
     train(
         options.config,
         options.run_dir,
         preset=preset,
-        command=command,
+        command=shlex.join(["imaml", *arguments]),
         resume=options.resume,
         checkpoint=options.checkpoint,
     )

@@ -30,12 +30,14 @@ class MetaGradient:
     """What an outer optimiser needs to know of a batch of tasks; nothing has been read back.
 
     Attributes:
-        gradient: ∂F/∂θ [N].
+        gradient: ∂F/∂θ [N], a mean over the tasks that count.
+        counted: 0-d, how many those are.
         metrics: 0-d tensors that describe the step.
         lam_gradient: ∂F/∂λ in the shape of `LearnableLam.log`; None where λ is not learnt.
     """
 
     gradient: Tensor
+    counted: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     lam_gradient: Tensor | None = None
 

@@ -50,9 +50,8 @@ class FOMAML(InnerProblem):
         inner = self._solve(one_row(theta), episodes.support)
         v, metrics = query_gradient(self.loss, inner.phi, episodes.query)  # [B, N]
         counts = sound(inner, v)
-        return MetaGradient(
-            task_mean(v, counts), {**metrics, **inner.metrics, **count_metrics(counts, counts, v.dtype)}
-        )
+        metrics |= {**inner.metrics, **count_metrics(counts, counts, v.dtype)}
+        return MetaGradient(task_mean(v, counts), counts.sum(), metrics)
 
 
 class Reptile(InnerProblem):
@@ -85,9 +84,8 @@ class Reptile(InnerProblem):
         metrics = query_metrics(self.loss, inner.phi, episodes.query)
         way_back = theta - inner.phi  # [B, N]
         counts = sound(inner, way_back)
-        return MetaGradient(
-            task_mean(way_back, counts), {**metrics, **inner.metrics, **count_metrics(counts, counts, theta.dtype)}
-        )
+        metrics |= {**inner.metrics, **count_metrics(counts, counts, theta.dtype)}
+        return MetaGradient(task_mean(way_back, counts), counts.sum(), metrics)
 
 
 def _fixed(lam: Coefficient) -> Coefficient:

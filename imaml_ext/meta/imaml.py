@@ -127,7 +127,7 @@ class IMAML(InnerProblem):
             "negative_curvature" if self.solver == "cg" else "diverged": solution.broke_down.to(v.dtype).mean(),
             **count_metrics(solution.counts, ~solution.non_finite, v.dtype),
         }
-        return MetaGradient(gradient, metrics, lam_gradient)
+        return MetaGradient(gradient, solution.counts.sum(), metrics, lam_gradient)
 
 
 def _relative(residual_norm: Tensor, v: Tensor) -> Tensor:

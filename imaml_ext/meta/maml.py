@@ -87,4 +87,4 @@ class MAML(InnerProblem):
         counts = sound(inner, by_theta, *by_lam)
         metrics |= {**inner.metrics, **count_metrics(counts, counts, by_theta.dtype)}
         lam_gradient = self._lam_gradient(by_lam[0], counts) if learnt else None
-        return MetaGradient(task_mean(by_theta, counts), metrics, lam_gradient)
+        return MetaGradient(task_mean(by_theta, counts), counts.sum(), metrics, lam_gradient)

@@ -14,7 +14,7 @@ import torch
 import imaml_ext
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Versions and hardware as plain JSON values; nothing that names a machine or a user."""
     stamp: dict[str, Any] = {
         "imaml_ext": imaml_ext.__version__,
@@ -28,6 +28,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
+    if processes > 1:
+        stamp["processes"] = processes
     if device.type == "cuda":
         stamp["gpu"] = torch.cuda.get_device_name(device)
         stamp["cuda"] = torch.version.cuda

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext.data.episodes import shard_slice
 from imaml_ext.inner import GradientDescent
 from imaml_ext.models import Data
 from imaml_ext.training.checkpoint import CheckpointError, load_checkpoint, load_newest
 from imaml_ext.training.config import ConfigError, FromScratch, TrainConfig
 from imaml_ext.training.experiment import Experiment, build
 from imaml_ext.training.progress import ProgressBar
+from imaml_ext.training.ranks import Ranks
 from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
 
 
@@ -58,10 +60,12 @@ def evaluate(
     tasks: int,
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Adapt theta [N] to each task's support set and judge it on the task's query set.
 
-    The tasks are a function of (seed, split) alone: neither evaluation.meta_batch nor the device changes them.
+    The tasks are a function of (seed, split) alone: neither evaluation.meta_batch nor the device changes them. Several
+    ranks take turns at the batches, which leaves the result the same to the bit; `progress` is called on all of them.
 
     Raises:
         ConfigError: the data set has no such split, or its classes do not allow such tasks.
@@ -74,6 +78,7 @@ def evaluate(
         tasks=tasks,
         seed=seed,
         progress=progress,
+        ranks=ranks or Ranks(),
     )
 
 
@@ -99,7 +104,16 @@ def evaluate_from_scratch(
         rows = [experiment.model.init(seed=s, dtype=experiment.dtype, device=experiment.device) for s in seeds]
         return inner.solve(experiment.loss, torch.stack(rows), support, lam=0.0).phi
 
-    return _judge(experiment, train, inner_steps=scratch.steps, split=split, tasks=tasks, seed=seed, progress=progress)
+    return _judge(
+        experiment,
+        train,
+        inner_steps=scratch.steps,
+        split=split,
+        tasks=tasks,
+        seed=seed,
+        progress=progress,
+        ranks=Ranks(),
+    )
 
 
 def _judge(
@@ -111,27 +125,31 @@ def _judge(
     tasks: int,
     seed: int,
     progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> Evaluation:
     """Losses and accuracies on the query sets of phi [B, N] = learn(number of the first task, support sets)."""
     if tasks < 2:
         raise ConfigError(f"tasks must be an integer >= 2, got {tasks}")
     sampler = experiment.sampler(split, tasks=tasks, seed=seed)
     batches = math.ceil(tasks / experiment.config.evaluation.meta_batch)
-    losses: list[Tensor] = []
-    accuracies: list[Tensor] = []
-    done = 0
-    for batch in range(batches):
-        episodes = sampler.sample(0, shard=(batch, batches))  # a slice of the one batch of all tasks
-        phi = learn(done, episodes.support)  # [B, N]
-        with torch.no_grad():
-            outputs = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, …]
-            losses.append(experiment.loss.criterion(outputs, episodes.query_y).double())  # [B]
-        if experiment.classification:
-            accuracies.append((outputs.argmax(-1) == episodes.query_y).double().mean(1))  # [B]
-        done += episodes.num_tasks
-        progress(done)
-    loss, loss_interval = _mean_and_interval(torch.cat(losses))
-    accuracy, accuracy_interval = _mean_and_interval(torch.cat(accuracies)) if accuracies else (None, None)
+    losses = torch.zeros(tasks, dtype=torch.float64, device=experiment.device)
+    accuracies = torch.zeros_like(losses)
+    for turn in range(0, batches, ranks.size):
+        batch = turn + ranks.rank
+        if batch < batches:
+            rows = shard_slice(tasks, (batch, batches))
+            episodes = sampler.sample(0, shard=(batch, batches))  # a slice of the one batch of all tasks
+            phi = learn(rows.start, episodes.support)  # [B, N]
+            with torch.no_grad():
+                outputs = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, …]
+                losses[rows] = experiment.loss.criterion(outputs, episodes.query_y).double()
+            if experiment.classification:
+                accuracies[rows] = (outputs.argmax(-1) == episodes.query_y).double().mean(1)
+        progress(shard_slice(tasks, (min(turn + ranks.size, batches) - 1, batches)).stop)
+    loss, loss_interval = _mean_and_interval(ranks.sum(losses))  # of zeros, but for the tasks of this rank
+    accuracy, accuracy_interval = None, None
+    if experiment.classification:
+        accuracy, accuracy_interval = _mean_and_interval(ranks.sum(accuracies))
     return Evaluation(
         split=split,
         tasks=tasks,

@@ -17,13 +17,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 class ProgressBar:
     """`with ProgressBar("training", total=1000, start=0) as bar: bar.update(20, loss=0.5)`."""
 
-    def __init__(self, title: str, *, total: int, start: int = 0) -> None:
-        self._title, self._total, self._start = title, total, start
+    def __init__(self, title: str, *, total: int, start: int = 0, hidden: bool = False) -> None:
+        self._title, self._total, self._start, self._hidden = title, total, start, hidden
         self._bar: Progress | None = None
         self._last_line = float("-inf")
 
     def __enter__(self) -> ProgressBar:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._hidden:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -49,8 +49,10 @@ class ProgressBar:
             if shown is not None:
                 self._bar.update(self._task, shown=shown)
             self._bar.update(self._task, completed=done)
-        elif shown is not None and (
-            done == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
+        elif (
+            not self._hidden
+            and shown is not None
+            and (done == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES)
         ):
             self._last_line = time.monotonic()
             print(f"{self._title} {done}/{self._total}  {shown}", file=sys.stderr, flush=True)

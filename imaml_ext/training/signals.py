@@ -17,15 +17,16 @@ class Interrupted(RuntimeError):
 
 
 class StopRequest:
-    """In `with StopRequest() as stop`, a first SIGINT or SIGTERM sets `stop.requested`; a second one raises at once."""
+    """In `with StopRequest() as stop`, a first SIGINT or SIGTERM sets `stop.signal`; a second one raises at once.
 
-    def __init__(self) -> None:
+    Not so with `patient`, for a job of several processes: one that leaves at once takes the others with it. There it is
+    the launcher that loses patience.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
         self.signal: int | None = None
+        self._patient = patient
         self._previous: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        return self.signal is not None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
@@ -40,6 +41,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.signal is not None and not self._patient:
             raise Interrupted(number, "stopped at once; the run continues from its last checkpoint with --resume")
         self.signal = number

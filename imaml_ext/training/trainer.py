@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext import __version__
 from imaml_ext.data import Sampler
 from imaml_ext.meta import LearnableLam
 from imaml_ext.training import reports
@@ -20,17 +21,17 @@ from imaml_ext.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
-    save_checkpoint,
 )
 from imaml_ext.training.config import ConfigError, TrainConfig, knobs, to_json
 from imaml_ext.training.environment import environment
-from imaml_ext.training.evaluation import evaluate
-from imaml_ext.training.experiment import Experiment, build
+from imaml_ext.training.evaluation import Evaluation, evaluate
+from imaml_ext.training.experiment import Experiment, build, open_dataset
 from imaml_ext.training.progress import ProgressBar, say
-from imaml_ext.training.run_directory import MetricsLog, RunDirectory, RunError, atomic_write, read_config, to_json_text
+from imaml_ext.training.ranks import Ranks, joined
+from imaml_ext.training.records import Records
+from imaml_ext.training.run_directory import RunDirectory, RunError, atomic_write, read_config, to_json_text
 from imaml_ext.training.schedule import learning_rate, outer_optimizer
 from imaml_ext.training.signals import Interrupted, StopRequest
-from imaml_ext.training.tensorboard import TensorBoard
 from imaml_ext.training.window import Window
 
 
@@ -50,38 +51,80 @@ def train(
     """Run Algorithm 1 as configured, test the result, and leave everything in the run directory `path`.
 
     With `resume` the run that is there continues from its newest checkpoint, or from `checkpoint`; where there is no
-    run yet, it begins. On a CPU, with the same number of threads, the continued run ends with the same bits.
+    run yet, it begins. On a CPU, with the same number of threads and processes, the continued run ends with the same
+    bits.
+
+    Under torchrun every process calls this alike. Each takes its share of the tasks, rank 0 alone needs and writes the
+    run directory, and all return the same.
 
     Returns:
         The content of result.json.
 
     Raises:
         ConfigError, DataError: what was asked for cannot be run; nothing has been written.
-        RunError: the directory holds another run or cannot be written, or a checkpoint is damaged.
+        RunError: the directory holds another run or cannot be written, or a checkpoint is damaged; the processes do not
+            agree on what to run, or one of them has ended.
         Diverged: the meta-gradient or the parameters became non-finite.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        Interrupted: SIGINT or SIGTERM came, to any of the processes; the state is saved.
+        ReportedElsewhere: one of these, which another process raises.
     """
     directory = RunDirectory(path)
-    check_directory(directory, config, resume=resume)
-    experiment = build(config)
-    train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
-    for split in ("val", "test") if config.evaluation.every else ("test",):  # before anything is written
-        experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
+    with joined() as ranks, ExitStack() as run:
+        ranks.on_first(check_directory, directory, config, resume=resume)
+        ranks.first_of_machine(open_dataset, config.data)  # which may download it, or fill the cache
+        experiment, train_tasks = ranks.together(_prepare, config, ranks)
+        ranks.agree(_facts(experiment, preset))
+        stamp = {
+            "preset": preset,
+            "config": to_json(config),
+            "environment": environment(experiment.device, ranks.size),
+        }
+        ranks.on_first(run.enter_context, directory.opened())
+        saved = ranks.on_first(_open, directory, stamp, config, resume=resume, checkpoint=checkpoint)
+        state = ranks.together(_restore, experiment, saved)
+        with StopRequest(patient=ranks.size > 1) as stop, Records(directory) as records:
+            ranks.on_first(records.open, step=state.step, tensorboard=config.run.tensorboard)
+            _outer_loop(experiment, train_tasks, state, directory, records, stop, ranks)
+            tested = _test(experiment, state, stop, ranks)
+            return ranks.on_first(_conclude, experiment, state, directory, *tested, stamp=stamp, command=command)
 
-    with directory.opened():
-        saved = _load(directory, config, checkpoint) if resume else None
-        if not directory.holds_run():
-            stamp = {"preset": preset, "config": to_json(config), "environment": environment(experiment.device)}
-            atomic_write(directory.config, to_json_text(stamp))
-        _drop_checkpoints_after(directory, saved)
-        state = _restore(experiment, saved)
-        with (
-            StopRequest() as stop,
-            closing(MetricsLog(directory.metrics, keep_until_step=state.step)) as log,
-            TensorBoard(directory.tensorboard, enabled=config.run.tensorboard, step=state.step) as events,
-        ):
-            _outer_loop(experiment, train_tasks, state, directory, log, events, stop)
-            return _finish(experiment, state, directory, stop, preset=preset, command=command)
+
+def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
+    """The experiment and its training tasks; all that can be wrong with them is found before anything is written."""
+    if config.outer.meta_batch < ranks.size:
+        raise ConfigError(
+            f"outer.meta-batch must be at least {ranks.size}, a task for every process, got {config.outer.meta_batch}"
+        )
+    ranks.use_device(config.run.device)
+    experiment = build(config)
+    for split in ("val", "test") if config.evaluation.every else ("test",):
+        experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
+    train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
+    return experiment, train_tasks
+
+
+def _facts(experiment: Experiment, preset: str) -> dict[str, object]:
+    """What the processes of a job must have in common; where the data lie is each machine's own affair."""
+    return {
+        "the version of imaml_ext": __version__,
+        "the version of torch": torch.__version__,
+        "the preset": preset,
+        **{name: value for name, value in knobs(experiment.config) if name not in _OF_THE_MACHINE},
+        "the kind of device": experiment.device.type,
+    }
+
+
+def _open(
+    directory: RunDirectory, stamp: dict[str, Any], config: TrainConfig, *, resume: bool, checkpoint: Path | None
+) -> Checkpoint | None:
+    """Begin the run that is in the opened directory, or find the checkpoint to continue it from."""
+    saved = _load(directory, config, checkpoint) if resume else None
+    if not directory.holds_run():
+        atomic_write(directory.config, to_json_text(stamp))
+    _drop_checkpoints_after(directory, saved)
+    if saved is not None:
+        say(f"continuing after step {saved.step}")
+    return saved
 
 
 @dataclass
@@ -107,19 +150,20 @@ def _outer_loop(
     train_tasks: Sampler,
     state: _State,
     directory: RunDirectory,
-    log: MetricsLog,
-    events: TensorBoard,
+    records: Records,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> None:
     config = experiment.config
     outer, every = config.outer, config.evaluation.every
     clock = time.perf_counter()
     steps_timed, seconds_timed = 0, 0.0
-    with ProgressBar("training", total=outer.steps, start=state.step) as bar:
+    with ProgressBar("training", total=outer.steps, start=state.step, hidden=not ranks.first) as bar:
         while state.step < outer.steps:
             # Sample B tasks, a function of (seed, step) alone, and take their meta-gradient (Algorithm 2).
-            episodes = train_tasks.sample(state.step)
+            episodes = train_tasks.sample(state.step, shard=ranks.shard)
             meta = experiment.algorithm.meta_gradient(state.theta, episodes)
+            meta = ranks.mean_over_tasks(meta, tasks=episodes.num_tasks)
 
             # g ← g · min(1, c / ‖g‖);  θ ← θ − η_t · Adam(g)
             norm = torch.linalg.vector_norm(meta.gradient)
@@ -148,34 +192,34 @@ def _outer_loop(
             # From here on the host; the device is waited for only where one of these is due.
             validate = bool(every) and (state.step % every == 0 or state.step == outer.steps)
             report = validate or state.step % config.run.log_every == 0 or state.step == outer.steps
-            stopping = stop.requested
-            save = state.step % config.run.checkpoint_every == 0 or state.step == outer.steps or stopping
+            signal = ranks.greatest(stop.signal or 0)
+            save = state.step % config.run.checkpoint_every == 0 or state.step == outer.steps or bool(signal)
             steps_timed += 1
             if report or save:
-                _check_finite(state, directory)
+                bad_step = state.window.first_nonfinite_step()
+                if bad_step is not None:
+                    raise ranks.once(_diverged(bad_step, directory))
                 now = time.perf_counter()
                 seconds_timed += now - clock
                 state.seconds += now - clock
             if report:
                 row: dict[str, Any] = {"step": state.step, "lr": lr, **state.window.means()}
                 if validate:
-                    row |= _validation(experiment, state)
+                    row |= _validation(experiment, state, ranks)
                 row["tasks_per_second"] = steps_timed * outer.meta_batch / seconds_timed
                 row["seconds"] = state.seconds
-                log.append(row)
-                events.add(row)
+                ranks.on_first(records.add, row)
                 bar.update(state.step, _shown(row))
                 state.window.clear()
                 steps_timed, seconds_timed = 0, 0.0
             else:
                 bar.update(state.step)
             if save:
-                log.sync()
-                _save(experiment, state, directory)
+                ranks.on_first(records.save, _checkpoint(config, state), keep=config.run.keep_checkpoints)
             if report or save:
                 clock = time.perf_counter()
-            if stopping:
-                raise Interrupted(stop.signal, f"stopped after step {state.step}; continue with --resume")
+            if signal:
+                raise ranks.once(Interrupted(signal, f"stopped after step {state.step}; continue with --resume"))
 
 
 def _lam_metrics(lam: LearnableLam) -> dict[str, Tensor]:
@@ -186,10 +230,12 @@ def _lam_metrics(lam: LearnableLam) -> dict[str, Tensor]:
     return {"lam": values.mean(), "lam_min": values.min(), "lam_max": values.max()}
 
 
-def _validation(experiment: Experiment, state: _State) -> dict[str, float | None]:
+def _validation(experiment: Experiment, state: _State, ranks: Ranks) -> dict[str, float | None]:
     """The same validation tasks each time; nothing of the run depends on the outcome."""
     settings = experiment.config.evaluation
-    result = evaluate(experiment, state.evaluated, split="val", tasks=settings.validation_tasks, seed=settings.seed)
+    result = evaluate(
+        experiment, state.evaluated, split="val", tasks=settings.validation_tasks, seed=settings.seed, ranks=ranks
+    )
     if result.accuracy is None:
         return {"val_loss": result.loss, "val_loss_interval": result.loss_interval}
     return {
@@ -199,38 +245,54 @@ def _validation(experiment: Experiment, state: _State) -> dict[str, float | None
     }
 
 
-def _finish(
-    experiment: Experiment, state: _State, directory: RunDirectory, stop: StopRequest, *, preset: str, command: str
-) -> dict[str, Any]:
-    """Test on tasks of classes never seen, and draw the pictures."""
-    config = experiment.config
+def _test(experiment: Experiment, state: _State, stop: StopRequest, ranks: Ranks) -> tuple[Evaluation, float]:
+    """Test on tasks of classes never seen; the result, and the seconds it took."""
+    settings = experiment.config.evaluation
     began = time.perf_counter()
-    with ProgressBar("testing", total=config.evaluation.tasks) as bar:
+    with ProgressBar("testing", total=settings.tasks, hidden=not ranks.first) as bar:
 
         def progress(done: int) -> None:
             bar.update(done)
-            if stop.requested:
-                raise Interrupted(stop.signal, "stopped while testing; the parameters are saved, --resume tests them")
+            signal = ranks.greatest(stop.signal or 0)
+            if signal:
+                message = "stopped while testing; the parameters are saved, --resume tests them"
+                raise ranks.once(Interrupted(signal, message))
 
         tested = evaluate(
             experiment,
             state.evaluated,
             split="test",
-            tasks=config.evaluation.tasks,
-            seed=config.evaluation.seed,
+            tasks=settings.tasks,
+            seed=settings.seed,
             progress=progress,
+            ranks=ranks,
         )
+    return tested, time.perf_counter() - began
+
+
+def _conclude(
+    experiment: Experiment,
+    state: _State,
+    directory: RunDirectory,
+    tested: Evaluation,
+    test_seconds: float,
+    *,
+    stamp: dict[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    """Draw the pictures, write and tell the result."""
     result = {
-        "preset": preset,
+        "preset": stamp["preset"],
         "command": command,
         "steps": state.step,
         "parameters": state.theta.numel(),
         "test": tested.to_json(),
         "train_seconds": state.seconds,
-        "test_seconds": time.perf_counter() - began,
-        "environment": environment(experiment.device),
+        "test_seconds": test_seconds,
+        "environment": stamp["environment"],
     }
-    reports.draw_learning_curve(directory, title=f"{preset or config.data.name}: {tested}")
+    title = stamp["preset"] or experiment.config.data.name
+    reports.draw_learning_curve(directory, title=f"{title}: {tested}")
     reports.draw_episodes(directory, experiment, state.evaluated)
     atomic_write(directory.result, to_json_text(result))
     say(str(tested))
@@ -253,35 +315,27 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     return shown
 
 
-def _check_finite(state: _State, directory: RunDirectory) -> None:
+def _diverged(bad_step: int, directory: RunDirectory) -> Diverged:
     """A meta-gradient that is not finite ends the run before it reaches a file."""
-    bad_step = state.window.first_nonfinite_step()
-    if bad_step is None:
-        return
     kept = list_checkpoints(directory.checkpoints)
     where = f"the newest checkpoint, {kept[-1]}, is from before" if kept else "no checkpoint was due before"
-    raise Diverged(
+    return Diverged(
         f"the meta-gradient or the parameters became non-finite at step {bad_step}; {where}; "
         "a smaller outer.lr or inner.lr, a larger meta.damping or an outer.clip-norm may help"
     )
 
 
-def _save(experiment: Experiment, state: _State, directory: RunDirectory) -> None:
-    config = experiment.config
-    save_checkpoint(
-        directory.checkpoints,
-        Checkpoint(
-            step=state.step,
-            seed=config.run.seed,
-            config=to_json(config),
-            theta=state.theta.detach(),
-            average=state.average,
-            log_lam=None if state.lam is None else state.lam.log.detach(),
-            optimizer=state.optimizer.state_dict(),
-            window=state.window.state(),
-            seconds=state.seconds,
-        ),
-        keep=config.run.keep_checkpoints,
+def _checkpoint(config: TrainConfig, state: _State) -> Checkpoint:
+    return Checkpoint(
+        step=state.step,
+        seed=config.run.seed,
+        config=to_json(config),
+        theta=state.theta.detach(),
+        average=state.average,
+        log_lam=None if state.lam is None else state.lam.log.detach(),
+        optimizer=state.optimizer.state_dict(),
+        window=state.window.state(),
+        seconds=state.seconds,
     )
 
 
@@ -306,7 +360,6 @@ def _restore(experiment: Experiment, saved: Checkpoint | None) -> _State:
     experiment.restore_lam(saved.log_lam)
     optimizer.load_state_dict(saved.optimizer)
     window.load_state(saved.window)
-    say(f"continuing after step {saved.step}")
     return _State(saved.step, theta, optimizer, average, lam, window, saved.seconds)
 
 
@@ -334,6 +387,9 @@ def _drop_checkpoints_after(directory: RunDirectory, saved: Checkpoint | None) -
 # Knobs that a resumed run may set anew: they change where and how it runs, not what comes out.
 _FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation.", "run.")
 _FIXED_OF_RUN = ("run.seed", "run.dtype")
+
+# Knobs in which the processes of a job may differ.
+_OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "run.threads")
 
 
 def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:

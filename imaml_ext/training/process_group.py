@@ -1,0 +1,193 @@
+"""A job of several processes over torch.distributed: gloo between CPUs and between hosts, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from imaml_ext.meta import MetaGradient
+from imaml_ext.training.config import ConfigError
+from imaml_ext.training.ranks import Arguments, Ranks, ReportedElsewhere, Result
+from imaml_ext.training.run_directory import RunError
+from imaml_ext.training.signals import Interrupted
+
+# The longest that one rank waits for another: for data that are rendered or downloaded, for a picture that is drawn.
+PATIENCE = timedelta(minutes=10)
+
+
+class LostRank(RunError):
+    """Another process of the job has ended, or does not answer."""
+
+
+class ProcessGroup(Ranks):
+    """The ranks that torchrun has started; see `Ranks` for what the methods promise."""
+
+    def __init__(self, rank: int, size: int, store: dist.Store) -> None:
+        self.rank = rank
+        self.size = size
+        self._store = store
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls) -> Iterator[ProcessGroup]:
+        """Find the others, and leave them at the end.
+
+        Raises:
+            LostRank: they cannot be reached, or one has ended.
+            ReportedElsewhere: one has ended, and another rank says so.
+        """
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        with _explained():
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        ranks = cls(rank, size, store)
+        try:
+            yield ranks
+        except ReportedElsewhere:
+            raise
+        except BaseException as error:
+            # The first to fail is heard. Those who then find it gone have nothing to add.
+            if not ranks._first_to_report() and isinstance(error, LostRank):
+                raise ReportedElsewhere(str(error)) from error
+            raise
+        finally:
+            dist.destroy_process_group()
+
+    def _first_to_report(self) -> bool:
+        try:
+            return self._store.add(f"imaml_ext/reported/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        except RuntimeError:  # the launcher has gone too
+            return True
+
+    def use_device(self, name: str) -> None:
+        if not torch.cuda.is_available() or not (name == "auto" or name.startswith("cuda")):
+            return
+        if name not in ("auto", "cuda"):
+            raise ConfigError(
+                f"run.device must be 'auto', 'cuda' or 'cpu' in a job of several processes, "
+                f"each of which takes a GPU of its own, got {name!r}"
+            )
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise RunError(
+                f"each process needs a GPU of its own, and this machine has {there}: start no more than that with "
+                "--nproc-per-node, or train with --run.device cpu"
+            )
+        torch.cuda.set_device(local)
+
+    def first_of_machine(
+        self, action: Callable[Arguments, object], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> None:
+        def act() -> None:
+            if int(os.environ["LOCAL_RANK"]) == 0:
+                action(*args, **kwargs)
+
+        self.together(act)
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        everyones: list[Mapping[str, object]] = self._gather(dict(facts))
+        for name, value in everyones[0].items():
+            for rank, others in enumerate(everyones):
+                if others[name] != value:
+                    raise self.once(
+                        RunError(
+                            f"every process must run the same: {name} is {value!r} on rank 0, "
+                            f"{others[name]!r} on rank {rank}"
+                        )
+                    )
+
+    def together(
+        self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        error = None
+        try:
+            result = action(*args, **kwargs)
+        except Exception as caught:
+            error = caught
+        failures = self._gather(None if error is None else str(error))
+        failed = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
+        if failed is None:
+            return result
+        if error is not None and failed == self.rank:
+            raise error
+        raise ReportedElsewhere(failures[failed])
+
+    def on_first(
+        self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        error = None
+        outcome: list[Any] = [None, None]  # the result; what went wrong
+        if self.first:
+            try:
+                outcome[0] = action(*args, **kwargs)
+            except Exception as caught:
+                error = caught
+                outcome[1] = str(error)
+        with _explained():
+            dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise ReportedElsewhere(outcome[1])
+        return outcome[0]
+
+    def once(self, error: Exception) -> Exception:
+        code = 128 + error.signal if isinstance(error, Interrupted) else 1
+        return error if self.first else ReportedElsewhere(str(error), code)
+
+    def greatest(self, number: int) -> int:
+        shared = torch.tensor(number)  # on the CPU, whatever the device: from host to host
+        with _explained():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.clone()
+        with _explained():
+            dist.all_reduce(total)
+        return total
+
+    def mean_over_tasks(self, meta: MetaGradient, *, tasks: int) -> MetaGradient:
+        """Σ_r n_r m_r / Σ_r n_r of the means m_r, in one all-reduce; n_r counts what each is a mean over."""
+        gradients = [meta.gradient] if meta.lam_gradient is None else [meta.gradient, meta.lam_gradient]
+        # Where no task of a rank counts, its mean is 0 / 0, and it has nothing to add.
+        weighted = torch.where(meta.counted > 0, torch.cat(gradients) * meta.counted, 0.0)
+        metrics = torch.stack([value.to(weighted) for value in meta.metrics.values()])
+        numbers = [meta.counted.to(weighted).view(1), weighted.new_full((1,), tasks)]
+        sums = self.sum(torch.cat([weighted, metrics * tasks, *numbers]))
+        weighted, metrics, counted, tasks_of_all = sums.split([len(weighted), len(metrics), 1, 1])
+        gradient, lam_gradient = (weighted / counted).split([len(meta.gradient), len(weighted) - len(meta.gradient)])
+        return replace(
+            meta,
+            gradient=gradient,
+            counted=counted.squeeze(),
+            metrics=dict(zip(meta.metrics, (metrics / tasks_of_all).unbind(), strict=True)),
+            lam_gradient=None if meta.lam_gradient is None else lam_gradient,
+        )
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        everyones: list[Any] = [None] * self.size
+        with _explained():
+            dist.all_gather_object(everyones, value)
+        return everyones
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo, NCCL and the store each have their own words
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LostRank(
+            f"another process of the job has ended, or has not answered for {PATIENCE.seconds // 60} minutes; --resume "
+            f"continues from the newest checkpoint ({reason})"
+        ) from error

@@ -1,0 +1,58 @@
+"""What a run writes while it trains: the lines of its metrics, TensorBoard events, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from types import TracebackType
+from typing import Any
+
+from imaml_ext.training.checkpoint import Checkpoint, save_checkpoint
+from imaml_ext.training.run_directory import MetricsLog, RunDirectory
+from imaml_ext.training.tensorboard import TensorBoard
+
+
+class Records:
+    """Nothing is touched before `open`, which rank 0 alone calls; so are the other methods."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._files = ExitStack()
+
+    def open(self, *, step: int, tensorboard: bool) -> None:
+        """Continue the files behind `step`; what they hold of later steps is dropped.
+
+        Raises:
+            RunError: a file cannot be written, or is damaged.
+        """
+        log = MetricsLog(self._directory.metrics, keep_until_step=step)
+        self._log = self._files.enter_context(closing(log))
+        self._events = self._files.enter_context(
+            TensorBoard(self._directory.tensorboard, enabled=tensorboard, step=step)
+        )
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """A line of metrics.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self._log.append(row)
+        self._events.add(row)
+
+    def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
+        """A checkpoint, behind the lines that a run continued from it would continue.
+
+        Raises:
+            RunError: it cannot be written; the earlier ones are untouched.
+        """
+        self._log.sync()
+        save_checkpoint(self._directory.checkpoints, checkpoint, keep=keep)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, traceback)
