@@ -181,7 +181,7 @@ def _exit_code(error: Exception) -> int | None:
 def _parse(arguments: list[str]) -> _Command:
     """The command line as one of the classes above; tyro ends the process with 2 where it cannot be understood."""
     if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1] in PRESETS:
-        return _parse_train(arguments[1], arguments[2:])
+        return _Command(_parse_train(arguments[1], arguments[2:]), arguments[1])
     if arguments[:1] == ["reproduce"] and len(arguments) > 1 and arguments[1] in EXPERIMENTS:
         kind = EXPERIMENTS[arguments[1]]
         return _Command(tyro.cli(kind, prog=f"imaml reproduce {kind.name}", args=arguments[2:]))
@@ -207,7 +207,7 @@ def _either(kinds: list[Any]) -> Any:
     return functools.reduce(operator.or_, kinds)
 
 
-def _parse_train(name: str, arguments: list[str], config: TrainConfig | None = None) -> _Command:
+def _parse_train(name: str, arguments: list[str], config: TrainConfig | None = None) -> Train:
     """`imaml train PRESET …`, with `config` in place of the preset's where the command line gives none."""
     preset = PRESETS[name]
     options = tyro.cli(
@@ -219,7 +219,7 @@ def _parse_train(name: str, arguments: list[str], config: TrainConfig | None = N
     )
     if options.checkpoint is not None and not options.resume:
         raise ConfigError("--checkpoint says where to continue from: it needs --resume")
-    return _Command(dataclasses.replace(options, run_dir=options.run_dir or Path("runs") / name), name)
+    return dataclasses.replace(options, run_dir=options.run_dir or Path("runs") / name)
 
 
 def _recorded(path: Path, preset: str) -> RecordedRun | None:
@@ -276,10 +276,8 @@ def _train(options: Train, preset: str, arguments: list[str], ranks: Ranks) -> i
     if options.resume:  # a run keeps its own settings where the command line gives none
         recorded = ranks.on_first(_recorded, options.run_dir, preset)
         if recorded is not None:
-            command = ranks.together(_parse_train, preset, arguments[2:], recorded.config)
-            assert isinstance(command.options, Train)
-            options = command.options
-    assert options.run_dir is not None
+            options = ranks.together(_parse_train, preset, arguments[2:], recorded.config)
+            assert options.run_dir is not None
     train(
         options.config,
         options.run_dir,

@@ -137,6 +137,8 @@ def _use(report: _Report, record: dict[str, Any] | None) -> None:
         f"{torch.get_num_threads()} of {os.cpu_count()} processors"
         + (f" (OMP_NUM_THREADS={wanted})" if wanted else ""),
     )
+    backends = _backends()
+    report.line("torchrun", f"over {', '.join(backends)}" if backends else "no", state=_OK if backends else _NOTE)
     if not torch.cuda.is_available():
         why = "torch sees none" if torch.version.cuda else "torch is a build without CUDA"
         advice = (
@@ -157,6 +159,14 @@ def _use(report: _Report, record: dict[str, Any] | None) -> None:
         else:
             state, advice = _OK, ""
         report.line(f"GPU {index}", finding, state=state, advice=advice)
+
+
+def _backends() -> list[str]:
+    """What processes of a job can talk over."""
+    if not torch.distributed.is_available():
+        return []
+    known = {"gloo": torch.distributed.is_gloo_available, "NCCL": torch.distributed.is_nccl_available}
+    return [name for name, available in known.items() if available()]
 
 
 def _packages(report: _Report) -> None:

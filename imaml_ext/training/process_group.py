@@ -47,6 +47,8 @@ class ProcessGroup(Ranks):
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         with _explained():
             store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+            # The launcher's store outlives a restart; the addresses of the processes before must not be found in it.
+            store = dist.PrefixStore(f"imaml_ext/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         ranks = cls(rank, size, store)
         try:
@@ -63,7 +65,7 @@ class ProcessGroup(Ranks):
 
     def _first_to_report(self) -> bool:
         try:
-            return self._store.add(f"imaml_ext/reported/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+            return self._store.add("reported", 1) == 1
         except RuntimeError:  # the launcher has gone too
             return True
 
@@ -185,9 +187,8 @@ class ProcessGroup(Ranks):
 def _explained() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo, NCCL and the store each have their own words
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except RuntimeError as error:  # gloo, NCCL and the store each have their own words, which --debug shows
         raise LostRank(
-            f"another process of the job has ended, or has not answered for {PATIENCE.seconds // 60} minutes; --resume "
-            f"continues from the newest checkpoint ({reason})"
+            f"another process of the job has ended, or has not answered for {PATIENCE.seconds // 60} minutes; "
+            "--resume continues from the newest checkpoint"
         ) from error

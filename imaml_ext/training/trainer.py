@@ -107,7 +107,7 @@ def _facts(experiment: Experiment, preset: str) -> dict[str, object]:
     """What the processes of a job must have in common; where the data lie is each machine's own affair."""
     return {
         "the version of imaml_ext": __version__,
-        "the version of torch": torch.__version__,
+        "the version of torch": str(torch.__version__),
         "the preset": preset,
         **{name: value for name, value in knobs(experiment.config) if name not in _OF_THE_MACHINE},
         "the kind of device": experiment.device.type,
