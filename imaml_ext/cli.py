@@ -272,15 +272,15 @@ def _unheard() -> Iterator[None]:
 def _train(options: Train, preset: str, arguments: list[str], ranks: Ranks) -> int:
     from imaml_ext.training.trainer import train
 
-    assert options.run_dir is not None
+    run_dir = options.run_dir
+    assert run_dir is not None
     if options.resume:  # a run keeps its own settings where the command line gives none
-        recorded = ranks.on_first(_recorded, options.run_dir, preset)
+        recorded = ranks.on_first(_recorded, run_dir, preset)
         if recorded is not None:
             options = ranks.together(_parse_train, preset, arguments[2:], recorded.config)
-            assert options.run_dir is not None
     train(
         options.config,
-        options.run_dir,
+        run_dir,
         preset=preset,
         command=shlex.join(["imaml", *arguments]),
         resume=options.resume,
