@@ -13,7 +13,7 @@ from imaml_ext.training.tensorboard import TensorBoard
 
 
 class Records:
-    """Nothing is touched before `open`, which rank 0 alone calls; so are the other methods."""
+    """For rank 0, which alone calls `open` and what follows it; elsewhere nothing is touched."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
