@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,3 +270,13 @@ def test_published_weights(name):
     expected = weights.card.test
     assert found.tasks == expected["tasks"]
     assert found.accuracy == pytest.approx(expected["accuracy"], abs=0.003)
+
+
+def test_example(monkeypatch, capsys):
+    """Without arguments it tells five letters apart that it draws itself."""
+    path = Path(__file__).parents[1] / "examples" / "own_drawings.py"
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert sum(line.split("-")[0] == line.split()[1] for line in lines) >= 4
