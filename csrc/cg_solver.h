@@ -5,17 +5,57 @@
 // of the result depending on row b of p alone; p is not to be kept or written to: without x0 and preconditioner the
 // first one is b itself. Between two calls of `hvp` everything is one op on the device of `b`; nothing is read back
 // unless check_every asks for it.
+//
+// With rows_per_block the batch is solved in blocks of rows, one after the other and each to its end, so that the
+// vectors of a block stay in the cache: `hvp(p, rows) -> H p` then sees one block. Rows being independent, every one
+// has the bits that it has in the whole batch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <type_traits>
+#include <utility>
 
 namespace imaml_ext {
 
-using RowOperator = std::function<at::Tensor(const at::Tensor&)>;
+// Rows first, …, last − 1 of the batch.
+struct Rows {
+  int64_t first = 0;
+  int64_t last = 0;
+  int64_t count() const { return last - first; }
+};
+
+// p -> H p. A function of p, or of p and the rows of the batch that p has.
+class RowOperator {
+ public:
+  RowOperator() = default;
+  RowOperator(std::nullptr_t) {}
+
+  template <typename F>
+    requires(!std::same_as<std::remove_cvref_t<F>, RowOperator> &&
+             (std::invocable<F&, const at::Tensor&> || std::invocable<F&, const at::Tensor&, Rows>))
+  RowOperator(F function) {
+    if constexpr (std::constructible_from<bool, const F&>) {  // an empty std::function stays empty
+      if (!static_cast<bool>(function)) return;
+    }
+    if constexpr (std::invocable<F&, const at::Tensor&, Rows>) {
+      call_ = std::move(function);
+    } else {
+      call_ = [function = std::move(function)](const at::Tensor& p, Rows) mutable { return function(p); };
+    }
+  }
+
+  explicit operator bool() const { return static_cast<bool>(call_); }
+  at::Tensor operator()(const at::Tensor& p, Rows rows) const { return call_(p, rows); }
+
+ private:
+  std::function<at::Tensor(const at::Tensor&, Rows)> call_;
+};
 
 struct CgOptions {
   at::Tensor shift;              // [1 or B, 1 or N], float32 (float64 beside float64 vectors); undefined: none
@@ -26,6 +66,7 @@ struct CgOptions {
   at::Tensor inverse_diagonal;   // [1 or B, 1 or N], the type of shift: z = inverse_diagonal ∘ r; undefined: none
   RowOperator preconditioner;    // z = M r; empty: none
   int64_t check_every = 0;       // k > 0: look every k iterations whether all rows are done; 0: never look
+  int64_t rows_per_block = 0;    // k > 0: solve k rows at a time; 0: all of them together
 };
 
 struct CgResult {

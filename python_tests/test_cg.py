@@ -11,7 +11,7 @@ import torch
 from systems import DEVICES, DTYPES, dense, multiply, reflected, solve_directly
 from torch import Tensor
 
-from imaml_ext import CGError, CGStatus, cg, reference
+from imaml_ext import CGError, CGResult, CGStatus, cg, reference
 
 C, M, NEG, BAD = (int(status) for status in CGStatus)
 
@@ -408,12 +408,121 @@ def test_a_solve_from_nothing_has_the_bits_of_one_from_zero_and_leaves_b_alone(d
     torch.testing.assert_close(b, before, rtol=0, atol=0, equal_nan=True)
 
 
+def _same_bits(ours: CGResult, other: CGResult) -> None:
+    for name in ("x", "status", "iterations", "residual_norm"):
+        torch.testing.assert_close(getattr(ours, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("preconditioned", ["no", "diagonal", "shared", "callable"])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_of_rows_have_the_bits_of_the_batch(
+    rows: int, preconditioned: str, warm: bool, dtype: torch.dtype, device: str
+) -> None:
+    cols = 533
+    d = 0.1 + torch.rand(rows, cols, dtype=torch.float64)
+    b = torch.randn(rows, cols, dtype=torch.float64)
+    if rows > 5:
+        d[1] = -4.0  # indefinite under every shift below
+        b[2] = 0.0
+        b[3, 5] = math.nan
+        d[4, 7] = math.inf
+        d[5] = 1.0  # done after one step
+    d, b = d.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
+    inverse = 1 / (0.5 + torch.rand(rows, cols, dtype=torch.float64, device=device)).to(dtype)
+    whole, blocks = {
+        "no": (None, None),
+        "diagonal": (inverse, inverse),
+        "shared": (inverse[:1], inverse[:1]),
+        "callable": (lambda r: inverse * r, lambda r, rows: inverse[rows] * r),
+    }[preconditioned]
+    x0 = torch.randn_like(b) if warm else None
+    shifts = [0.5, torch.rand(rows, 1), torch.rand(1, cols), torch.rand(rows, cols)]
+    for shift, check_every, max_iterations in zip(shifts, (0, 1, 0, 3), (6, 40, 1, 0), strict=True):
+        options = {
+            "shift": shift.to(device) if isinstance(shift, Tensor) else shift,
+            "x0": x0,
+            "max_iterations": max_iterations,
+            "rtol": torch.full((rows,), 1e-2, device=device).cumsum(0),
+            "check_every": check_every,
+        }
+        together = cg(lambda p: d * p, b, preconditioner=whole, **options)
+        if rows > 5 and max_iterations >= 6:
+            assert set(together.status.tolist()) >= {C, NEG, BAD}
+        for size in (1, 2, 5, rows, rows + 3):
+            apart = cg(lambda p, rows: d[rows] * p, b, preconditioner=blocks, rows_per_block=size, **options)
+            _same_bits(apart, together)
+
+
+def test_blocks_of_long_rows_have_the_bits_of_the_batch() -> None:
+    """Rows that threads share where a block has fewer than there are threads."""
+    d = 0.1 + torch.rand(5, 20001)
+    b = torch.randn(5, 20001)
+    together = cg(lambda p: d * p, b, max_iterations=8, rtol=0.0)
+    buffer = torch.empty(2, 20001)
+    for size in (1, 2):
+        apart = cg(
+            lambda p, rows: torch.mul(d[rows], p, out=buffer[: len(p)]),
+            b,
+            max_iterations=8,
+            rtol=0.0,
+            rows_per_block=size,
+        )
+        _same_bits(apart, together)
+
+
+def test_every_block_is_solved_before_the_next() -> None:
+    d = torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0]).unsqueeze(1) * torch.linspace(1, 2, 9)
+    d[:3] = 1.0  # done after a step
+    b = torch.randn(7, 9)
+    calls: list[tuple[str, slice]] = []
+
+    def hvp(p: Tensor, rows: slice) -> Tensor:
+        calls.append(("H", rows))
+        assert p.shape == d[rows].shape
+        assert p.is_contiguous()
+        return d[rows] * p
+
+    def preconditioner(r: Tensor, rows: slice) -> Tensor:
+        calls.append(("M", rows))
+        return r / d[rows]
+
+    blocks = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    cg(hvp, b, max_iterations=2, rows_per_block=3)
+    assert calls == [("H", rows) for rows in blocks for _ in range(2)]
+    calls.clear()
+    cg(hvp, b, max_iterations=2, rows_per_block=3, x0=b, preconditioner=preconditioner)
+    assert calls == [(which, rows) for rows in blocks for which in "HMHMH"]
+    calls.clear()
+    cg(hvp, b, max_iterations=4, rows_per_block=3, check_every=1)
+    assert calls == [("H", blocks[0])] + [("H", rows) for rows in blocks[1:] for _ in range(4)]
+
+
+def test_an_exception_in_a_later_block_comes_out_whole() -> None:
+    reason = RuntimeError("rows 4 to 6")
+
+    def hvp(p: Tensor, rows: slice) -> Tensor:
+        if rows.start == 4:
+            raise reason
+        return 2 * p
+
+    with pytest.raises(RuntimeError) as caught:
+        cg(hvp, torch.randn(7, 5), rows_per_block=2)
+    assert caught.value is reason
+    assert torch.equal(cg(hvp, torch.ones(3, 5), rows_per_block=2).x, torch.full((3, 5), 0.5))
+
+
 def test_empty_systems() -> None:
     for shape in ((0, 5), (3, 0), (0, 0)):
-        result = cg(lambda p: p, torch.zeros(shape))
-        assert result.x.shape == shape
-        assert result.status.tolist() == [C] * shape[0]
-        result.raise_if_failed()
+        for result in (
+            cg(lambda p: p, torch.zeros(shape)),
+            cg(lambda p, rows: p, torch.zeros(shape), rows_per_block=2),
+        ):
+            assert result.x.shape == shape
+            assert result.status.tolist() == [C] * shape[0]
+            result.raise_if_failed()
 
 
 def test_odd_but_lawful_callbacks() -> None:
@@ -524,6 +633,19 @@ def same(p: Tensor) -> Tensor:
         ((same, B23, {"max_iterations": -1}), ValueError, "max_iterations must be at least 0, got -1"),
         ((same, B23, {"max_iterations": 2.0}), TypeError, "max_iterations must be an integer, got float"),
         ((same, B23, {"check_every": -1}), ValueError, "check_every must be at least 0, got -1"),
+        ((same, B23, {"rows_per_block": 0}), ValueError, "rows_per_block must be at least 1, got 0"),
+        ((same, B23, {"rows_per_block": 1.0}), TypeError, "rows_per_block must be an integer, got float"),
+        ((same, B23, {"rows_per_block": 1}), TypeError, "takes 1 positional argument but 2 were given"),
+        (
+            (lambda p, rows: B23, B23, {"rows_per_block": 1}),
+            ValueError,
+            r"hvp must have the shape of b\[rows\], \[1, 3\], got \[2, 3\]",
+        ),
+        (
+            (lambda p, rows: p, B23, {"rows_per_block": 1, "preconditioner": lambda r, rows: r[:, :1]}),
+            ValueError,
+            r"preconditioner must have the shape of b\[rows\], \[1, 3\], got \[1, 1\]",
+        ),
         ((same, B23, {"rtol": -1e-3}), ValueError, "rtol must be at least 0, got -0.001"),
         ((same, B23, {"rtol": math.nan}), ValueError, "rtol must be at least 0, got nan"),
         ((same, B23, {"atol": torch.zeros(3)}), ValueError, r"atol must be a number or have shape \[2\], got \[3\]"),

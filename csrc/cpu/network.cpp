@@ -64,6 +64,32 @@ struct LayerDots {
 
 enum class Keep { kNothing, kBars };
 
+// Entries of a matrix of one task at a layer, before and after pooling.
+int64_t full_size(const Layer& layer, int64_t images) { return images * layer.pixels() * layer.width(); }
+int64_t pooled_size(const Layer& layer, int64_t images) { return images * layer.pixels_out * layer.width(); }
+
+// The most that any layer needs of the one, and any layer that pools of the other.
+struct Largest {
+  int64_t full = 0, pooled = 0;
+
+  Largest(const Network& net, int64_t images) {
+    for (const Layer& layer : net.layers) {
+      full = std::max(full, full_size(layer, images));
+      if (layer.pool != Pool::kNone) pooled = std::max(pooled, pooled_size(layer, images));
+    }
+  }
+};
+
+// Room for x̂ (or z), the activations and what leaves a layer, or for their derivatives; what is the same is one.
+template <typename T>
+std::tuple<T*, T*, T*> take_values(const Layer& layer, int64_t images, Arena& arena) {
+  const bool max = layer.pool == Pool::kMax;
+  const bool same = layer.activation == Activation::kIdentity && layer.norm == Norm::kBias && !max;
+  T* const hat = arena.take<T>(full_size(layer, images));
+  T* const act = same ? hat : arena.take<T>(max ? pooled_size(layer, images) : full_size(layer, images));
+  return {hat, act, layer.pool == Pool::kMean ? arena.take<T>(pooled_size(layer, images)) : act};
+}
+
 template <typename T>
 struct Storage {
   T* input = nullptr;  // [S, pixels_in, depth_width] of the first layer
@@ -75,35 +101,27 @@ struct Storage {
   Storage(const Network& net, int64_t images, Keep keep, bool backward, Arena& arena) {
     const Layer& first = net.layers.front();
     input = arena.take<T>(images * first.pixels_in * first.depth_width());
-    int64_t largest = 0, largest_out = 0;
     for (const Layer& layer : net.layers) {
-      const int64_t full = images * layer.pixels() * layer.width();
-      const int64_t out = images * layer.pixels_out * layer.width();
-      const bool max = layer.pool == Pool::kMax;
       LayerValues<T> v{};
-      v.hat = arena.take<T>(full);
-      const bool same = layer.activation == Activation::kIdentity && layer.norm == Norm::kBias && !max;
-      v.act = same ? v.hat : arena.take<T>(max ? out : full);
-      v.out = layer.pool == Pool::kMean ? arena.take<T>(out) : v.act;
-      v.winner = max ? arena.take<uint8_t>(out) : nullptr;
+      std::tie(v.hat, v.act, v.out) = take_values<T>(layer, images, arena);
+      v.winner = layer.pool == Pool::kMax ? arena.take<uint8_t>(pooled_size(layer, images)) : nullptr;
       v.scale = arena.take<T>(layer.width());
       v.gamma = arena.take<T>(layer.width());
       v.beta = arena.take<T>(layer.width());
       values.push_back(v);
-      largest = std::max(largest, full);
-      if (layer.pool != Pool::kNone) largest_out = std::max(largest_out, out);
     }
     probabilities = arena.take<T>(images * net.layers.back().width());
     if (!backward) return;
+    const Largest largest(net, images);
     std::array<T*, 2> turns{};
-    if (keep == Keep::kNothing) turns = {arena.take<T>(largest), arena.take<T>(largest)};
-    T* const pooled = arena.take<T>(largest_out);
+    if (keep == Keep::kNothing) turns = {arena.take<T>(largest.full), arena.take<T>(largest.full)};
+    T* const pooled = arena.take<T>(largest.pooled);
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const Layer& layer = net.layers[l];
-      const int64_t full = images * layer.pixels() * layer.width();
       LayerBars<T> b{};
-      b.z_bar = keep == Keep::kNothing ? turns[l % 2] : arena.take<T>(full);
-      b.y_bar = keep == Keep::kNothing || layer.norm == Norm::kBias ? b.z_bar : arena.take<T>(full);
+      b.z_bar = keep == Keep::kNothing ? turns[l % 2] : arena.take<T>(full_size(layer, images));
+      const bool one = keep == Keep::kNothing || layer.norm == Norm::kBias;
+      b.y_bar = one ? b.z_bar : arena.take<T>(full_size(layer, images));
       b.out_bar = layer.pool == Pool::kNone ? b.z_bar : pooled;
       b.gamma_bar = arena.take<T>(layer.width());
       b.beta_bar = arena.take<T>(layer.width());
@@ -119,27 +137,19 @@ struct DotStorage {
   T* pooled;                // [S, pixels_out, width] of the largest pooled layer
 
   DotStorage(const Network& net, int64_t images, Arena& arena) {
-    int64_t largest = 0, largest_out = 0;
     for (const Layer& layer : net.layers) {
-      const int64_t full = images * layer.pixels() * layer.width();
-      const int64_t out = images * layer.pixels_out * layer.width();
-      const bool max = layer.pool == Pool::kMax;
       LayerDots<T> d{};
-      d.hat_dot = arena.take<T>(full);
-      const bool same = layer.activation == Activation::kIdentity && layer.norm == Norm::kBias && !max;
-      d.act_dot = same ? d.hat_dot : arena.take<T>(max ? out : full);
-      d.out_dot = layer.pool == Pool::kMean ? arena.take<T>(out) : d.act_dot;
+      std::tie(d.hat_dot, d.act_dot, d.out_dot) = take_values<T>(layer, images, arena);
       d.gamma_dot = arena.take<T>(layer.width());
       d.beta_dot = arena.take<T>(layer.width());
       d.pull = arena.take<T>(layer.width());
       d.gamma_bar_dot = arena.take<T>(layer.width());
       d.beta_bar_dot = arena.take<T>(layer.width());
       dots.push_back(d);
-      largest = std::max(largest, full);
-      if (layer.pool != Pool::kNone) largest_out = std::max(largest_out, out);
     }
-    turns = {arena.take<T>(largest), arena.take<T>(largest)};
-    pooled = arena.take<T>(largest_out);
+    const Largest largest(net, images);
+    turns = {arena.take<T>(largest.full), arena.take<T>(largest.full)};
+    pooled = arena.take<T>(largest.pooled);
   }
 };
 
@@ -203,9 +213,7 @@ class Task {
       const LayerValues<T>& v = s.values[l];
       multiply(layer, in, params + layer.weight, v.hat, false);
       pad(params, layer, v.gamma, v.beta);
-      NormArguments<T> n = arguments(layer, v);
-      if (v.act == v.hat) n.act = nullptr;
-      columns(layer, n, kernels_.norm);
+      columns(layer, arguments(layer, v), kernels_.norm);
       if (layer.pool == Pool::kMax) max_pool(layer, v);
       if (layer.pool == Pool::kMean) mean_pool(layer, v.act, v.out);
       in = v.out;
@@ -226,9 +234,7 @@ class Task {
       multiply(layer, in, direction + layer.weight, d.hat_dot, false);
       if (in_dot != nullptr) multiply(layer, in_dot, params + layer.weight, d.hat_dot, true);
       pad(direction, layer, d.gamma_dot, d.beta_dot);
-      NormArguments<T> n = arguments(layer, v, d);
-      if (v.act == v.hat) n.act = nullptr;
-      columns(layer, n, kernels_.norm_tangent);
+      columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
       if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
       if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
       in = v.out;
@@ -259,7 +265,6 @@ class Task {
       T* const bar_dot = t.turns[l % 2];
       if (layer.pool != Pool::kNone) unpool(layer, v, t.pooled, bar_dot);
       NormArguments<T> n = arguments(layer, v, d);
-      if (v.act == v.hat) n.act = nullptr;
       n.z_bar = b.z_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
       n.y_bar_dot = bar_dot;
       n.gamma_bar_dot = d.gamma_bar_dot, n.beta_bar_dot = d.beta_bar_dot;
@@ -286,7 +291,6 @@ class Task {
       const LayerBars<T>& b = bars[l];
       if (layer.pool != Pool::kNone) unpool(layer, v, b.out_bar, b.z_bar);
       NormArguments<T> n = arguments(layer, v);
-      if (v.act == v.hat) n.act = nullptr;
       n.z_bar = b.z_bar, n.y_bar = b.y_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
       columns(layer, n, kernels_.norm_backward);
       unpad(layer, b.gamma_bar, b.beta_bar, gradient);
@@ -300,7 +304,7 @@ class Task {
     n.norm = layer.norm, n.activation = layer.activation;
     n.rows = images_ * layer.pixels(), n.width = layer.width();
     n.gamma = v.gamma, n.beta = v.beta, n.hat = v.hat, n.scale = v.scale;
-    n.act = layer.pool == Pool::kMax ? nullptr : v.act;
+    n.act = layer.pool == Pool::kMax || v.act == v.hat ? nullptr : v.act;
     return n;
   }
   NormArguments<T> arguments(const Layer& layer, const LayerValues<T>& v, const LayerDots<T>& d) const {
@@ -570,8 +574,7 @@ struct Criterion {
   T entries() const { return static_cast<T>(images * channels); }
 };
 
-// --- ops
-// ----------------------------------------------------------------------------------------------------------------
+// --- ops ----------------------------------------------------------------------------------------------------
 
 // The arguments of an op, checked.
 struct Call {

@@ -42,6 +42,20 @@ __device__ __forceinline__ void clear(const CgArguments<T>& a, const RowTeam<3>&
   });
 }
 
+// z, a callable's, M r or r, from column `col` of a row on
+template <typename T, int V>
+__device__ __forceinline__ auto load_z(const CgArguments<T>& a, int64_t row, int64_t col) {
+  using C = typename CgArguments<T>::C;
+  const auto from = load_pack<V>((a.z != nullptr ? a.z : a.r) + row * a.cols + col);
+  Pack<C, V> z;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    z.v[k] = static_cast<C>(from.v[k]);
+    if (a.inverse_diagonal.data != nullptr) z.v[k] = at(a.inverse_diagonal, row, col + k) * z.v[k];
+  }
+  return z;
+}
+
 // x ← x + α p,   then   p ← z + β p   or   p ← x
 template <typename T, int V>
 __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const Desk& desk) {
@@ -69,19 +83,17 @@ __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>
       if (to_solution) store_pack<V>(a.p + start + i, x);
     }
     if (to_direction) {
-      const auto source = load_pack<V>((a.z != nullptr ? a.z : a.r) + start + i);
+      const auto z = load_z<T, V>(a, row, i);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        C z = static_cast<C>(source.v[k]);
-        if (a.inverse_diagonal.data != nullptr) z = at(a.inverse_diagonal, row, i + k) * z;
-        p.v[k] = static_cast<T>(beta == C(0) ? z : z + beta * static_cast<C>(p.v[k]));
+        p.v[k] = static_cast<T>(beta == C(0) ? z.v[k] : z.v[k] + beta * static_cast<C>(p.v[k]));
       }
       store_pack<V>(a.p + start + i, p);
     }
   });
 }
 
-// rᵀz, z a callable's, M r or r; a sum over the team in slot `slot`
+// rᵀz, a sum over the team in slot `slot`
 template <typename T, int V>
 __device__ __forceinline__ double dot_rz(const CgArguments<T>& a, RowTeam<3>& team, int slot) {
   using C = typename CgArguments<T>::C;
@@ -90,13 +102,9 @@ __device__ __forceinline__ double dot_rz(const CgArguments<T>& a, RowTeam<3>& te
   double rz[1] = {0.0};
   for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
     const auto r = load_pack<V>(a.r + start + i);
-    const auto source = load_pack<V>((a.z != nullptr ? a.z : a.r) + start + i);
+    const auto z = load_z<T, V>(a, row, i);
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      C z = static_cast<C>(source.v[k]);
-      if (a.inverse_diagonal.data != nullptr) z = at(a.inverse_diagonal, row, i + k) * z;
-      rz[0] += static_cast<double>(static_cast<C>(r.v[k])) * static_cast<double>(z);
-    }
+    for (int k = 0; k < V; ++k) rz[0] += static_cast<double>(static_cast<C>(r.v[k])) * static_cast<double>(z.v[k]);
   });
   team.sum(slot, rz);
   return team.storage.team_sums[slot][0];

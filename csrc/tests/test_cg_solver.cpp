@@ -1,6 +1,7 @@
 // The solver as a C++ user calls it: a std::function for H p, no Python anywhere.
 #include <ATen/ATen.h>
 
+#include <functional>
 #include <vector>
 
 #include "cg_row.h"
@@ -138,6 +139,32 @@ void calls_exactly_as_often_as_it_says() {
   EXPECT(cg(identity, b, options).status.eq(kMaxIterations).all().item<bool>() && calls == 0);
 }
 
+void blocks_of_rows_have_the_bits_of_the_batch() {
+  auto d = at::rand({7, 300}) + 0.1;
+  const auto b = at::randn({7, 300});
+  d[2].fill_(-3.0);
+  CgOptions options;
+  options.shift = at::rand({7, 1});
+  options.x0 = at::randn_like(b);
+  options.inverse_diagonal = at::rand({1, 300}) + 0.5;
+  const auto together = cg([&](const at::Tensor& p) { return d * p; }, b, options);
+  EXPECT(together.status[2].item<int>() == kNegativeCurvature);
+  for (const int64_t size : {1, 2, 5, 7, 9}) {
+    options.rows_per_block = size;
+    int64_t next = 0;
+    const auto apart = cg(
+        [&](const at::Tensor& p, Rows rows) {
+          EXPECT(rows.first == next || rows.last == next);
+          next = rows.last;
+          return d.narrow(0, rows.first, rows.count()) * p;
+        },
+        b, options);
+    EXPECT(next == 7);
+    EXPECT(apart.x.equal(together.x) && apart.status.equal(together.status));
+    EXPECT(apart.iterations.equal(together.iterations) && apart.residual_norm.equal(together.residual_norm));
+  }
+}
+
 void bad_arguments_are_named() {
   const auto b = at::randn({2, 3});
   const RowOperator identity = [](const at::Tensor& p) { return p; };
@@ -149,6 +176,10 @@ void bad_arguments_are_named() {
   CgOptions options;
   options.max_iterations = -1;
   EXPECT(throws_saying([&] { cg(identity, b, options); }, "max_iterations must be at least 0"));
+  EXPECT(throws_saying([&] { cg(std::function<at::Tensor(const at::Tensor&)>(), b); }, "hvp must be callable"));
+  options = {};
+  options.rows_per_block = -1;
+  EXPECT(throws_saying([&] { cg(identity, b, options); }, "rows_per_block must be at least 0"));
   options = {};
   options.shift = at::zeros({3, 3});
   EXPECT(throws_saying([&] { cg(identity, b, options); }, "shift must have shape"));
@@ -168,5 +199,6 @@ int main() {
                     {"rows_fail_alone", rows_fail_alone},
                     {"begins_with_b_and_leaves_it_alone", begins_with_b_and_leaves_it_alone},
                     {"calls_exactly_as_often_as_it_says", calls_exactly_as_often_as_it_says},
+                    {"blocks_of_rows_have_the_bits_of_the_batch", blocks_of_rows_have_the_bits_of_the_batch},
                     {"bad_arguments_are_named", bad_arguments_are_named}});
 }

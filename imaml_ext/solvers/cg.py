@@ -14,7 +14,8 @@ from imaml_ext.ops import Coefficient, as_coefficient
 
 __all__ = ["CGError", "CGResult", "CGStatus", "cg"]
 
-RowOperator = Callable[[Tensor], Tensor]  # [B, N] -> [B, N], row by row
+# [B, N] -> [B, N], row by row; in a solve by blocks (p [k, N], the slice of its rows) -> [k, N]
+RowOperator = Callable[[Tensor], Tensor] | Callable[[Tensor, slice], Tensor]
 
 
 class CGStatus(IntEnum):
@@ -100,11 +101,11 @@ def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
     return torch.full((1,), float(value), dtype=torch.float64, device=b.device)
 
 
-def _count(value: int, name: str) -> int:
+def _count(value: int, name: str, *, minimum: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
 
 
@@ -137,6 +138,7 @@ def cg(
     atol: float | Tensor = 0.0,
     preconditioner: Tensor | RowOperator | None = None,
     check_every: int = 0,
+    rows_per_block: int | None = None,
 ) -> CGResult:
     """Solves (H_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
 
@@ -164,6 +166,10 @@ def cg(
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N]), or a callable r -> M r.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
             and calls `hvp` exactly max_iterations times (capturable in a CUDA graph).
+        rows_per_block: k ≥ 1 solves k rows at a time, each block to its end before the next begins, so that their
+            vectors stay in the cache where those of B rows would not; every row has the same bits. hvp and a callable
+            preconditioner are then called with two arguments, p [k, N] (fewer rows in the last block) and the `slice`
+            of the batch that these rows are; counts of calls are a block's. None: all rows together.
 
     Returns:
         A `CGResult`. No autograd graph is recorded; for a differentiable solve see `imaml_ext.prox_solve`.
@@ -191,5 +197,6 @@ def cg(
             inverse_diagonal=diagonal,
             preconditioner=preconditioner,
             check_every=_count(check_every, "check_every"),
+            rows_per_block=0 if rows_per_block is None else _count(rows_per_block, "rows_per_block", minimum=1),
         )
     )
