@@ -3,9 +3,8 @@
     python benchmarks/cg.py                      # 32 systems of 112,000 unknowns, 5 iterations, float32
     python benchmarks/cg.py --device cuda --json result.json
 
-Beside the times stands how many words an unknown our solve has to move through memory, the callback's included, and
-how long that takes at the speed of a copy over as much memory as the solve uses: what no formulation that moves them
-can beat.
+Beside the times stands how many words an unknown each of our solves has to move through memory, the callback's
+included, and how long that takes at the speed of a copy: what no formulation that moves them can beat.
 
 The operator is diagonal, so that the callback costs as little as a callback can, and writes into a buffer of its own;
 its time alone is printed too. Peers:
@@ -14,33 +13,38 @@ its time alone is printed too. Peers:
                         written several ways, of which the fastest in the run counts
     linear_operator     linear_cg of the package of that name
 
+Ours and the in-place loops solve the whole batch at once, and a few rows at a time, so that a block's vectors stay in
+the cache; each with the block size of --blocks that was fastest for it in a few rounds beforehand.
+
 Solutions are compared before anything is timed, and the accuracy reached is printed beside the time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from measure import timed
+from measure import Machine, alternate, check_equal, ratio, summary, write_result
 from torch import Tensor
 
 import imaml_ext.reference
-from imaml_ext.training.environment import environment
+
+OURS = "imaml_ext.cg"
+Solve = Callable[[], Tensor]
+Operator = Callable[[Tensor, slice], Tensor]
 
 
 class InPlace:
     """The recurrence in in-place torch ops: every vector and every scalar a buffer made beforehand."""
 
-    def __init__(self, b: Tensor, dot: str) -> None:
-        self.x, self.r, self.p, self.product = (torch.empty_like(b) for _ in range(4))
-        self.rr, self.pAp, self.alpha, self.beta = (b.new_empty(b.shape[0], 1) for _ in range(4))
+    def __init__(self, b: Tensor, dot: str, rows: int) -> None:
+        self.solution = torch.empty_like(b)
+        self.r, self.p, self.product = (torch.empty_like(b[:rows]) for _ in range(3))
+        self.rr, self.pAp, self.alpha, self.beta = (b.new_empty(rows, 1) for _ in range(4))
         self.dot = getattr(self, f"_dot_{dot}")
 
     def _dot_bmm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -50,24 +54,31 @@ class InPlace:
         torch.linalg.vecdot(a, b, out=out.squeeze(1))
 
     def _dot_mul_sum(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        torch.sum(torch.mul(a, b, out=self.product), 1, keepdim=True, out=out)
+        torch.sum(torch.mul(a, b, out=self.product[: len(a)]), 1, keepdim=True, out=out)
 
-    def __call__(self, hvp: Callable[[Tensor], Tensor], b: Tensor, shift: float, iterations: int) -> Tensor:
-        x, r, p, rr, pAp = self.x.zero_(), self.r.copy_(b), self.p.copy_(b), self.rr, self.pAp
+    def __call__(self, hvp: Operator, b: Tensor, shift: float, iterations: int) -> Tensor:
+        for first in range(0, len(b), len(self.r)):
+            rows = slice(first, min(first + len(self.r), len(b)))
+            self._solve(lambda p, rows=rows: hvp(p, rows), b[rows], self.solution[rows], shift, iterations)
+        return self.solution
+
+    def _solve(self, hvp: Callable[[Tensor], Tensor], b: Tensor, x: Tensor, shift: float, iterations: int) -> None:
+        vectors = (self.r, self.p, self.rr, self.pAp, self.alpha, self.beta)
+        r, p, rr, pAp, alpha, beta = (vector[: len(b)] for vector in vectors)
+        x.zero_(), r.copy_(b), p.copy_(b)
         self.dot(r, r, rr)
         for k in range(iterations):
             Ap = hvp(p).add_(p, alpha=shift)
             self.dot(p, Ap, pAp)
-            torch.div(rr, pAp, out=self.alpha)
-            x.addcmul_(self.alpha, p)
-            r.addcmul_(self.alpha, Ap, value=-1)
+            torch.div(rr, pAp, out=alpha)
+            x.addcmul_(alpha, p)
+            r.addcmul_(alpha, Ap, value=-1)
             if k + 1 == iterations:
                 break
-            self.beta.copy_(rr)
+            beta.copy_(rr)
             self.dot(r, r, rr)
-            torch.div(rr, self.beta, out=self.beta)
-            torch.addcmul(r, self.beta, p, out=p)
-        return x
+            torch.div(rr, beta, out=beta)
+            torch.addcmul(r, beta, p, out=p)
 
 
 def linear_operator_peer() -> Callable | None:
@@ -78,10 +89,10 @@ def linear_operator_peer() -> Callable | None:
         print(f"linear_operator is left out: {error} (pip install linear_operator)", file=sys.stderr)
         return None
 
-    def solve(hvp: Callable[[Tensor], Tensor], b: Tensor, shift: float, iterations: int) -> Tensor:
+    def solve(hvp: Operator, b: Tensor, shift: float, iterations: int) -> Tensor:
         def matmul(p: Tensor) -> Tensor:  # [B, N, 1]
             flat = p.squeeze(2)
-            return hvp(flat).add_(flat, alpha=shift).unsqueeze(2)
+            return hvp(flat, slice(None)).add_(flat, alpha=shift).unsqueeze(2)
 
         with settings.max_cg_iterations(iterations), settings.terminate_cg_by_size(False):
             return linear_cg(matmul, b.unsqueeze(2), tolerance=0.0, max_iter=iterations, max_tridiag_iter=0).squeeze(2)
@@ -89,8 +100,14 @@ def linear_operator_peer() -> Callable | None:
     return solve
 
 
-def words_moved(iterations: int) -> int:
-    """Words an unknown that imaml_ext.cg and its callback read or write in memory, rows staying in the cache."""
+def words_moved(iterations: int, *, in_cache: bool) -> int:
+    """Words an unknown that imaml_ext.cg and its callback read or write in memory.
+
+    Args:
+        in_cache: what one block of rows needs stays in the cache; else only a row of it does, from pass to pass.
+    """
+    if in_cache:
+        return 3  # b and d in, x out
     callback = 3  # d and p in, H p out
     if iterations == 1:
         return 1 + callback + 3  # ‖b‖; b and H p in, x out
@@ -100,11 +117,46 @@ def words_moved(iterations: int) -> int:
     return 1 + iterations * callback + first + (iterations - 2) * middle + last
 
 
+def fastest(solves: dict[int, Solve], device: torch.device) -> int:
+    """The block size whose median over a few rounds is lowest."""
+    times = alternate({str(size): solve for size, solve in solves.items()}, rounds=5, device=device)
+    return int(min(times, key=lambda size: statistics.median(times[size])))
+
+
+def contestants(
+    hvp: Operator, b: Tensor, shift: float, iterations: int, blocks: list[int], device: torch.device
+) -> dict[str, Solve]:
+    """Every solver by its name, the blocked ones at their best size."""
+    solvers: dict[str, Solve] = {}
+
+    def ours(size: int | None) -> Tensor:
+        operator = hvp if size else lambda p: hvp(p, slice(None))
+        options = {"shift": shift, "max_iterations": iterations, "rtol": 0.0, "rows_per_block": size}
+        return imaml_ext.cg(operator, b, **options).x
+
+    def add(name: str, whole: Solve, blocked: dict[int, Solve]) -> None:
+        solvers[name] = whole
+        if blocked:
+            size = fastest(blocked, device)
+            solvers[f"{name}, {size} {'row' if size == 1 else 'rows'} at a time"] = blocked[size]
+
+    add(OURS, lambda: ours(None), {size: lambda size=size: ours(size) for size in blocks})
+    for dot in ("bmm", "vecdot", "mul_sum"):
+        loops = {size: InPlace(b, dot, size) for size in [len(b), *blocks]}
+        solves = {size: lambda f=f: f(hvp, b, shift, iterations) for size, f in loops.items()}
+        add(f"in-place PyTorch ({dot})", solves.pop(len(b)), solves)
+    peer = linear_operator_peer()
+    if peer is not None:
+        solvers["linear_operator"] = lambda: peer(hvp, b, shift, iterations)
+    return solvers
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--cols", type=int, default=112_000)
     parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2, 4, 8], help="rows at a time, to choose from")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
@@ -115,94 +167,75 @@ def main() -> int:
     shape = (options.rows, options.cols)
     d = (0.1 + 3 * torch.rand(shape, dtype=torch.float64)).to(device, dtype)
     b = torch.randn(shape, dtype=torch.float64).to(device, dtype)
-    shift = 2.0
+    shift, iterations = 2.0, options.iterations
     buffer = torch.empty_like(b)
 
-    def hvp(p: Tensor) -> Tensor:
-        return torch.mul(d, p, out=buffer)
+    def hvp(p: Tensor, rows: slice) -> Tensor:
+        return torch.mul(d[rows], p, out=buffer[: len(p)])
 
-    solvers: dict[str, Callable[[], Tensor]] = {
-        "imaml_ext.cg": lambda: imaml_ext.cg(hvp, b, shift=shift, max_iterations=options.iterations, rtol=0.0).x
-    }
-    for dot in ("bmm", "vecdot", "mul_sum"):
-        in_place = InPlace(b, dot)
-        solvers[f"in-place PyTorch ({dot})"] = lambda f=in_place: f(hvp, b, shift, options.iterations)
-    peer = linear_operator_peer()
-    if peer is not None:
-        solvers["linear_operator"] = lambda: peer(hvp, b, shift, options.iterations)
+    blocks = [size for size in options.blocks if size < options.rows]
+    solvers = contestants(hvp, b, shift, iterations, blocks, device)
 
     # The same solution first; the exact one says how good it is.
     exact = b.double() / (d.double() + shift)
-    oracle = imaml_ext.reference.cg(lambda p: d.double() * p, b.double(), shift=shift, rtol=0.0)
-    errors = {}
+    oracle = imaml_ext.reference.cg(
+        lambda p: d.double() * p, b.double(), shift=shift, max_iterations=iterations, rtol=0.0
+    )
+    errors, apart = {}, {}
     for name, solve in solvers.items():
         x = solve().double()
         errors[name] = float(((x - exact).norm(dim=1) / exact.norm(dim=1)).max())
-        if options.iterations == 5:
-            apart = float(((x - oracle.x).norm(dim=1) / oracle.x.norm(dim=1)).max())
-            assert apart < 1e-4, f"{name} is {apart:.1e} away from the float64 iterate"
+        apart[name] = float(((x - oracle.x).norm(dim=1) / oracle.x.norm(dim=1)).max())
+    check_equal(apart, 1e-4, "the iterates and that of a float64 calculation")
 
-    # Six vectors are in use: d, b, H p, r, p, x.
-    source, target = b.new_ones(3, *shape), b.new_zeros(3, *shape)
+    machine = Machine(device)
+    alone = {"callback alone": lambda: [hvp(b, slice(None)) for _ in range(iterations)]}
+    copy = {Machine.COPY: machine.calls()[Machine.COPY]}
+    times = alternate({**solvers, **alone, **copy}, rounds=options.rounds, device=device)
+    copy_gbytes = machine.bytes / statistics.median(times.pop(Machine.COPY)) / 1e6
 
-    for solve in solvers.values():  # warm up
-        timed(solve, device)
-    times: dict[str, list[float]] = {name: [] for name in [*solvers, "callback alone", "copy"]}
-    for _ in range(options.rounds):
-        for name, solve in solvers.items():
-            times[name].append(timed(solve, device))
-        times["callback alone"].append(timed(lambda: [hvp(b) for _ in range(options.iterations)], device))
-        times["copy"].append(timed(lambda: target.copy_(source), device))
-
-    copies = times.pop("copy")
-    ours = times["imaml_ext.cg"]
     size = f"{options.rows} systems of {options.cols:,} unknowns"
-    print(f"{size}, {options.iterations} iterations, {options.dtype}, {device}")
-    print(f"{'':28} {'median ms':>10} {'min':>8} {'max':>8}  {'÷ ours':>7}  largest error")
+    print(f"{size}, {iterations} iterations, {options.dtype}, {device}")
+    print(f"{'':40} {'median ms':>10} {'min':>8} {'max':>8}  {'÷ ours':>7}  largest error")
+    best_of_ours = min((name for name in solvers if name.startswith(OURS)), key=lambda name: ratio(times, name, OURS))
     rows = {}
     for name, values in times.items():
-        median = statistics.median(values)
-        ratio = statistics.median(v / o for v, o in zip(values, ours, strict=True))
-        rows[name] = {
-            "median_ms": median,
-            "min_ms": min(values),
-            "max_ms": max(values),
-            "ratio_to_ours": ratio,
+        row = rows[name] = {
+            **summary(values),
+            "ratio_to_ours": ratio(times, name, best_of_ours),
             "largest_relative_error": errors.get(name),
         }
         error = f"{errors[name]:.1e}" if name in errors else ""
-        print(f"{name:28} {median:10.2f} {min(values):8.2f} {max(values):8.2f}  {ratio:7.2f}  {error}")
+        print(
+            f"{name:40} {row['median_ms']:10.2f} {row['min_ms']:8.2f} {row['max_ms']:8.2f}  "
+            f"{row['ratio_to_ours']:7.2f}  {error}"
+        )
     best = min((row["ratio_to_ours"], name) for name, row in rows.items() if name.startswith("in-place"))
-    print(f"the fastest in-place PyTorch takes {best[0]:.2f} times as long ({best[1]})")
-    words = words_moved(options.iterations)
-    bound_ms = words / 6 * statistics.median(copies)  # a copy moves two words for each of three unknowns
-    bandwidth = 6 * b.numel() * b.element_size() / statistics.median(copies) / 1e6
-    share = statistics.median(words / 6 * c / o for c, o in zip(copies, ours, strict=True))
-    print(
-        f"imaml_ext.cg and its callback move {words} words an unknown: {bound_ms:.2f} ms at the speed of a copy, "
-        f"{bandwidth:.1f} GB/s, {100 * share:.0f} % of the time taken"
-    )
-    if "linear_operator" in rows:
-        print(f"linear_operator takes {rows['linear_operator']['ratio_to_ours']:.2f} times as long")
-    if options.json:
-        versions = {}
-        for package in ("linear_operator",):
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                versions[package] = None
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "command": "python benchmarks/cg.py " + " ".join(sys.argv[1:]),
-            "stamp": {**environment(device), **versions},
-            "systems": {"rows": options.rows, "cols": options.cols, "iterations": options.iterations},
-            "dtype": options.dtype,
+    print(f"the fastest in-place PyTorch takes {best[0]:.2f} times as long as {best_of_ours} ({best[1]})")
+    bounds = {}
+    for name in (name for name in solvers if name.startswith(OURS)):
+        words = words_moved(iterations, in_cache=name != OURS)
+        bounds[name] = {
             "words_moved_per_unknown": words,
-            "copy_gb_per_s": bandwidth,
-            "ms_at_copy_speed": bound_ms,
-            "results": rows,
+            "ms_at_copy_speed": round(words * b.numel() * b.element_size() / copy_gbytes / 1e6, 4),
         }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(
+            f"{name} and its callback move {words} words an unknown: {bounds[name]['ms_at_copy_speed']:.2f} ms at the "
+            f"speed of a copy, {copy_gbytes:.1f} GB/s"
+        )
+    if options.json:
+        write_result(
+            options.json,
+            script="cg",
+            device=device,
+            packages=["linear_operator"],
+            systems={"rows": options.rows, "cols": options.cols, "iterations": iterations},
+            dtype=options.dtype,
+            copy_gb_per_s=round(copy_gbytes, 1),
+            best_of_ours=best_of_ours,
+            bounds=bounds,
+            results=rows,
+        )
     return 0
 
 

@@ -169,9 +169,12 @@ def _cg(result: dict[str, Any]) -> str:
             _heading("Conjugate gradients", result),
             f"{s['rows']} systems of {s['cols']:,} unknowns, {s['iterations']} iterations, {result['dtype']}, a "
             "diagonal operator; the error is the largest of a system after these iterations.\n",
-            _table(["", "median ms", "min – max", "÷ imaml_ext.cg", "error"], rows),
-            f"imaml_ext.cg and its callback move {result['words_moved_per_unknown']} words an unknown: "
-            f"{result['ms_at_copy_speed']:.1f} ms at the speed of a copy, {result['copy_gb_per_s']:.1f} GB/s.\n",
+            _table(["", "median ms", "min – max", f"÷ {result['best_of_ours']}", "error"], rows),
+            *(
+                f"{name} and its callback move {bound['words_moved_per_unknown']} words an unknown: "
+                f"{bound['ms_at_copy_speed']:.1f} ms at the speed of a copy, {result['copy_gb_per_s']:.1f} GB/s.\n"
+                for name, bound in result["bounds"].items()
+            ),
         ]
     )
 

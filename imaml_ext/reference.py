@@ -37,7 +37,7 @@ def cg(
     preconditioner: Tensor | RowOperator | None = None,
     check_every: int = 0,
 ) -> CGResult:
-    """`imaml_ext.cg` in plain PyTorch: the same statuses and iteration counts; rows_per_block, which changes none, apart."""
+    """`imaml_ext.cg` in plain PyTorch, all rows together: the same statuses and iteration counts."""
     check_arguments(hvp, b, x0, preconditioner)
     dtype, wide = b.dtype, compute_dtype(b.dtype)
     unit_roundoff, largest = torch.finfo(dtype).eps / 2, torch.finfo(dtype).max

@@ -15,6 +15,7 @@ from torch import Tensor
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import cg  # noqa: E402
 import measure  # noqa: E402
 import meta_step  # noqa: E402
 import peers  # noqa: E402
@@ -70,6 +71,27 @@ def test_scaling_writes_every_axis_and_the_training_shares(monkeypatch, tmp_path
     assert "Training `glyphs-5w1s`" in render._scaling(result)
     render.draw(result, tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").stat().st_size > 1000
+
+
+def test_cg_compares_ours_and_in_place_loops_whole_and_in_blocks(monkeypatch, tmp_path):
+    arguments = ["--rows", "5", "--cols", "60", "--blocks", "2", "--rounds", "2", "--json", str(tmp_path / "r.json")]
+    result = run(monkeypatch, cg, *arguments)
+    rows = result["results"]
+    for name in ("imaml_ext.cg", *(f"in-place PyTorch ({dot})" for dot in ("bmm", "vecdot", "mul_sum"))):
+        assert {name, f"{name}, 2 rows at a time"} <= set(rows)
+    assert rows[result["best_of_ours"]]["ratio_to_ours"] == 1
+    assert {bound["words_moved_per_unknown"] for bound in result["bounds"].values()} == {3, 47}
+    assert "2 rows at a time and its callback move 3 words" in render._cg(result)
+
+
+def test_a_blocked_loop_gives_what_the_whole_one_gives():
+    d, b = torch.rand(5, 30) + 1, torch.randn(5, 30)
+    for dot in ("bmm", "vecdot", "mul_sum"):
+        whole, *blocked = (
+            cg.InPlace(b, dot, size)(lambda p, rows: d[rows] * p, b, 0.5, 3).clone() for size in (5, 1, 2)
+        )
+        for x in blocked:
+            torch.testing.assert_close(x, whole)
 
 
 @pytest.mark.parametrize("proximal", ["pullback", "gradient"])

@@ -104,7 +104,38 @@ class EpisodeIndices:
     query: np.ndarray
 
 
-class EpisodeSampler:
+class TaskSampler:
+    """What the samplers share: their sizes, checked, and the words that the tasks of a meta-step are drawn from.
+
+    Args: as of the samplers. Raises TypeError or ValueError that name the argument.
+    """
+
+    def __init__(
+        self, *, shots: int, queries: int, meta_batch: int, seed: int, stream: str, dtype: torch.dtype
+    ) -> None:
+        self.shots = check_int("shots", shots, minimum=1)
+        self.queries = check_int("queries", queries, minimum=1)
+        self.meta_batch = check_int("meta_batch", meta_batch, minimum=1)
+        self.seed = check_int("seed", seed, minimum=0)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point type, got {dtype}")
+        self.stream = stream
+        self.dtype = dtype
+
+    def _words(self, step: int, shard: tuple[int, int] | None, each: int, *, stream: str) -> np.ndarray:
+        """``each`` random words for every task of meta-step ``step`` (of the slice ``shard``): uint64 [B, each]."""
+        tasks = shard_slice(self.meta_batch, shard)
+        return random_words(
+            seed=self.seed,
+            stream=stream,
+            step=check_int("step", step, minimum=0),
+            first_task=tasks.start,
+            num_tasks=tasks.stop - tasks.start,
+            words_per_task=each,
+        )
+
+
+class EpisodeSampler(TaskSampler):
     """Few-shot classification tasks out of a set of images.
 
     ``sample(step)`` is a function of (seed, stream, step) alone: the same tasks in every process and on every machine.
@@ -138,13 +169,8 @@ class EpisodeSampler:
         dtype: torch.dtype = torch.float32,
         augmentation: Augmentation | None = None,
     ) -> None:
+        super().__init__(shots=shots, queries=queries, meta_batch=meta_batch, seed=seed, stream=stream, dtype=dtype)
         self.ways = check_int("ways", ways, minimum=1)
-        self.shots = check_int("shots", shots, minimum=1)
-        self.queries = check_int("queries", queries, minimum=1)
-        self.meta_batch = check_int("meta_batch", meta_batch, minimum=1)
-        self.seed = check_int("seed", seed, minimum=0)
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type, got {dtype}")
         if self.ways > images.num_classes:
             raise ValueError(f"ways must not exceed the {images.num_classes} classes there are, got {self.ways}")
         smallest = int(images.drawings.argmin())
@@ -157,27 +183,15 @@ class EpisodeSampler:
         if augmentation is not None:
             augmentation.check_images(images.image_shape)
         self.images = images if device is None else images.to(device)
-        self.stream = stream
-        self.dtype = dtype
         self.augmentation = augmentation
 
     def indices(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeIndices:
         """Classes and drawings of meta-step ``step`` (of the slice ``shard = (rank, world_size)`` of its tasks)."""
-        step = check_int("step", step, minimum=0)
-        tasks = shard_slice(self.meta_batch, shard)
-        count = tasks.stop - tasks.start
         each = self.shots + self.queries
-        words = random_words(
-            seed=self.seed,
-            stream=self.stream,
-            step=step,
-            first_task=tasks.start,
-            num_tasks=count,
-            words_per_task=self.ways * (1 + each),
-        )
+        words = self._words(step, shard, self.ways * (1 + each), stream=self.stream)
         classes = choose_distinct(words[:, : self.ways], self.images.num_classes)  # [B, ways]
         drawings = choose_distinct(words[:, self.ways :].reshape(-1, each), self.images.drawings[classes.reshape(-1)])
-        drawings = drawings.reshape(count, self.ways, each)
+        drawings = drawings.reshape(-1, self.ways, each)
         return EpisodeIndices(classes, drawings[..., : self.shots], drawings[..., self.shots :])
 
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
@@ -209,14 +223,8 @@ class EpisodeSampler:
     ) -> tuple[Tensor, Tensor]:
         """Each image has words of its own, apart from those that chose it."""
         (tasks, shown), asked = support_x.shape[:2], query_x.shape[1]
-        words = random_words(
-            seed=self.seed,
-            stream=f"{self.stream}/augmentation",
-            step=step,
-            first_task=shard_slice(self.meta_batch, shard).start,
-            num_tasks=tasks,
-            words_per_task=(shown + asked) * augmentation.WORDS,
-        ).reshape(tasks, shown + asked, augmentation.WORDS)
+        words = self._words(step, shard, (shown + asked) * augmentation.WORDS, stream=f"{self.stream}/augmentation")
+        words = words.reshape(tasks, shown + asked, augmentation.WORDS)
 
         def change(images: Tensor, words: np.ndarray) -> Tensor:
             flat = words.reshape(-1, augmentation.WORDS)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .episodes import EpisodeBatch, TaskData, shard_slice
+from .episodes import EpisodeBatch, TaskData, TaskSampler
 from .rng import check_int, normal, random_words
 
 
-class LinearSampler:
+class LinearSampler(TaskSampler):
     """Linear regression tasks of chosen conditioning; ``sample(step)`` is a function of (seed, stream, step) alone.
 
     Support and query inputs have XᵀX/S = R diag(s) Rᵀ with s spaced logarithmically from 1/condition_number to 1, in as
@@ -55,11 +55,8 @@ class LinearSampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
+        super().__init__(shots=shots, queries=queries, meta_batch=meta_batch, seed=seed, stream=stream, dtype=dtype)
         self.features = check_int("features", features, minimum=1)
-        self.shots = check_int("shots", shots, minimum=1)
-        self.queries = check_int("queries", queries, minimum=1)
-        self.meta_batch = check_int("meta_batch", meta_batch, minimum=1)
-        self.seed = check_int("seed", seed, minimum=0)
         for name, points in (("shots", self.shots), ("queries", self.queries)):
             if points < self.features:
                 raise ValueError(f"{name} must be at least features = {self.features}, got {points}")
@@ -71,14 +68,10 @@ class LinearSampler:
             raise ValueError(f"eigenvalues must not exceed features = {self.features}, got {eigenvalues}")
         if not (np.isfinite(noise) and noise >= 0):
             raise ValueError(f"noise must be a finite number of at least 0, got {noise}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type, got {dtype}")
         self.condition_number = float(condition_number)
         self.eigenvalues = self.features if eigenvalues is None else eigenvalues
         self.noise = float(noise)
-        self.stream = stream
         self.device = torch.device(device) if device is not None else torch.device("cpu")
-        self.dtype = dtype
 
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
         """Episodes with x [B, points, features] and y [B, points, 1]."""
@@ -93,16 +86,17 @@ class LinearSampler:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
 
     def _arrays(self, step: int, shard: tuple[int, int] | None) -> tuple[np.ndarray, ...]:
-        step = check_int("step", step, minimum=0)
-        tasks = shard_slice(self.meta_batch, shard)
-        count, d = tasks.stop - tasks.start, self.features
-        centre = self._normal("centre", step=0, first=0, count=1, shape=(d,))  # [1, d]
-        weights = centre + self._normal("weights", step=step, first=tasks.start, count=count, shape=(d,))
+        d = self.features
+        # The centre is that of the seed, whatever the step and the task.
+        words = random_words(
+            seed=self.seed, stream=self._stream("centre"), step=0, first_task=0, num_tasks=1, words_per_task=d + d % 2
+        )
+        weights = normal(words)[:, :d] + self._normal("weights", step, shard, (d,))  # [B, d]
         sides = []
         for side, points in (("support", self.shots), ("query", self.queries)):
-            gaussian = self._normal(f"{side}/x", step=step, first=tasks.start, count=count, shape=(points, d))
-            turn = self._normal(f"{side}/turn", step=step, first=tasks.start, count=count, shape=(d, d))
-            noise = self._normal(f"{side}/noise", step=step, first=tasks.start, count=count, shape=(points,))
+            gaussian = self._normal(f"{side}/x", step, shard, (points, d))
+            turn = self._normal(f"{side}/turn", step, shard, (d, d))
+            noise = self._normal(f"{side}/noise", step, shard, (points,))
             columns, _ = np.linalg.qr(gaussian)  # [B, points, d], orthonormal columns
             rotation, _ = np.linalg.qr(turn)  # [B, d, d]
             level = np.arange(d) * self.eigenvalues // d  # 0 … eigenvalues − 1
@@ -112,17 +106,14 @@ class LinearSampler:
             sides += [x, y]
         return (*sides, weights)
 
-    def _normal(self, what: str, *, step: int, first: int, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    def _normal(self, what: str, step: int, shard: tuple[int, int] | None, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal numbers of every task of the slice, [B, …]."""
         size = int(np.prod(shape))
-        words = random_words(
-            seed=self.seed,
-            stream=f"linear/{self.stream}/{what}",
-            step=step,
-            first_task=first,
-            num_tasks=count,
-            words_per_task=size + size % 2,
-        )
-        return normal(words)[:, :size].reshape(count, *shape)
+        words = self._words(step, shard, size + size % 2, stream=self._stream(what))
+        return normal(words)[:, :size].reshape(-1, *shape)
+
+    def _stream(self, what: str) -> str:
+        return f"linear/{self.stream}/{what}"
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .episodes import EpisodeBatch, shard_slice
-from .rng import check_int, random_words, uniform
+from .episodes import EpisodeBatch, TaskSampler
+from .rng import uniform
 
 
-class SinusoidSampler:
+class SinusoidSampler(TaskSampler):
     """Tasks y = A sin(x − p) with amplitude A ~ U[0.1, 5], phase p ~ U[0, π] (radians) and inputs x ~ U[−5, 5].
 
     ``sample(step)`` is a function of (seed, stream, step) alone. Support and query inputs are independent draws.
@@ -34,28 +34,12 @@ class SinusoidSampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shots = check_int("shots", shots, minimum=1)
-        self.queries = check_int("queries", queries, minimum=1)
-        self.meta_batch = check_int("meta_batch", meta_batch, minimum=1)
-        self.seed = check_int("seed", seed, minimum=0)
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type, got {dtype}")
-        self.stream = stream
+        super().__init__(shots=shots, queries=queries, meta_batch=meta_batch, seed=seed, stream=stream, dtype=dtype)
         self.device = torch.device(device) if device is not None else torch.device("cpu")
-        self.dtype = dtype
 
     def _uniform(self, step: int, shard: tuple[int, int] | None) -> np.ndarray:
-        step = check_int("step", step, minimum=0)
-        tasks = shard_slice(self.meta_batch, shard)
-        words = random_words(
-            seed=self.seed,
-            stream=f"sinusoid/{self.stream}",
-            step=step,
-            first_task=tasks.start,
-            num_tasks=tasks.stop - tasks.start,
-            words_per_task=2 + self.shots + self.queries,
-        )
-        return uniform(words)
+        each = 2 + self.shots + self.queries
+        return uniform(self._words(step, shard, each, stream=f"sinusoid/{self.stream}"))
 
     def parameters(self, step: int, *, shard: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Amplitude [B] and phase [B] (radians) of the tasks of a meta-step, float64."""

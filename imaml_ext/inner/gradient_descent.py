@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, loss_and_gradient, task_rows
+from imaml_ext.inner.arguments import check_choice, check_int, check_number, loss_and_gradient
+from imaml_ext.inner.problem import measured, proximal_norm, start
 from imaml_ext.inner.solver import InnerResult
 from imaml_ext.models import LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient
@@ -67,8 +68,7 @@ class GradientDescent:
         measure: bool = False,
     ) -> InnerResult:
         """`gradient_descent` with these settings."""
-        settings = {item.name: getattr(self, item.name) for item in fields(self)}
-        return gradient_descent(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure, **settings)
+        return gradient_descent(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure, **vars(self))
 
 
 def gradient_descent(
@@ -112,12 +112,8 @@ def gradient_descent(
     Source: Algorithm 2 of Rajeswaran et al., arXiv 1909.04630, with the proximal problem of its equation 3.
     """
     GradientDescent(steps, lr, optimizer, momentum, nesterov, betas, eps, proximal, tolerance)  # checks them
-    if not isinstance(lam, Tensor):
-        check_number("lam", lam, at_least=0)
-    rows, tasks = task_rows(theta, data, num_tasks)
-    center = rows.detach().contiguous()  # [1 or B, N]
-    phi = center.expand(tasks, -1).clone(memory_format=torch.contiguous_format)  # [B, N]
-    lam = ops.as_coefficient(lam, "lam", phi).detach()  # [1 or B, 1 or N]
+    phi, center, lam = start(theta, data, lam, num_tasks)
+    tasks = len(phi)
     lr = ops.as_coefficient(lr, "lr", phi).detach()
     pull = torch.zeros_like(lam) if proximal == "pullback" else lam  # of the steps
 
@@ -146,13 +142,4 @@ def gradient_descent(
     if proximal == "pullback":  # φ ← φ − η λ (φ − θ)
         ops.prox_sgd_step_(phi, torch.zeros_like(phi), center, lam, lr)
 
-    final_loss = final_norm = None
-    if measure:
-        final_loss, grad = loss_and_gradient(loss, phi, data)
-        final_norm = proximal_norm(grad, phi, center, lam)
-    return InnerResult(phi, losses, taken, final_loss, final_norm)
-
-
-def proximal_norm(grad: Tensor, phi: Tensor, theta: Tensor, lam: Tensor) -> Tensor:
-    """‖∇L(φ) + λ (φ − θ)‖ of every task: [B]."""
-    return torch.linalg.vector_norm(ops.prox_gradient_(grad.clone(), phi, theta, lam), dim=1)
+    return InnerResult(phi, losses, taken, *measured(loss, phi, data, center, lam, measure))

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import (
-    check_choice,
-    check_int,
-    check_number,
-    loss_and_gradient,
-    task_losses,
-    task_rows,
-)
+from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_losses
 from imaml_ext.inner.curvature import CURVATURES, curvature_operator
-from imaml_ext.inner.gradient_descent import proximal_norm
+from imaml_ext.inner.problem import measured, start
 from imaml_ext.inner.solver import InnerResult
 from imaml_ext.models import LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient
@@ -98,8 +91,7 @@ class HessianFree:
         measure: bool = False,
     ) -> NewtonResult:
         """`newton_cg` with these settings."""
-        settings = {item.name: getattr(self, item.name) for item in fields(self)}
-        return newton_cg(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure, **settings)
+        return newton_cg(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure, **vars(self))
 
 
 def newton_cg(
@@ -151,12 +143,8 @@ def newton_cg(
     HessianFree(steps, cg_steps, cg_rtol, curvature, damping, armijo, backtracks, shrink, stop_early)  # checks them
     if curvature == "gauss_newton" and not isinstance(loss, TaskLoss):
         raise TypeError(f"loss must be a TaskLoss with curvature='gauss_newton', got {type(loss).__name__}")
-    if not isinstance(lam, Tensor):
-        check_number("lam", lam, at_least=0)
-    rows, tasks = task_rows(theta, data, num_tasks)
-    center = rows.detach().contiguous()  # [1 or B, N]
-    phi = center.expand(tasks, -1).clone(memory_format=torch.contiguous_format)  # [B, N]
-    lam = ops.as_coefficient(lam, "lam", phi).detach()  # [1 or B, 1 or N]
+    phi, center, lam = start(theta, data, lam, num_tasks)
+    tasks = len(phi)
     looks = phi.device.type == "cpu" if stop_early is None else stop_early
 
     def objective(phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,12 +186,9 @@ def newton_cg(
         phi = _moved(phi, direction, step_sizes[step])
     objectives[steps] = objective(phi)[1] if here is None else here[1]
 
-    final_loss = final_norm = None
-    if measure:
-        final_loss, grad = loss_and_gradient(loss, phi, data)
-        final_norm = proximal_norm(grad, phi, center, lam)
     taken = (step_sizes > 0).sum(0)
-    return NewtonResult(phi, losses, taken, final_loss, final_norm, objectives, step_sizes, negative_curvature)
+    ends = measured(loss, phi, data, center, lam, measure)
+    return NewtonResult(phi, losses, taken, *ends, objectives, step_sizes, negative_curvature)
 
 
 def _line_search(
