@@ -79,7 +79,7 @@ for step in "${steps[@]}"; do
       run every_kernel "$PYTHON" benchmarks/every_kernel.py --device cuda
       run benchmark-cg "$PYTHON" benchmarks/cg.py --device cuda --json "$logs/benchmark-cg.json" ;;
     meta_step)
-      # Every workload, beside all peers that are there. JAX must leave memory to the others.
+      # Every workload, eager and replayed, beside all peers that are there. JAX must leave memory to the others.
       if [ "$gpu" != 1 ]; then skip meta_step "no CUDA device"; continue; fi
       "$PYTHON" -c 'import jax' 2> /dev/null && peers+=(--jax)
       XLA_PYTHON_CLIENT_PREALLOCATE=false run meta_step "$PYTHON" benchmarks/meta_step.py all --hvp --device cuda \

@@ -112,6 +112,10 @@ def makers(options: argparse.Namespace) -> tuple[Makers, dict[str, str]]:
         "grouped conv2d": peers.grouped,
     }
     left_out = {}
+    if torch.device(options.device).type == "cuda":
+        found[f"{OURS}, replayed"] = peers.imaml_ext_replayed
+    else:
+        left_out[f"{OURS}, replayed"] = "a CUDA graph, without a GPU"
     for name, path in (("imaml_dev", options.imaml_dev), ("hypertorch", options.hypertorch)):
         if path is None:
             left_out[name] = f"no --{name.replace('_', '-')} FOLDER"

@@ -12,6 +12,7 @@ losses before and after adaptation are left out, tolerances are 0. Known differe
     hypertorch    the fixed-point map is a gradient step of length 1 on L + ½ (λ + δ) ‖φ − θ‖²; gives (λ + δ) u
     TorchOpt      optimality of the same objective; gives (λ + δ) u. `solve_cg`, where its example has the normal
                   equations, at twice the products.
+    replayed      ours, captured as a CUDA graph
     JAX           the whole step jitted, tasks by vmap, H linearised once
     grouped       all tasks through `conv2d(groups=tasks)`, the gradient's graph built once
 
@@ -149,9 +150,11 @@ def imaml(algorithm: Algorithm, loss: TaskLoss) -> IMAML:
     )
 
 
-def _ours(name: str, problem: Problem, model: TaskModel, theta: Tensor, gradient: Callable) -> Implementation:
+def _ours(
+    name: str, problem: Problem, model: TaskModel, theta: Tensor, gradient: Callable, *, capturable: bool = False
+) -> Implementation:
     algorithm = imaml(problem.algorithm, TaskLoss(model, "cross_entropy"))
-    optimizer = torch.optim.Adam([theta], lr=0.0)
+    optimizer = torch.optim.Adam([theta], lr=0.0, capturable=capturable)
 
     def step() -> Tensor:
         theta.grad = algorithm.meta_gradient(theta, problem.episodes).gradient
@@ -161,7 +164,7 @@ def _ours(name: str, problem: Problem, model: TaskModel, theta: Tensor, gradient
     return Implementation(name, step, gradient)
 
 
-def imaml_ext(problem: Problem) -> Implementation:
+def imaml_ext(problem: Problem, *, capturable: bool = False) -> Implementation:
     linear = problem.network.linear
     model = Conv4(linear.out_features, filters=linear.in_features)
     ours = {name: p.detach() for name, p in problem.network.named_parameters()}
@@ -172,7 +175,26 @@ def imaml_ext(problem: Problem) -> Implementation:
         views = model.layout.views(flat)
         return _flat([_swap_convention(views[name]) for name in ours])
 
-    return _ours("imaml_ext", problem, model, theta, gradient)
+    return _ours("imaml_ext", problem, model, theta, gradient, capturable=capturable)
+
+
+def imaml_ext_replayed(problem: Problem) -> Implementation:
+    """The same step captured once as a CUDA graph, as training does with `run.capture`."""
+    ours = imaml_ext(problem, capturable=True)
+    stream, graph = torch.cuda.Stream(problem.device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(problem.device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            ours.step()
+    torch.cuda.current_stream(problem.device).wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        result = ours.step()
+
+    def step() -> Tensor:
+        graph.replay()
+        return result
+
+    return Implementation("imaml_ext, replayed", step, ours.gradient)
 
 
 def imaml_ext_module(problem: Problem) -> Implementation:

@@ -35,6 +35,7 @@ called:
 |---|---|
 | imaml_ext | `IMAML` with `Conv4` |
 | imaml_ext, nn.Module | `IMAML` with the same network as an `nn.Module`, through `from_module` |
+| imaml_ext, replayed | the first, captured once as a CUDA graph |
 | grouped conv2d | plain PyTorch: every task a group of one convolution, H linearised once |
 | imaml_dev | the code published with the paper, github.com/aravindr93/imaml_dev; a loop over tasks |
 | hypertorch | github.com/prolearner/hypertorch; a loop over tasks |

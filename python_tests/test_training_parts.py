@@ -27,7 +27,14 @@ from imaml_ext.training.run_directory import (
     read_metrics,
     to_json_text,
 )
-from imaml_ext.training.schedule import learning_rate, outer_optimizer
+from imaml_ext.training.schedule import (
+    average_weight,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+    outer_optimizer,
+    set_learning_rate,
+)
 from imaml_ext.training.window import Window
 
 
@@ -54,6 +61,47 @@ def test_outer_optimizer_follows_its_knobs(name: str) -> None:
     decayed = gradient + 0.01 * start
     step = decayed / (decayed.abs() + 1e-3) if name == "adam" else decayed  # Adam's first step, bias-corrected
     torch.testing.assert_close(theta, start - 0.1 * step)
+
+
+def test_the_average_forgets_faster_at_first() -> None:
+    outer = OuterConfig(steps=100, average=0.9)
+    assert [average_weight(outer, step) for step in (0, 1)] == pytest.approx([9 / 11, 9 / 12])
+    assert average_weight(outer, 99) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_an_optimiser_continues_static_or_not_whichever_it_was(before: bool) -> None:
+    """The same numbers, and the same checkpoint, whether learning rates stand in tensors or not."""
+    outer = OuterConfig(lr=0.1, lam_lr=0.3, weight_decay=0.01)
+    gradients = torch.randn(6, 5, dtype=torch.float64)
+
+    def steps(optimizer: torch.optim.Optimizer, theta: torch.Tensor, log_lam: torch.Tensor, numbers: range) -> None:
+        for step in numbers:
+            set_learning_rate(optimizer, outer, 0.1 / (1 + step))
+            theta.grad, log_lam.grad = gradients[step, :4].clone(), gradients[step, 4:].clone()
+            optimizer.step()
+
+    def parameters() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+    whole = parameters()
+    plain = outer_optimizer(outer, *whole)
+    steps(plain, *whole, range(6))
+
+    first = parameters()
+    optimizer = outer_optimizer(outer, *first, static=before)
+    steps(optimizer, *first, range(3))
+    saved = optimizer_state(optimizer)
+    assert [type(group["lr"]) for group in saved["param_groups"]] == [float, float]
+    second = tuple(value.clone() for value in first)
+    after = outer_optimizer(outer, *second, static=not before)
+    load_optimizer_state(after, saved)
+    steps(after, *second, range(3, 6))
+    assert isinstance(after.param_groups[1]["lr"], torch.Tensor) != before
+    for ours, expected in zip(second, whole, strict=True):
+        assert torch.equal(ours, expected)
+    groups = [optimizer_state(each)["param_groups"] for each in (plain, after)]
+    assert groups[0] == groups[1]
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,14 +292,24 @@ class TestRunDirectory:
 def test_window_means_and_state() -> None:
     window = Window(torch.device("cpu"))
     yes, no = torch.tensor(True), torch.tensor(False)
-    window.add({"loss": torch.tensor(1.0)}, step=1, finite=yes)
-    window.add({"loss": torch.tensor(4.0)}, step=2, finite=yes)
+
+    def add(each: Window, loss: float, step: int | torch.Tensor, finite: torch.Tensor) -> None:
+        each.add({"loss": torch.tensor(loss)}, step=step, finite=finite)
+        each.count()
+
+    assert window.means() == {}
+    add(window, 1.0, 1, yes)
+    add(window, 4.0, torch.tensor(2), yes)
+    assert window.means() == {"loss": 2.5}
     other = Window(torch.device("cpu"))
     other.load_state(window.state())
     for each in (window, other):
-        each.add({"loss": torch.tensor(1.0)}, step=3, finite=no)
-        each.add({"loss": torch.tensor(float("nan"))}, step=4, finite=no)
+        add(each, 1.0, torch.tensor(3), no)
+        add(each, math.nan, 4, no)
         assert each.first_nonfinite_step() == 3
+        buffers = [value.data_ptr() for value in each.buffers()]
         each.clear()
-        each.add({"loss": torch.tensor(7.0)}, step=5, finite=yes)
+        assert each.means() == {}
+        add(each, 7.0, 5, yes)
         assert each.means() == {"loss": 7.0}
+        assert [value.data_ptr() for value in each.buffers()] == buffers

@@ -146,9 +146,23 @@ class ClassImages:
                 where = np.nonzero(turns == turn)[0]
                 turned = torch.rot90(flat.index_select(0, self._index(rows[where])), int(turn), (1, 2))
                 picked.index_copy_(0, self._index(where), turned)
-        picked = picked.permute(0, 3, 1, 2) if picked.dim() == 4 else picked.unsqueeze(1)  # [rows, C, H, W]
-        images = torch.empty(picked.shape, dtype=dtype, device=self.device).copy_(picked)
-        return images.div_(255).view(*shape, *self.image_shape)
+        return unit_range(picked, dtype).view(*shape, *self.image_shape)
+
+    def table(self) -> tuple[Tensor, np.ndarray]:
+        """Every drawing in every orientation, and where the drawings of each class begin in it.
+
+        Returns uint8 [rotations · all drawings, H, W(, C)], which is `images` itself without rotations, and int64
+        [classes].
+        """
+        flat = self.images.flatten(0, self._leading - 1)
+        turned = [torch.rot90(flat, turns, (1, 2)) for turns in range(self.rotations)]
+        return torch.cat(turned) if self.rotations > 1 else flat, self.quarter_turns * len(flat) + self._first_row
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(rows)).to(self.device, non_blocking=True)
+
+
+def unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [rows, H, W] or [rows, H, W, C] as ``dtype`` [rows, C, H, W], values in [0, 1]."""
+    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
+    return torch.empty(images.shape, dtype=dtype, device=images.device).copy_(images).div_(255)

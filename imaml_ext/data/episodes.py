@@ -95,6 +95,11 @@ def shard_slice(num_tasks: int, shard: tuple[int, int] | None) -> slice:
     return slice(rank * num_tasks // world_size, (rank + 1) * num_tasks // world_size)
 
 
+def class_labels(tasks: int, ways: int, each: int, device: torch.device) -> Tensor:
+    """int64 [tasks, ways · each]: example i of a task has label ⌊i / each⌋."""
+    return torch.arange(ways, device=device).repeat_interleave(each, output_size=ways * each).repeat(tasks, 1)
+
+
 @dataclass(frozen=True)
 class EpisodeIndices:
     """Which images make a batch. classes [B, ways]; support [B, ways, shots] and query [B, ways, queries]: drawings."""
@@ -204,19 +209,16 @@ class EpisodeSampler(TaskSampler):
         support_x, query_x = self._images(chosen.classes, chosen.support), self._images(chosen.classes, chosen.query)
         if self.augmentation is not None:
             support_x, query_x = self._augment(self.augmentation, support_x, query_x, step, shard)
-        return EpisodeBatch(support_x, self._labels(chosen.support), query_x, self._labels(chosen.query))
+        labels = [
+            class_labels(len(support_x), self.ways, each, self.images.device) for each in (self.shots, self.queries)
+        ]
+        return EpisodeBatch(support_x, labels[0], query_x, labels[1])
 
     def _images(self, classes: np.ndarray, drawings: np.ndarray) -> Tensor:
         """classes [B, ways], drawings [B, ways, each] -> [B, ways · each, C, H, W]."""
         tasks, ways, each = drawings.shape
         drawings = drawings.reshape(tasks, ways * each)
         return self.images.gather(np.repeat(classes, each, axis=1), drawings, dtype=self.dtype)
-
-    def _labels(self, drawings: np.ndarray) -> Tensor:
-        """drawings [B, ways, each] -> [B, ways · each]."""
-        tasks, ways, each = drawings.shape
-        labels = torch.arange(ways, device=self.images.device).repeat_interleave(each, output_size=ways * each)
-        return labels.repeat(tasks, 1)
 
     def _augment(
         self, augmentation: Augmentation, support_x: Tensor, query_x: Tensor, step: int, shard: tuple[int, int] | None

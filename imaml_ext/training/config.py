@@ -427,6 +427,9 @@ class RunConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of parameters and images."""
 
+    capture: bool = False
+    """Capture the meta-step as a CUDA graph, and replay it; on a GPU only."""
+
     threads: int | None = None
     """CPU threads; unset: torch's own choice. Bit-identical results need the same number."""
 
@@ -488,6 +491,20 @@ class TrainConfig:
                 "meta.solver-lr",
                 f"given for the solver 'fixed_point' {without}",
                 self.meta.solver_lr,
+            )
+
+        if self.run.capture:
+            _check(
+                self.outer.optimizer == "adam",
+                "outer.optimizer",
+                "'adam' with run.capture, whose learning rate can stay on the device",
+                self.outer.optimizer,
+            )
+            _check(
+                self.meta.negative_curvature != "raise",
+                "meta.negative-curvature",
+                "'keep', 'gradient' or 'skip' with run.capture, which cannot wait for the device",
+                self.meta.negative_curvature,
             )
 
     @property

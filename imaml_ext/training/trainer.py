@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from imaml_ext import __version__
 from imaml_ext.data import Sampler
-from imaml_ext.meta import LearnableLam
 from imaml_ext.training import reports
+from imaml_ext.training.captured import CapturedStep
 from imaml_ext.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,11 +24,12 @@ from imaml_ext.training.config import ConfigError, TrainConfig, knobs, to_json
 from imaml_ext.training.environment import environment
 from imaml_ext.training.evaluation import Evaluation, evaluate
 from imaml_ext.training.experiment import Experiment, build, open_dataset
+from imaml_ext.training.meta_step import EagerStep, MetaStep, State
 from imaml_ext.training.progress import ProgressBar, say
 from imaml_ext.training.ranks import Ranks, joined
 from imaml_ext.training.records import Records
 from imaml_ext.training.run_directory import RunDirectory, RunError, atomic_write, read_config, to_json_text
-from imaml_ext.training.schedule import learning_rate, outer_optimizer
+from imaml_ext.training.schedule import learning_rate, load_optimizer_state, optimizer_state, outer_optimizer
 from imaml_ext.training.signals import Interrupted, StopRequest
 from imaml_ext.training.window import Window
 
@@ -84,7 +83,8 @@ def train(
         state = ranks.together(_restore, experiment, saved)
         with StopRequest(patient=ranks.size > 1) as stop, Records(directory) as records:
             ranks.on_first(records.open, step=state.step, tensorboard=config.run.tensorboard)
-            _outer_loop(experiment, train_tasks, state, directory, records, stop, ranks)
+            take_step = ranks.together(_meta_step, experiment, train_tasks, state, ranks)
+            _outer_loop(experiment, take_step, state, directory, records, stop, ranks)
             tested = _test(experiment, state, stop, ranks)
             return ranks.on_first(_conclude, experiment, state, directory, *tested, stamp=stamp, command=command)
 
@@ -97,6 +97,11 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
         )
     ranks.use_device(config.run.device)
     experiment = build(config)
+    if config.run.capture:
+        if ranks.size > 1:
+            raise ConfigError(f"run.capture must be left out with several processes, got {ranks.size}")
+        if experiment.device.type != "cuda":
+            raise ConfigError(f"run.device must be a CUDA device with run.capture, got {config.run.device!r}")
     train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
     for split in ("val", "test") if config.evaluation.every else ("test",):
         experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
@@ -127,28 +132,16 @@ def _open(
     return saved
 
 
-@dataclass
-class _State:
-    """What changes from step to step; a checkpoint holds all of it."""
-
-    step: int  # finished meta-steps
-    theta: Tensor  # [N]
-    optimizer: torch.optim.Optimizer
-    average: Tensor | None  # [N]
-    lam: LearnableLam | None  # the one of the experiment's algorithms
-    window: Window
-    seconds: float  # training time, validation and checkpoints left out
-
-    @property
-    def evaluated(self) -> Tensor:
-        """The parameters to be judged: theta, or its average where one is kept."""
-        return self.theta if self.average is None else self.average
+def _meta_step(experiment: Experiment, tasks: Sampler, state: State, ranks: Ranks) -> MetaStep:
+    if experiment.config.run.capture:
+        return CapturedStep(experiment, tasks, state)
+    return EagerStep(experiment, tasks, state, ranks)
 
 
 def _outer_loop(
     experiment: Experiment,
-    train_tasks: Sampler,
-    state: _State,
+    take_step: MetaStep,
+    state: State,
     directory: RunDirectory,
     records: Records,
     stop: StopRequest,
@@ -160,34 +153,8 @@ def _outer_loop(
     steps_timed, seconds_timed = 0, 0.0
     with ProgressBar("training", total=outer.steps, start=state.step, hidden=not ranks.first) as bar:
         while state.step < outer.steps:
-            # Sample B tasks, a function of (seed, step) alone, and take their meta-gradient (Algorithm 2).
-            episodes = train_tasks.sample(state.step, shard=ranks.shard)
-            meta = experiment.algorithm.meta_gradient(state.theta, episodes)
-            meta = ranks.mean_over_tasks(meta, tasks=episodes.num_tasks)
-
-            # g ← g · min(1, c / ‖g‖);  θ ← θ − η_t · Adam(g)
-            norm = torch.linalg.vector_norm(meta.gradient)
             lr = learning_rate(outer, state.step)
-            gradient = (
-                meta.gradient if outer.clip_norm is None else meta.gradient * (outer.clip_norm / norm).clamp(max=1)
-            )
-            state.optimizer.param_groups[0]["lr"] = lr
-            state.theta.grad = gradient
-            if state.lam is not None:  # log λ ← log λ − η_t · Adam(λ ∂F/∂λ), the schedule of θ at its own rate
-                assert meta.lam_gradient is not None
-                state.optimizer.param_groups[1]["lr"] = lr * (outer.lam_lr / outer.lr)
-                state.lam.log.grad = state.lam.log_gradient(meta.lam_gradient)
-            state.optimizer.step()
-            state.step += 1
-            if state.average is not None:  # θ̄ ← d θ̄ + (1 − d) θ, with a smaller d over the first steps
-                decay = min(outer.average, (1 + state.step) / (10 + state.step))
-                state.average.lerp_(state.theta, 1 - decay)
-            metrics = {**meta.metrics, "gradient_norm": norm}
-            finite = norm.isfinite() & state.theta.isfinite().all()
-            if state.lam is not None:
-                metrics |= _lam_metrics(state.lam)
-                finite = finite & state.lam.log.isfinite().all()
-            state.window.add(metrics, step=state.step, finite=finite)
+            take_step()
 
             # From here on the host; the device is waited for only where one of these is due.
             validate = bool(every) and (state.step % every == 0 or state.step == outer.steps)
@@ -222,15 +189,7 @@ def _outer_loop(
                 raise ranks.once(Interrupted(signal, f"stopped after step {state.step}; continue with --resume"))
 
 
-def _lam_metrics(lam: LearnableLam) -> dict[str, Tensor]:
-    """λ, or the spread of the λs."""
-    values = lam.values
-    if len(values) == 1:
-        return {"lam": values[0]}
-    return {"lam": values.mean(), "lam_min": values.min(), "lam_max": values.max()}
-
-
-def _validation(experiment: Experiment, state: _State, ranks: Ranks) -> dict[str, float | None]:
+def _validation(experiment: Experiment, state: State, ranks: Ranks) -> dict[str, float | None]:
     """The same validation tasks each time; nothing of the run depends on the outcome."""
     settings = experiment.config.evaluation
     result = evaluate(
@@ -245,7 +204,7 @@ def _validation(experiment: Experiment, state: _State, ranks: Ranks) -> dict[str
     }
 
 
-def _test(experiment: Experiment, state: _State, stop: StopRequest, ranks: Ranks) -> tuple[Evaluation, float]:
+def _test(experiment: Experiment, state: State, stop: StopRequest, ranks: Ranks) -> tuple[Evaluation, float]:
     """Test on tasks of classes never seen; the result, and the seconds it took."""
     settings = experiment.config.evaluation
     began = time.perf_counter()
@@ -272,7 +231,7 @@ def _test(experiment: Experiment, state: _State, stop: StopRequest, ranks: Ranks
 
 def _conclude(
     experiment: Experiment,
-    state: _State,
+    state: State,
     directory: RunDirectory,
     tested: Evaluation,
     test_seconds: float,
@@ -325,7 +284,7 @@ def _diverged(bad_step: int, directory: RunDirectory) -> Diverged:
     )
 
 
-def _checkpoint(config: TrainConfig, state: _State) -> Checkpoint:
+def _checkpoint(config: TrainConfig, state: State) -> Checkpoint:
     return Checkpoint(
         step=state.step,
         seed=config.run.seed,
@@ -333,22 +292,23 @@ def _checkpoint(config: TrainConfig, state: _State) -> Checkpoint:
         theta=state.theta.detach(),
         average=state.average,
         log_lam=None if state.lam is None else state.lam.log.detach(),
-        optimizer=state.optimizer.state_dict(),
+        optimizer=optimizer_state(state.optimizer),
         window=state.window.state(),
         seconds=state.seconds,
     )
 
 
-def _restore(experiment: Experiment, saved: Checkpoint | None) -> _State:
+def _restore(experiment: Experiment, saved: Checkpoint | None) -> State:
     """The state at step 0, or that of a checkpoint."""
     outer = experiment.config.outer
     theta = experiment.initial_theta()  # [N]
     average = theta.clone() if outer.average else None
     lam = experiment.lam
-    optimizer = outer_optimizer(outer, theta, None if lam is None else lam.log)
+    log_lam = None if lam is None else lam.log
+    optimizer = outer_optimizer(outer, theta, log_lam, static=experiment.config.run.capture)
     window = Window(experiment.device)
     if saved is None:
-        return _State(0, theta, optimizer, average, lam, window, 0.0)
+        return State(0, theta, optimizer, average, lam, window, 0.0)
     if saved.theta.shape != theta.shape or saved.theta.dtype != theta.dtype:
         raise CheckpointError(
             f"the checkpoint of step {saved.step} holds {saved.theta.numel()} parameters of {saved.theta.dtype}, "
@@ -358,9 +318,9 @@ def _restore(experiment: Experiment, saved: Checkpoint | None) -> _State:
     if average is not None and saved.average is not None:
         average.copy_(saved.average)
     experiment.restore_lam(saved.log_lam)
-    optimizer.load_state_dict(saved.optimizer)
+    load_optimizer_state(optimizer, saved.optimizer)
     window.load_state(saved.window)
-    return _State(saved.step, theta, optimizer, average, lam, window, saved.seconds)
+    return State(saved.step, theta, optimizer, average, lam, window, saved.seconds)
 
 
 def _load(directory: RunDirectory, config: TrainConfig, path: Path | None) -> Checkpoint | None:

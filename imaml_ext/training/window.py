@@ -19,18 +19,28 @@ class Window:
         self._steps = 0
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # 0: none so far
 
-    def add(self, metrics: Mapping[str, Tensor], *, step: int, finite: Tensor) -> None:
-        """Add a step's metrics (0-d tensors); remember the first step at which `finite` was false."""
+    def add(self, metrics: Mapping[str, Tensor], *, step: int | Tensor, finite: Tensor) -> None:
+        """Add a step's metrics (0-d tensors); remember the first step at which `finite` was false.
+
+        On the device alone and in place, so that a CUDA graph can replay it; `count` then counts the step.
+        """
         for name, value in metrics.items():
-            value = value.detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((), dtype=torch.float64, device=self._device)
+            self._sums[name].add_(value.detach())
         first = (self._nonfinite == 0) & ~finite
-        self._nonfinite.masked_fill_(first, step)
+        self._nonfinite.copy_(torch.where(first, step, self._nonfinite))
+
+    def count(self) -> None:
         self._steps += 1
+
+    def buffers(self) -> list[Tensor]:
+        """What `add` changes in place."""
+        return [*self._sums.values(), self._nonfinite]
 
     def means(self) -> dict[str, float]:
         """Waits for the device."""
-        if not self._sums:
+        if not self._steps:
             return {}
         means = (torch.stack(list(self._sums.values())) / self._steps).tolist()
         return dict(zip(self._sums, means, strict=True))
@@ -40,12 +50,14 @@ class Window:
         return int(self._nonfinite.item()) or None
 
     def clear(self) -> None:
-        self._sums.clear()
+        for value in self._sums.values():
+            value.zero_()
         self._steps = 0
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint between two lines of the log."""
-        return {_COUNT: torch.tensor(self._steps), **{f"sum {name}": value for name, value in self._sums.items()}}
+        sums = self._sums if self._steps else {}
+        return {_COUNT: torch.tensor(self._steps), **{f"sum {name}": value for name, value in sums.items()}}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._steps = int(state[_COUNT])
