@@ -51,7 +51,7 @@ class RowOperator {
   }
 
   explicit operator bool() const { return static_cast<bool>(call_); }
-  at::Tensor operator()(const at::Tensor& p, Rows rows) const { return call_(p, rows); }
+  at::Tensor operator()(const at::Tensor& p, Rows rows = {}) const { return call_(p, rows); }
 
  private:
   std::function<at::Tensor(const at::Tensor&, Rows)> call_;
