@@ -14,8 +14,8 @@ from imaml_ext.ops import Coefficient, as_coefficient
 
 __all__ = ["CGError", "CGResult", "CGStatus", "cg"]
 
-# [B, N] -> [B, N], row by row; in a solve by blocks (p [k, N], the slice of its rows) -> [k, N]
-RowOperator = Callable[[Tensor], Tensor] | Callable[[Tensor, slice], Tensor]
+RowOperator = Callable[[Tensor], Tensor]  # [B, N] -> [B, N], row by row
+BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
 
 class CGStatus(IntEnum):
@@ -110,7 +110,10 @@ def _count(value: int, name: str, *, minimum: int = 0) -> int:
 
 
 def check_arguments(
-    hvp: RowOperator, b: Tensor, x0: Tensor | None, preconditioner: Tensor | RowOperator | None
+    hvp: RowOperator | BlockOperator,
+    b: Tensor,
+    x0: Tensor | None,
+    preconditioner: Tensor | RowOperator | BlockOperator | None,
 ) -> None:
     """What `cg` and its oracle demand of their arguments beyond what the ops check."""
     if not callable(hvp):
@@ -128,7 +131,7 @@ def check_arguments(
 
 
 def cg(
-    hvp: RowOperator,
+    hvp: RowOperator | BlockOperator,
     b: Tensor,
     *,
     shift: Coefficient = 0.0,
@@ -136,7 +139,7 @@ def cg(
     max_iterations: int = 5,
     rtol: float | Tensor = 1e-5,
     atol: float | Tensor = 0.0,
-    preconditioner: Tensor | RowOperator | None = None,
+    preconditioner: Tensor | RowOperator | BlockOperator | None = None,
     check_every: int = 0,
     rows_per_block: int | None = None,
 ) -> CGResult:

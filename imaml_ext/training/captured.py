@@ -37,8 +37,9 @@ class StaticTasks(Protocol):
 
 def static_tasks(tasks: Sampler) -> StaticTasks:
     """The same tasks as `tasks.sample(step)` gives, to the bit."""
-    plain = isinstance(tasks, EpisodeSampler) and tasks.augmentation is None
-    return _ImageTasks(tasks) if plain else _DrawnTasks(tasks)
+    if isinstance(tasks, EpisodeSampler) and tasks.augmentation is None:
+        return _ImageTasks(tasks)
+    return _DrawnTasks(tasks)
 
 
 class _ImageTasks:
