@@ -189,7 +189,7 @@ def test_several_processes_are_refused() -> None:
 
     config = _config()
     config = replace(config, run=replace(config.run, capture=True))
-    with pytest.raises(ConfigError, match="run.capture must be left out with several processes, got 2"):
+    with pytest.raises(ConfigError, match=r"run.capture must be left out with several processes, got 2"):
         trainer._prepare(config, Two())
 
 
