@@ -45,8 +45,8 @@ called:
 "Off by" is the relative distance of the meta-gradient from that of a float64 calculation, 1e-4 at most, on tasks for
 which it does not hang on the rounding of one activation. "Of sgemm" is the rate at which the arithmetic of
 convolutions and linear layers is done (counted in `benchmarks/meta_step.py`), as a share of what a large float32
-`torch.mm` reaches in the same rounds. It is above 100 % where that does not use all of the processor: on AMD's, the
-matrix product in PyTorch's builds stops at AVX2, imaml_ext's kernels use AVX-512.
+`torch.mm` reaches in the same rounds. It is above 100 % where that does not use all of the processor: here it reaches
+about what AVX2 allows, and imaml_ext's kernels use AVX-512.
 """
 
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from meta_tasks import F64, Data, Episodes
+from meta_tasks import F64, Data, Episodes, classification
 from torch import Tensor
 from torch.library import opcheck
 
-from imaml_ext import IMAML, ops
+from imaml_ext import IMAML, cg, ops
 from imaml_ext.meta import gauss_newton_operator, hessian_operator
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel, from_module
 
@@ -310,3 +310,22 @@ def test_errors() -> None:
     tape = torch.ops.imaml_ext.network_linearise(params, data.x, data.y, network)[3]
     with pytest.raises(ValueError, match="tape must"):
         torch.ops.imaml_ext.network_product(params, tape[:, 1:].contiguous(), data.y, params, network, False)
+
+
+def test_products_and_solves_of_some_tasks_alone():
+    """A product with rows of the batch, and a solve in blocks of them, have the bits of all rows together."""
+    loss, theta, episodes = classification(7)
+    phi = theta.expand(7, -1).contiguous()
+    p = torch.randn_like(phi)
+    for operator in (hessian_operator(loss, phi, episodes.support), gauss_newton_operator(loss, phi, episodes.support)):
+        whole = operator(p)
+        for rows in (slice(0, 2), slice(3, 7), slice(6, 7)):
+            assert torch.equal(operator(p[rows], rows), whole[rows])
+        assert operator.rows_per_block >= 1
+        with pytest.raises(ValueError, match="shape of phi"):
+            operator(p, slice(0, 2))
+        solved = cg(operator, p, shift=50.0, max_iterations=4)
+        for k in (1, 3, 7, 20):
+            blocks = cg(operator, p, shift=50.0, max_iterations=4, rows_per_block=k)
+            assert torch.equal(blocks.x, solved.x)
+            assert torch.equal(blocks.iterations, solved.iterations)

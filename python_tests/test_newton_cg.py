@@ -209,10 +209,10 @@ def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(cur
 
 
 def test_the_implicit_gradient_after_newton_is_that_after_many_gradient_steps() -> None:
-    """Any inner solver will do: near the minimum, φ and so the meta-gradient are the same."""
+    """Any inner solver will do: near the minimum, which λ makes the only one, φ and so the meta-gradient are the same."""
     loss, theta, episodes = regression(3)
-    solvers = (HessianFree(steps=15, cg_steps=60, cg_rtol=1e-12), GradientDescent(steps=600, lr=0.1))
-    lam = LearnableLam(loss.model, 3.0, sharing="layer", dtype=F64)
+    solvers = (HessianFree(steps=15, cg_steps=60, cg_rtol=1e-12), GradientDescent(steps=600, lr=0.05))
+    lam = LearnableLam(loss.model, 10.0, sharing="layer", dtype=F64)
     newton, descent = (
         IMAML(loss, lam=lam, inner=inner, cg_steps=60, cg_rtol=1e-12).meta_gradient(theta, episodes)
         for inner in solvers
@@ -220,7 +220,7 @@ def test_the_implicit_gradient_after_newton_is_that_after_many_gradient_steps() 
     assert relative(newton.gradient, descent.gradient) < 1e-5
     assert relative(newton.lam_gradient, descent.lam_gradient) < 1e-5
     leaf = theta.clone().requires_grad_()
-    phi = prox_solve(loss, leaf, 3.0, episodes.support, inner=solvers[0], cg_steps=60, cg_rtol=1e-12)
+    phi = prox_solve(loss, leaf, 10.0, episodes.support, inner=solvers[0], cg_steps=60, cg_rtol=1e-12)
     loss(phi, episodes.query).mean().backward()
     assert relative(leaf.grad, newton.gradient) < 1e-5
 

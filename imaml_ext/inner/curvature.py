@@ -12,15 +12,21 @@ from imaml_ext.models import LossFunction, TaskLoss
 from imaml_ext.models.loss import task_gradient
 
 CURVATURES = ("hessian", "gauss_newton")
+ALL = slice(None)
 
 
 class CurvatureOperator(Protocol):
-    """p [B, N] -> H p [B, N], row b from row b alone; with what linearising at phi has found on the way."""
+    """p [B, N] -> H p [B, N], row b from row b alone; with what linearising at phi has found on the way.
+
+    With `rows_per_block`, the operator also multiplies some rows alone, p [k, N] and which of the B they are; a solver
+    does best with so many at a time.
+    """
 
     losses: Tensor  # [B] support losses at phi
     gradient: Tensor  # [B, N] their gradients
+    rows_per_block: int | None
 
-    def __call__(self, p: Tensor) -> Tensor: ...
+    def __call__(self, p: Tensor, rows: slice = ...) -> Tensor: ...
 
 
 class HessianOperator:
@@ -33,6 +39,7 @@ class HessianOperator:
     def __init__(self, loss: LossFunction, phi: Tensor, data: Any) -> None:
         self._params = _leaf(phi, data)
         self._native = loss.linearise(self._params, data) if isinstance(loss, TaskLoss) else None
+        self.rows_per_block = None if self._native is None else self._native.rows_per_block
         if self._native is not None:
             self.losses, self.gradient = self._native.losses, self._native.gradient
             return
@@ -42,15 +49,16 @@ class HessianOperator:
         self.losses = losses.detach()
         self.gradient = self._gradient.detach()
 
-    def __call__(self, p: Tensor) -> Tensor:
-        """H p [B, N] for p [B, N].
+    def __call__(self, p: Tensor, rows: slice = ALL) -> Tensor:
+        """H p [B, N] for p [B, N]; with the native engine also of some rows alone, p [k, N].
 
         Raises:
-            ValueError: p does not have the shape of phi.
+            ValueError: p does not have the shape of phi, or of those rows of it.
         """
-        _check_vector(p, self._params)
         if self._native is not None:
-            return self._native.product(p)
+            _check_vector(p, self._params[rows])
+            return self._native.product(p, rows)
+        _check_vector(p, self._params)
         return _product(self._gradient, self._params, p)
 
 
@@ -72,6 +80,7 @@ class GaussNewtonOperator:
             )
         self._params = _leaf(phi, data)
         self._native = loss.linearise(self._params, data)
+        self.rows_per_block = None if self._native is None else self._native.rows_per_block
         if self._native is not None:
             self.losses, self.gradient = self._native.losses, self._native.gradient
             return
@@ -85,15 +94,16 @@ class GaussNewtonOperator:
         self.losses = losses.detach()
         self.gradient = _product(self._outputs, self._params, self._output_gradient.detach())
 
-    def __call__(self, p: Tensor) -> Tensor:
-        """G p [B, N] for p [B, N].
+    def __call__(self, p: Tensor, rows: slice = ALL) -> Tensor:
+        """G p [B, N] for p [B, N]; with the native engine also of some rows alone, p [k, N].
 
         Raises:
-            ValueError: p does not have the shape of phi.
+            ValueError: p does not have the shape of phi, or of those rows of it.
         """
-        _check_vector(p, self._params)
         if self._native is not None:
-            return self._native.product(p, gauss_newton=True)
+            _check_vector(p, self._params[rows])
+            return self._native.product(p, rows, gauss_newton=True)
+        _check_vector(p, self._params)
         tangent = _product(self._pullback, self._cotangent, p)  # J p
         curved = _product(self._output_gradient, self._leaf_outputs, tangent)  # C J p
         return _product(self._outputs, self._params, curved)  # Jᵀ C J p

@@ -165,7 +165,14 @@ def newton_cg(
         losses[step], objectives[step] = here
 
         # (H + Λ + δI) d = −∇F
-        solved = cg(operator, -gradient, shift=lam + damping, max_iterations=cg_steps, rtol=cg_rtol)
+        solved = cg(
+            operator,
+            -gradient,
+            shift=lam + damping,
+            max_iterations=cg_steps,
+            rtol=cg_rtol,
+            rows_per_block=operator.rows_per_block,
+        )
         negative = solved.status == CGStatus.NEGATIVE_CURVATURE
         negative_curvature[step] = negative
         steepest = negative & (solved.iterations == 0)

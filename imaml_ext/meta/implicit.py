@@ -91,7 +91,14 @@ def implicit_solve(
         raise ValueError(f"v must have shape [B, N] (one row a task), got {list(v.shape)}")
     shift = as_coefficient(lam, "lam", v).detach() + damping  # [1 or B, 1 or N]
     if solver == "cg":
-        solved = cg(operator, v, shift=shift, max_iterations=cg_steps, rtol=cg_rtol)
+        solved = cg(
+            operator,
+            v,
+            shift=shift,
+            max_iterations=cg_steps,
+            rtol=cg_rtol,
+            rows_per_block=getattr(operator, "rows_per_block", None),
+        )
         broke_down = solved.status == CGStatus.NEGATIVE_CURVATURE
         non_finite = solved.status == CGStatus.NON_FINITE
         result = ImplicitSolution(

@@ -20,6 +20,10 @@ NORMS = {"bias": 0, "batch": 1}
 ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}
 POOLS = {"none": 0, "max": 1, "mean": 2}
 
+# What a solve may take of the last-level cache, which others use too; and x, r, p, H p, b and φ of a task.
+_CACHE_BYTES = 16 * 2**20
+_VECTORS_OF_A_SOLVE = 6
+
 
 def describe_input(channels: int, height: int = 1, width: int = 1) -> Network:
     """The beginning of a description: the shape of an example."""
@@ -83,11 +87,21 @@ class NetworkLinearisation:
             self._params, x.contiguous(), self._y, network
         )
 
-    def product(self, p: Tensor, *, gauss_newton: bool = False) -> Tensor:
-        """H p, or Jᵀ C J p, [B, N] for p [B, N]: one pass forward along p and one back, over what was stored."""
+    def product(self, p: Tensor, rows: slice = slice(None), *, gauss_newton: bool = False) -> Tensor:
+        """H p, or Jᵀ C J p, [B, N] for p [B, N]: one pass forward along p and one back, over what was stored.
+
+        With `rows`, of some tasks alone: [k, N] for p [k, N].
+        """
         return torch.ops.imaml_ext.network_product(
-            self._params, self._tape, self._y, p.detach().contiguous(), self._network, gauss_newton
+            self._params[rows], self._tape[rows], self._y[rows], p.detach().contiguous(), self._network, gauss_newton
         )
+
+    @property
+    def rows_per_block(self) -> int:
+        """So many tasks at a time that a solve of theirs stays in the cache, and each thread has one at least."""
+        of_a_task = self._tape[0].nbytes + _VECTORS_OF_A_SOLVE * self._params[0].nbytes
+        threads = torch.get_num_threads()
+        return max(1, _CACHE_BYTES // (of_a_task * threads)) * threads
 
 
 def network_losses(params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
