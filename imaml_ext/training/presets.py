@@ -156,7 +156,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train cifar-fs-5w1s --data.root FOLDER
     "cifar-fs-5w1s": Preset(
         summary="CIFAR-FS, 5-way 1-shot.",
-        measured="Test accuracy 47.5 ± 0.9 % from 100 of the 600 images a class, after 35 minutes on one busy CPU core.",
+        measured="Test accuracy 47.5 ± 0.9 % from 100 of the 600 images a class, 35 minutes on a busy core.",
         config=_photographs("cifar-fs", shots=1),
     ),
     # imaml train cifar-fs-5w5s --data.root FOLDER
