@@ -554,7 +554,14 @@ def to_json(config: object) -> dict[str, Any]:
 
 
 # Knobs that runs recorded before there were such do not have; their defaults are what those runs did.
-_ADDED = ("augment", "data.image_size", "data.greyscale", "data.val_fraction", "data.test_fraction")
+_ADDED = (
+    "augment",
+    "data.image_size",
+    "data.greyscale",
+    "data.val_fraction",
+    "data.test_fraction",
+    "run.capture",
+)
 
 
 def from_json(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
