@@ -234,8 +234,6 @@ def test_sigterm_saves_and_a_single_process_resumes(tmp_path: Path, monkeypatch:
     saved = load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
     assert saved.step >= 10
     assert told(process) == [f"imaml: stopped after step {saved.step}; continue with --resume"]
-    if to == "rank 1":
-        assert "exitcode  : 143 " in process.stderr
     assert not list(run.rglob("*.tmp"))
 
     recorded = json.loads((run / "config.json").read_text())
