@@ -1,4 +1,4 @@
-#include "network.h"
+#include "network_storage.h"
 
 #include <c10/util/Exception.h>
 
@@ -10,17 +10,23 @@ namespace {
 constexpr int64_t kHeader = 3;
 constexpr int64_t kPerLayer = 6;
 constexpr int64_t kMostPatchChannels = 8;
+constexpr int64_t kMostStride = int64_t{1} << 30;
 
-// 3×3 pixels around stride · (i, j), as far as they lie inside the image. The middle tap comes first.
-void add_convolution_taps(Layer& layer, int64_t height, int64_t width, int64_t stride) {
-  for (const int64_t tap : {4, 0, 1, 2, 3, 5, 6, 7, 8}) {
+// The pairs of every tap. The middle tap of a convolution comes first; of any other layer the first one, which is as
+// good: it reaches every pixel too.
+void add_taps(Layer& layer) {
+  const Window &down = layer.down, &across = layer.across;
+  const int64_t taps = static_cast<int64_t>(down.kernel) * across.kernel;
+  const int64_t middle = down.padding * across.kernel + across.padding;
+  for (int64_t k = 0; k < taps; ++k) {
+    const int64_t tap = k == 0 ? middle : k <= middle ? k - 1 : k;
     std::vector<TapPair> pairs;
     for (int64_t i = 0; i < layer.rows; ++i) {
       for (int64_t j = 0; j < layer.cols; ++j) {
-        const int64_t y = stride * i + tap / 3 - 1;
-        const int64_t x = stride * j + tap % 3 - 1;
-        if (y < 0 || y >= height || x < 0 || x >= width) continue;
-        pairs.push_back({static_cast<int32_t>(y * width + x), static_cast<int32_t>(i * layer.cols + j)});
+        const int64_t y = down.stride * i + tap / across.kernel - down.padding;
+        const int64_t x = across.stride * j + tap % across.kernel - across.padding;
+        if (y < 0 || y >= down.size || x < 0 || x >= across.size) continue;
+        pairs.push_back({static_cast<int32_t>(y * across.size + x), static_cast<int32_t>(i * layer.cols + j)});
       }
     }
     layer.taps.push_back(std::move(pairs));
@@ -28,20 +34,14 @@ void add_convolution_taps(Layer& layer, int64_t height, int64_t width, int64_t s
   }
 }
 
-// Every pixel is a tap of its own, and all of them lead to the one output.
-void add_linear_taps(Layer& layer) {
-  for (int64_t pixel = 0; pixel < layer.pixels_in; ++pixel) {
-    layer.taps.push_back({{static_cast<int32_t>(pixel), 0}});
-    layer.tap_index.push_back(pixel);
-  }
+// A window along an axis of `size` pixels: 3 wide with zero padding, one pixel, or all of them.
+Window convolution(int64_t size, int64_t stride) {
+  return {3, static_cast<int32_t>(stride), 1, static_cast<int32_t>(size),
+          static_cast<int32_t>((size - 1) / stride + 1)};
 }
-
-void add_identity_tap(Layer& layer) {
-  layer.taps.emplace_back();
-  for (int64_t pixel = 0; pixel < layer.pixels_in; ++pixel) {
-    layer.taps[0].push_back({static_cast<int32_t>(pixel), static_cast<int32_t>(pixel)});
-  }
-  layer.tap_index.push_back(0);
+Window identity(int64_t size) { return {1, 1, 0, static_cast<int32_t>(size), static_cast<int32_t>(size)}; }
+Window everything(int64_t size) {
+  return {static_cast<int32_t>(size), static_cast<int32_t>(size), 0, static_cast<int32_t>(size), 1};
 }
 
 }  // namespace
@@ -62,8 +62,8 @@ Network Network::parse(at::IntArrayRef d) {
     layer.activation = static_cast<Activation>(d[at + 4]);
     layer.pool = static_cast<Pool>(d[at + 5]);
     TORCH_CHECK_VALUE(
-        (kernel == 0 || kernel == 3) && stride >= 1 && layer.channels >= 1 && d[at + 3] >= 0 && d[at + 3] <= 1 &&
-            d[at + 4] >= 0 && d[at + 4] <= 2 && d[at + 5] >= 0 && d[at + 5] <= 2,
+        (kernel == 0 || kernel == 3) && stride >= 1 && stride <= kMostStride && layer.channels >= 1 && d[at + 3] >= 0 &&
+            d[at + 3] <= 1 && d[at + 4] >= 0 && d[at + 4] <= 2 && d[at + 5] >= 0 && d[at + 5] <= 2,
         "network must describe each layer by kernel (0 or 3), stride, channels, norm (0 or 1), activation "
         "(0 to 2) and pool (0 to 2), got ",
         d.slice(at, kPerLayer));
@@ -73,18 +73,16 @@ Network Network::parse(at::IntArrayRef d) {
     const bool first = net.layers.empty();
     layer.depth = channels;
     layer.pixels_in = height * width;
-    layer.rows = kernel == 0 ? 1 : (height - 1) / stride + 1;
-    layer.cols = kernel == 0 ? 1 : (width - 1) / stride + 1;
-    if (kernel == 0) {
-      add_linear_taps(layer);
-    } else if (first && channels <= kMostPatchChannels) {
+    layer.down = kernel == 0 ? everything(height) : convolution(height, stride);
+    layer.across = kernel == 0 ? everything(width) : convolution(width, stride);
+    layer.rows = layer.down.count, layer.cols = layer.across.count;
+    if (kernel != 0 && first && channels <= kMostPatchChannels) {
       net.patch_stride = stride;
       layer.depth = 9 * channels;
       layer.pixels_in = layer.pixels();
-      add_identity_tap(layer);
-    } else {
-      add_convolution_taps(layer, height, width, stride);
+      layer.down = identity(layer.rows), layer.across = identity(layer.cols);
     }
+    add_taps(layer);
     height = layer.rows, width = layer.cols;
     if (layer.pool == Pool::kMax) height /= 2, width /= 2;
     if (layer.pool == Pool::kMean) height = width = 1;
@@ -99,6 +97,11 @@ Network Network::parse(at::IntArrayRef d) {
     net.layers.push_back(std::move(layer));
   }
   return net;
+}
+
+int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size) {
+  const Network net = Network::parse(description);
+  return item_size == sizeof(float) ? tape_size<float>(net, images) : tape_size<double>(net, images);
 }
 
 }  // namespace imaml_ext

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "network_window.h"
+
 namespace imaml_ext {
 
 // Rows of activations are padded with zeros to a multiple of this many channels, a multiple of every register's lanes.
@@ -36,6 +38,7 @@ struct Layer {
   int64_t channels;                        // channels of the output
   int64_t pixels_in;                       // of an image
   int64_t rows, cols;                      // pixels of the output of the product
+  Window down, across;                     // what a tap reaches, along either axis of an image
   int64_t pixels_out;                      // after pooling
   int64_t weight;                          // offsets in a row of parameters: weight [taps, depth, channels],
   int64_t gamma, beta;                     // [channels] each; no gamma with Norm::kBias
@@ -64,8 +67,7 @@ struct Network {
 
 constexpr double kBatchNormEps = 1e-5;
 
-// Bytes a task of the tape that network_linearise makes on the CPU, of `images` examples in a type of `item_size`
-// bytes.
+// Bytes a task of the tape that network_linearise makes, of `images` examples in a type of `item_size` bytes.
 int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size);
 
 }  // namespace imaml_ext

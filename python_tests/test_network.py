@@ -1,5 +1,6 @@
 """The native networks: values and derivatives against autograd, rows against themselves alone, errors."""
 
+import math
 import os
 import subprocess
 import sys
@@ -29,15 +30,24 @@ MODELS: dict[str, tuple[TaskModel, tuple[int, ...]]] = {
 }
 
 
-def draw(name: str, tasks: int, examples: int, dtype: torch.dtype = F64) -> tuple[TaskModel, str, Tensor, Data]:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def draw(
+    name: str, tasks: int, examples: int, dtype: torch.dtype = F64, device: str = "cpu"
+) -> tuple[TaskModel, str, Tensor, Data]:
     """Fresh random parameters [B, N] and data."""
     model, shape = MODELS[name]
     params = model.init(seed=0, dtype=dtype) + 0.1 * torch.randn(tasks, model.num_parameters, dtype=dtype)
     x = torch.rand(tasks, examples, *shape, dtype=dtype)
     if isinstance(model, Conv4):
-        return model, "cross_entropy", params, Data(x, torch.randint(model.ways, (tasks, examples)))
-    assert isinstance(model, MLP)
-    return model, "mse", params, Data(x, torch.randn(tasks, examples, model.widths[-1], dtype=dtype))
+        y, criterion = torch.randint(model.ways, (tasks, examples)), "cross_entropy"
+    else:
+        assert isinstance(model, MLP)
+        y, criterion = torch.randn(tasks, examples, model.widths[-1], dtype=dtype), "mse"
+    return model, criterion, params.to(device), Data(x.to(device), y.to(device))
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -61,8 +71,8 @@ def tolerances(model: TaskModel, dtype: torch.dtype) -> tuple[float, float]:
 @pytest.mark.parametrize("examples", [1, 7])
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtype) -> None:
-    model, criterion, params, data = draw(name, tasks, examples, dtype)
+def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtype, device: str) -> None:
+    model, criterion, params, data = draw(name, tasks, examples, dtype, device)
     native, reference = (TaskLoss(model, criterion, engine=engine) for engine in ("native", "torch"))
     of_values, of_derivatives = tolerances(model, dtype)
     wide = Data(data.x.double(), data.y.double() if data.y.is_floating_point() else data.y)
@@ -80,12 +90,96 @@ def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtyp
         assert relative(mine(direction), theirs(direction.double())) <= of_derivatives
 
 
-def test_photographs_of_84_pixels() -> None:
+def described(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
+    """Outputs [S, K] of one task, for params [N] and x [S, C, H, W], as csrc/network.h has it."""
+    used = 0
+
+    def take(*shape: int) -> Tensor:
+        nonlocal used
+        part = params[used : used + math.prod(shape)].view(shape)
+        used += math.prod(shape)
+        return part
+
+    for at in range(3, len(network), 6):
+        kernel, stride, channels, norm, activation, pool = network[at : at + 6]
+        depth, size = x.shape[1], x.shape[2:]
+        taps = (3, 3) if kernel == 3 else size
+        weight = take(*taps, depth, channels).permute(3, 2, 0, 1)
+        x = torch.nn.functional.conv2d(x, weight, stride=stride if kernel == 3 else 1, padding=1 if kernel == 3 else 0)
+        if norm == 1:
+            gamma, beta = take(channels), take(channels)
+            x = torch.nn.functional.batch_norm(x, None, None, gamma, beta, training=True)
+        else:
+            x = x + take(channels)[:, None, None]
+        x = (lambda z: z, torch.relu, torch.tanh)[activation](x)
+        if pool:
+            x = torch.nn.functional.max_pool2d(x, 2) if pool == 1 else x.mean((2, 3), keepdim=True)
+    assert used == params.numel()
+    return x[:, :, 0, 0]
+
+
+def parameters_of(network: list[int]) -> int:
+    channels, height, width = network[:3]
+    number = 0
+    for at in range(3, len(network), 6):
+        kernel, stride, out, norm, _, pool = network[at : at + 6]
+        number += (9 if kernel == 3 else height * width) * channels * out + out * (1 + norm)
+        channels = out
+        height, width = ((size - 1) // stride + 1 if kernel == 3 else 1 for size in (height, width))
+        if pool:
+            height, width = (size // 2 if pool == 1 else 1 for size in (height, width))
+    return number
+
+
+# name: input, layers as kernel, stride, channels, norm, activation, pool
+DESCRIPTIONS = {
+    "strides that leave pixels out": [9, 11, 8, 3, 3, 6, 1, 1, 0, 3, 4, 20, 0, 2, 0, 0, 1, 3, 0, 0, 0],
+    "patches of a stride, biases": [2, 9, 7, 3, 2, 17, 0, 1, 1, 3, 1, 4, 0, 2, 2, 0, 1, 7, 0, 0, 0],
+    "linear over pixels, then convolved": [3, 5, 4, 0, 1, 33, 1, 1, 0, 3, 2, 18, 1, 1, 0, 0, 1, 2, 0, 0, 0],
+    "many rows": [10, 26, 25, 3, 1, 40, 1, 1, 1, 3, 1, 9, 1, 0, 1, 3, 1, 5, 1, 1, 2, 0, 1, 4, 0, 2, 0],
+    "many channels": [12, 6, 6, 3, 1, 70, 1, 1, 0, 3, 2, 65, 1, 1, 0, 0, 1, 37, 0, 1, 0, 0, 1, 3, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "targets"])
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_networks_beyond_the_models(name: str, labels: bool, device: str) -> None:
+    network = DESCRIPTIONS[name]
+    tasks, images, classes = 2, 4, network[-4]
+    params = 0.3 * torch.randn(tasks, parameters_of(network), dtype=F64, device=device)
+    x = torch.rand(tasks, images, *network[:3], dtype=F64, device=device)
+    y = torch.randn(tasks, images, classes, dtype=F64, device=device)
+    if labels:
+        y = y.argmax(-1)
+    criterion = torch.nn.functional.cross_entropy if labels else torch.nn.functional.mse_loss
+    p = torch.randn_like(params)
+    registered = torch.ops.imaml_ext
+    losses, outputs, gradient, tape = registered.network_linearise(params, x, y, network)
+    again = registered.network_gradient(params, x, y, network)
+    assert all(map(torch.equal, again, (losses, outputs, gradient)))
+    products = [registered.network_product(params, tape, y, p, network, gauss_newton) for gauss_newton in (False, True)]
+    for task in range(tasks):
+        leaf = params[task].clone().requires_grad_()
+        here = described(leaf, x[task], network)
+        loss = criterion(here, y[task])
+        (expected,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (hessian,) = torch.autograd.grad(expected, leaf, p[task], retain_graph=True)
+        assert relative(outputs[task], here) <= 1e-12
+        assert relative(losses[task], loss) <= 1e-12
+        assert relative(gradient[task], expected) <= 1e-11
+        assert relative(products[0][task], hessian) <= 1e-11
+        along = torch.func.jvp(lambda q: described(q, x[task], network), (params[task],), (p[task],))[1]  # noqa: B023
+        bar = torch.func.jvp(torch.func.grad(lambda o: criterion(o, y[task])), (here.detach(),), (along,))[1]  # noqa: B023
+        (gauss_newton,) = torch.autograd.grad(here, leaf, bar)
+        assert relative(products[1][task], gauss_newton) <= 1e-11
+
+
+def test_photographs_of_84_pixels(device: str) -> None:
     """84 → 42 → 21 → 10 → 5: max-pooling leaves the last row and column of 21 out."""
     model = Conv4(5, in_channels=3, image_size=84, filters=32, pooling="max")
     assert model.layout.shapes[model.layout.names.index("linear.weight")] == (32 * 5 * 5, 5)
-    params = model.init(seed=0, dtype=F64).unsqueeze(0)
-    data = Data(torch.rand(1, 5, 3, 84, 84, dtype=F64), torch.arange(5).unsqueeze(0))
+    params = model.init(seed=0, dtype=F64).unsqueeze(0).to(device)
+    data = Data(torch.rand(1, 5, 3, 84, 84, dtype=F64).to(device), torch.arange(5, device=device).unsqueeze(0))
     native, reference = (TaskLoss(model, "cross_entropy", engine=engine) for engine in ("native", "torch"))
     direction = torch.randn_like(params)
     for found, expected in zip(native.gradient(params, data), reference.gradient(params, data), strict=True):
@@ -106,9 +200,9 @@ def graph(loss: TaskLoss, params: Tensor, data: Data, weights: Tensor, direction
 
 
 @pytest.mark.parametrize("name", ["conv4", "mlp-tanh"])
-def test_autograd_finds_both_derivatives(name: str) -> None:
-    model, criterion, params, data = draw(name, 2, 6)
-    weights, direction = torch.randn(2, dtype=F64), torch.randn_like(params)
+def test_autograd_finds_both_derivatives(name: str, device: str) -> None:
+    model, criterion, params, data = draw(name, 2, 6, F64, device)
+    weights, direction = torch.randn(2, dtype=F64, device=device), torch.randn_like(params)
     found, expected = (
         graph(TaskLoss(model, criterion, engine=engine), params, data, weights, direction)
         for engine in ("native", "torch")
@@ -136,8 +230,8 @@ def test_third_derivatives_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["conv4-padded-channels", "conv4-max-odd", "mlp-relu"])
-def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str) -> None:
-    model, criterion, params, data = draw(name, 5, 4, torch.float32)
+def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str, device: str) -> None:
+    model, criterion, params, data = draw(name, 5, 4, torch.float32, device)
     loss = TaskLoss(model, criterion, engine="native")
     direction = torch.randn_like(params)
 
@@ -163,10 +257,10 @@ def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["conv4", "mlp-tanh"])
-def test_descent_gives_the_bits_of_its_steps(name: str) -> None:
-    model, criterion, theta, data = draw(name, 3, 5, torch.float32)
+def test_descent_gives_the_bits_of_its_steps(name: str, device: str) -> None:
+    model, criterion, theta, data = draw(name, 3, 5, torch.float32, device)
     loss = TaskLoss(model, criterion, engine="native")
-    lam, lr = torch.rand(3, 1), 0.1 * torch.rand(1, model.num_parameters)
+    lam, lr = torch.rand(3, 1, device=device), 0.1 * torch.rand(1, model.num_parameters, device=device)
     phi, expected = theta.clone(), theta.clone()
     losses = loss.descend_(phi, theta, data, lam=lam, lr=lr, steps=4)
     assert losses is not None
@@ -189,8 +283,8 @@ def test_models_alone_bring_the_ops_with_them() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_linearisations_at_a_time_keep_apart() -> None:
-    model, criterion, params, data = draw("conv4", 2, 5)
+def test_two_linearisations_at_a_time_keep_apart(device: str) -> None:
+    model, criterion, params, data = draw("conv4", 2, 5, F64, device)
     loss, p = TaskLoss(model, criterion, engine="native"), torch.randn_like(params)
     first = hessian_operator(loss, params, data)
     expected = first(p)
@@ -201,8 +295,8 @@ def test_two_linearisations_at_a_time_keep_apart() -> None:
     assert torch.equal(hessian_operator(loss, params, data)(p), expected)
 
 
-def test_a_broken_task_leaves_its_neighbours_alone() -> None:
-    model, criterion, params, data = draw("conv4", 3, 5, torch.float32)
+def test_a_broken_task_leaves_its_neighbours_alone(device: str) -> None:
+    model, criterion, params, data = draw("conv4", 3, 5, torch.float32, device)
     loss = TaskLoss(model, criterion, engine="native")
     whole = loss.gradient(params, data)
     broken = params.clone()
@@ -213,10 +307,10 @@ def test_a_broken_task_leaves_its_neighbours_alone() -> None:
         assert torch.equal(mine[[0, 2]], before[[0, 2]])
 
 
-def test_imaml_with_either_engine() -> None:
-    model, _, _, support = draw("conv4", 4, 5)
-    query = Data(torch.rand_like(support.x), torch.randint(5, (4, 5)))
-    theta = model.init(seed=1, dtype=F64)
+def test_imaml_with_either_engine(device: str) -> None:
+    model, _, _, support = draw("conv4", 4, 5, F64, device)
+    query = Data(torch.rand_like(support.x), torch.randint(5, (4, 5), device=device))
+    theta = model.init(seed=1, dtype=F64).to(device)
     for curvature in ("hessian", "gauss_newton"):
         found, expected = (
             IMAML(TaskLoss(model, "cross_entropy", engine=engine), curvature=curvature, damping=5.0).meta_gradient(
@@ -238,8 +332,8 @@ def test_every_instruction_set(capability: str) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_network as t, torch\n"
         "for name in t.MODELS:\n"
-        "    t.test_equals_autograd(name, 2, 3, torch.float64)\n"
-        "    t.test_equals_autograd(name, 2, 3, torch.float32)\n"
+        "    t.test_equals_autograd(name, 2, 3, torch.float64, 'cpu')\n"
+        "    t.test_equals_autograd(name, 2, 3, torch.float32, 'cpu')\n"
     )
     environment = {**os.environ, "IMAML_EXT_CPU_CAPABILITY": capability}
     command = [sys.executable, "-c", script, os.path.dirname(__file__)]
@@ -249,14 +343,14 @@ def test_every_instruction_set(capability: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["conv4", "conv4-max-odd", "mlp-tanh"])
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    model, _, params, data = draw(name, 2, 3, dtype)
+def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
+    model, _, params, data = draw(name, 2, 3, dtype, device)
     registered, network = torch.ops.imaml_ext, list(model.network or ())
     tape = registered.network_linearise(params, data.x, data.y, network)[3]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(registered.network_outputs.default, (params, data.x, network), test_utils=tests)
     opcheck(registered.network_gradient.default, (params, data.x, data.y, network), test_utils=tests)
-    scalar = torch.ones(1, 1, dtype=dtype)
+    scalar = torch.ones(1, 1, dtype=dtype, device=device)
     opcheck(
         registered.network_descend_.default,
         (params.clone(), params, scalar, scalar, data.x, data.y, network, 2),
@@ -270,11 +364,55 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_without_tasks() -> None:
+def test_without_tasks(device: str) -> None:
     model = MLP(2, (3,), 2)
-    data = Data(torch.rand(0, 4, 2), torch.randint(2, (0, 4)))
-    found = TaskLoss(model, "cross_entropy", engine="native").gradient(torch.rand(0, model.num_parameters), data)
-    assert [list(part.shape) for part in found] == [[0], [0, 4, 2], [0, model.num_parameters]]
+    data = Data(torch.rand(0, 4, 2, device=device), torch.randint(2, (0, 4), device=device))
+    params = torch.rand(0, model.num_parameters, device=device)
+    loss = TaskLoss(model, "cross_entropy", engine="native")
+    assert [list(part.shape) for part in loss.gradient(params, data)] == [[0], [0, 4, 2], [0, model.num_parameters]]
+    assert hessian_operator(loss, params, data)(params).shape == params.shape
+    one = torch.ones(1, 1, device=device)
+    losses = loss.descend_(params, params.clone(), data, lam=one, lr=one, steps=3)
+    assert losses is not None
+    assert losses.shape == (3, 0)
+
+
+@pytest.mark.cuda
+def test_a_label_beyond_the_classes_spoils_its_task_alone() -> None:
+    model, criterion, params, data = draw("conv4", 3, 5, torch.float32, "cuda")
+    loss = TaskLoss(model, criterion, engine="native")
+    whole = loss.gradient(params, data)
+    y = data.y.clone()
+    y[1, 2] = 5
+    found = loss.gradient(params, Data(data.x, y))
+    assert found.losses[1].isnan()
+    assert found.gradient[1].isnan().any()
+    for mine, before in zip(found, whole, strict=True):
+        assert torch.equal(mine[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["conv4-max-odd", "mlp-tanh"])
+def test_every_op_can_be_captured(name: str) -> None:
+    model, criterion, theta, data = draw(name, 3, 5, torch.float32, "cuda")
+    loss = TaskLoss(model, criterion, engine="native")
+    lam, lr = torch.rand(3, 1, device="cuda"), torch.rand(1, 1, device="cuda")
+    p = torch.randn_like(theta)
+
+    def everything() -> list[Tensor]:
+        phi = theta.clone()
+        losses = loss.descend_(phi, theta, data, lam=lam, lr=lr, steps=2)
+        assert losses is not None
+        hessian, gauss_newton = (op(loss, phi, data) for op in (hessian_operator, gauss_newton_operator))
+        return [phi, losses, *loss.gradient(phi, data), hessian(p), gauss_newton(p), loss.outputs(phi, data.x)]
+
+    expected = everything()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = everything()
+    graph.replay()
+    assert all(map(torch.equal, found, expected))
 
 
 def test_errors() -> None:
@@ -288,7 +426,7 @@ def test_errors() -> None:
         loss.gradient(params, Data(data.x, data.y[:, :4]))
     with pytest.raises(ValueError, match="inputs must have shape"):
         loss.gradient(params, Data(data.x[..., :-1], data.y))
-    with pytest.raises(ValueError, match="params must be float32 or float64 on the CPU"):
+    with pytest.raises(ValueError, match="params must be float32 or float64, on the CPU or"):
         loss.gradient(params.bfloat16(), data)
     with pytest.raises(ValueError, match="engine must be 'auto' or 'torch' for a"):
         TaskLoss(from_module(torch.nn.Linear(2, 2)), "mse", engine="native")
@@ -312,16 +450,17 @@ def test_errors() -> None:
         torch.ops.imaml_ext.network_product(params, tape[:, 1:].contiguous(), data.y, params, network, False)
 
 
-def test_products_and_solves_of_some_tasks_alone():
+def test_products_and_solves_of_some_tasks_alone(device: str) -> None:
     """A product with rows of the batch, and a solve in blocks of them, have the bits of all rows together."""
     loss, theta, episodes = classification(7)
-    phi = theta.expand(7, -1).contiguous()
+    phi = theta.expand(7, -1).contiguous().to(device)
     p = torch.randn_like(phi)
-    for operator in (hessian_operator(loss, phi, episodes.support), gauss_newton_operator(loss, phi, episodes.support)):
+    support = Data(*(side.to(device) for side in episodes.support))
+    for operator in (hessian_operator(loss, phi, support), gauss_newton_operator(loss, phi, support)):
         whole = operator(p)
         for rows in (slice(0, 2), slice(3, 7), slice(6, 7)):
             assert torch.equal(operator(p[rows], rows), whole[rows])
-        assert operator.rows_per_block >= 1
+        assert operator.rows_per_block is None if device == "cuda" else operator.rows_per_block >= 1
         with pytest.raises(ValueError, match="shape of phi"):
             operator(p, slice(0, 2))
         solved = cg(operator, p, shift=50.0, max_iterations=4)

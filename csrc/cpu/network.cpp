@@ -1,7 +1,9 @@
 // The reference networks on the CPU: a task at a time through all of its layers, so that its activations stay in the
 // cache, and tasks side by side; where tasks are fewer than threads, the work inside a task is split.
-#include "../network.h"
 #include "../checks.h"
+#include "../network_call.h"
+#include "../network_criterion.h"
+#include "../network_pass.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -9,149 +11,17 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
 
 namespace imaml_ext {
 namespace {
-
-// Memory handed out in 64-byte steps; without a base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* const at = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return at;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// What one layer of one task keeps.
-template <typename T>
-struct LayerValues {
-  T* hat;                   // [S, pixels, width]   x̂, or z without a batch norm
-  T* act;                   // [S, pixels or, with max-pooling, pixels_out, width]
-  T* out;                   // [S, pixels_out, width]   `act`, or its mean over pixels
-  uint8_t* winner;          // [S, pixels_out, width]   which of the 2×2 pixels
-  T *scale, *gamma, *beta;  // [width]
-};
-template <typename T>
-struct LayerBars {
-  T* z_bar;                 // [S, pixels, width]
-  T* y_bar;                 // [S, pixels, width]; z_bar where that is no longer needed
-  T* out_bar;               // [S, pixels_out, width]; z_bar without pooling
-  T *gamma_bar, *beta_bar;  // [width]
-};
-
-// The derivative of the values along a direction of the parameters.
-template <typename T>
-struct LayerDots {
-  T *hat_dot, *act_dot, *out_dot;
-  T *gamma_dot, *beta_dot, *pull;   // [width]
-  T *gamma_bar_dot, *beta_bar_dot;  // [width]
-};
-
-enum class Keep { kNothing, kBars };
-
-// Entries of a matrix of one task at a layer, before and after pooling.
-int64_t full_size(const Layer& layer, int64_t images) { return images * layer.pixels() * layer.width(); }
-int64_t pooled_size(const Layer& layer, int64_t images) { return images * layer.pixels_out * layer.width(); }
-
-// The most that any layer needs of the one, and any layer that pools of the other.
-struct Largest {
-  int64_t full = 0, pooled = 0;
-
-  Largest(const Network& net, int64_t images) {
-    for (const Layer& layer : net.layers) {
-      full = std::max(full, full_size(layer, images));
-      if (layer.pool != Pool::kNone) pooled = std::max(pooled, pooled_size(layer, images));
-    }
-  }
-};
-
-// Room for x̂ (or z), the activations and what leaves a layer, or for their derivatives; what is the same is one.
-template <typename T>
-std::tuple<T*, T*, T*> take_values(const Layer& layer, int64_t images, Arena& arena) {
-  const bool max = layer.pool == Pool::kMax;
-  const bool same = layer.activation == Activation::kIdentity && layer.norm == Norm::kBias && !max;
-  T* const hat = arena.take<T>(full_size(layer, images));
-  T* const act = same ? hat : arena.take<T>(max ? pooled_size(layer, images) : full_size(layer, images));
-  return {hat, act, layer.pool == Pool::kMean ? arena.take<T>(pooled_size(layer, images)) : act};
-}
-
-template <typename T>
-struct Storage {
-  T* input = nullptr;  // [S, pixels_in, depth_width] of the first layer
-  std::vector<LayerValues<T>> values;
-  std::vector<LayerBars<T>> bars;
-  T* probabilities = nullptr;  // [S, width] of the last layer: softmax of the outputs
-
-  // With Keep::kBars every layer's own bars, which second derivatives need; else two buffers in turn.
-  Storage(const Network& net, int64_t images, Keep keep, bool backward, Arena& arena) {
-    const Layer& first = net.layers.front();
-    input = arena.take<T>(images * first.pixels_in * first.depth_width());
-    for (const Layer& layer : net.layers) {
-      LayerValues<T> v{};
-      std::tie(v.hat, v.act, v.out) = take_values<T>(layer, images, arena);
-      v.winner = layer.pool == Pool::kMax ? arena.take<uint8_t>(pooled_size(layer, images)) : nullptr;
-      v.scale = arena.take<T>(layer.width());
-      v.gamma = arena.take<T>(layer.width());
-      v.beta = arena.take<T>(layer.width());
-      values.push_back(v);
-    }
-    probabilities = arena.take<T>(images * net.layers.back().width());
-    if (!backward) return;
-    const Largest largest(net, images);
-    std::array<T*, 2> turns{};
-    if (keep == Keep::kNothing) turns = {arena.take<T>(largest.full), arena.take<T>(largest.full)};
-    T* const pooled = arena.take<T>(largest.pooled);
-    for (size_t l = 0; l < net.layers.size(); ++l) {
-      const Layer& layer = net.layers[l];
-      LayerBars<T> b{};
-      b.z_bar = keep == Keep::kNothing ? turns[l % 2] : arena.take<T>(full_size(layer, images));
-      const bool one = keep == Keep::kNothing || layer.norm == Norm::kBias;
-      b.y_bar = one ? b.z_bar : arena.take<T>(full_size(layer, images));
-      b.out_bar = layer.pool == Pool::kNone ? b.z_bar : pooled;
-      b.gamma_bar = arena.take<T>(layer.width());
-      b.beta_bar = arena.take<T>(layer.width());
-      bars.push_back(b);
-    }
-  }
-};
-
-template <typename T>
-struct DotStorage {
-  std::vector<LayerDots<T>> dots;
-  std::array<T*, 2> turns;  // [S, pixels, width] of the largest layer: bars of the bars
-  T* pooled;                // [S, pixels_out, width] of the largest pooled layer
-
-  DotStorage(const Network& net, int64_t images, Arena& arena) {
-    for (const Layer& layer : net.layers) {
-      LayerDots<T> d{};
-      std::tie(d.hat_dot, d.act_dot, d.out_dot) = take_values<T>(layer, images, arena);
-      d.gamma_dot = arena.take<T>(layer.width());
-      d.beta_dot = arena.take<T>(layer.width());
-      d.pull = arena.take<T>(layer.width());
-      d.gamma_bar_dot = arena.take<T>(layer.width());
-      d.beta_bar_dot = arena.take<T>(layer.width());
-      dots.push_back(d);
-    }
-    const Largest largest(net, images);
-    turns = {arena.take<T>(largest.full), arena.take<T>(largest.full)};
-    pooled = arena.take<T>(largest.pooled);
-  }
-};
 
 // The work on [0, n), in pieces side by side unless tasks already are.
 template <typename Body>
@@ -163,12 +33,16 @@ void split(int64_t n, const Body& body) {
   }
 }
 
-// One task through the network.
-template <typename T>
-class Task {
+// The layers of one task, as NetworkPass calls them.
+template <typename Number>
+class TaskKernels {
  public:
+  using T = Number;
+  using Memory = Arena;
+  using Terms = std::initializer_list<Term<const T*>>;
+
   // `weights` is scratch for the largest weight of any layer, padded.
-  Task(const Network& net, int64_t images, T* weights)
+  TaskKernels(const Network& net, int64_t images, T* weights)
       : net_(net), images_(images), kernels_(network_kernels<T>()), scratch_(weights) {}
 
   static int64_t scratch_size(const Network& net) {
@@ -205,99 +79,58 @@ class Task {
     }
   }
 
-  // The outputs are values.back().out, [S, width].
-  void forward(const T* params, Storage<T>& s) const {
-    const T* in = s.input;
-    for (size_t l = 0; l < net_.layers.size(); ++l) {
-      const Layer& layer = net_.layers[l];
-      const LayerValues<T>& v = s.values[l];
-      multiply(layer, in, params + layer.weight, v.hat, false);
-      pad(params, layer, v.gamma, v.beta);
-      columns(layer, arguments(layer, v), kernels_.norm);
-      if (layer.pool == Pool::kMax) max_pool(layer, v);
-      if (layer.pool == Pool::kMean) mean_pool(layer, v.act, v.out);
-      in = v.out;
+  void multiply(const Layer& layer, T* out, Terms operands) const {
+    bool add = false;
+    for (const auto& [in, weight] : operands) multiply(layer, in, weight, out, std::exchange(add, true));
+  }
+  void multiply_transposed(const Layer& layer, T* in_bar, Terms operands) const {
+    bool add = false;
+    for (const auto& [out_bar, weight] : operands) {
+      multiply_transposed(layer, out_bar, weight, in_bar, std::exchange(add, true));
     }
   }
-
-  // From bars.back().out_bar, the derivative in the outputs: Jᵀ of it in `gradient`, a row of parameters.
-  void backward(const T* params, Storage<T>& s, T* gradient) const { backward(params, s, s.bars, gradient); }
-
-  // The derivative of the values along `direction`; that of the outputs is dots.back().out_dot.
-  void tangent(const T* params, const T* direction, const Storage<T>& s, DotStorage<T>& t) const {
-    const T* in = s.input;
-    const T* in_dot = nullptr;
-    for (size_t l = 0; l < net_.layers.size(); ++l) {
-      const Layer& layer = net_.layers[l];
-      const LayerValues<T>& v = s.values[l];
-      const LayerDots<T>& d = t.dots[l];
-      multiply(layer, in, direction + layer.weight, d.hat_dot, false);
-      if (in_dot != nullptr) multiply(layer, in_dot, params + layer.weight, d.hat_dot, true);
-      pad(direction, layer, d.gamma_dot, d.beta_dot);
-      columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
-      if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
-      if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
-      in = v.out;
-      in_dot = d.out_dot;
-    }
+  void outer(const Layer& layer, T* weight_bar, Terms pairs) const {
+    bool add = false;
+    for (const auto& [in, out_bar] : pairs) outer(layer, in, out_bar, weight_bar, std::exchange(add, true));
   }
 
-  // Where the bars of the bars begin: the derivative of the derivative in the outputs.
-  T* output_bar(DotStorage<T>& t) const { return turn(t, net_.layers.size() - 1); }
-
-  // Jᵀ C J p from output_bar = C J p, with the bars of `t` and not those of the storage.
-  void gauss_newton(const T* params, Storage<T>& s, DotStorage<T>& t, T* product) const {
-    std::vector<LayerBars<T>> bars;
-    for (size_t l = 0; l < net_.layers.size(); ++l) {
-      T* const bar = t.turns[l % 2];
-      bars.push_back({bar, bar, turn(t, l), t.dots[l].gamma_bar_dot, t.dots[l].beta_bar_dot});
-    }
-    backward(params, s, bars, product);
+  void norm(const Layer& layer, const T* params, const LayerValues<T>& v) const {
+    pad(params, layer, v.gamma, v.beta);
+    columns(layer, arguments(layer, v), kernels_.norm);
+    if (layer.pool == Pool::kMax) max_pool(layer, v);
+    if (layer.pool == Pool::kMean) mean_pool(layer, v.act, v.out);
   }
 
-  // H p from output_bar, after `backward` and `tangent` along p.
-  void second(const T* params, const T* direction, const Storage<T>& s, DotStorage<T>& t, T* product) const {
-    for (size_t l = net_.layers.size(); l-- > 0;) {
-      const Layer& layer = net_.layers[l];
-      const LayerValues<T>& v = s.values[l];
-      const LayerBars<T>& b = s.bars[l];
-      const LayerDots<T>& d = t.dots[l];
-      T* const bar_dot = t.turns[l % 2];
-      if (layer.pool != Pool::kNone) unpool(layer, v, t.pooled, bar_dot);
-      NormArguments<T> n = arguments(layer, v, d);
-      n.z_bar = b.z_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
-      n.y_bar_dot = bar_dot;
-      n.gamma_bar_dot = d.gamma_bar_dot, n.beta_bar_dot = d.beta_bar_dot;
-      columns(layer, n, kernels_.norm_second);
-      unpad(layer, d.gamma_bar_dot, d.beta_bar_dot, product);
-      const T* const in = l == 0 ? s.input : s.values[l - 1].out;
-      outer(layer, in, bar_dot, product + layer.weight, false);
-      if (l == 0) break;
-      outer(layer, t.dots[l - 1].out_dot, b.y_bar, product + layer.weight, true);
-      multiply_transposed(layer, bar_dot, params + layer.weight, turn(t, l - 1), false);
-      multiply_transposed(layer, b.y_bar, direction + layer.weight, turn(t, l - 1), true);
-    }
+  void norm_backward(const Layer& layer, const T*, const LayerValues<T>& v, const LayerBars<T>& b, T* gradient) const {
+    if (layer.pool != Pool::kNone) unpool(layer, v, b.out_bar, b.z_bar);
+    NormArguments<T> n = arguments(layer, v);
+    n.z_bar = b.z_bar, n.y_bar = b.y_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
+    columns(layer, n, kernels_.norm_backward);
+    unpad(layer, b.gamma_bar, b.beta_bar, gradient);
+  }
+
+  void norm_tangent(const Layer& layer, const T*, const T* direction, const LayerValues<T>& v,
+                    const LayerDots<T>& d) const {
+    pad(direction, layer, d.gamma_dot, d.beta_dot);
+    columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
+    if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
+    if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
+  }
+
+  // From out_bar_dot, the derivative of the bar of what leaves the layer, to ȳ˙ in bar_dot.
+  void norm_second(const Layer& layer, const T*, const T*, const LayerValues<T>& v, const LayerBars<T>& b,
+                   const LayerDots<T>& d, const T* out_bar_dot, T* bar_dot, T* product) const {
+    if (layer.pool != Pool::kNone) unpool(layer, v, out_bar_dot, bar_dot);
+    NormArguments<T> n = arguments(layer, v, d);
+    n.z_bar = b.z_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
+    n.y_bar_dot = bar_dot;
+    n.gamma_bar_dot = d.gamma_bar_dot, n.beta_bar_dot = d.beta_bar_dot;
+    columns(layer, n, kernels_.norm_second);
+    unpad(layer, d.gamma_bar_dot, d.beta_bar_dot, product);
   }
 
  private:
   static constexpr int64_t kRowsAtOnce = 480;  // pointers on the stack; a multiple of every tile
-
-  T* turn(DotStorage<T>& t, size_t l) const { return net_.layers[l].pool == Pool::kNone ? t.turns[l % 2] : t.pooled; }
-
-  void backward(const T* params, Storage<T>& s, const std::vector<LayerBars<T>>& bars, T* gradient) const {
-    for (size_t l = net_.layers.size(); l-- > 0;) {
-      const Layer& layer = net_.layers[l];
-      const LayerValues<T>& v = s.values[l];
-      const LayerBars<T>& b = bars[l];
-      if (layer.pool != Pool::kNone) unpool(layer, v, b.out_bar, b.z_bar);
-      NormArguments<T> n = arguments(layer, v);
-      n.z_bar = b.z_bar, n.y_bar = b.y_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
-      columns(layer, n, kernels_.norm_backward);
-      unpad(layer, b.gamma_bar, b.beta_bar, gradient);
-      outer(layer, l == 0 ? s.input : s.values[l - 1].out, b.y_bar, gradient + layer.weight, false);
-      if (l > 0) multiply_transposed(layer, b.y_bar, params + layer.weight, bars[l - 1].out_bar, false);
-    }
-  }
 
   NormArguments<T> arguments(const Layer& layer, const LayerValues<T>& v) const {
     NormArguments<T> n;
@@ -520,12 +353,22 @@ class Task {
 // --- criteria
 // -----------------------------------------------------------------------------------------------------------
 
-// Mean over a task's examples of −log softmax(outputs)[label], or over all entries of (output − target)².
+// The criterion of one task.
 template <typename T>
 struct Criterion {
   int64_t images, channels, width;
   const int64_t* labels = nullptr;  // [S]
   const T* targets = nullptr;       // [S, channels]
+
+  Criterion(const NetworkCall& call, const at::Tensor& y, int64_t task)
+      : images(call.images), channels(call.net.outputs()), width(call.net.layers.back().width()) {
+    const int64_t at = task * call.targets(y);
+    if (y.scalar_type() == at::kLong) {
+      labels = y.const_data_ptr<int64_t>() + at;
+    } else {
+      targets = y.const_data_ptr<T>() + at;
+    }
+  }
 
   // The loss; its derivative in the outputs; the softmax, for `curve`.
   T operator()(const T* outputs, T* probabilities, T* bar) const {
@@ -535,102 +378,40 @@ struct Criterion {
         const double most = *std::max_element(outputs, outputs + channels);
         double sum = 0.0;
         for (int64_t c = 0; c < channels; ++c) sum += std::exp(static_cast<double>(outputs[c]) - most);
-        loss += std::log(sum) + most - static_cast<double>(outputs[labels[image]]);
-        for (int64_t c = 0; c < channels; ++c) {
-          probabilities[c] = static_cast<T>(std::exp(static_cast<double>(outputs[c]) - most) / sum);
-        }
+        loss += rule().cross_entropy(outputs[labels[image]], most, sum);
+        for (int64_t c = 0; c < channels; ++c) probabilities[c] = rule().probability(outputs[c], most, sum);
       } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          const double error = static_cast<double>(outputs[c]) - static_cast<double>(targets[image * channels + c]);
-          loss += error * error;
-        }
+        for (int64_t c = 0; c < channels; ++c) loss += rule().squared_error(outputs[c], targets[image * channels + c]);
       }
-      if (bar == nullptr) continue;
       T* const row = bar + image * width;
       std::fill(row + channels, row + width, T(0));
       for (int64_t c = 0; c < channels; ++c) {
-        row[c] = labels != nullptr ? (probabilities[c] - T(labels[image] == c)) / static_cast<T>(images)
-                                   : T(2) * (outputs[c] - targets[image * channels + c]) / entries();
+        row[c] = labels != nullptr ? rule().cross_entropy_bar(probabilities[c], labels[image] == c)
+                                   : rule().squared_error_bar(outputs[c], targets[image * channels + c]);
       }
     }
-    return static_cast<T>(loss / (labels != nullptr ? static_cast<double>(images) : static_cast<double>(entries())));
+    return static_cast<T>(loss / static_cast<double>(labels != nullptr ? rule().images : rule().entries));
   }
 
-  // bar = C dot, C the second derivative in the outputs: (diag p − p pᵀ) / S, or 2 / entries.
+  // bar = C dot
   void curve(const T* probabilities, const T* dot, T* bar) const {
     for (int64_t image = 0; image < images; ++image, probabilities += width, dot += width, bar += width) {
       T along = T(0);
       if (labels != nullptr)
         for (int64_t c = 0; c < channels; ++c) along += probabilities[c] * dot[c];
       for (int64_t c = 0; c < channels; ++c) {
-        bar[c] = labels != nullptr ? probabilities[c] * (dot[c] - along) / static_cast<T>(images)
-                                   : T(2) * dot[c] / entries();
+        bar[c] = labels != nullptr ? rule().cross_entropy_curve(probabilities[c], dot[c], along)
+                                   : rule().squared_error_curve(dot[c]);
       }
       std::fill(bar + channels, bar + width, T(0));
     }
   }
 
  private:
-  T entries() const { return static_cast<T>(images * channels); }
+  CriterionRule<T> rule() const { return {static_cast<T>(images), static_cast<T>(images * channels)}; }
 };
 
 // --- ops ----------------------------------------------------------------------------------------------------
-
-// The arguments of an op, checked.
-struct Call {
-  Network net;
-  int64_t tasks;
-  int64_t images;
-
-  Call(const char* op, const at::Tensor& params, at::IntArrayRef network, const char* name = "params")
-      : net(Network::parse(network)) {
-    TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble, op, ": ", name,
-                     " must be float32 or float64, got ", params.scalar_type());
-    TORCH_CHECK_VALUE(params.dim() == 2 && params.size(1) == net.parameters && params.is_contiguous(), op, ": ", name,
-                      " must be contiguous of shape [B, ", net.parameters, "], got ", params.sizes());
-    tasks = params.size(0);
-  }
-
-  void read_x(const char* op, const at::Tensor& x, const at::Tensor& params) {
-    TORCH_CHECK_TYPE(x.scalar_type() == params.scalar_type(), op, ": x must have the dtype of params, ",
-                     params.scalar_type(), ", got ", x.scalar_type());
-    TORCH_CHECK_VALUE(x.dim() >= 3 && x.size(0) == tasks && x.size(1) >= 1 &&
-                          x.numel() == tasks * x.size(1) * net.input_size() && x.is_contiguous(),
-                      op, ": x must be contiguous of shape [", tasks, ", S, *] with ", net.input_size(),
-                      " entries an example, got ", x.sizes());
-    images = x.size(1);
-  }
-
-  void read_y(const char* op, const at::Tensor& y, const at::Tensor& params, bool check_labels) const {
-    const bool labels = y.scalar_type() == at::kLong;
-    TORCH_CHECK_TYPE(labels || y.scalar_type() == params.scalar_type(), op,
-                     ": y must be int64 labels or have the dtype of params, ", params.scalar_type(), ", got ",
-                     y.scalar_type());
-    const int64_t each = labels ? 1 : net.outputs();
-    TORCH_CHECK_VALUE(y.dim() >= 2 && y.size(0) == tasks && y.size(1) == images && y.numel() == tasks * images * each &&
-                          y.is_contiguous(),
-                      op, ": y must be contiguous of shape [", tasks, ", ", images, "] with ", each,
-                      " entries an example, got ", y.sizes());
-    if (!labels || !check_labels) return;
-    const int64_t* const from = y.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < y.numel(); ++i) {
-      TORCH_CHECK_INDEX(from[i] >= 0 && from[i] < net.outputs(), op, ": y must hold labels in [0, ", net.outputs(),
-                        "), got ", from[i]);
-    }
-  }
-
-  template <typename T>
-  Criterion<T> criterion(const at::Tensor& y, int64_t task) const {
-    Criterion<T> c{images, net.outputs(), net.layers.back().width()};
-    const int64_t at = task * (tasks == 0 ? 0 : y.numel() / tasks);
-    if (y.scalar_type() == at::kLong) {
-      c.labels = y.const_data_ptr<int64_t>() + at;
-    } else {
-      c.targets = y.const_data_ptr<T>() + at;
-    }
-    return c;
-  }
-};
 
 // Calls body(task, memory) for every task: as many side by side as there are threads, and what then remains one after
 // another with the work inside split.
@@ -647,14 +428,6 @@ void over_tasks(int64_t tasks, int64_t bytes, const Body& body) {
       for (int64_t task = lane * share; task < (lane + 1) * share; ++task) body(task, base + lane * bytes);
   });
   for (int64_t task = together; task < tasks; ++task) body(task, base);
-}
-
-// Bytes of what second derivatives need of a task.
-template <typename T>
-int64_t tape_size(const Network& net, int64_t images) {
-  Arena measure(nullptr);
-  Storage<T>(net, images, Keep::kBars, true, measure);
-  return measure.used();
 }
 
 // Room for tapes. The last one is kept when it is not too large, and taken again once nobody else holds it: fresh
@@ -678,7 +451,7 @@ void copy_outputs(const Network& net, int64_t images, const T* from, T* to) {
 }
 
 at::Tensor network_outputs(const at::Tensor& params, const at::Tensor& x, at::IntArrayRef network) {
-  Call call("network_outputs", params, network);
+  NetworkCall call("network_outputs", params, network);
   call.read_x("network_outputs", x, params);
   const Network& net = call.net;
   const at::Tensor outputs = at::empty({call.tasks, call.images, net.outputs()}, params.options());
@@ -686,14 +459,15 @@ at::Tensor network_outputs(const at::Tensor& params, const at::Tensor& x, at::In
     using T = scalar_t;
     const auto layout = [&](void* base) {
       Arena arena(base);
-      T* const scratch = arena.take<T>(Task<T>::scratch_size(net));
+      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
       Storage<T> storage(net, call.images, Keep::kNothing, false, arena);
       return std::tuple(scratch, std::move(storage), arena.used());
     };
     over_tasks(call.tasks, std::get<2>(layout(nullptr)), [&](int64_t task, void* memory) {
       auto [scratch, storage, used] = layout(memory);
-      const Task<T> pass(net, call.images, scratch);
-      pass.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
+      const TaskKernels<T> kernels(net, call.images, scratch);
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
+      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
       pass.forward(params.const_data_ptr<T>() + task * net.parameters, storage);
       copy_outputs(net, call.images, storage.values.back().out,
                    outputs.mutable_data_ptr<T>() + task * call.images * net.outputs());
@@ -706,7 +480,7 @@ at::Tensor network_outputs(const at::Tensor& params, const at::Tensor& x, at::In
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(const char* op, const at::Tensor& params,
                                                                          const at::Tensor& x, const at::Tensor& y,
                                                                          at::IntArrayRef network, Keep keep) {
-  Call call(op, params, network);
+  NetworkCall call(op, params, network);
   call.read_x(op, x, params);
   call.read_y(op, y, params, true);
   const Network& net = call.net;
@@ -717,7 +491,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(const c
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
     using T = scalar_t;
     Arena scratch_measure(nullptr), storage_measure(nullptr);
-    scratch_measure.take<T>(Task<T>::scratch_size(net));
+    scratch_measure.take<T>(TaskKernels<T>::scratch_size(net));
     Storage<T>(net, call.images, keep, true, storage_measure);
     const int64_t stored = storage_measure.used();
     if (keep == Keep::kBars) tape = take_tape(call.tasks, stored);
@@ -727,13 +501,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(const c
                                               : memory + scratch_measure.used();
       Arena arena(place);
       Storage<T> storage(net, call.images, keep, true, arena);
-      const Task<T> pass(net, call.images, reinterpret_cast<T*>(memory));
+      const TaskKernels<T> kernels(net, call.images, reinterpret_cast<T*>(memory));
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
       const T* const row = params.const_data_ptr<T>() + task * net.parameters;
-      pass.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
+      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
       pass.forward(row, storage);
       const T* const out = storage.values.back().out;
       losses.mutable_data_ptr<T>()[task] =
-          call.criterion<T>(y, task)(out, storage.probabilities, storage.bars.back().out_bar);
+          Criterion<T>(call, y, task)(out, storage.probabilities, storage.bars.back().out_bar);
       copy_outputs(net, call.images, out, outputs.mutable_data_ptr<T>() + task * call.images * net.outputs());
       pass.backward(row, storage, gradient.mutable_data_ptr<T>() + task * net.parameters);
     });
@@ -757,7 +532,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> network_linearise(con
 at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::Tensor& lam, const at::Tensor& lr,
                             const at::Tensor& x, const at::Tensor& y, at::IntArrayRef network, int64_t steps) {
   const char* const op = "network_descend_";
-  Call call(op, phi, network, "phi");
+  NetworkCall call(op, phi, network, "phi");
   call.read_x(op, x, phi);
   call.read_y(op, y, phi, true);
   TORCH_CHECK_VALUE(steps >= 0, op, ": steps must be at least 0, got ", steps);
@@ -772,16 +547,17 @@ at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::
     const auto step = prox_kernels<T>().sgd;
     const auto layout = [&](void* base) {
       Arena arena(base);
-      T* const scratch = arena.take<T>(Task<T>::scratch_size(net));
+      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
       T* const gradient = arena.take<T>(net.parameters);
       Storage<T> storage(net, call.images, Keep::kNothing, true, arena);
       return std::tuple(scratch, gradient, std::move(storage), arena.used());
     };
     over_tasks(call.tasks, std::get<3>(layout(nullptr)), [&](int64_t task, char* memory) {
       auto [scratch, gradient, storage, used] = layout(memory);
-      const Task<T> pass(net, call.images, scratch);
-      pass.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
-      const Criterion<T> criterion = call.criterion<T>(y, task);
+      const TaskKernels<T> kernels(net, call.images, scratch);
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
+      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
+      const Criterion<T> criterion(call, y, task);
       ProxArguments<T> row = rows;  // of this task alone
       row.rows = 1;
       row.phi += task * rows.cols;
@@ -805,7 +581,7 @@ at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::
 at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
                            at::IntArrayRef network, bool gauss_newton) {
   const char* const op = "network_product";
-  Call call(op, params, network);
+  NetworkCall call(op, params, network);
   const Network& net = call.net;
   TORCH_CHECK_VALUE(y.dim() >= 2, op, ": y must have shape [B, S] or [B, S, *], got ", y.sizes());
   call.images = y.size(1);
@@ -817,21 +593,22 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
     const int64_t stored = tape_size<T>(net, call.images);
     check_table(op, "tape", tape, at::kByte, {call.tasks, stored}, params);
     Arena work(nullptr);
-    work.take<T>(Task<T>::scratch_size(net));
+    work.take<T>(TaskKernels<T>::scratch_size(net));
     DotStorage<T>(net, call.images, work);
     over_tasks(call.tasks, work.used(), [&](int64_t task, char* memory) {
       Arena kept(const_cast<char*>(static_cast<const char*>(tape.const_data_ptr())) + task * stored);
       Storage<T> storage(net, call.images, Keep::kBars, true, kept);
       Arena arena(memory);
-      T* const scratch = arena.take<T>(Task<T>::scratch_size(net));
+      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
       DotStorage<T> dots(net, call.images, arena);
-      const Task<T> pass(net, call.images, scratch);
+      const TaskKernels<T> kernels(net, call.images, scratch);
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
       const int64_t row = task * net.parameters;
       const T* const theta = params.const_data_ptr<T>() + row;
       const T* const direction = p.const_data_ptr<T>() + row;
       T* const to = product.mutable_data_ptr<T>() + row;
       pass.tangent(theta, direction, storage, dots);
-      call.criterion<T>(y, task).curve(storage.probabilities, dots.dots.back().out_dot, pass.output_bar(dots));
+      Criterion<T>(call, y, task).curve(storage.probabilities, dots.dots.back().out_dot, pass.output_bar(dots));
       if (gauss_newton) {
         pass.gauss_newton(theta, storage, dots, to);
       } else {
@@ -843,11 +620,6 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
 }
 
 }  // namespace
-
-int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size) {
-  const Network net = Network::parse(description);
-  return item_size == sizeof(float) ? tape_size<float>(net, images) : tape_size<double>(net, images);
-}
 
 TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
   m.impl("network_outputs", &network_outputs);

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "../prox.h"
+#include "prox.cuh"
 #include "row_team.cuh"
 
 namespace imaml_ext {
@@ -139,13 +140,6 @@ at::Tensor prox_penalty(const at::Tensor& phi, const at::Tensor& theta, const at
   return t.penalty;
 }
 
-void prox_sgd_step_(at::Tensor& phi, const at::Tensor& grad, const at::Tensor& theta, const at::Tensor& lam,
-                    const at::Tensor& lr) {
-  ProxTensors t;
-  t.phi = phi, t.grad = grad, t.theta = theta, t.lam = lam, t.lr = lr;
-  apply_rule<SgdRule>("prox_sgd_step_", t);
-}
-
 void prox_momentum_step_(at::Tensor& phi, at::Tensor& velocity, const at::Tensor& grad, const at::Tensor& theta,
                          const at::Tensor& lam, const at::Tensor& lr, double momentum, bool nesterov) {
   ProxTensors t;
@@ -167,10 +161,17 @@ void prox_adam_step_(at::Tensor& phi, at::Tensor& exp_avg, at::Tensor& exp_avg_s
 
 }  // namespace
 
+void prox_sgd_step_on_cuda(at::Tensor& phi, const at::Tensor& grad, const at::Tensor& theta, const at::Tensor& lam,
+                           const at::Tensor& lr) {
+  ProxTensors t;
+  t.phi = phi, t.grad = grad, t.theta = theta, t.lam = lam, t.lr = lr;
+  apply_rule<SgdRule>("prox_sgd_step_", t);
+}
+
 TORCH_LIBRARY_IMPL(imaml_ext, CUDA, m) {
   m.impl("prox_gradient_", &prox_gradient_);
   m.impl("prox_penalty", &prox_penalty);
-  m.impl("prox_sgd_step_", &prox_sgd_step_);
+  m.impl("prox_sgd_step_", &prox_sgd_step_on_cuda);
   m.impl("prox_momentum_step_", &prox_momentum_step_);
   m.impl("prox_adam_step_", &prox_adam_step_);
 }

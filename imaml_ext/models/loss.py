@@ -112,8 +112,10 @@ class TaskLoss:
             entry b from row b alone; convex in the outputs where the Gauss-Newton matrix is to be positive
             semi-definite.
         engine: "native", kernels that know the whole network with its first and second derivatives (`Conv4` and `MLP`
-            on the CPU with a named criterion); "torch", autograd through torch ops, differentiable to any order;
-            "auto", native where there is one. They agree up to rounding.
+            with a named criterion, in float32 and float64, on the CPU and, where the extension was built for it, on
+            CUDA); "torch", autograd through torch ops, differentiable to any order; "auto", native where there is one.
+            They agree up to rounding. On CUDA a label outside the classes is no error with "native": the losses and
+            derivatives of its task are NaN.
 
     Raises:
         TypeError, ValueError: not a model, an unknown criterion or engine.
@@ -194,7 +196,7 @@ class TaskLoss:
         return LossGradient(losses.detach(), outputs.detach(), gradient)
 
     def descend_(self, phi: Tensor, theta: Tensor, data: Data, *, lam: Tensor, lr: Tensor, steps: int) -> Tensor | None:
-        """`steps` times φ ← φ − η (∇L + λ (φ − θ)) in place, a task after another, with the losses [steps, B] before
+        """`steps` times φ ← φ − η (∇L + λ (φ − θ)) in place, in one call, with the losses [steps, B] before
         each step; None, and nothing done, where the engine is torch.
 
         The same bits as `gradient` and `ops.prox_sgd_step_` in turn give, sooner.
@@ -222,8 +224,8 @@ class TaskLoss:
             return self._network
         if self.engine == "native":
             raise ValueError(
-                f"params must be float32 or float64 on the CPU with engine='native', got {params.dtype} "
-                f"on {params.device}"
+                "params must be float32 or float64, on the CPU or on CUDA with an extension built for it, with "
+                f"engine='native', got {params.dtype} on {params.device}"
             )
         return None
 

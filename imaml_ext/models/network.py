@@ -1,7 +1,8 @@
 """The door to the native network ops: a loss whose first and second derivatives are written out by hand.
 
 csrc/network.h says what a network is there: a list of layers, each a product with a weight, a norm, an activation and a
-pooling. A task goes through all of its layers at once, so that its activations stay in the processor's cache.
+pooling. On the CPU a task goes through all of its layers at once, so that its activations stay in the processor's
+cache; on CUDA all tasks go through a layer together.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 import imaml_ext.ops  # noqa: F401  (registers the ops)
+from imaml_ext._native import native
 
 Network = tuple[int, ...]  # the int[] of the ops
 
@@ -46,7 +48,7 @@ def describe_layer(
 def supports(params: Tensor) -> bool:
     """Whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func."""
     return (
-        params.device.type == "cpu"
+        (params.is_cpu or (params.is_cuda and native().with_cuda))
         and params.dtype in (torch.float32, torch.float64)
         and not is_functorch_wrapped_tensor(params)
     )
@@ -97,8 +99,12 @@ class NetworkLinearisation:
         )
 
     @property
-    def rows_per_block(self) -> int:
-        """So many tasks at a time that a solve of theirs stays in the cache, and each thread has one at least."""
+    def rows_per_block(self) -> int | None:
+        """So many tasks at a time that a solve of theirs stays in the cache, and each thread has one at least; None for
+        all of them, on CUDA, where they are to fill the device.
+        """
+        if not self._params.is_cpu:
+            return None
         of_a_task = self._tape[0].nbytes + _VECTORS_OF_A_SOLVE * self._params[0].nbytes
         threads = torch.get_num_threads()
         return max(1, _CACHE_BYTES // (of_a_task * threads)) * threads
