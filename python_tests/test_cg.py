@@ -145,6 +145,7 @@ def test_the_bits_do_not_depend_on_the_batch_for_long_rows(device: str) -> None:
         assert torch.equal(alone.x[0], together.x[row])
 
 
+@pytest.mark.cpu_kernels
 def test_the_bits_do_not_depend_on_threads_or_instruction_set() -> None:
     program = """
 import hashlib, sys, torch
@@ -180,6 +181,7 @@ print(ops.cpu_capability(), digest.hexdigest())
             assert run.stdout.split() == [capability, digest]
 
 
+@pytest.mark.cpu_kernels
 def test_an_unknown_instruction_set_is_refused() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "from imaml_ext import ops; ops.cpu_capability()"],
