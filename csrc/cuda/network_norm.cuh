@@ -76,7 +76,7 @@ struct NormPart {
     channel = group * kGroup + threadIdx.x % kGroup;
     lane = threadIdx.x / kGroup;
     begin = slice * kSliceRows;
-    end = min(begin + kSliceRows, total_rows());
+    end = smaller(begin + kSliceRows, total_rows());
     real = channel < n.channels;
   }
   __device__ int total_rows() const { return n.images * n.rows * n.cols; }
@@ -144,7 +144,7 @@ struct NormPart {
       const double whole = sum / total_rows();
       squares = 0.0;
       for (int s = 0; s < n.slices; ++s) {
-        const double count = min(kSliceRows, total_rows() - s * kSliceRows);
+        const double count = smaller(kSliceRows, total_rows() - s * kSliceRows);
         const double apart = partial(s, 0) / count - whole;
         squares += partial(s, 1) + count * apart * apart;
       }

@@ -339,7 +339,7 @@ struct OuterLoader {
         first_row(row),
         first_col(column),
         begin(slice * a.rows_a_slice),
-        end(min(begin + a.rows_a_slice, a.images * a.down.count * a.across.count)),
+        end(smaller(begin + a.rows_a_slice, a.images * a.down.count * a.across.count)),
         chunks((end - begin + Tile::kDepth - 1) / Tile::kDepth),
         chunk(at.team) {}
 

@@ -49,6 +49,8 @@ constexpr int kGroup = static_cast<int>(kChannelBlock);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+
 // A grid of `tiles` blocks a task, all along x: of block i, i / tiles is the task.
 inline unsigned grid_of(int64_t tiles, int64_t tasks) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
