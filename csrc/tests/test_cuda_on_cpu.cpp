@@ -23,7 +23,8 @@ std::vector<T> counted(size_t size) {
   return numbers;
 }
 
-// --- reductions ---------------------------------------------------------------------------------------------------------
+// --- reductions
+// ---------------------------------------------------------------------------------------------------------
 
 // One block's sum: lanes by shuffles, warps through shared memory.
 __device__ double block_sum(double value) {
@@ -119,7 +120,8 @@ void shared_memory_begins_as_nan() {
   EXPECT(std::isnan(to));
 }
 
-// --- barriers that are not met ------------------------------------------------------------------------------------------
+// --- barriers that are not met
+// ------------------------------------------------------------------------------------------
 
 __global__ void half_kernel() {
   if (threadIdx.x < 32) __syncthreads();
@@ -141,15 +143,17 @@ __global__ void lane_kernel() {
 void divergence_is_reported() {
   set_seed(3);
   EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, kThreads, 0); }, "half_kernel"));
-  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, kThreads, 0); },
-                       "64 have ended, the first of them (32, 0, 0) of block (0, 0, 0); 32 wait at test_cuda_on_cpu.cpp:"));
+  EXPECT(throws_saying(
+      [] { imaml_ext::launch(half_kernel, 1, kThreads, 0); },
+      "64 have ended, the first of them (32, 0, 0) of block (0, 0, 0); 32 wait at test_cuda_on_cpu.cpp:"));
   EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, kThreads, 0); }, "CUDA_ON_CPU_SEED=3"));
   EXPECT(throws_saying([] { imaml_ext::launch(two_places_kernel, 1, dim3(8, 2), 0); }, "the threads do not meet"));
   EXPECT(throws_saying([] { imaml_ext::launch(lane_kernel, 1, 32, 0); }, "(__shfl_sync, mask 0xffffffff)"));
   a_block_sums();  // and afterwards all is well
 }
 
-// --- warps --------------------------------------------------------------------------------------------------------------
+// --- warps
+// --------------------------------------------------------------------------------------------------------------
 
 struct Lanes {
   int down, up, exclusive, from, down_of_8;
@@ -187,7 +191,8 @@ void lanes_exchange() {
   }
 }
 
-// --- clusters -----------------------------------------------------------------------------------------------------------
+// --- clusters
+// -----------------------------------------------------------------------------------------------------------
 
 // Every block's number, summed over the cluster by each of its blocks.
 template <bool kStays>
@@ -222,7 +227,8 @@ void a_block_that_leaves_its_cluster_is_reported() {
                        "map_shared_rank: the block of rank"));
 }
 
-// --- launches -----------------------------------------------------------------------------------------------------------
+// --- launches
+// -----------------------------------------------------------------------------------------------------------
 
 __global__ void index_kernel(int* to) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;

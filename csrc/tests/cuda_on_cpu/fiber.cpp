@@ -5,9 +5,12 @@
 #include <cstdint>
 #include <new>
 
-// swapcontext asks the kernel for the signal mask at every switch, hundreds of nanoseconds of which a few do; it is left
-// to the processors that nothing better is written for here.
-#if !defined(__x86_64__)
+// swapcontext asks the kernel for the signal mask at every switch, hundreds of nanoseconds of which a few do; it is
+// left to the processors that nothing better is written for here.
+#if defined(__x86_64__)
+#define CUDA_ON_CPU_X86_64 1
+#else
+#define CUDA_ON_CPU_X86_64 0
 #include <ucontext.h>
 #endif
 
@@ -19,7 +22,7 @@ constexpr size_t kStack = 4 * kPage;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if CUDA_ON_CPU_X86_64
 
 // Goes on by a jump: a processor foresees no return that does not match a call.
 asm(R"(
@@ -64,7 +67,7 @@ Fiber::Fiber(void (*body)()) {
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, kPage, PROT_NONE);
   memory_ = static_cast<std::byte*>(memory);
-#if defined(__x86_64__)
+#if CUDA_ON_CPU_X86_64
   // Not at the same place of every page: hundreds of stacks would share a few lines of the cache.
   static size_t number = 0;
   const size_t shift = number++ % 128 * 640;

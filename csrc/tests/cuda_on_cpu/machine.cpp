@@ -71,28 +71,36 @@ std::vector<size_t> numbers(size_t count) {
 }
 
 std::string text_of(const Site& site) {
-  const std::string path = site.file;
-  return path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(site.line);
+  const std::string_view path = site.file;
+  std::ostringstream text;
+  text << path.substr(path.find_last_of('/') + 1) << ":" << site.line;
+  return text.str();
 }
 
 std::string text_of(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  std::ostringstream text;
+  text << "(" << index.x << ", " << index.y << ", " << index.z << ")";
+  return text.str();
 }
 
 bool same(const Site& a, const Site& b) { return a.line == b.line && std::string_view(a.file) == b.file; }
 
 std::string whereabouts(const Thread& thread) {
   switch (thread.state) {
-    case State::kReady: return "can go on";
+    case State::kReady:
+      return "can go on";
     case State::kInWarp: {
       std::ostringstream text;
-      text << "wait at " << text_of(thread.site) << " (" << thread.exchange.op << ", mask " << std::hex
-           << std::showbase << thread.exchange.mask << ")";
+      text << "wait at " << text_of(thread.site) << " (" << thread.exchange.op << ", mask " << std::hex << std::showbase
+           << thread.exchange.mask << ")";
       return text.str();
     }
-    case State::kAtBarrier: return "wait at " + text_of(thread.site) + " (__syncthreads)";
-    case State::kAtClusterBarrier: return "wait at " + text_of(thread.site) + " (cluster barrier)";
-    case State::kEnded: break;
+    case State::kAtBarrier:
+      return "wait at " + text_of(thread.site) + " (__syncthreads)";
+    case State::kAtClusterBarrier:
+      return "wait at " + text_of(thread.site) + " (cluster barrier)";
+    case State::kEnded:
+      break;
   }
   return "have ended";
 }
@@ -108,7 +116,8 @@ std::string whereabouts(std::span<const Block> blocks) {
   }
   std::string text;
   for (const auto& [place, group] : groups) {
-    text += (text.empty() ? "" : "; ") + std::to_string(group.first) + " " + place + ", the first of them " + group.second;
+    text +=
+        (text.empty() ? "" : "; ") + std::to_string(group.first) + " " + place + ", the first of them " + group.second;
   }
   return text;
 }
@@ -148,7 +157,8 @@ class Machine {
     }
   }
 
-  // --- called by the thread that runs -----------------------------------------------------------------------------------
+  // --- called by the thread that runs
+  // -----------------------------------------------------------------------------------
 
   void wait(State state, Site site) {
     Thread& here = *thread_;
@@ -271,7 +281,8 @@ class Machine {
       random_.shuffle(warps_);
       for (const size_t warp : warps_) run_warp(block, warp * kWarp);
       const State state = block.threads[0].state;
-      const bool alike = std::ranges::all_of(block.threads, [&](const Thread& thread) { return thread.state == state; });
+      const bool alike =
+          std::ranges::all_of(block.threads, [&](const Thread& thread) { return thread.state == state; });
       block.ended = alike && state == State::kEnded;
       if (block.ended || (alike && state == State::kAtClusterBarrier)) return;
       meet(State::kAtBarrier, {&block, 1});
