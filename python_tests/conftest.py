@@ -4,7 +4,7 @@ Tests marked `cuda` run where there is a CUDA device and an extension built for 
 
 `--native FILE` tests that compiled part in place of the installed one: csrc/tests/cuda_on_cpu makes such files, in which
 the CUDA kernels, run by the CPU, are the ops of CPU tensors. Tests marked `cpu_kernels` are about csrc/cpu or about the
-installed file, and say nothing of such a one.
+installed file, and say nothing of such a one; `many_iterations` are left out there unless asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--native", metavar="FILE", help="the compiled part to test, in place of the installed one")
+    parser.addoption("--many-iterations", action="store_true", help="under --native, the long solves too (minutes)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,9 +52,15 @@ def _why_no_cuda() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    emulated = config.getoption("--native") is not None
     reasons = {
         "cuda": _why_no_cuda(),
-        "cpu_kernels": "about the CPU's kernels" if config.getoption("--native") is not None else None,
+        "cpu_kernels": "about the CPU's kernels" if emulated else None,
+        "many_iterations": (
+            "thousands of steps, each thread by thread: --many-iterations"
+            if emulated and not config.getoption("--many-iterations")
+            else None
+        ),
     }
     for mark, reason in reasons.items():
         if reason is not None:

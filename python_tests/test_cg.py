@@ -17,7 +17,7 @@ C, M, NEG, BAD = (int(status) for status in CGStatus)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
-@pytest.mark.parametrize("cols", [1, 31, 257])
+@pytest.mark.parametrize("cols", [1, 31, pytest.param(257, marks=pytest.mark.many_iterations)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.dtype) -> None:
     matrices = dense(rows, cols).to(dtype)
@@ -48,6 +48,7 @@ def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.
     assert ((reported - residual).abs()[converged] <= rtol).all()
 
 
+@pytest.mark.many_iterations
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
 @pytest.mark.parametrize("device", DEVICES)
 def test_long_systems_against_their_inverse(rows: int, device: str) -> None:
@@ -65,6 +66,7 @@ def test_long_systems_against_their_inverse(rows: int, device: str) -> None:
         assert result.iterations[0] < 3 < 100 < result.iterations[-1]
 
 
+@pytest.mark.many_iterations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_converged_is_never_said_of_a_residual_that_has_drifted(dtype: torch.dtype) -> None:
     """Ill-conditioned rows in a narrow type: the recurrence reaches any tolerance, b − A x does not."""

@@ -8,9 +8,12 @@
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
   }
   return "unrecognized error code";
 }
@@ -28,10 +31,18 @@ std::map<const void*, int> allowed;  // bytes of dynamic shared memory, by kerne
 
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int arch) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = arch >= 900 ? 132 : 108; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = arch / 100; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = arch / 10 % 10; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = most_dynamic_shared(arch); return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = arch >= 900 ? 132 : 108;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = arch / 100;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = arch / 10 % 10;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = most_dynamic_shared(arch);
+      return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }

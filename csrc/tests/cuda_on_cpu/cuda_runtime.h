@@ -21,7 +21,8 @@
 #define __shared__ thread_local  // see shared_memory.h
 #define __align__(n) __attribute__((aligned(n)))
 
-// --- the runtime --------------------------------------------------------------------------------------------------------
+// --- the runtime
+// --------------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 const char* cudaGetErrorString(cudaError_t error);

@@ -25,7 +25,7 @@ dim3 blockDim, gridDim;
 namespace cuda_on_cpu {
 namespace {
 
-constexpr int kWarp = 32;
+constexpr unsigned kWarp = 32;
 
 enum class State { kReady, kInWarp, kAtBarrier, kAtClusterBarrier, kEnded };
 
@@ -71,28 +71,36 @@ std::vector<size_t> numbers(size_t count) {
 }
 
 std::string text_of(const Site& site) {
-  const std::string path = site.file;
-  return path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(site.line);
+  const std::string_view path = site.file;
+  std::ostringstream text;
+  text << path.substr(path.find_last_of('/') + 1) << ":" << site.line;
+  return text.str();
 }
 
 std::string text_of(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  std::ostringstream text;
+  text << "(" << index.x << ", " << index.y << ", " << index.z << ")";
+  return text.str();
 }
 
 bool same(const Site& a, const Site& b) { return a.line == b.line && std::string_view(a.file) == b.file; }
 
 std::string whereabouts(const Thread& thread) {
   switch (thread.state) {
-    case State::kReady: return "can go on";
+    case State::kReady:
+      return "can go on";
     case State::kInWarp: {
       std::ostringstream text;
-      text << "wait at " << text_of(thread.site) << " (" << thread.exchange.op << ", mask " << std::hex
-           << std::showbase << thread.exchange.mask << ")";
+      text << "wait at " << text_of(thread.site) << " (" << thread.exchange.op << ", mask " << std::hex << std::showbase
+           << thread.exchange.mask << ")";
       return text.str();
     }
-    case State::kAtBarrier: return "wait at " + text_of(thread.site) + " (__syncthreads)";
-    case State::kAtClusterBarrier: return "wait at " + text_of(thread.site) + " (cluster barrier)";
-    case State::kEnded: break;
+    case State::kAtBarrier:
+      return "wait at " + text_of(thread.site) + " (__syncthreads)";
+    case State::kAtClusterBarrier:
+      return "wait at " + text_of(thread.site) + " (cluster barrier)";
+    case State::kEnded:
+      break;
   }
   return "have ended";
 }
@@ -108,7 +116,8 @@ std::string whereabouts(std::span<const Block> blocks) {
   }
   std::string text;
   for (const auto& [place, group] : groups) {
-    text += (text.empty() ? "" : "; ") + std::to_string(group.first) + " " + place + ", the first of them " + group.second;
+    text +=
+        (text.empty() ? "" : "; ") + std::to_string(group.first) + " " + place + ", the first of them " + group.second;
   }
   return text;
 }
@@ -148,12 +157,14 @@ class Machine {
     }
   }
 
-  // --- called by the thread that runs -----------------------------------------------------------------------------------
+  // --- called by the thread that runs
+  // -----------------------------------------------------------------------------------
 
   void wait(State state, Site site) {
-    thread_->state = state;
-    thread_->site = site;
-    thread_->fiber->suspend();
+    Thread& here = *thread_;
+    here.state = state;
+    here.site = site;
+    go_on(*here.fiber);
   }
 
   uint64_t exchange(const Exchange& exchange, Site site) {
@@ -180,28 +191,50 @@ class Machine {
   size_t threads() const { return size_t{launch_->block.x} * launch_->block.y * launch_->block.z; }
 
   // What every fiber does: one CUDA thread after another, each to its end.
-  static void work_through();
+  [[noreturn]] static void work_through();
+  void end(Fiber*& fiber) {
+    thread_->state = State::kEnded;
+    idle_.push_back(fiber);
+    go_on(*std::exchange(fiber, nullptr));
+  }
 
-  void resume(Thread& thread) {
-    if (thread.fiber == nullptr) {
-      if (idle_.empty()) {
-        fibers_.push_back(std::make_unique<Fiber>(&Machine::work_through));
-        idle_.push_back(fibers_.back().get());
-      }
-      thread.fiber = idle_.back();
-      idle_.pop_back();
+  // Leaves the fiber that runs for the next lane of the warp that can go on, or for the machine.
+  void go_on(Fiber& here) {
+    if (!next_lane()) {
+      cuda_on_cpu_switch(&here.context, outside_);
+    } else if (thread_->fiber != &here) {
+      cuda_on_cpu_switch(&here.context, thread_->fiber->context);
     }
-    thread_ = &thread;
-    threadIdx = thread.index;
-    thread.fiber->resume();
-    if (!complaint_.empty()) fail("thread " + text_of(thread.index) + " of block " + text_of(block_->index) + ": " + complaint_);
-    if (thread.state == State::kEnded) idle_.push_back(std::exchange(thread.fiber, nullptr));
+  }
+
+  // The next lane's turn, where there is one that can go on. The lanes come in an order that an odd step makes: it
+  // visits each of 32 once, wherever it starts.
+  bool next_lane() {
+    while (turn_ < kWarp) {
+      const unsigned lane = (first_lane_ + turn_++ * step_) % kWarp;
+      if (lane >= lanes_ || warp_[lane].state != State::kReady) continue;
+      thread_ = &warp_[lane];
+      threadIdx = thread_->index;
+      if (thread_->fiber == nullptr) thread_->fiber = idle_fiber();
+      return true;
+    }
+    return false;
+  }
+
+  Fiber* idle_fiber() {
+    if (idle_.empty()) {
+      fibers_.push_back(std::make_unique<Fiber>(&Machine::work_through));
+      return fibers_.back().get();
+    }
+    Fiber* const fiber = idle_.back();
+    idle_.pop_back();
+    return fiber;
   }
 
   // What a thread asks for is impossible.
   void refuse(const std::string& complaint) {
     complaint_ = complaint;
-    thread_->fiber->suspend();
+    cuda_on_cpu_switch(&thread_->fiber->context, outside_);
   }
 
   void run_cluster(const uint3& first) {
@@ -248,7 +281,8 @@ class Machine {
       random_.shuffle(warps_);
       for (const size_t warp : warps_) run_warp(block, warp * kWarp);
       const State state = block.threads[0].state;
-      const bool alike = std::ranges::all_of(block.threads, [&](const Thread& thread) { return thread.state == state; });
+      const bool alike =
+          std::ranges::all_of(block.threads, [&](const Thread& thread) { return thread.state == state; });
       block.ended = alike && state == State::kEnded;
       if (block.ended || (alike && state == State::kAtClusterBarrier)) return;
       meet(State::kAtBarrier, {&block, 1});
@@ -257,18 +291,18 @@ class Machine {
 
   // Until all its threads have ended, or wait for more than the warp.
   void run_warp(Block& block, size_t first) {
-    Thread* const warp = &block.threads[first];
-    const int lanes = static_cast<int>(std::min<size_t>(kWarp, block.threads.size() - first));
+    warp_ = &block.threads[first];
+    lanes_ = static_cast<unsigned>(std::min<size_t>(kWarp, block.threads.size() - first));
     do {
-      // An odd step visits each of 32 lanes once, wherever it starts.
       const auto random = static_cast<unsigned>(random_.next() >> 32);
-      const unsigned start = random % kWarp;
-      const unsigned step = random / kWarp | 1;
-      for (unsigned i = 0; i < kWarp; ++i) {
-        const int lane = static_cast<int>((start + i * step) % kWarp);
-        if (lane < lanes && warp[lane].state == State::kReady) resume(warp[lane]);
+      first_lane_ = random % kWarp;
+      step_ = random / kWarp | 1;
+      turn_ = 0;
+      if (next_lane()) cuda_on_cpu_switch(&outside_, thread_->fiber->context);
+      if (!complaint_.empty()) {
+        fail("thread " + text_of(thread_->index) + " of block " + text_of(block.index) + ": " + complaint_);
       }
-    } while (exchange_within(warp, lanes));
+    } while (exchange_within(warp_, static_cast<int>(lanes_)));
   }
 
   // Hands over what lanes exchange that have all arrived or ended. Whether there were any.
@@ -330,8 +364,11 @@ class Machine {
   std::vector<size_t> warps_;  // in the order in which they run
   std::vector<Block> cluster_;
   SharedMemory* shared_ = nullptr;
-  Block* block_ = nullptr;    // the one that runs
-  Thread* thread_ = nullptr;  // the one that runs
+  Block* block_ = nullptr;  // the one that runs, and so on
+  Thread* warp_ = nullptr;
+  Thread* thread_ = nullptr;
+  unsigned lanes_ = 0, first_lane_ = 0, step_ = 1, turn_ = 0;
+  Context outside_ = nullptr;  // the machine's own
   std::string complaint_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> idle_;
@@ -342,7 +379,7 @@ Machine machine;
 void Machine::work_through() {
   for (;;) {
     (*machine.work_)();
-    machine.wait(State::kEnded, {});
+    machine.end(machine.thread_->fiber);
   }
 }
 

@@ -25,7 +25,8 @@ struct Launch {
 // of a block or the blocks of a cluster do not meet at the same barrier.
 void run(const Launch& launch, const std::function<void()>& thread);
 
-// --- what a CUDA thread may ask for -------------------------------------------------------------------------------------
+// --- what a CUDA thread may ask for
+// -------------------------------------------------------------------------------------
 
 // A place in the source.
 struct Site {

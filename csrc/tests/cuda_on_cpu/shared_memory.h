@@ -1,6 +1,6 @@
-// The shared memory of a block. A __shared__ variable is a thread_local one, so that all of them lie side by side in the
-// thread-local storage of the module that holds the kernels, and nothing else may: one block's at a time, the others'
-// copied away.
+// The shared memory of a block. A __shared__ variable is a thread_local one, so that all of them lie side by side in
+// the thread-local storage of the module that holds the kernels, and nothing else may: one block's at a time, the
+// others' copied away.
 #pragma once
 
 #include <cstddef>
