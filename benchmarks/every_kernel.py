@@ -14,9 +14,26 @@ import torch
 from torch import Tensor
 
 from imaml_ext import cg, ops
+from imaml_ext.models import MLP, Conv4, TaskModel
 
 SIZES = ((1, 1), (2, 31), (3, 257), (7, 1025), (5, 4099), (1, 70001))  # [B, N]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+# name: model, shape of an example, tasks, examples of a task
+NETWORKS: dict[str, tuple[TaskModel, tuple[int, ...], int, int]] = {
+    "Conv4, 1 task, odd images": (Conv4(5, image_size=13, filters=5), (1, 13, 13), 1, 3),
+    "Conv4, 3 tasks, 7 ways": (Conv4(7, image_size=28, filters=64), (1, 28, 28), 3, 7),
+    "Conv4, max-pooling": (
+        Conv4(5, in_channels=3, image_size=37, filters=32, pooling="max"),
+        (3, 37, 37),
+        3,
+        5,
+    ),
+    "Conv4, no patches": (Conv4(2, in_channels=9, image_size=12, filters=33), (9, 12, 12), 2, 1),
+    "MLP, tanh": (MLP(1, (40, 40), 2, activation="tanh"), (1,), 3, 10),
+    "MLP, wide": (MLP(700, (130,), 3), (7, 100), 2, 33),
+}
+NETWORK_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-3}  # of a tensor's norm
 
 
 def arguments(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
@@ -92,6 +109,41 @@ def arguments(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str,
     yield "cg, rows that break down", lambda device: solve(device, broken, right)
 
 
+def networks(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
+    """As `arguments`: every op of the networks, with labels and with targets."""
+    registered = torch.ops.imaml_ext
+    for name, (model, shape, tasks, images) in NETWORKS.items():
+        assert model.network is not None
+        network, classes = list(model.network), model.network[-4]
+        generator = torch.Generator().manual_seed(tasks * images)
+
+        def random(*size: int, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        theta = (model.init(seed=0).double() + 0.1 * random(tasks, model.num_parameters)).to(dtype)
+        x, direction = random(tasks, images, *shape).to(dtype), random(tasks, model.num_parameters).to(dtype)
+        lam, lr = random(tasks, 1).abs().to(dtype), 0.01 * random(1, model.num_parameters).abs().to(dtype)
+        targets = random(tasks, images, classes)
+        for kind, y in (("labels", targets.argmax(-1)), ("targets", targets.to(dtype))):
+
+            def case(
+                device: str,
+                network: list[int] = network,
+                tensors: tuple[Tensor, ...] = (theta, x, y, direction, lam, lr),
+            ) -> list[Tensor]:
+                theta, x, y, direction, lam, lr = (tensor.to(device) for tensor in tensors)
+                *results, tape = registered.network_linearise(theta, x, y, network)
+                results += registered.network_gradient(theta, x, y, network)
+                results.append(registered.network_outputs(theta, x, network))
+                for gauss_newton in (False, True):
+                    results.append(registered.network_product(theta, tape, y, direction, network, gauss_newton))
+                phi = theta.clone()
+                results.append(registered.network_descend_(phi, theta, lam, lr, x, y, network, 2))
+                return [*results, phi]
+
+            yield f"networks, {name}, {kind}", case
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -106,6 +158,14 @@ def main() -> int:
                     if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
                         failures += 1
                         print(f"{name}, {dtype}, {list(shape)}: off by {(got - want).abs().nan_to_num().max():.3g}")
+    for dtype, tolerance in NETWORK_TOLERANCE.items():
+        for name, case in networks(dtype):
+            cases += 1
+            for place, (got, want) in enumerate(zip(case(device), case("cpu"), strict=True)):
+                off = float((got.cpu().double() - want.double()).norm() / want.double().norm())
+                if not off <= tolerance:
+                    failures += 1
+                    print(f"{name}, {dtype}, result {place}: off by {off:.3g} of its norm")
     print(f"{cases} calls on {device}, {failures} differ from the CPU")
     return 1 if failures else 0
 
