@@ -209,7 +209,7 @@ def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(cur
 
 
 def test_the_implicit_gradient_after_newton_is_that_after_many_gradient_steps() -> None:
-    """Any inner solver will do: near the minimum, which λ makes the only one, φ and so the meta-gradient are the same."""
+    """Any inner solver will do: near the minimum, the only one with this λ, φ and so the meta-gradient are the same."""
     loss, theta, episodes = regression(3)
     solvers = (HessianFree(steps=15, cg_steps=60, cg_rtol=1e-12), GradientDescent(steps=600, lr=0.05))
     lam = LearnableLam(loss.model, 10.0, sharing="layer", dtype=F64)
