@@ -45,8 +45,8 @@ called:
 "Off by" is the relative distance of the meta-gradient from that of a float64 calculation, 1e-4 at most, on tasks for
 which it does not hang on the rounding of one activation. "Of sgemm" is the rate at which the arithmetic of
 convolutions and linear layers is done (counted in `benchmarks/meta_step.py`), as a share of what a large float32
-`torch.mm` reaches in the same rounds. It is above 100 % where that does not use all of the processor: here it reaches
-about what AVX2 allows, and imaml_ext's kernels use AVX-512.
+`torch.mm` reaches in the same rounds. It can be above 100 %: pixels of the padding are counted and not computed, and
+where a processor has AVX-512, the `torch.mm` of some builds does without it.
 """
 
 
@@ -71,7 +71,8 @@ def _results() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _heading(title: str, result: dict[str, Any]) -> str:
     stamp = result["stamp"]
-    where = stamp.get("gpu") or f"{stamp['cpu']}, {stamp['threads']} threads"
+    with_instructions = f" ({stamp['instructions']})" if stamp.get("instructions") else ""
+    where = stamp.get("gpu") or f"{stamp['cpu']}{with_instructions}, {stamp['threads']} threads"
     versions = ", ".join(
         f"{name} {stamp[name]}" for name in ("torch", "torchopt", "jax", "linear_operator", "cuda") if stamp.get(name)
     )
