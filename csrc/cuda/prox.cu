@@ -116,8 +116,7 @@ void apply_rule(const char* op, const ProxTensors& tensors) {
     const int64_t blocks = (a.cols + kElementThreads - 1) / kElementThreads;
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max())),
                     static_cast<unsigned>(std::min<int64_t>(a.rows, 65535)));
-    rule_kernel<scalar_t, Rule><<<grid, kElementThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(rule_kernel<scalar_t, Rule>, grid, kElementThreads, 0, a);
   });
 }
 

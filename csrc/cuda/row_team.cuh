@@ -6,7 +6,6 @@
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -17,6 +16,7 @@
 #include <limits>
 
 #include "../coefficient.h"
+#include "launch.cuh"
 
 namespace imaml_ext {
 
@@ -124,18 +124,7 @@ void launch_row_teams(void (*kernel)(Argument), int64_t rows, int64_t cols, cons
   const int size = team_size(kernel, cols);
   TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max() / size, "imaml_ext: at most ",
                     std::numeric_limits<int32_t>::max() / size, " rows on CUDA, got ", rows);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows * size));
-  config.blockDim = dim3(kThreads);
-  config.stream = c10::cuda::getCurrentCUDAStream();
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = size;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = size > 1 ? 1 : 0;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, argument));
+  launch_clusters(kernel, size, dim3(static_cast<unsigned>(rows * size)), dim3(kThreads), 0, argument);
 }
 
 template <typename C>

@@ -1,0 +1,45 @@
+// How every kernel is launched. A function rather than <<< >>>, so that a host compiler can read the kernels' sources
+// too (csrc/tests/cuda_on_cpu).
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <type_traits>
+
+namespace imaml_ext {
+
+// Launches `kernel` on the current stream of the current device, `cluster` blocks along x a cluster: gridDim.x is a
+// multiple of it, and above 1 it needs Hopper or later.
+template <typename... Parameters>
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     const std::type_identity_t<Parameters>&... arguments) {
+  if (shared_bytes > 0) {  // above 48 KiB, static arrays included, it has to be asked for
+    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// kernel<<<grid, block, shared_bytes, current stream>>>(arguments...), checked
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            const std::type_identity_t<Parameters>&... arguments) {
+  launch_clusters(kernel, 1, grid, block, shared_bytes, arguments...);
+}
+
+}  // namespace imaml_ext
