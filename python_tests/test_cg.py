@@ -17,7 +17,7 @@ C, M, NEG, BAD = (int(status) for status in CGStatus)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
-@pytest.mark.parametrize("cols", [1, 31, 257])
+@pytest.mark.parametrize("cols", [1, 31, pytest.param(257, marks=pytest.mark.many_iterations)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.dtype) -> None:
     matrices = dense(rows, cols).to(dtype)
@@ -48,6 +48,7 @@ def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.
     assert ((reported - residual).abs()[converged] <= rtol).all()
 
 
+@pytest.mark.many_iterations
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
 @pytest.mark.parametrize("device", DEVICES)
 def test_long_systems_against_their_inverse(rows: int, device: str) -> None:
@@ -65,6 +66,7 @@ def test_long_systems_against_their_inverse(rows: int, device: str) -> None:
         assert result.iterations[0] < 3 < 100 < result.iterations[-1]
 
 
+@pytest.mark.many_iterations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_converged_is_never_said_of_a_residual_that_has_drifted(dtype: torch.dtype) -> None:
     """Ill-conditioned rows in a narrow type: the recurrence reaches any tolerance, b − A x does not."""
@@ -145,6 +147,7 @@ def test_the_bits_do_not_depend_on_the_batch_for_long_rows(device: str) -> None:
         assert torch.equal(alone.x[0], together.x[row])
 
 
+@pytest.mark.cpu_kernels
 def test_the_bits_do_not_depend_on_threads_or_instruction_set() -> None:
     program = """
 import hashlib, sys, torch
@@ -180,6 +183,7 @@ print(ops.cpu_capability(), digest.hexdigest())
             assert run.stdout.split() == [capability, digest]
 
 
+@pytest.mark.cpu_kernels
 def test_an_unknown_instruction_set_is_refused() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "from imaml_ext import ops; ops.cpu_capability()"],

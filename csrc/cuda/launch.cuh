@@ -11,6 +11,14 @@
 
 namespace imaml_ext {
 
+extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+
+// A launch's dynamic shared memory. To the compiler that of every kernel is one array, hence of one type and name.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  return reinterpret_cast<T*>(dynamic_shared_memory);
+}
+
 // Launches `kernel` on the current stream of the current device, `cluster` blocks along x a cluster: gridDim.x is a
 // multiple of it, and above 1 it needs Hopper or later.
 template <typename... Parameters>
