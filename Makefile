@@ -69,12 +69,12 @@ $(STATE)/for-use $(STATE)/for-test: $(STATE)/torch $(BUILD_INPUTS)
 
 # --- checks -------------------------------------------------------------------------------------------------------------
 
-# csrc/ as a C++ library, with its own tests.
+# csrc/ as a C++ library, with its own tests; and the CUDA kernels, run by the CPU, under the Python tests of their ops.
 test-cpp: $(STATE)/for-test
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython3_EXECUTABLE=$(BIN)/python \
 	  -DIMAML_EXT_CUDA=$(CPP_CUDA) -DIMAML_EXT_SANITIZE=$(SANITIZE)
 	cmake --build $(CMAKE_BUILD)
-	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel 2
 
 test-python: $(STATE)/for-test
 	$(BIN)/python -m pytest

@@ -17,7 +17,7 @@ C, M, NEG, BAD = (int(status) for status in CGStatus)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
-@pytest.mark.parametrize("cols", [1, 31, 257])
+@pytest.mark.parametrize("cols", [1, 31, pytest.param(257, marks=pytest.mark.many_iterations)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.dtype) -> None:
     matrices = dense(rows, cols).to(dtype)
@@ -48,6 +48,7 @@ def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.
     assert ((reported - residual).abs()[converged] <= rtol).all()
 
 
+@pytest.mark.many_iterations
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
 @pytest.mark.parametrize("device", DEVICES)
 def test_long_systems_against_their_inverse(rows: int, device: str) -> None:
@@ -65,6 +66,7 @@ def test_long_systems_against_their_inverse(rows: int, device: str) -> None:
         assert result.iterations[0] < 3 < 100 < result.iterations[-1]
 
 
+@pytest.mark.many_iterations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_converged_is_never_said_of_a_residual_that_has_drifted(dtype: torch.dtype) -> None:
     """Ill-conditioned rows in a narrow type: the recurrence reaches any tolerance, b − A x does not."""
@@ -145,6 +147,7 @@ def test_the_bits_do_not_depend_on_the_batch_for_long_rows(device: str) -> None:
         assert torch.equal(alone.x[0], together.x[row])
 
 
+@pytest.mark.cpu_kernels
 def test_the_bits_do_not_depend_on_threads_or_instruction_set() -> None:
     program = """
 import hashlib, sys, torch
@@ -180,6 +183,7 @@ print(ops.cpu_capability(), digest.hexdigest())
             assert run.stdout.split() == [capability, digest]
 
 
+@pytest.mark.cpu_kernels
 def test_an_unknown_instruction_set_is_refused() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "from imaml_ext import ops; ops.cpu_capability()"],
@@ -699,3 +703,20 @@ def test_cpu_and_cuda_agree() -> None:
     torch.testing.assert_close(card.x.cpu(), host.x, rtol=1e-8, atol=1e-8)
     assert torch.equal(card.iterations.cpu(), host.iterations)
     assert torch.equal(card.status.cpu(), host.status)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cols", [9_000, 25_001, 60_000])
+def test_rows_of_any_length_are_solved_by_the_same_recurrence(dtype: torch.dtype, cols: int) -> None:
+    """Long rows are shared by more threads, and on CUDA leave shared memory: not to be seen in the result."""
+    d = (0.5 + torch.rand(2, cols, dtype=torch.float64)).to(dtype)
+    b = torch.randn(2, cols, dtype=torch.float64).to(dtype)
+    M = (1 / (d.double() + 0.5)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for options in ({}, {"preconditioner": M}, {"x0": torch.randn(2, cols).to(dtype)}):
+        arguments = {"shift": 0.5, "max_iterations": 3, "rtol": 0.0, **options}
+        ours, oracle = cg(lambda p: d * p, b, **arguments), reference.cg(lambda p: d * p, b, **arguments)
+        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+        apart = (ours.x.double() - oracle.x.double()).norm(dim=1) / oracle.x.double().norm(dim=1)
+        assert apart.max() <= tolerance
+        assert torch.equal(ours.status, oracle.status)
+        torch.testing.assert_close(ours.residual_norm, oracle.residual_norm, rtol=100 * tolerance, atol=tolerance)

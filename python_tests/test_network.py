@@ -179,6 +179,7 @@ def test_descent_gives_the_bits_of_its_steps(name: str) -> None:
     assert torch.equal(phi, expected)
 
 
+@pytest.mark.cpu_kernels
 def test_models_alone_bring_the_ops_with_them() -> None:
     script = (
         "import torch; from imaml_ext.data.episodes import TaskData; from imaml_ext.models import MLP, TaskLoss\n"
@@ -228,6 +229,7 @@ def test_imaml_with_either_engine() -> None:
         assert found.metrics.keys() == expected.metrics.keys()
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability: str) -> None:
     from imaml_ext.ops import cpu_capability

@@ -116,8 +116,7 @@ void apply_rule(const char* op, const ProxTensors& tensors) {
     const int64_t blocks = (a.cols + kElementThreads - 1) / kElementThreads;
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max())),
                     static_cast<unsigned>(std::min<int64_t>(a.rows, 65535)));
-    rule_kernel<scalar_t, Rule><<<grid, kElementThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(rule_kernel<scalar_t, Rule>, grid, kElementThreads, 0, a);
   });
 }
 
@@ -135,7 +134,7 @@ at::Tensor prox_penalty(const at::Tensor& phi, const at::Tensor& theta, const at
   t.penalty = at::empty({phi.size(0)}, phi.options().dtype(compute_type(dtype)));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
     const auto a = t.arguments<scalar_t>();
-    launch_row_teams(penalty_kernel<scalar_t>, a.rows, a.cols, a);
+    launch_row_teams(penalty_kernel<scalar_t>, a.rows, a.cols, 0, a);
   });
   return t.penalty;
 }

@@ -1,0 +1,57 @@
+// Runs a kernel on the host: every CUDA thread is a fiber, one runs at a time, and control changes hands where threads
+// wait for one another. Between two such places the warps of a block run in a shuffled order, and the threads of a warp
+// too, so that a result that depends on the order shows.
+//
+// The order follows from the environment variable CUDA_ON_CPU_SEED (default 0) and the number of the launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "dimensions.h"
+
+namespace cuda_on_cpu {
+
+struct Launch {
+  const void* kernel;
+  dim3 grid;
+  dim3 block;
+  unsigned cluster = 1;  // blocks along x
+  size_t dynamic_shared = 0;
+};
+
+// `thread` is what one CUDA thread does. Throws std::runtime_error, naming kernel, block and places, where the threads
+// of a block or the blocks of a cluster do not meet at the same barrier.
+void run(const Launch& launch, const std::function<void()>& thread);
+
+// --- what a CUDA thread may ask for
+// -------------------------------------------------------------------------------------
+
+// A place in the source.
+struct Site {
+  const char* file;
+  int line;
+};
+
+void wait_for_block(Site site);
+void wait_for_cluster(Site site);
+
+// What the lanes in `mask` hand one another once all of them are there. Each takes what lane `from` gives, all bits set
+// where that is no lane in `mask`; or, from kFromAll, the lowest bit of every lane.
+struct Exchange {
+  const char* op;
+  uint32_t mask;
+  int from;
+  uint64_t give;
+};
+constexpr int kFromAll = -1000;
+uint64_t exchange(const Exchange& exchange, Site site);
+int lane();
+
+unsigned cluster_blocks();
+unsigned cluster_rank();
+// The same shared variable, of another block of the cluster.
+void* map_shared(const void* variable, unsigned rank);
+
+}  // namespace cuda_on_cpu
