@@ -168,8 +168,7 @@ def compared(experiment: Experiment, theta: Tensor, *, episodes: int) -> list[di
         least = min(newton, key=lambda row: row["objective"])
         print(
             f"  λ = {lam}: gradient descent {descent[PUBLIC_RATE]:.4f} at rate {PUBLIC_RATE}, {descent[best]:.4f} at "
-            f"{best}, the best; Newton-CG {least['objective']:.4f}, {least['curvature']}, {least['cg_steps']} CG steps, "
-            f"c = {least['armijo']:g}",
+            f"{best}; Newton-CG {least['objective']:.4f} with {least}",
             file=sys.stderr,
             flush=True,
         )
