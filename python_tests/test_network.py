@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from imaml_ext import IMAML, cg, ops
-from imaml_ext.meta import gauss_newton_operator, hessian_operator
+from imaml_ext.meta import GaussNewtonOperator, gauss_newton_operator, hessian_operator
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel, from_module
 
 # name: model, shape of an example
@@ -78,6 +78,12 @@ def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtyp
         assert torch.equal(mine.losses, found.losses)
         assert torch.equal(mine.gradient, found.gradient)
         assert relative(mine(direction), theirs(direction.double())) <= of_derivatives
+    assert isinstance(mine, GaussNewtonOperator)
+    assert isinstance(theirs, GaussNewtonOperator)
+    along = mine.curvature(direction)  # pᵀGp, [B]
+    assert along.dtype == F64
+    assert relative(along, theirs.curvature(direction.double())) <= of_derivatives
+    assert relative(along, (direction.double() * mine(direction)).sum(1)) <= (1e-12 if dtype == F64 else 1e-4)
 
 
 def test_photographs_of_84_pixels() -> None:
@@ -265,6 +271,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
         test_utils=tests,
     )
     opcheck(registered.network_product.default, (params, tape, data.y, params, network, False), test_utils=tests)
+    opcheck(registered.network_curvature.default, (params, tape, data.y, params, network), test_utils=tests)
     opcheck(
         registered.network_linearise.default,
         (params, data.x, data.y, network),
