@@ -2,22 +2,30 @@
 
     python benchmarks/hessian_free.py --data-root FOLDER --json docs/results/hessian-free.json
 
-5-way 1-shot, Conv4 with 64 filters, from a random θ and from one that was meta-trained for a few steps. Two parts:
+5-way 1-shot, Conv4 with 64 filters; from a random θ, from one that was meta-trained for a few steps, and from the
+published ones, which were trained together with either inner solver. Three parts:
 
-    monotone    1,000 episodes, either matrix: L(φ) + ½ λ ‖φ − θ‖² before and after every Newton step
-    compared    the mean objective after 16 gradient steps, for several learning rates, and after Newton steps that cost
-                at most as much
+    priced      the processor time of a gradient and of what a Newton step is made of
+    compared    the mean objective L(φ) + ½ λ ‖φ − θ‖² after 16 gradient steps, for several learning rates, and after
+                as many Newton steps of every task as its 16 gradients buy
+    monotone    1,000 episodes, either matrix: the objective before and after every Newton step
 
-Costs are counted in gradients: a gradient 1, a product with the Hessian or the Gauss-Newton matrix 2, a loss ⅓. A
-Newton step is a gradient, its products, and as many losses as the line search tries, at least 1.
+Costs are counted in thirds of a gradient, which is three products a convolution: one in the loss, two on the way back.
+A product with the Hessian is six, and one with the Gauss-Newton matrix counts as much though it is four; its way
+forward, which is all that one iteration of conjugate gradients needs, is two. A Newton step is a gradient, its
+products, and as many losses as the line search tries, at least 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +33,10 @@ import torch
 from torch import Tensor
 
 from imaml_ext import GradientDescent, HessianFree
+from imaml_ext.inner import NewtonResult
+from imaml_ext.inner.curvature import GaussNewtonOperator, HessianOperator
 from imaml_ext.ops import prox_penalty
+from imaml_ext.pretrained import load_pretrained
 from imaml_ext.training import PRESETS, build
 from imaml_ext.training.config import TrainConfig
 from imaml_ext.training.environment import environment
@@ -34,9 +45,18 @@ from imaml_ext.training.run_directory import atomic_write, to_json_text
 from imaml_ext.training.schedule import outer_optimizer
 
 LAMS = (2.0, 0.5, 0.1)
-RATES = (0.02, 0.05, 0.1, 0.2, 0.4)
-NEWTON = ((1, 5), (2, 3), (3, 2), (4, 1))  # Newton steps × CG steps, at most 16 gradients together
-BUDGET = 16
+RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+PUBLIC_RATE = 0.1  # of the code that the paper's authors published
+NEWTON = (  # curvature, CG steps of a direction, part of the promised decrease that a step must bring
+    ("gauss_newton", 5, 1e-4),
+    ("gauss_newton", 2, 1e-4),
+    ("gauss_newton", 1, 1e-4),
+    ("gauss_newton", 1, 0.1),
+    ("hessian", 1, 1e-4),
+)
+PUBLISHED = ("omniglot-5w1s-gd", "omniglot-5w1s-hf")
+BUDGET = 16  # gradients
+GRADIENT, PRODUCT, WAY_FORWARD, LOSS = 3, 6, 2, 1  # thirds of a gradient
 
 
 def trained(experiment: Experiment, steps: int) -> Tensor:
@@ -57,12 +77,12 @@ def objective(experiment: Experiment, phi: Tensor, theta: Tensor, support: objec
         return experiment.loss(phi, support) + prox_penalty(phi, theta, lam)
 
 
-def monotone(experiment: Experiment, theta: Tensor, *, episodes: int, steps: int, batch: int = 50) -> list[dict]:
-    """Every Newton step of every episode, with 5 CG steps at the λ of the preset; the end is evaluated once more."""
+def monotone(experiment: Experiment, theta: Tensor, *, episodes: int, batch: int = 50) -> list[dict]:
+    """Every Newton step of every episode at the λ of the preset; the end is evaluated once more."""
     lam = experiment.config.inner.lam
     rows = []
-    for curvature in ("hessian", "gauss_newton"):
-        solver = HessianFree(steps=steps, cg_steps=5, curvature=curvature)
+    for curvature, steps, cg_steps in (("hessian", 2, 5), ("gauss_newton", 2, 5), ("gauss_newton", 8, 1)):
+        solver = HessianFree(steps=steps, cg_steps=cg_steps, curvature=curvature)
         tasks = experiment.sampler("train", tasks=batch, seed=1)
         changes, sizes, negative, apart = [], [], [], 0.0
         for index in range(-(-episodes // batch)):
@@ -80,7 +100,7 @@ def monotone(experiment: Experiment, theta: Tensor, *, episodes: int, steps: int
                 "curvature": curvature,
                 "episodes": change.shape[1],
                 "newton_steps": steps,
-                "cg_steps": solver.cg_steps,
+                "cg_steps": cg_steps,
                 "steps_that_increased": int((change > 0).sum()),
                 "largest_change": float(change.max()),
                 "mean_change": float(change.mean()),
@@ -94,10 +114,24 @@ def monotone(experiment: Experiment, theta: Tensor, *, episodes: int, steps: int
     return rows
 
 
-def cost(step_sizes: Tensor, cg_steps: int, shrink: float) -> float:
-    """Gradient equivalents of Newton steps [steps, B], in the mean over the tasks."""
-    tried = 1 + torch.log(step_sizes.clamp(min=shrink**10)) / torch.log(torch.tensor(shrink))
-    return len(step_sizes) * (1 + 2 * cg_steps) + float(tried.round().mean(1).sum()) / 3
+def of_a_solve(solver: HessianFree) -> int:
+    """The products of a direction, in thirds of a gradient."""
+    alone = solver.curvature == "gauss_newton" and solver.cg_steps == 1
+    return WAY_FORWARD if alone else PRODUCT * solver.cg_steps
+
+
+def within_budget(solver: HessianFree, result: NewtonResult) -> dict[str, float]:
+    """The mean objective after as many steps of every task as its budget buys, and what they have cost in the mean."""
+    backtracked = (result.step_sizes.log() / math.log(solver.shrink)).round().clamp(max=solver.backtracks)
+    of_a_step = GRADIENT + of_a_solve(solver) + LOSS * (1 + backtracked)  # [steps, B]; a step not taken tries them all
+    cost = of_a_step.cumsum(0)
+    fits = cost <= GRADIENT * BUDGET
+    taken = fits.sum(0)  # [B]
+    return {
+        "newton_steps": float(taken.double().mean()),
+        "cost": float((of_a_step * fits).sum(0).mean()) / GRADIENT,
+        "objective": float(result.objectives.gather(0, taken.unsqueeze(0)).mean()),
+    }
 
 
 def compared(experiment: Experiment, theta: Tensor, *, episodes: int) -> list[dict]:
@@ -114,19 +148,12 @@ def compared(experiment: Experiment, theta: Tensor, *, episodes: int) -> list[di
             for lr in RATES
         }
         newton = []
-        for curvature in ("gauss_newton", "hessian"):
-            for steps, cg_steps in NEWTON:
-                solver = HessianFree(steps=steps, cg_steps=cg_steps, curvature=curvature)
-                result = solver.solve(experiment.loss, theta, support, lam=lam)
-                newton.append(
-                    {
-                        "curvature": curvature,
-                        "newton_steps": steps,
-                        "cg_steps": cg_steps,
-                        "cost": round(cost(result.step_sizes, cg_steps, solver.shrink), 2),
-                        "objective": mean(result.phi),
-                    }
-                )
+        for curvature, cg_steps, armijo in NEWTON:
+            solver = HessianFree(cg_steps=cg_steps, curvature=curvature, armijo=armijo)
+            most = GRADIENT * BUDGET // (GRADIENT + of_a_solve(solver) + LOSS)
+            result = replace(solver, steps=most).solve(experiment.loss, theta, support, lam=lam)
+            settings = {"curvature": curvature, "cg_steps": cg_steps, "armijo": armijo}
+            newton.append({**settings, **within_budget(solver, result)})
         rows.append(
             {
                 "lam": lam,
@@ -137,8 +164,44 @@ def compared(experiment: Experiment, theta: Tensor, *, episodes: int) -> list[di
                 "newton": newton,
             }
         )
-        print(f"  {rows[-1]}", file=sys.stderr, flush=True)
+        best = min(descent, key=descent.__getitem__)
+        least = min(newton, key=lambda row: row["objective"])
+        print(
+            f"  λ = {lam}: gradient descent {descent[PUBLIC_RATE]:.4f} at rate {PUBLIC_RATE}, {descent[best]:.4f} at "
+            f"{best}; Newton-CG {least['objective']:.4f} with {least}",
+            file=sys.stderr,
+            flush=True,
+        )
     return rows
+
+
+def priced(experiment: Experiment, theta: Tensor, *, tasks: int = 16, repetitions: int = 15) -> dict[str, float]:
+    """Processor time in gradients, medians of rounds that do everything in turn."""
+    support = experiment.sampler("train", tasks=tasks, seed=3).sample(0).support
+    phi = theta.detach().expand(tasks, -1).contiguous()
+    loss, p = experiment.loss, torch.randn_like(phi)
+    hessian, gauss_newton = HessianOperator(loss, phi, support), GaussNewtonOperator(loss, phi, support)
+    newton = HessianFree(steps=8, cg_steps=1, curvature="gauss_newton")
+    parts: dict[str, Callable[[], object]] = {
+        "gradient": lambda: loss.gradient(phi, support),
+        "gradient_and_what_products_need": lambda: GaussNewtonOperator(loss, phi, support),
+        "loss": lambda: objective(experiment, phi, theta, support, 0.1),
+        "product_with_hessian": lambda: hessian(p),
+        "product_with_gauss_newton": lambda: gauss_newton(p),
+        "its_way_forward": lambda: gauss_newton.curvature(p),
+        "16_gradient_steps": lambda: GradientDescent(steps=16).solve(loss, theta, support, lam=0.1),
+        "8_newton_steps_of_1_cg_step": lambda: newton.solve(loss, theta, support, lam=0.1),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repetitions):
+        for name, part in parts.items():
+            begin = time.process_time()
+            part()
+            spent[name].append(time.process_time() - begin)
+    medians = {name: statistics.median(times) for name, times in spent.items()}
+    prices = {name: round(median / medians["gradient"], 2) for name, median in medians.items()}
+    print(f"  {prices}", file=sys.stderr, flush=True)
+    return prices
 
 
 def main() -> int:
@@ -146,27 +209,29 @@ def main() -> int:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--meta-steps", type=int, default=50, help="of training, for the second θ")
     parser.add_argument("--episodes", type=int, default=1000, help="whose objective is followed")
-    parser.add_argument("--newton-steps", type=int, default=2, help="of these")
     parser.add_argument("--compared", type=int, default=40, help="episodes of the comparison")
-    parser.add_argument("--part", choices=["both", "compared", "monotone"], default="both")
+    parser.add_argument("--part", choices=["all", "priced", "compared", "monotone"], default="all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     preset: TrainConfig = PRESETS["omniglot-5w1s-1000"].config
     experiment = build(replace(preset, data=replace(preset.data, root=options.data_root)))
-    starts = {"initial": experiment.initial_theta(), f"{options.meta_steps} meta-steps": None}
+    after = f"{options.meta_steps} meta-steps"
+    starts = {"initial": experiment.initial_theta(), after: trained(experiment, options.meta_steps)}
+    starts |= {name: load_pretrained(name).weights.theta for name in PUBLISHED}
+
+    def asked(part: str) -> bool:
+        return options.part in (part, "all")
+
+    prices = priced(experiment, starts[after]) if asked("priced") else {}
     results = {}
-    for name, theta in starts.items():
+    for name, theta in starts.items() if asked("compared") else ():
         print(f"θ: {name}", file=sys.stderr, flush=True)
-        theta = trained(experiment, options.meta_steps) if theta is None else theta
-        if options.part != "monotone":
-            results[name] = compared(experiment, theta, episodes=options.compared)
-    assert theta is not None  # the last one, trained
-    increases = []
-    if options.part != "compared":
-        increases = monotone(experiment, theta, episodes=options.episodes, steps=options.newton_steps)
+        results[name] = compared(experiment, theta, episodes=options.compared)
+    increases = monotone(experiment, starts[after], episodes=options.episodes) if asked("monotone") else []
     stamp = {
         "command": shlex.join(["python", "benchmarks/hessian_free.py", *sys.argv[1:]]),
-        "cost": "gradient 1, product with H or G 2, loss 1/3",
+        "cost": "gradient 1, product with H or G 2, its way forward 2/3, loss 1/3",
+        "processor_time_in_gradients": prices,
         "compared_at": results,
         "monotone_at_the_trained_theta": increases,
         "environment": environment(experiment.device),

@@ -45,8 +45,8 @@ called:
 "Off by" is the relative distance of the meta-gradient from that of a float64 calculation, 1e-4 at most, on tasks for
 which it does not hang on the rounding of one activation. "Of sgemm" is the rate at which the arithmetic of
 convolutions and linear layers is done (counted in `benchmarks/meta_step.py`), as a share of what a large float32
-`torch.mm` reaches in the same rounds. It is above 100 % where that does not use all of the processor: here it reaches
-about what AVX2 allows, and imaml_ext's kernels use AVX-512.
+`torch.mm` reaches in the same rounds. It can be above 100 %: pixels of the padding are counted and not computed, and
+where a processor has AVX-512, the `torch.mm` of some builds does without it.
 """
 
 
@@ -71,7 +71,8 @@ def _results() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _heading(title: str, result: dict[str, Any]) -> str:
     stamp = result["stamp"]
-    where = stamp.get("gpu") or f"{stamp['cpu']}, {stamp['threads']} threads"
+    with_instructions = f" ({stamp['instructions']})" if stamp.get("instructions") else ""
+    where = stamp.get("gpu") or f"{stamp['cpu']}{with_instructions}, {stamp['threads']} threads"
     versions = ", ".join(
         f"{name} {stamp[name]}" for name in ("torch", "torchopt", "jax", "linear_operator", "cuda") if stamp.get(name)
     )
@@ -180,7 +181,24 @@ def _cg(result: dict[str, Any]) -> str:
     )
 
 
-_SECTIONS = {"meta_step": _meta_step, "scaling": _scaling, "cg": _cg}
+def _precision(result: dict[str, Any]) -> str:
+    matrices = {"gauss_newton": "Gauss-Newton", "hessian": "Hessian"}
+    rows = [
+        [f"{run['theta']}, {matrices[run['curvature']]}", precision, *(f"{value:.1e}" for value in row.values())]
+        for run in result["runs"]
+        for precision, row in run["results"].items()
+    ]
+    return "\n".join(
+        [
+            _heading("Precision of the products", result),
+            f"{result['tasks']} tasks of glyphs, {result['inner_steps']} inner steps, {result['cg_steps']} CG steps, "
+            f"{result['filters']} filters. Relative distances from float64, of a task in the median.\n",
+            _table(["", "products in", "support gradient at θ", "meta-gradient", "its mean over the tasks"], rows),
+        ]
+    )
+
+
+_SECTIONS = {"meta_step": _meta_step, "scaling": _scaling, "cg": _cg, "precision": _precision}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -45,4 +45,6 @@ TORCH_LIBRARY(imaml_ext, m) {
       "network_linearise(Tensor params, Tensor x, Tensor y, int[] network) -> "
       "(Tensor losses, Tensor outputs, Tensor gradient, Tensor tape)");
   m.def("network_product(Tensor params, Tensor tape, Tensor y, Tensor p, int[] network, bool gauss_newton) -> Tensor");
+  // pᵀ Jᵀ C J p of every task, [B] float64: the way forward of the product with the Gauss-Newton matrix alone.
+  m.def("network_curvature(Tensor params, Tensor tape, Tensor y, Tensor p, int[] network) -> Tensor");
 }

@@ -277,6 +277,10 @@ def _register() -> None:
     def _(params: Tensor, tape: Tensor, y: Tensor, p: Tensor, network: list[int], gauss_newton: bool) -> Tensor:
         return torch.empty_like(p)
 
+    @torch.library.register_fake("imaml_ext::network_curvature")
+    def _(params: Tensor, tape: Tensor, y: Tensor, p: Tensor, network: list[int]) -> Tensor:
+        return p.new_empty(p.shape[:1], dtype=torch.float64)
+
     torch.library.register_autograd("imaml_ext::prox_penalty", _penalty_backward, setup_context=_penalty_setup)
 
 

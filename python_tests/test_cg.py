@@ -703,3 +703,20 @@ def test_cpu_and_cuda_agree() -> None:
     torch.testing.assert_close(card.x.cpu(), host.x, rtol=1e-8, atol=1e-8)
     assert torch.equal(card.iterations.cpu(), host.iterations)
     assert torch.equal(card.status.cpu(), host.status)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cols", [9_000, 25_001, 60_000])
+def test_rows_of_any_length_are_solved_by_the_same_recurrence(dtype: torch.dtype, cols: int) -> None:
+    """Long rows are shared by more threads, and on CUDA leave shared memory: not to be seen in the result."""
+    d = (0.5 + torch.rand(2, cols, dtype=torch.float64)).to(dtype)
+    b = torch.randn(2, cols, dtype=torch.float64).to(dtype)
+    M = (1 / (d.double() + 0.5)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for options in ({}, {"preconditioner": M}, {"x0": torch.randn(2, cols).to(dtype)}):
+        arguments = {"shift": 0.5, "max_iterations": 3, "rtol": 0.0, **options}
+        ours, oracle = cg(lambda p: d * p, b, **arguments), reference.cg(lambda p: d * p, b, **arguments)
+        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+        apart = (ours.x.double() - oracle.x.double()).norm(dim=1) / oracle.x.double().norm(dim=1)
+        assert apart.max() <= tolerance
+        assert torch.equal(ours.status, oracle.status)
+        torch.testing.assert_close(ours.residual_norm, oracle.residual_norm, rtol=100 * tolerance, atol=tolerance)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_tools import SMALL, assert_one_sentence, environment, imaml, imaml_command, imaml_process
+from training_tools import SMALL, assert_one_sentence, environment, fastest_step, imaml, imaml_command, imaml_process
 
 from imaml_ext.training import PRESETS
 from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
@@ -73,6 +73,7 @@ def test_killed_five_times_at_random_and_resumed(tmp_path: Path) -> None:
     subprocess.run(command("straight"), env=environment(), check=True, capture_output=True, timeout=600)
 
     moment = random.Random()  # a new moment at each run of the test
+    within = 30 * fastest_step(tmp_path / "straight")  # seconds: five kills leave steps to be taken, however fast
     checkpoints, kills = tmp_path / "killed" / "checkpoints", 0
     while kills < 5:
         before = len(list_checkpoints(checkpoints)) and list_checkpoints(checkpoints)[-1].name
@@ -84,7 +85,7 @@ def test_killed_five_times_at_random_and_resumed(tmp_path: Path) -> None:
                 if now and now[-1].name != before:
                     break
                 time.sleep(0.005)
-            time.sleep(moment.uniform(0, 0.15))
+            time.sleep(moment.uniform(0, within))
         finally:
             process.kill()
             process.wait()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from imaml_ext import IMAML, cg, ops
-from imaml_ext.meta import gauss_newton_operator, hessian_operator
+from imaml_ext.meta import GaussNewtonOperator, gauss_newton_operator, hessian_operator
 from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel, from_module
 
 # name: model, shape of an example
@@ -88,6 +88,12 @@ def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtyp
         assert torch.equal(mine.losses, found.losses)
         assert torch.equal(mine.gradient, found.gradient)
         assert relative(mine(direction), theirs(direction.double())) <= of_derivatives
+    assert isinstance(mine, GaussNewtonOperator)
+    assert isinstance(theirs, GaussNewtonOperator)
+    along = mine.curvature(direction)  # pᵀGp, [B]
+    assert along.dtype == F64
+    assert relative(along, theirs.curvature(direction.double())) <= of_derivatives
+    assert relative(along, (direction.double() * mine(direction)).sum(1)) <= (1e-12 if dtype == F64 else 1e-4)
 
 
 def described(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
@@ -361,6 +367,7 @@ def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
         test_utils=tests,
     )
     opcheck(registered.network_product.default, (params, tape, data.y, params, network, False), test_utils=tests)
+    opcheck(registered.network_curvature.default, (params, tape, data.y, params, network), test_utils=tests)
     opcheck(
         registered.network_linearise.default,
         (params, data.x, data.y, network),

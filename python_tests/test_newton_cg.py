@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imaml_ext import IMAML, MAML, MLP, GradientDescent, HessianFree, LearnableLam, TaskLoss, prox_solve
 from imaml_ext.inner import newton_cg
-from imaml_ext.inner.curvature import curvature_operator
+from imaml_ext.inner.curvature import GaussNewtonOperator, curvature_operator
 from imaml_ext.models import Conv4
 from imaml_ext.ops import prox_gradient_, prox_penalty
 
@@ -60,13 +60,14 @@ def objective(loss: TaskLoss, phi: Tensor, theta: Tensor, data: Data, lam: Tenso
     return loss(phi, data) + prox_penalty(phi, theta, lam)
 
 
+@pytest.mark.parametrize("cg_steps", [1, 3])
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("kind", ["regression", "classification"])
-def test_steps_are_the_ones_defined(kind: str, curvature: str) -> None:
+def test_steps_are_the_ones_defined(kind: str, curvature: str, cg_steps: int) -> None:
     """Every step of every task recomputed: the direction solves the system, t is the first acceptable one."""
     loss, theta, episodes = regression(3) if kind == "regression" else classification(3)
     data, lam, damping = episodes.support, 0.05, 0.02
-    settings = {"cg_steps": 3, "curvature": curvature, "damping": damping, "armijo": 0.3, "shrink": 0.6}
+    settings = {"cg_steps": cg_steps, "curvature": curvature, "damping": damping, "armijo": 0.3, "shrink": 0.6}
     run = HessianFree(steps=4, backtracks=6, **settings).solve(loss, theta, data, lam=lam)
     phi = theta.expand(3, -1).clone()
     for step in range(4):
@@ -77,7 +78,7 @@ def test_steps_are_the_ones_defined(kind: str, curvature: str) -> None:
         g = prox_gradient_(operator.gradient.clone(), phi, theta, lam)
         after = newton_cg(loss, theta, data, lam=lam, steps=step + 1, backtracks=6, **settings).phi
         for task in range(3):
-            d = _conjugate_gradients(lambda p, H=operator: H(p) + (lam + damping) * p, -g, 3)[task]
+            d = _conjugate_gradients(lambda p, H=operator: H(p) + (lam + damping) * p, -g, cg_steps)[task]
             slope = float(g[task] @ d)
             assert slope < 0
             for trial in range(7):
@@ -113,6 +114,54 @@ def _conjugate_gradients(A: object, b: Tensor, iterations: int) -> Tensor:
     return x
 
 
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("form", ["number", "[B]", "[N]"])
+def test_one_cg_step_is_the_cauchy_point_without_a_product(form: str, engine: str) -> None:
+    """d = −(‖g‖² / gᵀ(G + Λ + δI)g) g, where g is the gradient; and G is asked for along g alone, not multiplied."""
+    model = MLP(3, (5,), 3, activation="tanh")
+    loss = TaskLoss(model, "cross_entropy", engine=engine)
+    theta = model.init(seed=1).double()
+    data = Data(torch.randn(3, 6, 3, dtype=F64), torch.randint(3, (3, 6)))
+    shape = {"number": (), "[B]": (3,), "[N]": (len(theta),)}[form]
+    lam, damping = 0.1 + torch.rand(shape, dtype=F64), 0.02
+    phi = theta.expand(3, -1).contiguous()
+    operator = curvature_operator("gauss_newton", loss, phi, data)
+    g = operator.gradient  # at φ = θ
+    shift = lam.unsqueeze(1) if form == "[B]" else lam
+    torch.testing.assert_close(operator.curvature(g), (g * operator(g)).sum(1), rtol=1e-12, atol=0.0)
+    exact = g * g.square().sum(1, keepdim=True) / (g * (operator(g) + (shift + damping) * g)).sum(1, keepdim=True)
+
+    settings = HessianFree(steps=1, cg_steps=1, curvature="gauss_newton", damping=damping)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GaussNewtonOperator, "__call__", None)
+        result = settings.solve(loss, theta, data, lam=lam)
+    torch.testing.assert_close(result.phi, theta - result.step_sizes[0].unsqueeze(1) * exact, rtol=1e-10, atol=1e-12)
+    assert (result.step_sizes > 0).all()
+
+
+@pytest.mark.parametrize("cg_steps", [1, 3])
+def test_a_task_has_the_same_bits_alone_and_in_a_batch(cg_steps: int) -> None:
+    loss, theta, episodes = classification(5)
+    settings = HessianFree(steps=3, cg_steps=cg_steps, curvature="gauss_newton")
+    together = settings.solve(loss, theta, episodes.support, lam=0.1)
+    for task in range(5):
+        row = slice(task, task + 1)
+        alone = settings.solve(loss, theta, Data(episodes.support.x[row], episodes.support.y[row]), lam=0.1)
+        assert torch.equal(alone.phi, together.phi[row])
+        assert torch.equal(alone.objectives, together.objectives[:, row])
+
+
+def test_at_the_minimum_one_cg_step_stays() -> None:
+    """g = 0, so that g / gᵀGg is 0 / 0; and no curvature is negative."""
+    loss = TaskLoss(MLP(2, (), 1), "mse")
+    data = Data(torch.randn(2, 4, 2, dtype=F64), torch.zeros(2, 4, 1, dtype=F64))
+    theta = torch.zeros(3, dtype=F64)
+    result = HessianFree(steps=2, cg_steps=1, curvature="gauss_newton").solve(loss, theta, data, lam=1.0)
+    assert torch.equal(result.phi, torch.zeros(2, 3, dtype=F64))
+    assert result.steps.tolist() == [0, 0]
+    assert not result.negative_curvature.any()
+
+
 def test_negative_curvature() -> None:
     """At once: steepest descent. Later: the iterate before. And never upwards, though there is no minimum."""
     A = torch.diag_embed(torch.ones(2, N, dtype=F64))
@@ -134,14 +183,14 @@ def test_negative_curvature() -> None:
     assert (free.objectives[1] < free.objectives[0]).all()
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize(("curvature", "cg_steps"), [("hessian", 5), ("gauss_newton", 5), ("gauss_newton", 1)])
 @pytest.mark.parametrize("lam", [2.0, 0.1])
-def test_the_objective_never_increases_on_conv4(curvature: str, lam: float) -> None:
+def test_the_objective_never_increases_on_conv4(curvature: str, cg_steps: int, lam: float) -> None:
     model = Conv4(5, filters=8)
     loss = TaskLoss(model, "cross_entropy")
     theta = model.init(seed=int(torch.randint(1000, ())))
     data = Data(torch.rand(24, 5, 1, 28, 28), torch.arange(5).repeat(24, 1))
-    result = HessianFree(steps=4, curvature=curvature).solve(loss, theta, data, lam=lam)
+    result = HessianFree(steps=4, cg_steps=cg_steps, curvature=curvature).solve(loss, theta, data, lam=lam)
     assert (result.objectives.diff(dim=0) <= 0).all()
     assert (result.objectives[-1] < result.objectives[0]).all()
     with torch.no_grad():
@@ -194,13 +243,13 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
-def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(curvature: str) -> None:
+@pytest.mark.parametrize(("curvature", "cg_steps"), [("hessian", 5), ("gauss_newton", 5), ("gauss_newton", 1)])
+def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(curvature: str, cg_steps: int) -> None:
     loss, theta, episodes = classification(3)
     runs = {}
     for early in (False, True):
         with _Watch() as watch:
-            solver = HessianFree(steps=3, curvature=curvature, stop_early=early)
+            solver = HessianFree(steps=3, cg_steps=cg_steps, curvature=curvature, stop_early=early)
             runs[early] = solver.solve(loss, theta, episodes.support, lam=0.1)
         assert bool(watch.looks) == early
     assert torch.equal(runs[True].phi, runs[False].phi)
@@ -209,7 +258,7 @@ def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(cur
 
 
 def test_the_implicit_gradient_after_newton_is_that_after_many_gradient_steps() -> None:
-    """Any inner solver will do: near the minimum, which λ makes the only one, φ and so the meta-gradient are the same."""
+    """Any inner solver will do: near the minimum, which λ makes the only one, φ and the meta-gradient are the same."""
     loss, theta, episodes = regression(3)
     solvers = (HessianFree(steps=15, cg_steps=60, cg_rtol=1e-12), GradientDescent(steps=600, lr=0.05))
     lam = LearnableLam(loss.model, 10.0, sharing="layer", dtype=F64)

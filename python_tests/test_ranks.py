@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import ranks_worker
 import torch
-from training_tools import SMALL, environment, files_of, small_config
+from training_tools import SMALL, environment, fastest_step, files_of, small_config
 
 from imaml_ext.training import build, train
 from imaml_ext.training import trainer as trainer_module
@@ -261,13 +261,14 @@ def test_killed_ten_times_at_random(tmp_path: Path) -> None:
     assert ended(start("straight")).returncode == 0
 
     moment = random.Random()  # another one at each run of the test
+    within = 15 * fastest_step(tmp_path / "straight")  # seconds: ten kills leave steps to be taken, however fast
     checkpoints = tmp_path / "killed" / "checkpoints"
     job = start("killed", restarts=kills - 1)
     seen: list[int] = []
     for _ in range(kills):
         before = [path.name for path in list_checkpoints(checkpoints)]
         wait_for(lambda before=before: [path.name for path in list_checkpoints(checkpoints)] != before, job)  # type: ignore[misc]
-        time.sleep(moment.uniform(0, 0.05))
+        time.sleep(moment.uniform(0, within))
         killed = ranks_of(job)
         os.kill(moment.choice(killed), signal.SIGKILL)
         wait_for_end = time.monotonic() + 120  # of both: the one that was killed, and the one that has lost it

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from imaml_ext.training import (
     RunConfig,
     TrainConfig,
 )
+from imaml_ext.training.run_directory import read_metrics
 
 # The knobs that turn a sinusoid preset into a run of a second or two.
 SMALL = [
@@ -100,6 +102,12 @@ def imaml_process(*arguments: object, limit_file_size: int | None = None) -> sub
         check=False,
         preexec_fn=limit if limit_file_size is not None else None,
     )
+
+
+def fastest_step(run: Path) -> float:
+    """Seconds a meta-step in the fastest stretch of a run's log: what a step takes at least on this machine."""
+    times = [(row["step"], row["seconds"]) for row in read_metrics(run / "metrics.jsonl")]
+    return min((after - before) / (last - first) for (first, before), (last, after) in pairwise(times))
 
 
 def assert_one_sentence(process: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -8,7 +8,7 @@ constexpr int kLanes = 16;
 
 template <typename C>
 struct Lanes {
-  static constexpr int kWidth = IMAML_REGISTER_BYTES / 8;  // as many as a register holds float64
+  static constexpr int kWidth = IMAML_REGISTER_BYTES / sizeof(C);
   static constexpr int kParts = kLanes / kWidth;
   typedef C Part __attribute__((vector_size(kWidth * sizeof(C))));
   Part part[kParts];
@@ -18,12 +18,21 @@ struct Lanes {
 // All that a pass calls is compiled into it. Left to itself GCC keeps the body of a loop that has a tail, and so two
 // callers, outside: a call, and the registers through memory, every sixteen numbers.
 #define IMAML_PASS __attribute__((flatten)) static
-#define IMAML_LANES_OPERATOR(op)                                                     \
-  template <typename C>                                                              \
-  IMAML_INLINE Lanes<C> operator op(const Lanes<C>& a, const Lanes<C>& b) {          \
-    Lanes<C> out;                                                                    \
-    for (int k = 0; k < Lanes<C>::kParts; ++k) out.part[k] = a.part[k] op b.part[k]; \
-    return out;                                                                      \
+
+// Calls body(k) for every part, k a constant: a loop over parts is unrolled too late for GCC to keep them in registers.
+template <typename C, typename Body>
+IMAML_INLINE void each_part(const Body& body) {
+  [&]<int... k>(std::integer_sequence<int, k...>) {
+    (body(std::integral_constant<int, k>{}), ...);
+  }(std::make_integer_sequence<int, Lanes<C>::kParts>{});
+}
+
+#define IMAML_LANES_OPERATOR(op)                                            \
+  template <typename C>                                                     \
+  IMAML_INLINE Lanes<C> operator op(const Lanes<C>& a, const Lanes<C>& b) { \
+    Lanes<C> out;                                                           \
+    each_part<C>([&](auto k) { out.part[k] = a.part[k] op b.part[k]; });    \
+    return out;                                                             \
   }
 IMAML_LANES_OPERATOR(+)
 IMAML_LANES_OPERATOR(-)
@@ -34,14 +43,15 @@ IMAML_LANES_OPERATOR(/)
 template <typename C>
 IMAML_INLINE Lanes<C> broadcast(C value) {
   Lanes<C> out;
-  for (int k = 0; k < Lanes<C>::kParts; ++k) out.part[k] = value - (typename Lanes<C>::Part){};
+  each_part<C>([&](auto k) { out.part[k] = value - (typename Lanes<C>::Part){}; });
   return out;
 }
 
 template <typename C>
 IMAML_INLINE Lanes<C> square_root(Lanes<C> a) {
-  for (int k = 0; k < Lanes<C>::kParts; ++k)
+  each_part<C>([&](auto k) {
     for (int l = 0; l < Lanes<C>::kWidth; ++l) a.part[k][l] = std::sqrt(a.part[k][l]);
+  });
   return a;
 }
 
@@ -50,16 +60,26 @@ IMAML_INLINE Lanes<double> widen(const Lanes<C>& a) {
   if constexpr (std::is_same_v<C, double>) {
     return a;
   } else {
+    // One instruction for half a register, where GCC makes several of __builtin_convertvector.
     Lanes<double> out;
-    for (int k = 0; k < Lanes<C>::kParts; ++k) {
+    each_part<C>([&](auto k) {
+      constexpr int low = 2 * k, high = 2 * k + 1;
 #if IMAML_REGISTER_BYTES == 64 && defined(__x86_64__)
-      // One instruction, where GCC makes eight of the line below.
-      out.part[k] =
-          reinterpret_cast<typename Lanes<double>::Part>(_mm512_cvtps_pd(reinterpret_cast<__m256>(a.part[k])));
+      const __m512 part = (__m512)a.part[k];
+      out.part[low] = (typename Lanes<double>::Part)_mm512_cvtps_pd(_mm512_castps512_ps256(part));
+      out.part[high] = (typename Lanes<double>::Part)_mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1));
+#elif IMAML_REGISTER_BYTES == 32 && defined(__x86_64__)
+      const __m256 part = (__m256)a.part[k];
+      out.part[low] = (typename Lanes<double>::Part)_mm256_cvtps_pd(_mm256_castps256_ps128(part));
+      out.part[high] = (typename Lanes<double>::Part)_mm256_cvtps_pd(_mm256_extractf128_ps(part, 1));
 #else
-      out.part[k] = __builtin_convertvector(a.part[k], typename Lanes<double>::Part);
+      constexpr int half = Lanes<double>::kWidth;
+      for (int l = 0; l < half; ++l) {
+        out.part[low][l] = a.part[k][l];
+        out.part[high][l] = a.part[k][half + l];
+      }
 #endif
-    }
+    });
     return out;
   }
 }
@@ -71,7 +91,7 @@ IMAML_INLINE Lanes<at::opmath_type<T>> load(const T* from, int count = kLanes) {
   Lanes<C> out;
   if constexpr (std::is_same_v<T, C>) {
     if (count == kLanes) {
-      std::memcpy(&out, from, sizeof(out));
+      each_part<C>([&](auto k) { std::memcpy(&out.part[k], from + k * Lanes<C>::kWidth, sizeof(out.part[k])); });
       return out;
     }
   }
@@ -86,7 +106,7 @@ IMAML_INLINE void store(T* to, const Lanes<at::opmath_type<T>>& lanes, int count
   using C = at::opmath_type<T>;
   if constexpr (std::is_same_v<T, C>) {
     if (count == kLanes) {
-      std::memcpy(to, &lanes, sizeof(lanes));
+      each_part<T>([&](auto k) { std::memcpy(to + k * Lanes<T>::kWidth, &lanes.part[k], sizeof(lanes.part[k])); });
       return;
     }
   }
@@ -145,7 +165,8 @@ struct CoefficientRow {
 };
 
 struct Sum {
-  Lanes<double> lanes{};
+  Lanes<double> lanes;
+  IMAML_INLINE Sum() : lanes(broadcast(0.0)) {}
   IMAML_INLINE void add(const Lanes<double>& a) { lanes = lanes + a; }
   IMAML_INLINE double total() const {
     double v[kLanes];

@@ -578,16 +578,17 @@ at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::
   return losses;
 }
 
-at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
-                           at::IntArrayRef network, bool gauss_newton) {
-  const char* const op = "network_product";
+// For every task: the derivative of its values along p, the criterion's second derivative of it in output_bar, and then
+// finish(task, call, pass, storage, dots).
+template <typename Finish>
+void along(const char* op, const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+           at::IntArrayRef network, const Finish& finish) {
   NetworkCall call(op, params, network);
   const Network& net = call.net;
   TORCH_CHECK_VALUE(y.dim() >= 2, op, ": y must have shape [B, S] or [B, S, *], got ", y.sizes());
   call.images = y.size(1);
   call.read_y(op, y, params, false);
   check_like(op, "p", p, "params", params);
-  const at::Tensor product = at::empty_like(p);
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
     using T = scalar_t;
     const int64_t stored = tape_size<T>(net, call.images);
@@ -604,19 +605,47 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
       const TaskKernels<T> kernels(net, call.images, scratch);
       const NetworkPass<TaskKernels<T>> pass(net, kernels);
       const int64_t row = task * net.parameters;
-      const T* const theta = params.const_data_ptr<T>() + row;
-      const T* const direction = p.const_data_ptr<T>() + row;
-      T* const to = product.mutable_data_ptr<T>() + row;
-      pass.tangent(theta, direction, storage, dots);
+      pass.tangent(params.const_data_ptr<T>() + row, p.const_data_ptr<T>() + row, storage, dots);
       Criterion<T>(call, y, task).curve(storage.probabilities, dots.dots.back().out_dot, pass.output_bar(dots));
-      if (gauss_newton) {
-        pass.gauss_newton(theta, storage, dots, to);
-      } else {
-        pass.second(theta, direction, storage, dots, to);
-      }
+      finish(task, call, pass, storage, dots);
     });
   });
+}
+
+at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+                           at::IntArrayRef network, bool gauss_newton) {
+  const at::Tensor product = at::empty_like(p);
+  along("network_product", params, tape, y, p, network,
+        [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
+                         const Storage<T>& storage, const DotStorage<T>& dots) {
+          const int64_t row = task * call.net.parameters;
+          const T* const theta = params.const_data_ptr<T>() + row;
+          T* const to = product.mutable_data_ptr<T>() + row;
+          if (gauss_newton) {
+            pass.gauss_newton(theta, storage, dots, to);
+          } else {
+            pass.second(theta, p.const_data_ptr<T>() + row, storage, dots, to);
+          }
+        });
   return product;
+}
+
+at::Tensor network_curvature(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+                             at::IntArrayRef network) {
+  const at::Tensor curvature = at::empty({params.size(0)}, params.options().dtype(at::kDouble));
+  along("network_curvature", params, tape, y, p, network,
+        [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
+                         const Storage<T>&, const DotStorage<T>& dots) {
+          const T* const dot = dots.dots.back().out_dot;  // J p
+          const T* const bar = pass.output_bar(dots);     // C J p
+          const int64_t width = call.net.layers.back().width();
+          double sum = 0.0;
+          for (int64_t image = 0; image < call.images; ++image)
+            for (int64_t c = 0; c < call.net.outputs(); ++c)
+              sum += static_cast<double>(dot[image * width + c]) * static_cast<double>(bar[image * width + c]);
+          curvature.mutable_data_ptr<double>()[task] = sum;
+        });
+  return curvature;
 }
 
 }  // namespace
@@ -627,6 +656,7 @@ TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
   m.impl("network_descend_", &network_descend_);
   m.impl("network_linearise", &network_linearise);
   m.impl("network_product", &network_product);
+  m.impl("network_curvature", &network_curvature);
 }
 
 }  // namespace imaml_ext

@@ -8,11 +8,27 @@
 namespace imaml_ext {
 namespace {
 
-// The elements of a row that a thread works on: packs of V, dealt out in turn to the threads of the team.
+// The elements of a row that a thread works on: packs of V, dealt out in turn to the threads of the team. With a second
+// parameter the body is also given where, in a vector that each block keeps of its part of the row, this pack stands.
 template <int V, typename Body>
 __device__ __forceinline__ void for_each_pack(int64_t cols, int rank, int size, const Body& body) {
   const int64_t stride = static_cast<int64_t>(size) * kThreads * V;
-  for (int64_t i = (static_cast<int64_t>(rank) * kThreads + threadIdx.x) * V; i < cols; i += stride) body(i);
+  int kept = static_cast<int>(threadIdx.x) * V;
+  for (int64_t i = (static_cast<int64_t>(rank) * kThreads + threadIdx.x) * V; i < cols; i += stride) {
+    if constexpr (std::is_invocable_v<Body, int64_t, int>) {
+      body(i, kept);
+    } else {
+      body(i);
+    }
+    kept += kThreads * V;
+  }
+}
+
+// Elements of a row of `cols` that one block of a team has, in whole packs.
+template <int V>
+int64_t part_of_row(int64_t cols, int size) {
+  const int64_t stride = static_cast<int64_t>(size) * kThreads * V;
+  return (cols + stride - 1) / stride * kThreads * V;
 }
 
 // What thread 0 of each block decides from the team's sums, for the others to read.
@@ -42,23 +58,42 @@ __device__ __forceinline__ void clear(const CgArguments<T>& a, const RowTeam<3>&
   });
 }
 
+template <int V, typename T>
+__device__ __forceinline__ auto widened(const Pack<T, V>& from) {
+  Pack<at::opmath_type<T>, V> wide;
+#pragma unroll
+  for (int k = 0; k < V; ++k) wide.v[k] = static_cast<at::opmath_type<T>>(from.v[k]);
+  return wide;
+}
+
+// M r or r, from column `col` of a row on
+template <int V, typename T, typename C>
+__device__ __forceinline__ Pack<C, V> preconditioned(const CgArguments<T>& a, int64_t row, int64_t col, Pack<C, V> r) {
+  if (a.inverse_diagonal.data != nullptr) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) r.v[k] = at(a.inverse_diagonal, row, col + k) * r.v[k];
+  }
+  return r;
+}
+
 // z, a callable's, M r or r, from column `col` of a row on
 template <typename T, int V>
 __device__ __forceinline__ auto load_z(const CgArguments<T>& a, int64_t row, int64_t col) {
-  using C = typename CgArguments<T>::C;
-  const auto from = load_pack<V>((a.z != nullptr ? a.z : a.r) + row * a.cols + col);
-  Pack<C, V> z;
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    z.v[k] = static_cast<C>(from.v[k]);
-    if (a.inverse_diagonal.data != nullptr) z.v[k] = at(a.inverse_diagonal, row, col + k) * z.v[k];
-  }
-  return z;
+  return preconditioned<V>(a, row, col, widened<V>(load_pack<V>((a.z != nullptr ? a.z : a.r) + row * a.cols + col)));
 }
 
+// Vectors of a block's part of a row in shared memory, where a step keeps them from pass to pass; a thread finds what
+// it has put there itself. Null where the part does not fit.
+template <typename C>
+struct Kept {
+  C* p = nullptr;
+  C* r = nullptr;  // A p before
+};
+
 // x ← x + α p,   then   p ← z + β p   or   p ← x
-template <typename T, int V>
-__device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const Desk& desk) {
+template <typename T, int V, bool kKeep = false>
+__device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const Desk& desk,
+                                       const Kept<typename CgArguments<T>::C>& row_part = {}) {
   using C = typename CgArguments<T>::C;
   const int64_t row = team.row();
   const int64_t start = row * a.cols;
@@ -67,8 +102,8 @@ __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>
   if (!desk.take_step && !to_direction && !to_solution) return;
   const C alpha = static_cast<C>(desk.alpha);
   const C beta = static_cast<C>(desk.beta);
-  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i) {
-    auto p = load_pack<V>(a.p_now() + start + i);
+  for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i, int kept) {
+    const auto p = kKeep ? load_pack<V>(row_part.p + kept) : widened<V>(load_pack<V>(a.p_now() + start + i));
     if (desk.take_step || to_solution) {
       Pack<T, V> x;
       if (!a.first) x = load_pack<V>(a.x + start + i);
@@ -76,19 +111,18 @@ __device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>
 #pragma unroll
         for (int k = 0; k < V; ++k) {
           const C from = a.first ? C(0) : static_cast<C>(x.v[k]);
-          x.v[k] = static_cast<T>(from + alpha * static_cast<C>(p.v[k]));
+          x.v[k] = static_cast<T>(from + alpha * p.v[k]);
         }
         store_pack<V>(a.x + start + i, x);
       }
       if (to_solution) store_pack<V>(a.p + start + i, x);
     }
     if (to_direction) {
-      const auto z = load_z<T, V>(a, row, i);
+      const auto z = kKeep ? preconditioned<V>(a, row, i, load_pack<V>(row_part.r + kept)) : load_z<T, V>(a, row, i);
+      Pack<T, V> next;
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        p.v[k] = static_cast<T>(beta == C(0) ? z.v[k] : z.v[k] + beta * static_cast<C>(p.v[k]));
-      }
-      store_pack<V>(a.p + start + i, p);
+      for (int k = 0; k < V; ++k) next.v[k] = static_cast<T>(beta == C(0) ? z.v[k] : z.v[k] + beta * p.v[k]);
+      store_pack<V>(a.p + start + i, next);
     }
   });
 }
@@ -177,11 +211,15 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
   }
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
+// With kKeep a row is read and written once, seven words an unknown: p and A p, then r in its place, stay in shared
+// memory between the passes.
+template <typename T, int V, bool kKeep>
+__global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int part) {
   using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
   __shared__ Desk desk;
+  Kept<C> row_part;
+  if constexpr (kKeep) row_part = {dynamic_shared<C>(), dynamic_shared<C>() + part};
   RowTeam<3> team(storage);
   const int64_t row = team.row();
   const int64_t start = row * a.cols;
@@ -200,17 +238,26 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
 
   // A p = H p + shift p;   pᵀAp, ‖Ap‖², ‖p‖²
   double curvature[3] = {0.0, 0.0, 0.0};
-  for_each_pack<V>(a.cols, rank, size, [&](int64_t i) {
-    const auto p = load_pack<V>(a.p_now() + start + i);
-    const auto hp = load_pack<V>(a.hp + start + i);
+  const auto load_Ap = [&](const Pack<C, V>& p, int64_t i) {
+    Pack<C, V> Ap = widened<V>(load_pack<V>(a.hp + start + i));
+#pragma unroll
+    for (int k = 0; k < V; ++k) Ap.v[k] += at(a.shift, row, i + k) * p.v[k];
+    return Ap;
+  };
+  for_each_pack<V>(a.cols, rank, size, [&](int64_t i, int kept) {
+    const auto p = widened<V>(load_pack<V>(a.p_now() + start + i));
+    const auto Ap = load_Ap(p, i);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const C p_k = static_cast<C>(p.v[k]);
-      const double Ap = static_cast<double>(static_cast<C>(hp.v[k]) + at(a.shift, row, i + k) * p_k);
-      const double wide_p = static_cast<double>(p_k);
-      curvature[0] += wide_p * Ap;
-      curvature[1] += Ap * Ap;
+      const double wide_Ap = static_cast<double>(Ap.v[k]);
+      const double wide_p = static_cast<double>(p.v[k]);
+      curvature[0] += wide_p * wide_Ap;
+      curvature[1] += wide_Ap * wide_Ap;
       curvature[2] += wide_p * wide_p;
+    }
+    if constexpr (kKeep) {
+      store_pack<V>(row_part.p + kept, p);
+      store_pack<V>(row_part.r + kept, Ap);
     }
   });
   team.sum(0, curvature);
@@ -256,15 +303,18 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
   if (row_is_active(desk.status)) {
     // r ← r − α A p   or   r ← b − A x, where p is x;   rᵀr, rᵀ M r
     double residual[2] = {0.0, 0.0};
-    for_each_pack<V>(a.cols, rank, size, [&](int64_t i) {
-      const auto p = load_pack<V>(a.p_now() + start + i);
-      const auto hp = load_pack<V>(a.hp + start + i);
+    for_each_pack<V>(a.cols, rank, size, [&](int64_t i, int kept) {
+      Pack<C, V> Ap;
+      if constexpr (kKeep) {
+        Ap = load_pack<V>(row_part.r + kept);
+      } else {
+        Ap = load_Ap(widened<V>(load_pack<V>(a.p_now() + start + i)), i);
+      }
       auto r = load_pack<V>((verifying ? a.b : a.r_now()) + start + i);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const C Ap = static_cast<C>(hp.v[k]) + at(a.shift, row, i + k) * static_cast<C>(p.v[k]);
         const C from = static_cast<C>(r.v[k]);
-        r.v[k] = static_cast<T>(verifying ? from - Ap : from - alpha * Ap);
+        r.v[k] = static_cast<T>(verifying ? from - Ap.v[k] : from - alpha * Ap.v[k]);
         const C r_k = static_cast<C>(r.v[k]);
         const double wide = static_cast<double>(r_k);
         residual[0] += wide * wide;
@@ -273,6 +323,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
         }
       }
       if (!a.last) store_pack<V>(a.r + start + i, r);
+      if constexpr (kKeep) store_pack<V>(row_part.r + kept, widened<V>(r));
     });
     team.sum(2, residual);
     if (threadIdx.x == 0) {
@@ -282,7 +333,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a) {
       if (a.update_direction) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
     }
     __syncthreads();
-    update<T, V>(a, team, desk);
+    update<T, V, kKeep>(a, team, desk, row_part);
   }
 
   // A row that is over after its first step had neither of them yet.
@@ -350,7 +401,7 @@ void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const a
   t.x = x.value_or(at::Tensor()), t.r = r.value_or(at::Tensor()), t.p = p.value_or(at::Tensor());
   t.state = state, t.status = status, t.iterations = iterations, t.update_direction = update_direction;
   run("cg_begin_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
-    launch_row_teams(begin_kernel<T, V>, a.rows, a.cols, a);
+    launch_row_teams(begin_kernel<T, V>, a.rows, a.cols, 0, a);
   });
 }
 
@@ -360,7 +411,7 @@ void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::T
   t.z = z.value_or(at::Tensor()), t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
   t.x = x, t.r = r, t.p = p, t.state = state, t.status = status;
   run("cg_direction_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
-    launch_row_teams(direction_kernel<T, V>, a.rows, a.cols, a);
+    launch_row_teams(direction_kernel<T, V>, a.rows, a.cols, 0, a);
   });
 }
 
@@ -373,7 +424,15 @@ void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift
   t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
   t.update_direction = update_direction && !last, t.first = first, t.last = last;
   run("cg_step_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
-    launch_row_teams(step_kernel<T, V>, a.rows, a.cols, a);
+    // The same bits either way: what a step keeps of a row is what it would read or compute again.
+    const auto keeping = step_kernel<T, V, true>;
+    const int64_t part = part_of_row<V>(a.cols, team_size(keeping, a.cols));
+    const int64_t bytes = 2 * part * static_cast<int64_t>(sizeof(typename CgArguments<T>::C));
+    if (bytes <= most_shared_bytes(keeping)) {
+      launch_row_teams(keeping, a.rows, a.cols, bytes, a, static_cast<int>(part));
+    } else {
+      launch_row_teams(step_kernel<T, V, false>, a.rows, a.cols, 0, a, 0);
+    }
   });
 }
 

@@ -11,7 +11,7 @@
 
 namespace imaml_ext {
 
-extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
 
 // A launch's dynamic shared memory. To the compiler that of every kernel is one array, hence of one type and name.
 template <typename T>

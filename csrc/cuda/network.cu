@@ -220,9 +220,11 @@ at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::
   return losses;
 }
 
-at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
-                           at::IntArrayRef network, bool gauss_newton) {
-  const char* const op = "network_product";
+// The derivative of every task's values along p and the criterion's second derivative of it in output_bar, and then
+// finish(call, pass, storage, dots, criterion).
+template <typename Finish>
+void along(const char* op, const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+           at::IntArrayRef network, const Finish& finish) {
   NetworkCall call(op, params, network);
   const Network& net = call.net;
   TORCH_CHECK_VALUE(y.dim() >= 2, op, ": y must have shape [B, S] or [B, S, *], got ", y.sizes());
@@ -231,7 +233,6 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
   check_sizes(op, call);
   check_like(op, "p", p, "params", params);
   const c10::cuda::CUDAGuard guard(params.device());
-  const at::Tensor product = at::empty_like(p);
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
     using T = scalar_t;
     check_table(op, "tape", tape, at::kByte, {call.tasks, tape_size<T>(net, call.images)}, params);
@@ -245,20 +246,42 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
     const BatchStorage<T> storage = storage_on<T>(tape, call);
     const BatchKernels<T> kernels(net, call.tasks, call.images, scratch);
     const BatchPass<T> pass(net, kernels);
-    const Rows<const T> theta = rows_of<T>(params, net.parameters), direction = rows_of<T>(p, net.parameters);
-    const Rows<T> to = mutable_rows_of<T>(product, net.parameters);
-    pass.tangent(theta, direction, storage, dots);
+    pass.tangent(rows_of<T>(params, net.parameters), rows_of<T>(p, net.parameters), storage, dots);
     CriterionArguments<T> criterion = criterion_of<T>(call, y, storage);
     criterion.values = dots.dots.back().out_dot;
     criterion.bar = pass.output_bar(dots);
     launch(curve_kernel<T>, grid_of(1, call.tasks), kCriterionThreads, 0, criterion);
-    if (gauss_newton) {
-      pass.gauss_newton(theta, storage, dots, to);
-    } else {
-      pass.second(theta, direction, storage, dots, to);
-    }
+    finish(call, pass, storage, dots, criterion);
   });
+}
+
+at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+                           at::IntArrayRef network, bool gauss_newton) {
+  const at::Tensor product = at::empty_like(p);
+  along("network_product", params, tape, y, p, network,
+        [&]<typename T>(const NetworkCall& call, const BatchPass<T>& pass, const BatchStorage<T>& storage,
+                        const DotStorage<T, TaskMemory>& dots, const CriterionArguments<T>&) {
+          const Rows<const T> theta = rows_of<T>(params, call.net.parameters);
+          const Rows<T> to = mutable_rows_of<T>(product, call.net.parameters);
+          if (gauss_newton) {
+            pass.gauss_newton(theta, storage, dots, to);
+          } else {
+            pass.second(theta, rows_of<T>(p, call.net.parameters), storage, dots, to);
+          }
+        });
   return product;
+}
+
+at::Tensor network_curvature(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+                             at::IntArrayRef network) {
+  const at::Tensor curvature = at::empty({params.size(0)}, params.options().dtype(at::kDouble));
+  along("network_curvature", params, tape, y, p, network,
+        [&]<typename T>(const NetworkCall& call, const BatchPass<T>&, const BatchStorage<T>&,
+                        const DotStorage<T, TaskMemory>&, const CriterionArguments<T>& criterion) {
+          launch(curvature_kernel<T>, grid_of(1, call.tasks), kCriterionThreads, 0, criterion,
+                 curvature.mutable_data_ptr<double>());
+        });
+  return curvature;
 }
 
 }  // namespace
@@ -269,6 +292,7 @@ TORCH_LIBRARY_IMPL(imaml_ext, CUDA, m) {
   m.impl("network_descend_", &network_descend_);
   m.impl("network_linearise", &network_linearise);
   m.impl("network_product", &network_product);
+  m.impl("network_curvature", &network_curvature);
 }
 
 }  // namespace imaml_ext

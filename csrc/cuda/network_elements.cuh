@@ -229,6 +229,21 @@ __global__ void __launch_bounds__(kCriterionThreads) curve_kernel(CriterionArgum
   }
 }
 
+// dotᵀ bar = dotᵀ C dot of a task, by a warp
+template <typename T>
+__global__ void __launch_bounds__(kCriterionThreads) curvature_kernel(CriterionArguments<T> a, double* curvature) {
+  const int64_t task = blockIdx.x;
+  if (threadIdx.x >= 32) return;
+  double sum = 0.0;
+  for (int64_t k = threadIdx.x; k < static_cast<int64_t>(a.images) * a.width; k += 32) {
+    if (k % a.width < a.channels) {
+      sum += static_cast<double>(a.values.of(task)[k]) * static_cast<double>(a.bar.of(task)[k]);
+    }
+  }
+  sum = sum_of_warp(sum);
+  if (threadIdx.x == 0) curvature[task] = sum;
+}
+
 // [S, width] without the padding
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads) outputs_kernel(CriterionArguments<T> a, int64_t size, int blocks) {

@@ -135,7 +135,7 @@ at::Tensor prox_penalty(const at::Tensor& phi, const at::Tensor& theta, const at
   t.penalty = at::empty({phi.size(0)}, phi.options().dtype(compute_type(dtype)));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
     const auto a = t.arguments<scalar_t>();
-    launch_row_teams(penalty_kernel<scalar_t>, a.rows, a.cols, a);
+    launch_row_teams(penalty_kernel<scalar_t>, a.rows, a.cols, 0, a);
   });
   return t.penalty;
 }

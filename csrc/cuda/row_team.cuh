@@ -95,36 +95,69 @@ struct RowTeam {
   }
 };
 
+// What is asked of the runtime once a device: `ask()` ≥ 0.
+class OncePerDevice {
+ public:
+  template <typename Ask>
+  int operator()(const Ask& ask) {
+    const int device = c10::cuda::current_device();
+    if (device >= kDevices) return ask(device);
+    int answer = answers_[device].load(std::memory_order_relaxed) - 1;
+    if (answer < 0) {
+      answer = ask(device);
+      answers_[device].store(answer + 1, std::memory_order_relaxed);
+    }
+    return answer;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::array<std::atomic<int>, kDevices> answers_{};  // 1 more than the answer; 0 not asked yet
+};
+
+template <typename Kernel>
+cudaFuncAttributes attributes_of(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes;
+}
+
 // How many blocks a kernel gives to a row of `cols`.
 template <typename Kernel>
 int team_size(Kernel kernel, int64_t cols) {
-  constexpr int kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> clusters{};  // by device: 0 not asked yet, 1 no, 2 yes
-  const int device = c10::cuda::current_device();
-  int answer = device < kDevices ? clusters[device].load(std::memory_order_relaxed) : 0;
-  if (answer == 0) {
-    // What the running code was compiled for decides, not the card: code for an older card has no clusters.
-    cudaFuncAttributes attributes;
-    C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  // What the running code was compiled for decides, not the card: code for an older card has no clusters.
+  static OncePerDevice clusters;
+  const bool has_clusters = clusters([&](int device) {
     int major = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    answer = attributes.ptxVersion >= 90 && major >= 9 ? 2 : 1;
-    if (device < kDevices) clusters[device].store(answer, std::memory_order_relaxed);
-  }
-  if (answer == 1) return 1;
+    return attributes_of(kernel).ptxVersion >= 90 && major >= 9 ? 1 : 0;
+  });
   int size = 1;
-  while (size < kMaxTeam && size * kColsPerBlock < cols) size *= 2;
+  while (has_clusters && size < kMaxTeam && size * kColsPerBlock < cols) size *= 2;
   return size;
 }
 
-// Launches `kernel` with a team for each row, on the current stream of the current device.
-template <typename Argument>
-void launch_row_teams(void (*kernel)(Argument), int64_t rows, int64_t cols, const Argument& argument) {
+// Bytes of dynamic shared memory that a block of the kernel can have beside its static arrays.
+template <typename Kernel>
+int most_shared_bytes(Kernel kernel) {
+  static OncePerDevice most;
+  return most([&](int device) {
+    int bytes = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return std::max(0, bytes - static_cast<int>(attributes_of(kernel).sharedSizeBytes));
+  });
+}
+
+// Launches `kernel` with a team for each row and so much dynamic shared memory for each block, on the current stream of
+// the current device.
+template <typename... Parameters>
+void launch_row_teams(void (*kernel)(Parameters...), int64_t rows, int64_t cols, size_t shared_bytes,
+                      const std::type_identity_t<Parameters>&... arguments) {
   if (rows == 0) return;
   const int size = team_size(kernel, cols);
   TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max() / size, "imaml_ext: at most ",
                     std::numeric_limits<int32_t>::max() / size, " rows on CUDA, got ", rows);
-  launch_clusters(kernel, size, dim3(static_cast<unsigned>(rows * size)), dim3(kThreads), 0, argument);
+  launch_clusters(kernel, size, dim3(static_cast<unsigned>(rows * size)), dim3(kThreads), shared_bytes, arguments...);
 }
 
 template <typename C>

@@ -104,9 +104,25 @@ class GaussNewtonOperator:
             _check_vector(p, self._params[rows])
             return self._native.product(p, rows, gauss_newton=True)
         _check_vector(p, self._params)
-        tangent = _product(self._pullback, self._cotangent, p)  # J p
-        curved = _product(self._output_gradient, self._leaf_outputs, tangent)  # C J p
+        _, curved = self._along(p)
         return _product(self._outputs, self._params, curved)  # Jᵀ C J p
+
+    def curvature(self, p: Tensor) -> Tensor:
+        """pᵀ G p = (J p)ᵀ C (J p) [B] float64 for p [B, N], at half the price of a product: nothing goes back.
+
+        Raises:
+            ValueError: p does not have the shape of phi.
+        """
+        _check_vector(p, self._params)
+        if self._native is not None:
+            return self._native.curvature(p)
+        tangent, curved = self._along(p)
+        return (tangent.double() * curved.double()).flatten(1).sum(1)
+
+    def _along(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """J p and C J p, [B, S, *]."""
+        tangent = _product(self._pullback, self._cotangent, p)
+        return tangent, _product(self._output_gradient, self._leaf_outputs, tangent)
 
 
 def hessian_operator(loss: LossFunction, phi: Tensor, data: Any) -> HessianOperator:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imaml_ext import ops
 from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_losses
-from imaml_ext.inner.curvature import CURVATURES, curvature_operator
+from imaml_ext.inner.curvature import CURVATURES, CurvatureOperator, GaussNewtonOperator, curvature_operator
 from imaml_ext.inner.problem import measured, start
 from imaml_ext.inner.solver import InnerResult
 from imaml_ext.models import LossFunction, TaskLoss
@@ -122,6 +122,10 @@ def newton_cg(
     iteration −∇F: of the Hessian, as Nocedal and Wright have it; the Gauss-Newton matrix, Martens' choice, has none.
     Either d is a direction of descent.
 
+    One iteration of conjugate gradients needs no more of the Gauss-Newton matrix than ∇FᵀG∇F = (J∇F)ᵀC(J∇F), which is
+    half a product: the cheapest step, and the one that goes furthest for its cost where F is far from quadratic, so
+    that fresh derivatives are worth more than a better solve.
+
     Args:
         loss, theta, data, lam, measure, num_tasks: as of `gradient_descent`.
         cg_steps: iterations of the direction. cg_rtol: a task's solve stops at this relative residual.
@@ -165,18 +169,10 @@ def newton_cg(
         losses[step], objectives[step] = here
 
         # (H + Λ + δI) d = −∇F
-        solved = cg(
-            operator,
-            -gradient,
-            shift=lam + damping,
-            max_iterations=cg_steps,
-            rtol=cg_rtol,
-            rows_per_block=operator.rows_per_block,
-        )
-        negative = solved.status == CGStatus.NEGATIVE_CURVATURE
-        negative_curvature[step] = negative
-        steepest = negative & (solved.iterations == 0)
-        direction = torch.where(steepest.unsqueeze(1), -gradient, solved.x)
+        if isinstance(operator, GaussNewtonOperator) and cg_steps == 1 and cg_rtol < 1:
+            direction, negative_curvature[step] = _cauchy(operator, gradient, lam + damping)
+        else:
+            direction, negative_curvature[step] = _truncated(operator, gradient, lam + damping, cg_steps, cg_rtol)
         del operator  # and its graph, before the line search
 
         slope = (gradient * direction).sum(1, dtype=torch.float64)  # ∇Fᵀd [B]
@@ -196,6 +192,34 @@ def newton_cg(
     taken = (step_sizes > 0).sum(0)
     ends = measured(loss, phi, data, center, lam, measure)
     return NewtonResult(phi, losses, taken, *ends, objectives, step_sizes, negative_curvature)
+
+
+def _truncated(
+    operator: CurvatureOperator, gradient: Tensor, shift: Tensor, cg_steps: int, cg_rtol: float
+) -> tuple[Tensor, Tensor]:
+    """d [B, N] with (H + shift) d ≈ −∇F by conjugate gradients, and where they met non-positive curvature, [B]."""
+    solved = cg(
+        operator,
+        -gradient,
+        shift=shift,
+        max_iterations=cg_steps,
+        rtol=cg_rtol,
+        rows_per_block=operator.rows_per_block,
+    )
+    negative = solved.status == CGStatus.NEGATIVE_CURVATURE
+    steepest = negative & (solved.iterations == 0)
+    return torch.where(steepest.unsqueeze(1), -gradient, solved.x), negative
+
+
+def _cauchy(operator: GaussNewtonOperator, gradient: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """`_truncated` after one iteration, d = −(‖∇F‖² / ∇Fᵀ(G + shift)∇F) ∇F, the Cauchy point of the quadratic model.
+
+    It asks for the matrix along one vector only, so that no product is taken to its end.
+    """
+    norm = (gradient * gradient).sum(1, dtype=torch.float64)  # ‖∇F‖² [B]
+    along = operator.curvature(gradient) + (shift * gradient * gradient).sum(1, dtype=torch.float64)
+    length = torch.where(along > 0, norm / along, 1.0)
+    return -length.to(gradient.dtype).unsqueeze(1) * gradient, (along <= 0) & (norm > 0)
 
 
 def _line_search(

@@ -9,7 +9,8 @@ from imaml_ext.models.initialise import glorot_bound, uniform
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.mlp import check_size
 from imaml_ext.models.network import describe_input, describe_layer
-from imaml_ext.models.task_layers import batch_norm, conv3x3, max_pool2x2
+from imaml_ext.models.products import check_precision
+from imaml_ext.models.task_layers import batch_norm, conv3x3, linear, max_pool2x2
 from imaml_ext.models.task_model import TaskModel, check_inputs
 
 _LAYERS = 4
@@ -32,9 +33,11 @@ class Conv4(TaskModel):
     Args:
         ways: classes a task. in_channels, image_size: of the square inputs.
         filters: channels of every convolution. pooling: "stride" or "max".
+        precision: of the convolutions and the linear layer, "float32", "tf32" or "bfloat16" (`products.product`).
 
     Raises:
-        TypeError, ValueError: a size below 1, an unknown pooling, images that four max-poolings leave nothing of.
+        TypeError, ValueError: a size below 1, an unknown pooling or precision, images that four max-poolings leave
+            nothing of.
 
     Source: Finn et al., Model-Agnostic Meta-Learning (2017), section 5.2; Vinyals et al. (2016).
     """
@@ -47,6 +50,7 @@ class Conv4(TaskModel):
         image_size: int = 28,
         filters: int = 64,
         pooling: str = "stride",
+        precision: str = "float32",
     ) -> None:
         for name, value in (
             ("ways", ways),
@@ -63,6 +67,7 @@ class Conv4(TaskModel):
         self.image_shape = (in_channels, image_size, image_size)
         self.filters = filters
         self.pooling = pooling
+        self.precision = check_precision(precision)
         features = filters if pooling == "stride" else filters * (image_size // 2**_LAYERS) ** 2
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in range(1, _LAYERS + 1):
@@ -75,6 +80,8 @@ class Conv4(TaskModel):
         stride = 2 if pooling == "stride" else 1
         last = "mean" if pooling == "stride" else "max"
         pools = ("none" if pooling == "stride" else "max",) * (_LAYERS - 1) + (last,)
+        if precision != "float32":
+            return  # the native kernels have no other
         network = describe_input(*self.image_shape)
         for pool in pools:
             network += describe_layer(filters, kernel=3, stride=stride, norm="batch", activation="relu", pool=pool)
@@ -98,8 +105,10 @@ class Conv4(TaskModel):
         p = self.layout.views(params)
         x = inputs.permute(0, 1, 3, 4, 2)  # [B, S, H, W, C]
         for layer in range(1, _LAYERS + 1):
-            x = conv3x3(x, p[f"conv{layer}.weight"], stride=2 if self.pooling == "stride" else 1)
+            x = conv3x3(
+                x, p[f"conv{layer}.weight"], stride=2 if self.pooling == "stride" else 1, precision=self.precision
+            )
             x = batch_norm(x, p[f"norm{layer}.weight"], p[f"norm{layer}.bias"])
             x = torch.relu(x if self.pooling == "stride" else max_pool2x2(x))
         features = x.mean((2, 3)) if self.pooling == "stride" else x.flatten(2)  # [B, S, features]
-        return torch.baddbmm(p["linear.bias"].unsqueeze(1), features, p["linear.weight"])
+        return linear(features, p["linear.weight"], p["linear.bias"], precision=self.precision)

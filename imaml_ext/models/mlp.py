@@ -11,6 +11,8 @@ from torch import Tensor
 from imaml_ext.models.initialise import glorot_bound, he_bound, uniform
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.network import describe_input, describe_layer
+from imaml_ext.models.products import check_precision
+from imaml_ext.models.task_layers import linear
 from imaml_ext.models.task_model import TaskModel, check_inputs
 
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
@@ -26,12 +28,21 @@ class MLP(TaskModel):
     Args:
         in_features: entries of an example. hidden: widths of the hidden layers, empty for a linear model.
         out_features: entries of an output. activation: "relu" or "tanh".
+        precision: of the layers' products, "float32", "tf32" or "bfloat16" (`products.product`).
 
     Raises:
-        TypeError, ValueError: a size below 1, an unknown activation.
+        TypeError, ValueError: a size below 1, an unknown activation or precision.
     """
 
-    def __init__(self, in_features: int, hidden: Sequence[int], out_features: int, *, activation: str = "relu") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        *,
+        activation: str = "relu",
+        precision: str = "float32",
+    ) -> None:
         widths = (in_features, *hidden, out_features)
         names = ("in_features", *(f"hidden[{i}]" for i in range(len(hidden))), "out_features")
         for name, width in zip(names, widths, strict=True):
@@ -40,11 +51,14 @@ class MLP(TaskModel):
             raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
         self.widths = widths
         self.activation = activation
+        self.precision = check_precision(precision)
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
             shapes[f"{layer}.weight"] = (fan_in, fan_out)
             shapes[f"{layer}.bias"] = (fan_out,)
         self.layout = ParameterLayout.of(shapes)
+        if precision != "float32":
+            return  # the native kernels have no other
         self.network = describe_input(in_features)
         for width in hidden:
             self.network += describe_layer(width, activation=activation)
@@ -69,7 +83,7 @@ class MLP(TaskModel):
         for layer in range(len(self.widths) - 1):
             if layer:
                 x = activation(x)
-            x = torch.baddbmm(p[f"{layer}.bias"].unsqueeze(1), x, p[f"{layer}.weight"])  # [B, S, out]
+            x = linear(x, p[f"{layer}.weight"], p[f"{layer}.bias"], precision=self.precision)  # [B, S, out]
         return x
 
 

@@ -98,6 +98,12 @@ class NetworkLinearisation:
             self._params[rows], self._tape[rows], self._y[rows], p.detach().contiguous(), self._network, gauss_newton
         )
 
+    def curvature(self, p: Tensor) -> Tensor:
+        """pᵀ Jᵀ C J p [B] float64 for p [B, N]: the pass forward alone, half of a product."""
+        return torch.ops.imaml_ext.network_curvature(
+            self._params, self._tape, self._y, p.detach().contiguous(), self._network
+        )
+
     @property
     def rows_per_block(self) -> int | None:
         """So many tasks at a time that a solve of theirs stays in the cache, and each thread has one at least; None for

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext.models.products import product
+
 
 def _patches(x: Tensor, stride: int) -> Tensor:
     """x [B, S, H, W, C] -> [B, S·H'·W', 9 C]: the 3×3 neighbourhoods, zero-padded by 1, every `stride` pixels."""
@@ -57,16 +59,16 @@ class _ScatterPatches(torch.autograd.Function):
         return _Patches.apply(grad, ctx.stride), None, None
 
 
-def conv3x3(x: Tensor, weight: Tensor, *, stride: int) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, *, stride: int, precision: str = "float32") -> Tensor:
     """A 3×3 convolution with a weight a task, zero padding 1, no bias.
 
     Args:
-        x: [B, S, H, W, C]. weight: [B, 3, 3, C, C'].
+        x: [B, S, H, W, C]. weight: [B, 3, 3, C, C']. precision: of `product`.
 
     Returns [B, S, ⌈H/stride⌉, ⌈W/stride⌉, C'].
     """
     batch, images, height, width, _ = x.shape
-    out = torch.bmm(_Patches.apply(x, stride), weight.flatten(1, 3))  # [B, S·H'·W', 9 C] · [B, 9 C, C']
+    out = product(_Patches.apply(x, stride), weight.flatten(1, 3), precision)  # [B, S·H'·W', 9 C] · [B, 9 C, C']
     return out.view(batch, images, (height - 1) // stride + 1, (width - 1) // stride + 1, -1)
 
 
@@ -106,6 +108,17 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     """
     y, _ = _Standardise.apply(x.flatten(1, 3), eps)
     return torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1)).view_as(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
+    """x W + b with a weight and a bias a task: [B, S, C] -> [B, S, C'].
+
+    Args:
+        x: [B, S, C]. weight: [B, C, C']. bias: [B, C']. precision: of `product`.
+    """
+    if precision == "float32":  # in one pass
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)
+    return product(x, weight, precision) + bias.unsqueeze(1)
 
 
 def max_pool2x2(x: Tensor) -> Tensor:

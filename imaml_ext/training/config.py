@@ -182,6 +182,9 @@ class ModelConfig:
     activation: Literal["relu", "tanh"] = "relu"
     """Non-linearity of the hidden layers (mlp)."""
 
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of the products in every layer: on a GPU, less than float32 is for its tensor cores; a CPU rounds to it."""
+
     def __post_init__(self) -> None:
         _check_count("model.filters", self.filters)
         _check(all(width >= 1 for width in self.hidden), "model.hidden", "widths >= 1", self.hidden)
@@ -471,6 +474,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data.name in ("sinusoid", "linear") and self.model.name == "conv4":
             raise ConfigError(f"model.name must be 'mlp' for the data set {self.data.name!r}, which has no images")
+        if self.run.dtype != "float32":
+            without = f"'float32' with run.dtype {self.run.dtype!r}"
+            _check(self.model.precision == "float32", "model.precision", without, self.model.precision)
         for name, value in knobs(self.augment, "augment."):
             if self.data.name in ("sinusoid", "linear"):
                 without = f"left out for the data set {self.data.name!r}, which has no images"
@@ -560,6 +566,7 @@ _ADDED = (
     "data.greyscale",
     "data.val_fraction",
     "data.test_fraction",
+    "model.precision",
     "run.capture",
 )
 

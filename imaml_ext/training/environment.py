@@ -12,6 +12,7 @@ import numpy
 import torch
 
 import imaml_ext
+from imaml_ext import _native, ops
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
+        "instructions": None if _native.error else ops.cpu_capability(),  # of imaml_ext's own kernels
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),

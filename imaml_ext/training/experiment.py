@@ -171,12 +171,21 @@ def task_loss(config: TrainConfig, *, kind: str, input_shape: tuple[int, ...]) -
     model, classification = config.model, kind == "classification"
     outputs = config.data.ways if classification else 1
     if model.name == "mlp":
-        net: TaskModel = MLP(math.prod(input_shape), model.hidden, outputs, activation=model.activation)
+        net: TaskModel = MLP(
+            math.prod(input_shape), model.hidden, outputs, activation=model.activation, precision=model.precision
+        )
     else:
         channels, height, width = input_shape
         if height != width:
             raise ConfigError(f"model.name 'conv4' needs square images, {config.data.name} has {height} × {width}")
-        net = Conv4(outputs, in_channels=channels, image_size=height, filters=model.filters, pooling=model.pooling)
+        net = Conv4(
+            outputs,
+            in_channels=channels,
+            image_size=height,
+            filters=model.filters,
+            pooling=model.pooling,
+            precision=model.precision,
+        )
     return TaskLoss(net, "cross_entropy" if classification else "mse")
 
 
