@@ -617,7 +617,7 @@ at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, con
   const at::Tensor product = at::empty_like(p);
   along("network_product", params, tape, y, p, network,
         [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
-                         const Storage<T>& storage, const DotStorage<T>& dots) {
+                        const Storage<T>& storage, const DotStorage<T>& dots) {
           const int64_t row = task * call.net.parameters;
           const T* const theta = params.const_data_ptr<T>() + row;
           T* const to = product.mutable_data_ptr<T>() + row;
@@ -635,7 +635,7 @@ at::Tensor network_curvature(const at::Tensor& params, const at::Tensor& tape, c
   const at::Tensor curvature = at::empty({params.size(0)}, params.options().dtype(at::kDouble));
   along("network_curvature", params, tape, y, p, network,
         [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
-                         const Storage<T>&, const DotStorage<T>& dots) {
+                        const Storage<T>&, const DotStorage<T>& dots) {
           const T* const dot = dots.dots.back().out_dot;  // J p
           const T* const bar = pass.output_bar(dots);     // C J p
           const int64_t width = call.net.layers.back().width();
