@@ -4,8 +4,8 @@
 #   benchmarks/gpu_check.sh [--wheels FOLDER] [--output FILE] [--limit SECONDS]
 #                           [--imaml-dev FOLDER] [--hypertorch FOLDER] [STEP ...]
 #
-# Steps, all by default: build tests cpp memcheck racecheck benchmarks meta_step scaling. One that fails does not stop
-# the rest; steps run earlier on the same hardware and versions stay in the result file, so the steps can be spread over
+# Steps, all by default: build tests cpp memcheck racecheck benchmarks meta_step scaling training. One that fails does not
+# stop the rest; steps run earlier on the same hardware and versions stay in the result file, so the steps can be spread over
 # several calls.
 # --wheels: a folder of wheels with Python packages that are missing. --limit: the most that one step may take (480).
 # --imaml-dev, --hypertorch: sources of these peers for meta_step; TorchOpt and JAX take part where they are installed.
@@ -16,14 +16,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 output=benchmarks/results/gpu_check.json wheels='' limit=480 steps=() peers=()
-all_steps=(build tests cpp memcheck racecheck benchmarks meta_step scaling)
+all_steps=(build tests cpp memcheck racecheck benchmarks meta_step scaling training)
 while [ $# -gt 0 ]; do
   case $1 in
     --wheels) wheels=$2; shift ;;
     --output) output=$2; shift ;;
     --limit) limit=$2; shift ;;
     --imaml-dev | --hypertorch) peers+=("$1" "$(realpath "$2")"); shift ;;
-    build | tests | cpp | memcheck | racecheck | benchmarks | meta_step | scaling) steps+=("$1") ;;
+    build | tests | cpp | memcheck | racecheck | benchmarks | meta_step | scaling | training) steps+=("$1") ;;
     *) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;
   esac
   shift
@@ -77,7 +77,8 @@ for step in "${steps[@]}"; do
     benchmarks)
       if [ "$gpu" != 1 ]; then skip benchmarks "no CUDA device"; continue; fi
       run every_kernel "$PYTHON" benchmarks/every_kernel.py --device cuda
-      run benchmark-cg "$PYTHON" benchmarks/cg.py --device cuda --json "$logs/benchmark-cg.json" ;;
+      run benchmark-cg "$PYTHON" benchmarks/cg.py --device cuda --json "$logs/benchmark-cg.json"
+      run precision "$PYTHON" benchmarks/precision.py --device cuda --json "$logs/benchmark-precision.json" ;;
     meta_step)
       # Every workload, eager and replayed, beside all peers that are there. JAX must leave memory to the others.
       if [ "$gpu" != 1 ]; then skip meta_step "no CUDA device"; continue; fi
@@ -87,6 +88,12 @@ for step in "${steps[@]}"; do
     scaling)
       if [ "$gpu" != 1 ]; then skip scaling "no CUDA device"; continue; fi
       run scaling "$PYTHON" benchmarks/scaling.py --device cuda --json "$logs/benchmark-scaling.json" ;;
+    training)
+      # 20,000 meta-steps of 5-way 1-shot with the paper's numbers, which are to take less than five minutes.
+      if [ "$gpu" != 1 ]; then skip training "no CUDA device"; continue; fi
+      rm -rf "$logs/run"
+      run training "$PYTHON" -m imaml_ext train omniglot-5w1s --data.name glyphs --run.device cuda --run.capture \
+        --outer.steps 20000 --run.checkpoint-every 10000 --run-dir "$logs/run" ;;
   esac
 done
 
