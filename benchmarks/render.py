@@ -198,7 +198,29 @@ def _precision(result: dict[str, Any]) -> str:
     )
 
 
-_SECTIONS = {"meta_step": _meta_step, "scaling": _scaling, "cg": _cg, "precision": _precision}
+def _compiled_module(result: dict[str, Any]) -> str:
+    rows = [
+        [f"{what}, {name}", *_ms(row), f"{row['ratio_to_ours']:.2f}"]
+        for what, measured in result["results"].items()
+        for name, row in measured.items()
+    ]
+    return "\n".join(
+        [
+            _heading("An nn.Module, compiled", result),
+            f"{result['tasks']} tasks of 5 images, {result['filters']} filters. Products "
+            "forward over reverse compute the gradient and its derivative anew for every vector.\n",
+            _table(["", "median ms", "min – max", "÷ imaml_ext"], rows),
+        ]
+    )
+
+
+_SECTIONS = {
+    "meta_step": _meta_step,
+    "scaling": _scaling,
+    "cg": _cg,
+    "precision": _precision,
+    "compiled_module": _compiled_module,
+}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

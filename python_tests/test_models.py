@@ -435,3 +435,27 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+def test_a_compiled_gradient_is_the_eager_one():
+    from imaml_ext import GradientDescent, TaskLoss
+
+    module = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    model = from_module(module.double())
+    params = torch.randn(5, model.num_parameters, dtype=torch.float64)
+
+    class Data:
+        x = torch.randn(5, 6, 3, dtype=torch.float64)
+        y = torch.randint(4, (5, 6))
+
+    eager, compiled = (TaskLoss(model, "cross_entropy", compiled=choice) for choice in (False, True))
+    for found, expected in zip(compiled.gradient(params, Data), eager.gradient(params, Data), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        assert not found.requires_grad
+    inner = GradientDescent(steps=3, lr=0.1)
+    descended = [inner.solve(loss, params[0], Data, lam=0.5).phi for loss in (compiled, eager)]
+    torch.testing.assert_close(*descended, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="compiled must be False for a MLP"):
+        TaskLoss(MLP(3, [], 4), "cross_entropy", compiled=True)
+    with pytest.raises(ValueError, match="targets must have shape"):
+        compiled.gradient(params, type("Short", (), {"x": Data.x, "y": Data.y[:, :2]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -35,7 +36,7 @@ def from_module(module: nn.Module, *, batch_norm: str = "error") -> TaskModel:
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     if batch_norm not in ("error", "task"):
         raise ValueError(f"batch_norm must be 'error' or 'task', got {batch_norm!r}")
-    return _ModuleModel(_prepared(module, batch_norm))
+    return ModuleModel(_prepared(module, batch_norm))
 
 
 def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
@@ -60,7 +61,9 @@ def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
     return module
 
 
-class _ModuleModel(TaskModel):
+class ModuleModel(TaskModel):
+    """What `from_module` makes."""
+
     def __init__(self, module: nn.Module) -> None:
         trainable = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
@@ -79,9 +82,14 @@ class _ModuleModel(TaskModel):
         return self._values
 
     def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
-        self._module.to(params.device, params.dtype)  # its constants; nothing to do but the first time
+        self.place(params)
 
         def one_task(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self._module, parameters, (x,))
 
         return vmap(one_task)(self.layout.views(params), inputs)
+
+    def place(self, params: Tensor) -> None:
+        """Puts the module's constants where params are; nothing to do but the first time."""
+        if not torch.compiler.is_compiling():
+            self._module.to(params.device, params.dtype)
