@@ -19,6 +19,7 @@ import cg  # noqa: E402
 import measure  # noqa: E402
 import meta_step  # noqa: E402
 import peers  # noqa: E402
+import precision  # noqa: E402
 import render  # noqa: E402
 import scaling  # noqa: E402
 
@@ -159,3 +160,13 @@ def test_share_of_sgemm_and_ratio_are_taken_within_rounds():
 @pytest.mark.skipif(not render.RESULTS.exists(), reason="the result files are not part of a source distribution")
 def test_the_document_is_what_the_result_files_say():
     assert (render.ROOT / "docs" / "benchmarks.md").read_text() == render.render()
+
+
+def test_precision_is_measured_against_float64(monkeypatch, tmp_path):
+    arguments = ["--tasks", "2", "--filters", "3", "--meta-steps", "1", "--json", str(tmp_path / "r.json")]
+    result = run(monkeypatch, precision, *arguments)
+    assert len(result["runs"]) == 4
+    for measured in result["runs"]:
+        off = {name: row["support_gradient"] for name, row in measured["results"].items()}
+        assert off["float32"] < off["tf32"] / 100 < off["bfloat16"] / 100
+    assert "| bfloat16 |" in render._precision(result)
