@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from hessian_free import trained
 from measure import full_precision, write_result
 from torch import Tensor
 
@@ -24,19 +25,6 @@ from imaml_ext.models.products import PRECISIONS
 from imaml_ext.training import PRESETS
 from imaml_ext.training.config import TrainConfig
 from imaml_ext.training.experiment import Experiment, build
-from imaml_ext.training.schedule import outer_optimizer
-
-
-def trained(config: TrainConfig, steps: int) -> Tensor:
-    """θ after `steps` meta-steps."""
-    experiment = build(config)
-    theta = experiment.initial_theta()
-    tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=0)
-    optimizer = outer_optimizer(config.outer, theta)
-    for step in range(steps):
-        theta.grad = experiment.algorithm.meta_gradient(theta, tasks.sample(step)).gradient
-        optimizer.step()
-    return theta
 
 
 def gradients(experiment: Experiment, theta: Tensor, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
@@ -94,7 +82,7 @@ def main() -> int:
     batch = build(config).sampler("train", tasks=options.tasks, seed=1).sample(0)
     results = []
     for name, steps in starts.items():
-        theta = trained(config, steps)
+        theta = trained(build(config), steps)
         for curvature in ("gauss_newton", "hessian"):
             rows = measured(replace(config, meta=replace(config.meta, curvature=curvature)), theta, batch)
             results.append({"theta": name, "curvature": curvature, "results": rows})
