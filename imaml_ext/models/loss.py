@@ -141,10 +141,9 @@ class TaskLoss:
             raise TypeError(f"criterion must be a name or a callable, got {type(criterion).__name__}")
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-        precision = getattr(model, "precision", "float32")
-        if engine == "native" and precision != "float32":
+        if engine == "native" and model.precision != "float32":
             raise ValueError(
-                f"engine must be 'auto' or 'torch' for a {type(model).__name__} of precision {precision!r}: "
+                f"engine must be 'auto' or 'torch' for a {type(model).__name__} of precision {model.precision!r}: "
                 "the native kernels multiply in the type of the parameters"
             )
         if engine == "native" and (model.network is None or not isinstance(criterion, str)):

@@ -21,6 +21,7 @@ class TaskModel(ABC):
 
     layout: ParameterLayout
     network: Network | None = None  # what the native ops know the model as, if they do
+    precision: str = "float32"  # of its products, where it has a choice (`products.PRECISIONS`)
 
     @property
     def num_parameters(self) -> int:
