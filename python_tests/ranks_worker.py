@@ -98,6 +98,7 @@ def main(folder: Path) -> None:
             "result": train(trained_config(), folder / "straight"),
             "resumed": train(trained_config(), folder / "of-one-process", resume=True),
         }
+    found["threads"] = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     torch.save(found, folder / f"rank-{ranks.rank}.pt")
 
 

@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# The defaults of its functions are the group there is when it is first imported, as torch.optim does by way of dynamo.
+# Such a group would outlive its destruction, and gloo's threads, which may yet have to let go of a tensor, Python:
+# the process would then end in SIGABRT. Imported here, there is none.
+import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
 from imaml_ext.meta import MetaGradient
@@ -53,6 +58,7 @@ class ProcessGroup(Ranks):
         ranks = cls(rank, size, store)
         try:
             yield ranks
+            ranks._part()
         except ReportedElsewhere:
             raise
         except BaseException as error:
@@ -62,6 +68,12 @@ class ProcessGroup(Ranks):
             raise
         finally:
             dist.destroy_process_group()
+
+    def _part(self) -> None:
+        """Wait until every rank has all that the others sent it: closing a connection discards what is under way."""
+        with _explained():
+            self._store.set(f"done/{self.rank}", "")
+            self._store.wait([f"done/{rank}" for rank in range(self.size)], PATIENCE)
 
     def _first_to_report(self) -> bool:
         try:
