@@ -15,7 +15,7 @@ import torch.distributed as dist
 # The defaults of its functions are the group there is when it is first imported, as torch.optim does by way of dynamo.
 # Such a group would outlive its destruction, and gloo's threads, which may yet have to let go of a tensor, Python:
 # the process would then end in SIGABRT. Imported here, there is none.
-import torch.distributed.nn  # noqa: F401
+import torch.distributed.nn
 from torch import Tensor
 
 from imaml_ext.meta import MetaGradient
