@@ -73,6 +73,9 @@ class Evaluate:
     seed: int | None = None
     """Seed of the tasks; unset: evaluation.seed of the run."""
 
+    shots: int | None = None
+    """Examples a class that are adapted to; unset: as in the run."""
+
     inner_steps: int | None = None
     """Inner steps of the adaptation; unset: as in the run."""
 
@@ -242,7 +245,7 @@ def _dispatch(arguments: list[str], ranks: Ranks) -> int:
         case _ if ranks.size > 1:
             raise ranks.once(RunError(f"imaml {arguments[0]} runs in one process: start it without torchrun"))
         case Evaluate() as options:
-            return _evaluate(options)
+            return _evaluate(options, command=shlex.join(["imaml", *arguments]))
         case Export() as options:
             return _export(options)
         case ExperimentOptions() as options:
@@ -289,9 +292,11 @@ def _train(options: Train, preset: str, arguments: list[str], ranks: Ranks) -> i
     return 0
 
 
-def _evaluate(options: Evaluate) -> int:
+def _evaluate(options: Evaluate, *, command: str) -> int:
     from imaml_ext.pretrained import evaluate_pretrained
+    from imaml_ext.training.environment import environment
     from imaml_ext.training.evaluation import EvaluationOverrides, evaluate_run
+    from imaml_ext.training.experiment import resolve_device
     from imaml_ext.training.run_directory import atomic_write, to_json_text
 
     if (options.run is None) == (options.pretrained is None):
@@ -308,7 +313,8 @@ def _evaluate(options: Evaluate) -> int:
             raise ConfigError("--checkpoint is of a run directory: it cannot be given with --pretrained")
         result = evaluate_pretrained(str(options.pretrained), overrides, split=options.split, from_scratch=scratch)
     if options.output is not None:
-        atomic_write(options.output, to_json_text(result.to_json()))
+        stamp = {"command": command, "environment": environment(resolve_device(options.device or "auto"))}
+        atomic_write(options.output, to_json_text(result.to_json() | stamp))
     print(result)
     return 0
 

@@ -50,7 +50,9 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     assert tested.stdout.startswith("test mean squared error")
     evaluated = json.loads(output.read_text())
     assert evaluated["loss"] == pytest.approx(result["test"]["loss"], rel=1e-6)
-    assert evaluated.keys() == result["test"].keys()
+    assert evaluated.keys() == result["test"].keys() | {"command", "environment"}
+    assert evaluated["command"] == f"imaml evaluate {run} --output {output}"
+    assert evaluated["environment"] == result["environment"]
 
     again = imaml("train", "sinusoid-5shot", "--run-dir", run, "--resume")  # its own settings, not the preset's
     assert again.returncode == 0, again.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imaml_ext.inner import gradient_descent
+from imaml_ext.inner import GradientDescent, gradient_descent
 from imaml_ext.models import MLP, TaskLoss
 
 TASKS = 3
@@ -122,6 +122,35 @@ def test_a_task_within_tolerance_stays_and_the_others_go_on(optimizer: str) -> N
         assert torch.equal(stopped.phi[task], result.phi[task])
 
 
+@pytest.mark.parametrize(("size", "parts"), [(1, 8), (3, 3), (4, 2), (7, 2), (8, 1), (50, 1)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_minibatches_in_turn(optimizer: str, size: int, parts: int) -> None:
+    """By hand: step after step on other examples, each part as large as the others to one example."""
+    loss, theta, data = regression()
+    common = {"lam": 0.7, "lr": 0.05, "optimizer": optimizer, "betas": (0.0, 0.9)}
+    result = gradient_descent(loss, theta, data, steps=10, batch_size=size, measure=True, **common)
+    for task in range(TASKS):
+        phi = theta.clone().requires_grad_()
+        rule = torch.optim.Adam([phi], 0.05, (0.0, 0.9)) if optimizer == "adam" else torch.optim.SGD([phi], 0.05)
+        for step in range(10):
+            mine = [i for i in range(8) if i % parts == step % parts]
+            assert len(mine) <= size
+            support = loss(phi.unsqueeze(0), Data(data.x[task : task + 1, mine], data.y[task : task + 1, mine]))
+            torch.testing.assert_close(result.losses[step, task], support[0].detach(), rtol=1e-10, atol=1e-12)
+            rule.zero_grad()
+            (support.sum() + 0.35 * ((phi - theta) ** 2).sum()).backward()
+            rule.step()
+        torch.testing.assert_close(result.phi[task], phi.detach(), rtol=1e-9, atol=1e-11)
+    whole = loss(result.phi, data)
+    torch.testing.assert_close(result.final_loss, whole.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_every_minibatch_of_a_support_set_has_all_classes() -> None:
+    labels = torch.arange(5).repeat_interleave(10).repeat(TASKS, 1)  # as episodes have them
+    for part in GradientDescent(batch_size=10).batches(Data(torch.rand(TASKS, 50, 1, 3, 3), labels)):
+        assert (part.y.sort(1).values == torch.arange(5).repeat_interleave(2)).all()
+
+
 def test_no_step_is_theta() -> None:
     loss, theta, data = regression()
     result = gradient_descent(loss, theta, data, lam=1.0, steps=0, lr=0.1)
@@ -188,6 +217,9 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "optimizer must be one of 'sgd', 'momentum', 'adam', got 'rmsprop'", {"optimizer": "rmsprop"}),
         (ValueError, "momentum must be at least 0 and below 1, got 1.0", {"momentum": 1.0}),
         (ValueError, "tolerance must be at least 0", {"tolerance": -1.0}),
+        (ValueError, "batch_size must be at least 1, got 0", {"batch_size": 0}),
+        (TypeError, "batch_size must be an integer, got float", {"batch_size": 2.0}),
+        (ValueError, "tolerance must be None with batch_size", {"batch_size": 2, "tolerance": 0.1}),
         (TypeError, "loss must return a tensor, got float", {"loss": lambda params, data: 0.0}),
         (ValueError, r"loss must return one loss a task, shape \[3\]", {"loss": lambda params, data: params.sum()}),
         (ValueError, "loss must depend on params", {"loss": lambda params, data: params.detach().sum(1)}),
@@ -195,3 +227,12 @@ def test_errors_name_the_argument() -> None:
         arguments = {"loss": loss, "theta": theta, **good, **changes}
         with pytest.raises(error, match=words):
             gradient_descent(arguments.pop("loss"), arguments.pop("theta"), data, **arguments)
+
+
+def test_what_cannot_be_cut_into_minibatches() -> None:
+    loss, theta, data = regression()
+    common = {"lam": 1.0, "steps": 1, "lr": 0.1, "batch_size": 4}
+    with pytest.raises(ValueError, match=r"data must have tensors x and y \[B, S, …\]"):
+        gradient_descent(loss, theta, data.x, num_tasks=TASKS, **common)
+    with pytest.raises(ValueError, match=r"data.x and data.y must agree in \[B, S\] .*got \[3, 8\] and \[3, 7\]"):
+        gradient_descent(loss, theta, Data(data.x, data.y[:, 1:]), **common)

@@ -28,7 +28,7 @@ from imaml_ext.pretrained import (
     read_images,
     read_weights,
 )
-from imaml_ext.training import DataConfig, MetaConfig, ModelConfig
+from imaml_ext.training import ConfigError, DataConfig, MetaConfig, ModelConfig
 from imaml_ext.training.evaluation import EvaluationOverrides
 from imaml_ext.training.experiment import build
 from imaml_ext.training.run_directory import RunError
@@ -97,7 +97,8 @@ def test_commands(classification, tmp_path):
     assert "accuracy" in exported.stdout
     done = imaml("evaluate", "--pretrained", file, "--output", tmp_path / "out.json")
     assert done.returncode == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == result["test"]
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert {name: written[name] for name in result["test"]} == result["test"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,45 @@ def test_a_file_that_lacks_a_parameter(regression, tmp_path):
     save_file(tensors, file, metadata)
     with pytest.raises(WeightsError, match=f"missing .*{dropped}"):
         read_weights(file)
+
+
+def test_training_begins_with_weights(regression, tmp_path):
+    file = tmp_path / "sine.safetensors"
+    weights = export_run(regression[0], file)
+    config = small_config(steps=3)
+    config = replace(config, model=replace(config.model, weights=str(file)))
+    assert torch.equal(build(config).initial_theta(), weights.theta)
+    train(config, tmp_path / "run")
+    run = tmp_path / "run"
+    export_run(run, tmp_path / "more.safetensors")
+    more = read_weights(tmp_path / "more.safetensors")
+    assert not torch.equal(more.theta, weights.theta)
+    assert more.config.model.weights == "sine.safetensors"  # the folder stays here
+    assert "from the weights sine.safetensors" in (tmp_path / "more.md").read_text()
+
+    file.unlink()  # a run that has begun needs them no more
+    assert train(config, run, resume=True)["steps"] == 3
+    assert evaluate_pretrained(tmp_path / "more.safetensors").loss > 0
+    with pytest.raises(WeightsError, match=r"sine\.safetensors cannot be read"):
+        train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("source", ["omniglot-5w1s-gd", "sine"])
+def test_weights_of_another_model_are_refused(source, tmp_path):
+    config = small_config()
+    config = replace(config, model=replace(config.model, weights=source))
+    error, message = (
+        (WeightsError, "no pretrained weights are called 'sine'")
+        if source == "sine"
+        else (
+            ConfigError,
+            r"model\.weights must have the parameters of the model, .*\[8, 8\].*, got .*\[3, 3, 64, 64\]",
+        )
+    )
+    with pytest.raises(error, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_a_finished_run_is_exported(classification, tmp_path):

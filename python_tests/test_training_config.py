@@ -128,6 +128,8 @@ def test_runs_of_before_there_were_photographs_are_read() -> None:
         (MetaConfig, "cg_steps", 0),
         (MetaConfig, "damping", -1.0),
         (MetaConfig, "solver_lr", 0.0),
+        (InnerConfig, "betas", (1.0, 0.9)),
+        (InnerConfig, "batch_size", 0),
         (OuterConfig, "lr", float("inf")),
         (OuterConfig, "lam_lr", 0.0),
         (OuterConfig, "betas", (0.9, 1.0)),
@@ -193,9 +195,11 @@ def test_algorithms_and_knobs_that_do_not_go_together(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("knob", "value"), [("optimizer", "adam"), ("proximal", "pullback")])
+@pytest.mark.parametrize(("knob", "value"), [("optimizer", "adam"), ("proximal", "pullback"), ("batch_size", 5)])
 def test_hessian_free_has_no_descent_rule(knob: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=rf"inner\.{knob} must be left out with inner\.solver 'hessian_free'"):
+    with pytest.raises(
+        ConfigError, match=rf"inner\.{knob.replace('_', '-')} must be left out with inner\.solver 'hessian_free'"
+    ):
         InnerConfig(solver="hessian_free", **{knob: value})
 
 

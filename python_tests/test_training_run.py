@@ -343,6 +343,11 @@ class TestEvaluation:
         first = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
         assert evaluate_run(tmp_path / "run", checkpoint=first).loss != result["test"]["loss"]
         assert evaluate_run(tmp_path / "run", EvaluationOverrides(inner_steps=1)).inner_steps == 1
+        for split in ("train", "test"):
+            fewer = evaluate_run(tmp_path / "run", EvaluationOverrides(shots=2), split=split)
+            as_trained = evaluate_run(tmp_path / "run", split=split)
+            assert (fewer.shots, as_trained.shots) == (2, 5)
+            assert fewer.loss != as_trained.loss
         with pytest.raises(RunError, match="holds no run"):
             evaluate_run(tmp_path / "nothing")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,19 @@ OPTIMIZERS = ("sgd", "momentum", "adam")
 PROXIMAL = ("gradient", "pullback")
 
 
+class Minibatch(NamedTuple):
+    """Some of every task's examples. x: [B, S', …]; y: [B, S', …]."""
+
+    x: Tensor
+    y: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class GradientDescent:
     """Gradient descent on the proximal problem, as an `InnerSolver`; what it does, `gradient_descent` says.
 
     Args:
-        steps, lr, optimizer, momentum, nesterov, betas, eps, proximal, tolerance: of `gradient_descent`.
+        steps, lr, optimizer, momentum, nesterov, betas, eps, proximal, tolerance, batch_size: of `gradient_descent`.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or outside its range.
@@ -39,6 +46,7 @@ class GradientDescent:
     eps: float = 1e-8
     proximal: str = "gradient"
     tolerance: float | None = None
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -56,6 +64,34 @@ class GradientDescent:
                 raise ValueError(
                     "tolerance must be None with proximal='pullback', whose steps do not go to the proximal minimum"
                 )
+        if self.batch_size is not None:
+            check_int("batch_size", self.batch_size, minimum=1)
+            if self.tolerance is not None:
+                raise ValueError("tolerance must be None with batch_size: no step sees the gradient of the whole task")
+
+    def batches(self, data: Any) -> list[Any]:
+        """What the steps take their gradients of, in turns: the data themselves, or ⌈S / batch_size⌉ parts of them.
+
+        Part k of n holds the examples k, k + n, k + 2n, … of each task, so that of the support sets of `data`, which go
+        class by class, every part has as many of each class as can be.
+
+        Raises:
+            ValueError: there are to be parts, and data has no x and y of the shape [B, S, …].
+        """
+        if self.batch_size is None:
+            return [data]
+        x, y = getattr(data, "x", None), getattr(data, "y", None)
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and min(x.dim(), y.dim()) >= 2):
+            raise ValueError("data must have tensors x and y [B, S, …] where batch_size is given")
+        if x.shape[:2] != y.shape[:2]:
+            raise ValueError(
+                f"data.x and data.y must agree in [B, S] where batch_size is given, "
+                f"got {list(x.shape[:2])} and {list(y.shape[:2])}"
+            )
+        parts = -(-x.shape[1] // self.batch_size)
+        if parts <= 1:
+            return [data]
+        return [Minibatch(x[:, k::parts].contiguous(), y[:, k::parts].contiguous()) for k in range(parts)]
 
     def solve(
         self,
@@ -86,6 +122,7 @@ def gradient_descent(
     eps: float = 1e-8,
     proximal: str = "gradient",
     tolerance: float | None = None,
+    batch_size: int | None = None,
     measure: bool = False,
     num_tasks: int | None = None,
 ) -> InnerResult:
@@ -102,7 +139,9 @@ def gradient_descent(
         proximal: "gradient", every step is on the proximal objective; or "pullback", the steps are on L alone and one
             φ ← φ − η λ (φ − θ) follows them, as in the code that the paper's authors published.
         tolerance: a task whose proximal gradient norm is at most this stays where it is for the remaining steps.
-        measure: evaluate loss and proximal gradient once more, at the end.
+        batch_size: every step takes the gradient of that many of a task's S examples, the next ones in turn (see
+            `GradientDescent.batches`); `losses` are then theirs. All of them unless given, and where S is no more.
+        measure: evaluate loss and proximal gradient once more, at the end, on all examples.
         num_tasks: B, where `data` has no `x`.
 
     Raises:
@@ -111,14 +150,15 @@ def gradient_descent(
 
     Source: Algorithm 2 of Rajeswaran et al., arXiv 1909.04630, with the proximal problem of its equation 3.
     """
-    GradientDescent(steps, lr, optimizer, momentum, nesterov, betas, eps, proximal, tolerance)  # checks them
+    settings = GradientDescent(steps, lr, optimizer, momentum, nesterov, betas, eps, proximal, tolerance, batch_size)
+    batches = settings.batches(data)
     phi, center, lam = start(theta, data, lam, num_tasks)
     tasks = len(phi)
     lr = ops.as_coefficient(lr, "lr", phi).detach()
     pull = torch.zeros_like(lam) if proximal == "pullback" else lam  # of the steps
 
     losses: Tensor | None = None  # [steps, B]
-    if optimizer == "sgd" and tolerance is None and isinstance(loss, TaskLoss):
+    if optimizer == "sgd" and tolerance is None and len(batches) == 1 and isinstance(loss, TaskLoss):
         losses = loss.descend_(phi, center, data, lam=pull, lr=lr, steps=steps)
     to_take = range(steps if losses is None else 0)
     losses = phi.new_empty(steps, tasks) if losses is None else losses
@@ -126,7 +166,7 @@ def gradient_descent(
     first = torch.zeros_like(phi) if optimizer != "sgd" else None  # velocity, or first moment
     second = torch.zeros_like(phi) if optimizer == "adam" else None
     for step in to_take:
-        losses[step], grad = loss_and_gradient(loss, phi, data)  # [B], [B, N]
+        losses[step], grad = loss_and_gradient(loss, phi, batches[step % len(batches)])  # [B], [B, N]
         step_lr = lr
         if tolerance is not None:
             # A task that has arrived keeps its φ, so its gradient too: it stays for good. A NaN has not arrived.

@@ -39,11 +39,12 @@ def unroll(
         raise ValueError(f"tolerance must be None where the inner steps are differentiated, got {solver.tolerance}")
     lr = ops.as_coefficient(solver.lr, "lr", theta.detach()).detach()
     if checkpoint:
-        return _Replayed.apply(theta, lam, lr, solver, loss, data)
+        return _Replayed.apply(theta, lam, lr, solver, loss, solver.batches(data))
     losses = []
+    batches = solver.batches(data)
     state = _initial(solver, theta)
     for step in range(solver.steps):
-        here = task_losses(loss, state[0], data)  # [B]
+        here = task_losses(loss, state[0], batches[step % len(batches)])  # [B]
         grad = task_gradient(here, state[0], create_graph=True)
         state = _next(solver, step, state, grad, theta, lam, lr)
         losses.append(here.detach())
@@ -85,15 +86,21 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, theta: Tensor, lam: Tensor, lr: Tensor, solver: GradientDescent, loss: LossFunction, data: Any
+        ctx: Any,
+        theta: Tensor,
+        lam: Tensor,
+        lr: Tensor,
+        solver: GradientDescent,
+        loss: LossFunction,
+        batches: list[Any],
     ) -> tuple[Tensor, Tensor]:
         states = [_initial(solver, theta)]
         losses = theta.new_empty(solver.steps, len(theta))
         for step in range(solver.steps):
-            losses[step], grad = loss_and_gradient(loss, states[-1][0], data)
+            losses[step], grad = loss_and_gradient(loss, states[-1][0], batches[step % len(batches)])
             states.append(_next(solver, step, states[-1], grad, theta, lam, lr))
         ctx.save_for_backward(theta, lam, lr, *(vector for state in states for vector in state))
-        ctx.solver, ctx.loss, ctx.data = solver, loss, data
+        ctx.solver, ctx.loss, ctx.batches = solver, loss, batches
         ctx.mark_non_differentiable(losses)
         return _last(solver, states[-1][0], theta, lam, lr), losses
 
@@ -111,7 +118,7 @@ class _Replayed(torch.autograd.Function):
         )
         bars: State = (phi_bar, *(torch.zeros_like(vector) for vector in start[1:]))
         for step in reversed(range(solver.steps)):
-            operator = HessianOperator(ctx.loss, states[step][0], ctx.data)
+            operator = HessianOperator(ctx.loss, states[step][0], ctx.batches[step % len(ctx.batches)])
 
             def rule(*inputs: Tensor, step: int = step) -> State:
                 state, (grad, theta, lam) = inputs[:width], inputs[width:]

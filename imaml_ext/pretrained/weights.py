@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Card:
             "data": self.data,
             "tasks": ways,
             "algorithm": f"{config.meta.algorithm}, {inner}, {config.inner.steps} steps, λ = {config.inner.lam:g}",
-            "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes",
+            "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
+            + (f", from the weights {config.model.weights}" if config.model.weights is not None else ""),
             "on": f"{self.environment['cpu']}, {self.environment['threads']} threads"
             if self.environment["device"] == "cpu"
             else self.environment.get("gpu", self.environment["device"]),
@@ -166,6 +167,7 @@ def export_run(run: Path, output: Path, *, commit: str = "") -> Weights:
     if saved is None or saved.step != result["steps"]:
         raise RunError(f"{run} has no checkpoint of step {result['steps']}, which its result.json is about")
     dataset = open_dataset(recorded.config.data)
+    config = _portable(recorded.config)
     card = Card(
         preset=recorded.preset,
         command=result["command"],
@@ -174,23 +176,23 @@ def export_run(run: Path, output: Path, *, commit: str = "") -> Weights:
         kind=dataset.kind,
         input_shape=tuple(dataset.input_shape),
         steps=result["steps"],
-        meta_batch=recorded.config.outer.meta_batch,
+        meta_batch=config.outer.meta_batch,
         train_seconds=result["train_seconds"],
         test=result["test"],
         environment=result["environment"],
     )
     theta = saved.theta if saved.average is None else saved.average  # [N]
-    weights = Weights(output.stem, theta, saved.log_lam, recorded.config, card)
+    weights = Weights(output.stem, theta, saved.log_lam, config, card)
     tensors = {name: view.contiguous() for name, view in weights.task_loss().model.layout.views(theta).items()}
     if saved.log_lam is not None:
         tensors[_LOG_LAM] = saved.log_lam
     metadata = {
         "format": FORMAT,
-        "config": json.dumps(_portable(to_json(recorded.config))),
+        "config": json.dumps(to_json(config)),
         "card": json.dumps(asdict(card)),
     }
     atomic_write(output, save(tensors, metadata))
-    atomic_write(output.with_suffix(".md"), card.to_markdown(output.stem, recorded.config).encode())
+    atomic_write(output.with_suffix(".md"), card.to_markdown(output.stem, config).encode())
     return weights
 
 
@@ -214,9 +216,14 @@ def evaluate_pretrained(
     return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
 
 
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
+def _portable(config: TrainConfig) -> TrainConfig:
     """The configuration without the folders of the machine that it ran on."""
-    return {**config, "data": {**config["data"], "root": None, "cache_dir": None}}
+    weights = config.model.weights
+    return replace(
+        config,
+        data=replace(config.data, root=None, cache_dir=None),
+        model=replace(config.model, weights=None if weights is None else Path(weights).name),
+    )
 
 
 def _result(directory: RunDirectory) -> Mapping[str, Any]:

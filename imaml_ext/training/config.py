@@ -185,6 +185,9 @@ class ModelConfig:
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the products in every layer: on a GPU, less than float32 is for its tensor cores; a CPU rounds to it."""
 
+    weights: str | None = None
+    """Meta-parameters to begin with: the name of published weights or a file *.safetensors; unset: random ones."""
+
     def __post_init__(self) -> None:
         _check_count("model.filters", self.filters)
         _check(all(width >= 1 for width in self.hidden), "model.hidden", "widths >= 1", self.hidden)
@@ -212,6 +215,12 @@ class InnerConfig:
     momentum: float = 0.9
     """Momentum of the inner optimiser `momentum`."""
 
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moments of the inner optimiser `adam`."""
+
+    batch_size: int | None = None
+    """Examples of a task in a gradient step, each in its turn (gradient_descent); unset: its whole support set."""
+
     proximal: Literal["gradient", "pullback"] = "gradient"
     """Every step on the proximal objective; or plain steps, then one step of the penalty (the paper's public code)."""
 
@@ -232,6 +241,10 @@ class InnerConfig:
         _check_count("inner.steps", self.steps)
         _check_finite_positive("inner.lr", self.lr)
         _check_fraction("inner.momentum", self.momentum)
+        for beta in self.betas:
+            _check(0 <= beta < 1, "inner.betas", "two numbers in [0, 1)", self.betas)
+        if self.batch_size is not None:
+            _check_count("inner.batch-size", self.batch_size)
         _check_count("inner.cg-steps", self.cg_steps)
         _check_finite_nonnegative("inner.damping", self.damping)
         _check_count("inner.backtracks", self.backtracks, least=0)
@@ -239,6 +252,7 @@ class InnerConfig:
             without = "with inner.solver 'hessian_free'"
             _check(self.optimizer == "sgd", "inner.optimizer", f"left out {without}", self.optimizer)
             _check(self.proximal == "gradient", "inner.proximal", f"left out {without}", self.proximal)
+            _check(self.batch_size is None, "inner.batch-size", f"left out {without}", self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -567,6 +581,9 @@ _ADDED = (
     "data.val_fraction",
     "data.test_fraction",
     "model.precision",
+    "model.weights",
+    "inner.betas",
+    "inner.batch_size",
     "run.capture",
 )
 

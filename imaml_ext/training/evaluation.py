@@ -29,6 +29,7 @@ class Evaluation:
     split: str
     tasks: int
     seed: int
+    shots: int
     inner_steps: int
     loss: float
     loss_interval: float
@@ -154,6 +155,7 @@ def _judge(
         split=split,
         tasks=tasks,
         seed=seed,
+        shots=experiment.shots(split),
         inner_steps=inner_steps,
         loss=loss,
         loss_interval=loss_interval,
@@ -171,11 +173,13 @@ def _mean_and_interval(values: Tensor) -> tuple[float, float]:
 class EvaluationOverrides:
     """What an evaluation does otherwise than the run was configured; None: as it was.
 
-    tasks, seed, inner_steps, meta_batch: of `EvaluationConfig`; device: of `RunConfig`; data_root: of `DataConfig`.
+    tasks, seed, inner_steps, meta_batch: of `EvaluationConfig`; shots, data_root: of `DataConfig`; device: of
+    `RunConfig`.
     """
 
     tasks: int | None = None
     seed: int | None = None
+    shots: int | None = None
     inner_steps: int | None = None
     meta_batch: int | None = None
     device: str | None = None
@@ -186,6 +190,8 @@ class EvaluationOverrides:
         given = {name: value for name, value in vars(self).items() if value is not None}
         run = {"device": given.pop("device")} if "device" in given else {}
         data = {"root": given.pop("data_root")} if "data_root" in given else {}
+        if "shots" in given:
+            data |= {"shots": given.pop("shots"), "train_shots": None}
         return replace(
             config,
             evaluation=replace(config.evaluation, **given),

@@ -11,7 +11,7 @@ from torch import Tensor
 from imaml_ext.data import Augmentation, Dataset, Sampler, dataset_options, load_dataset
 from imaml_ext.inner import GradientDescent, HessianFree, InnerSolver
 from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, MetaAlgorithm, Reptile
-from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel
+from imaml_ext.models import MLP, Conv4, ParameterLayout, TaskLoss, TaskModel
 from imaml_ext.training.checkpoint import CheckpointError
 from imaml_ext.training.config import AugmentConfig, ConfigError, SourceConfig, TrainConfig
 from imaml_ext.training.run_directory import RunError
@@ -34,8 +34,28 @@ class Learner:
         return self.loss.model
 
     def initial_theta(self) -> Tensor:
-        """theta [N], the same bits for a seed on every machine."""
-        return self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
+        """theta [N]: random, the same bits for a seed on every machine, or what `model.weights` names.
+
+        Raises:
+            WeightsError: there are no such weights, or the file is damaged.
+            ConfigError: they are another model's.
+        """
+        source = self.config.model.weights
+        if source is None:
+            return self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
+        from imaml_ext.pretrained.weights import read_weights  # which is built on this module
+
+        weights = read_weights(source)
+        theirs, ours = weights.task_loss().model.layout, self.model.layout
+        if theirs != ours:
+            raise ConfigError(
+                f"model.weights must have the parameters of the model, {_described(ours)}, got {_described(theirs)}"
+            )
+        return weights.theta.to(self.device, self.dtype)
+
+    def empty_theta(self) -> Tensor:
+        """Room for theta [N]."""
+        return torch.empty(self.model.num_parameters, dtype=self.dtype, device=self.device)
 
     def restore_lam(self, saved: Tensor | None) -> None:
         """Put a saved log λ [G] into the algorithms, where λ is learnt.
@@ -62,6 +82,11 @@ class Experiment(Learner):
     def classification(self) -> bool:
         return self.dataset.kind == "classification"
 
+    def shots(self, split: str) -> int:
+        """Examples a class (or points of a function) that a task of the split is learnt from."""
+        data = self.config.data
+        return data.train_shots if split == "train" and data.train_shots is not None else data.shots
+
     def sampler(self, split: str, *, tasks: int, seed: int, augmented: bool = False) -> Sampler:
         """Batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone.
 
@@ -77,7 +102,7 @@ class Experiment(Learner):
             return self.dataset.sampler(
                 split,
                 ways=data.ways if self.classification else None,
-                shots=data.train_shots if split == "train" and data.train_shots is not None else data.shots,
+                shots=self.shots(split),
                 queries=data.queries,
                 meta_batch=tasks,
                 seed=seed,
@@ -125,6 +150,10 @@ def build_learner(config: TrainConfig, *, kind: str, input_shape: tuple[int, ...
         device=device,
         dtype=dtype,
     )
+
+
+def _described(layout: ParameterLayout) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in zip(layout.names, layout.shapes, strict=True))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -200,7 +229,13 @@ def _inner(config: TrainConfig, steps: int) -> InnerSolver:
             backtracks=inner.backtracks,
         )
     return GradientDescent(
-        steps=steps, lr=inner.lr, optimizer=inner.optimizer, momentum=inner.momentum, proximal=inner.proximal
+        steps=steps,
+        lr=inner.lr,
+        optimizer=inner.optimizer,
+        momentum=inner.momentum,
+        betas=inner.betas,
+        proximal=inner.proximal,
+        batch_size=inner.batch_size,
     )
 
 

@@ -71,7 +71,8 @@ def train(
     with joined() as ranks, ExitStack() as run:
         ranks.on_first(check_directory, directory, config, resume=resume)
         ranks.first_of_machine(open_dataset, config.data)  # which may download it, or fill the cache
-        experiment, train_tasks = ranks.together(_prepare, config, ranks)
+        begun = resume and directory.holds_run()
+        experiment, train_tasks = ranks.together(_prepare, config, ranks, begun=begun)
         ranks.agree(_facts(experiment, preset))
         stamp = {
             "preset": preset,
@@ -89,7 +90,7 @@ def train(
             return ranks.on_first(_conclude, experiment, state, directory, *tested, stamp=stamp, command=command)
 
 
-def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
+def _prepare(config: TrainConfig, ranks: Ranks, *, begun: bool) -> tuple[Experiment, Sampler]:
     """The experiment and its training tasks; all that can be wrong with them is found before anything is written."""
     if config.outer.meta_batch < ranks.size:
         raise ConfigError(
@@ -105,6 +106,8 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
     train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
     for split in ("val", "test") if config.evaluation.every else ("test",):
         experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
+    if not begun:
+        experiment.initial_theta()  # which may be read from a file
     return experiment, train_tasks
 
 
@@ -301,7 +304,7 @@ def _checkpoint(config: TrainConfig, state: State) -> Checkpoint:
 def _restore(experiment: Experiment, saved: Checkpoint | None) -> State:
     """The state at step 0, or that of a checkpoint."""
     outer = experiment.config.outer
-    theta = experiment.initial_theta()  # [N]
+    theta = experiment.initial_theta() if saved is None else experiment.empty_theta()  # [N]
     average = theta.clone() if outer.average else None
     lam = experiment.lam
     log_lam = None if lam is None else lam.log
