@@ -190,7 +190,7 @@ def test_several_processes_are_refused() -> None:
     config = _config()
     config = replace(config, run=replace(config.run, capture=True))
     with pytest.raises(ConfigError, match=r"run.capture must be left out with several processes, got 2"):
-        trainer._prepare(config, Two())
+        trainer._prepare(config, Two(), begun=False)
 
 
 def _on_cuda(config: TrainConfig, *, capture: bool) -> TrainConfig:
