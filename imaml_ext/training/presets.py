@@ -161,7 +161,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-gd-longer --data.root FOLDER
     "omniglot-5w1s-gd-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: 160,000 tasks more from the weights omniglot-5w1s-gd.",
-        measured="Test accuracy 98.49 ± 0.14 % on 2,000 tasks (99.67 ± 0.06 % with 5 shots), after 68 minutes on one core.",
+        measured="Test accuracy 98.49 ± 0.14 % on 2,000 tasks (99.67 ± 0.06 % at 5 shots), 68 minutes on one core.",
         config=_longer("omniglot-5w1s-gd", ways=5, shots=1, newton=False, steps=10_000),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
