@@ -181,7 +181,8 @@ PRESETS: dict[str, Preset] = {
     ),
     # imaml train omniglot-20w1s-hf --data.root FOLDER
     "omniglot-20w1s-hf": Preset(
-        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters, Hessian-free: settings that learn fast.",
+        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters, Hessian-free: the published weights of that name.",
+        measured="Test accuracy 93.77 ± 0.16 % on 2,000 tasks, after 82 minutes on one busy CPU core.",
         config=_omniglot_tuned(ways=20, shots=1, newton=True, steps=7000),
     ),
     # imaml train omniglot-20w5s --data.root FOLDER
