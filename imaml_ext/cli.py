@@ -296,7 +296,6 @@ def _evaluate(options: Evaluate, *, command: str) -> int:
     from imaml_ext.pretrained import evaluate_pretrained
     from imaml_ext.training.environment import environment
     from imaml_ext.training.evaluation import EvaluationOverrides, evaluate_run
-    from imaml_ext.training.experiment import resolve_device
     from imaml_ext.training.run_directory import atomic_write, to_json_text
 
     if (options.run is None) == (options.pretrained is None):
@@ -313,7 +312,7 @@ def _evaluate(options: Evaluate, *, command: str) -> int:
             raise ConfigError("--checkpoint is of a run directory: it cannot be given with --pretrained")
         result = evaluate_pretrained(str(options.pretrained), overrides, split=options.split, from_scratch=scratch)
     if options.output is not None:
-        stamp = {"command": command, "environment": environment(resolve_device(options.device or "auto"))}
+        stamp = {"command": command, "environment": environment(result.device)}
         atomic_write(options.output, to_json_text(result.to_json() | stamp))
     print(result)
     return 0

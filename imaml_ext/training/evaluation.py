@@ -35,6 +35,7 @@ class Evaluation:
     loss_interval: float
     accuracy: float | None
     accuracy_interval: float | None
+    device: torch.device  # not in the JSON: the stamp beside it has it
     from_scratch: Evaluation | None = None  # the same tasks without meta-learning, where that was asked for
 
     def __str__(self) -> str:
@@ -49,6 +50,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         values = dict(vars(self))
+        del values["device"]
         baseline = values.pop("from_scratch")
         return values if baseline is None else values | {"from_scratch": baseline.to_json()}
 
@@ -161,6 +163,7 @@ def _judge(
         loss_interval=loss_interval,
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
+        device=experiment.device,
     )
 
 
