@@ -190,7 +190,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-hf-longer --data.root FOLDER
     "omniglot-5w1s-hf-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from the weights omniglot-5w1s-hf.",
-        config=_refined("omniglot-5w1s-hf", newton=True, steps=9000),
+        config=_refined("omniglot-5w1s-hf", newton=True, steps=7500),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
     "omniglot-5w5s": Preset(
