@@ -284,7 +284,7 @@ def test_descent_gives_the_bits_of_its_steps(name: str, device: str) -> None:
 @pytest.mark.cpu_kernels
 def test_models_alone_bring_the_ops_with_them() -> None:
     script = (
-        "import torch; from imaml_ext.data.episodes import TaskData; from imaml_ext.models import MLP, TaskLoss\n"
+        "import torch; from imaml_ext.models import MLP, TaskData, TaskLoss\n"
         "data = TaskData(torch.rand(1, 3, 2), torch.rand(1, 3, 1)); model = MLP(2, (3,), 1)\n"
         "TaskLoss(model, 'mse').gradient(model.init(seed=0).unsqueeze(0), data)\n"
     )

@@ -5,7 +5,7 @@ from .baseline import nearest_neighbour_accuracy
 from .cifar import cifar_split, load_cifar
 from .class_images import ClassImages
 from .datasets import Dataset, ImageDataset, Sampler
-from .episodes import EpisodeBatch, EpisodeIndices, EpisodeSampler, TaskData
+from .episodes import EpisodeBatch, EpisodeIndices, EpisodeSampler
 from .errors import DataError
 from .folder import load_folder
 from .glyphs import glyph_split, load_glyphs
@@ -32,7 +32,6 @@ __all__ = [
     "LinearSampler",
     "Sampler",
     "SinusoidSampler",
-    "TaskData",
     "cifar_split",
     "dataset_options",
     "glyph_split",

@@ -8,22 +8,16 @@ that resuming a run, or splitting the batch over processes, changes no task.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from imaml_ext.models import TaskData
+
 from .augment import Augmentation
 from .class_images import ClassImages
 from .rng import check_int, choose_distinct, random_words
-
-
-class TaskData(NamedTuple):
-    """One side of a batch of tasks. x: [B, S, …] inputs; y: [B, S] int64 labels, or [B, S, …] float targets."""
-
-    x: Tensor
-    y: Tensor
 
 
 @dataclass(frozen=True)

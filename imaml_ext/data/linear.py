@@ -1,8 +1,7 @@
-"""Synthetic linear regression: tasks whose inner solution and meta-gradient have a closed form (the paper's
-exactness experiment).
+"""Synthetic linear regression: tasks whose inner solution and meta-gradient have a closed form, those of the paper's
+exactness experiment.
 
-Task b: y = x·w_b + noise, with support inputs whose second-moment matrix XᵀX/S has exactly the condition number asked
-for.
+Task b: y = x·w_b + noise, with support inputs whose second-moment matrix XᵀX/S has the condition number asked for.
 With the loss L(φ) = (scale/S) Σ_s (x_s·φ − y_s)² everything is quadratic:
 
     H = 2·scale·XᵀX/S        φ* = (H + Λ)⁻¹ (2·scale·Xᵀy/S + Λθ)        dF/dθ = mean_b Λ (H_b + Λ)⁻¹ ∇Q_b(φ_b*)
@@ -16,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .episodes import EpisodeBatch, TaskData, TaskSampler
+from imaml_ext.models import Data
+
+from .episodes import EpisodeBatch, TaskSampler
 from .rng import check_int, normal, random_words
 
 
@@ -126,11 +127,11 @@ class LinearClosedForm:
     batch: EpisodeBatch
     scale: float = 1.0
 
-    def hessian(self, side: TaskData) -> Tensor:
+    def hessian(self, side: Data) -> Tensor:
         """H = 2·scale·XᵀX/S, [B, d, d]."""
         return 2 * self.scale * side.x.mT @ side.x / side.x.shape[1]
 
-    def moment(self, side: TaskData) -> Tensor:
+    def moment(self, side: Data) -> Tensor:
         """2·scale·Xᵀy/S, [B, d]: the gradient of the loss is H φ − moment."""
         return 2 * self.scale * (side.x.mT @ side.y).squeeze(-1) / side.x.shape[1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +12,11 @@ from imaml_ext import ops
 from imaml_ext.inner.arguments import check_choice, check_int, check_number, loss_and_gradient
 from imaml_ext.inner.problem import measured, proximal_norm, start
 from imaml_ext.inner.solver import InnerResult
-from imaml_ext.models import LossFunction, TaskLoss
+from imaml_ext.models import LossFunction, TaskData, TaskLoss
 from imaml_ext.ops import Coefficient
 
 OPTIMIZERS = ("sgd", "momentum", "adam")
 PROXIMAL = ("gradient", "pullback")
-
-
-class Minibatch(NamedTuple):
-    """Some of every task's examples. x: [B, S', …]; y: [B, S', …]."""
-
-    x: Tensor
-    y: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +84,7 @@ class GradientDescent:
         parts = -(-x.shape[1] // self.batch_size)
         if parts <= 1:
             return [data]
-        return [Minibatch(x[:, k::parts].contiguous(), y[:, k::parts].contiguous()) for k in range(parts)]
+        return [TaskData(x[:, k::parts].contiguous(), y[:, k::parts].contiguous()) for k in range(parts)]
 
     def solve(
         self,

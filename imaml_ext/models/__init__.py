@@ -2,7 +2,7 @@
 
 from imaml_ext.models.conv4 import Conv4
 from imaml_ext.models.layout import ParameterLayout
-from imaml_ext.models.loss import Criterion, Data, LossFunction, TaskLoss
+from imaml_ext.models.loss import Criterion, Data, LossFunction, TaskData, TaskLoss
 from imaml_ext.models.mlp import MLP
 from imaml_ext.models.module import from_module
 from imaml_ext.models.task_model import TaskModel
@@ -14,6 +14,7 @@ __all__ = [
     "Data",
     "LossFunction",
     "ParameterLayout",
+    "TaskData",
     "TaskLoss",
     "TaskModel",
     "from_module",

@@ -33,6 +33,13 @@ class Data(Protocol):
     def y(self) -> Tensor: ...
 
 
+class TaskData(NamedTuple):
+    """`Data` from two tensors. x: [B, S, …] inputs; y: [B, S] int64 labels, or [B, S, …] float targets."""
+
+    x: Tensor
+    y: Tensor
+
+
 LossFunction = Callable[[Tensor, Data], Tensor]  # params [B, N], data -> losses [B]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imaml_ext.data.episodes import TaskData
+from imaml_ext.models import TaskData
 from imaml_ext.pretrained.weights import Weights, read_weights
 from imaml_ext.training.experiment import Learner, build_learner, resolve_device
 

@@ -184,7 +184,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # imaml train omniglot-5w1s-gd-momentum --data.root FOLDER
     "omniglot-5w1s-gd-momentum": Preset(
-        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: from the weights omniglot-5w1s-hf, steps with momentum.",
+        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: from omniglot-5w1s-hf, steps with momentum.",
         config=_refined("omniglot-5w1s-hf", newton=False, steps=12_000),
     ),
     # imaml train omniglot-5w1s-hf-longer --data.root FOLDER
