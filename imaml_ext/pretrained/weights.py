@@ -66,7 +66,7 @@ class Card:
             "tasks": ways,
             "algorithm": f"{config.meta.algorithm}, {inner}, {config.inner.steps} steps, λ = {config.inner.lam:g}",
             "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
-            + (f", from the weights {config.model.weights}" if config.model.weights is not None else ""),
+            + _beginning(config),
             "on": f"{self.environment['cpu']}, {self.environment['threads']} threads"
             if self.environment["device"] == "cpu"
             else self.environment.get("gpu", self.environment["device"]),
@@ -214,6 +214,13 @@ def evaluate_pretrained(
     experiment.restore_lam(weights.log_lam)
     theta = weights.theta.to(experiment.device, experiment.dtype)
     return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
+
+
+def _beginning(config: TrainConfig) -> str:
+    if config.model.weights is None:
+        return ""
+    head = ", the mean of their classes for each class" if config.model.head == "mean" else ""
+    return f", from the weights {config.model.weights}{head}"
 
 
 def _portable(config: TrainConfig) -> TrainConfig:

@@ -188,9 +188,14 @@ class ModelConfig:
     weights: str | None = None
     """Meta-parameters to begin with: the name of published weights or a file *.safetensors; unset: random ones."""
 
+    head: Literal["weights", "mean"] = "weights"
+    """Last layer to begin with: that of model.weights, or for every class the mean of its classes, however many."""
+
     def __post_init__(self) -> None:
         _check_count("model.filters", self.filters)
         _check(all(width >= 1 for width in self.hidden), "model.hidden", "widths >= 1", self.hidden)
+        if self.weights is None:
+            _check(self.head == "weights", "model.head", "left out without model.weights", self.head)
 
 
 @dataclass(frozen=True)
@@ -491,6 +496,9 @@ class TrainConfig:
         if self.run.dtype != "float32":
             without = f"'float32' with run.dtype {self.run.dtype!r}"
             _check(self.model.precision == "float32", "model.precision", without, self.model.precision)
+        if self.data.name in ("sinusoid", "linear"):
+            without = f"'weights' for the data set {self.data.name!r}, which has no classes"
+            _check(self.model.head == "weights", "model.head", without, self.model.head)
         for name, value in knobs(self.augment, "augment."):
             if self.data.name in ("sinusoid", "linear"):
                 without = f"left out for the data set {self.data.name!r}, which has no images"
@@ -582,6 +590,7 @@ _ADDED = (
     "data.test_fraction",
     "model.precision",
     "model.weights",
+    "model.head",
     "inner.betas",
     "inner.batch_size",
     "run.capture",

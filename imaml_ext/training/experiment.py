@@ -36,6 +36,11 @@ class Learner:
     def initial_theta(self) -> Tensor:
         """theta [N]: random, the same bits for a seed on every machine, or what `model.weights` names.
 
+        With `model.head` "mean" every class begins with the same weights and bias of the last layer, the mean over the
+        classes of those weights. Labels are dealt to classes at random, task by task, so that what the rows have in
+        common is all that they tell of a class (Ye and Chao, How to Train Your MAML to Excel in Few-Shot
+        Classification, ICLR 2022); and it is so for any number of ways.
+
         Raises:
             WeightsError: there are no such weights, or the file is damaged.
             ConfigError: they are another model's.
@@ -46,12 +51,17 @@ class Learner:
         from imaml_ext.pretrained.weights import read_weights  # which is built on this module
 
         weights = read_weights(source)
-        theirs, ours = weights.task_loss().model.layout, self.model.layout
+        parameters, ours = weights.task_loss().model.layout.views(weights.theta), self.model.layout
+        if self.config.model.head == "mean":
+            for name in list(parameters)[-2:]:  # weight [features, ways] and bias [ways] of the last layer
+                shared = parameters[name].mean(-1, keepdim=True)
+                parameters[name] = shared.expand(*shared.shape[:-1], self.config.data.ways)
+        theirs = ParameterLayout.of({name: value.shape for name, value in parameters.items()})
         if theirs != ours:
             raise ConfigError(
                 f"model.weights must have the parameters of the model, {_described(ours)}, got {_described(theirs)}"
             )
-        return weights.theta.to(self.device, self.dtype)
+        return ours.flatten(parameters).to(self.device, self.dtype)
 
     def empty_theta(self) -> Tensor:
         """Room for theta [N]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from imaml_ext.training.config import (
     AugmentConfig,
@@ -77,13 +78,13 @@ def _omniglot_tuned(*, ways: int, shots: int, newton: bool, steps: int) -> Train
     )
 
 
-def _longer(weights: str, config: TrainConfig) -> TrainConfig:
-    """The same from published weights, at half the outer rate, on images that are shifted by a pixel."""
+def _from_weights(weights: str, config: TrainConfig, *, head: Literal["weights", "mean"] = "weights") -> TrainConfig:
+    """The same from published weights, at half the outer rate of gradient descent, on images shifted by a pixel."""
     return replace(
         config,
         augment=AugmentConfig(crop_padding=1),
-        model=replace(config.model, weights=weights),
-        outer=replace(config.outer, lr=config.outer.lr / 2),
+        model=replace(config.model, weights=weights, head=head),
+        outer=replace(config.outer, lr=2e-3),
         run=replace(config.run, seed=1),  # other tasks than those that the weights have seen
     )
 
@@ -162,7 +163,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-gd-longer --data.root FOLDER
     "omniglot-5w1s-gd-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: 160,000 tasks more from the weights omniglot-5w1s-gd.",
-        config=_longer("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=False, steps=10_000)),
+        config=_from_weights("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=False, steps=10_000)),
     ),
     # imaml train omniglot-5w1s-hf --data.root FOLDER
     "omniglot-5w1s-hf": Preset(
@@ -171,8 +172,10 @@ PRESETS: dict[str, Preset] = {
     ),
     # imaml train omniglot-5w1s-hf-longer --data.root FOLDER
     "omniglot-5w1s-hf-longer": Preset(
-        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: 96,000 tasks more from the weights omniglot-5w1s-hf.",
-        config=_longer("omniglot-5w1s-hf", _omniglot_tuned(ways=5, shots=1, newton=True, steps=6000)),
+        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from the weights omniglot-5w1s-gd.",
+        config=_from_weights(
+            "omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=True, steps=5000), head="mean"
+        ),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
     "omniglot-5w5s": Preset(
@@ -186,8 +189,10 @@ PRESETS: dict[str, Preset] = {
     ),
     # imaml train omniglot-20w1s-gd --data.root FOLDER
     "omniglot-20w1s-gd": Preset(
-        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: settings that learn fast.",
-        config=_omniglot_tuned(ways=20, shots=1, newton=False, steps=15_000),
+        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: from the weights omniglot-5w1s-gd.",
+        config=_from_weights(
+            "omniglot-5w1s-gd", _omniglot_tuned(ways=20, shots=1, newton=False, steps=5000), head="mean"
+        ),
     ),
     # imaml train omniglot-20w1s-hf --data.root FOLDER
     "omniglot-20w1s-hf": Preset(
