@@ -76,8 +76,9 @@ test-cpp: $(STATE)/for-test
 	cmake --build $(CMAKE_BUILD)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel 2
 
+# Two at a time, a thread each: most tests wait for processes that they start, or are too small for two threads.
 test-python: $(STATE)/for-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(STATE)/for-test
 	ruff check .

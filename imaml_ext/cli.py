@@ -73,6 +73,9 @@ class Evaluate:
     seed: int | None = None
     """Seed of the tasks; unset: evaluation.seed of the run."""
 
+    ways: int | None = None
+    """Classes of a task, by a last layer that they share (with --pretrained); unset: as in training."""
+
     shots: int | None = None
     """Examples a class that are adapted to; unset: as in the run."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,17 +13,23 @@ from imaml_ext.pretrained.weights import Weights, read_weights
 from imaml_ext.training.experiment import Learner, build_learner, resolve_device
 
 
-def load_pretrained(source: Path | str, *, device: torch.device | str = "cpu") -> FewShotLearner:
+def load_pretrained(
+    source: Path | str, *, ways: int | None = None, device: torch.device | str = "cpu"
+) -> FewShotLearner:
     """A learner from weights that come with the package, by name, or from a file NAME.safetensors.
 
         learner = load_pretrained("omniglot-5w1s-gd")
         adapted = learner.adapt(read_images(["a.png", "b.png"], learner.input_shape), torch.tensor([0, 1]))
         labels = adapted.predict(read_images(["which.png"], learner.input_shape)).argmax(-1)
 
+    `ways`: tell that many classes apart, by a last layer that they share (`Weights.parameters`), in place of as many as
+    in training.
+
     Raises:
-        WeightsError: there are no such weights, or the file is damaged. RunError: the device is not there.
+        WeightsError: there are no such weights, the file is damaged, or `ways` is not for them. RunError: the device is
+            not there.
     """
-    return FewShotLearner(read_weights(source), device=device)
+    return FewShotLearner(read_weights(source), ways=ways, device=device)
 
 
 class FewShotLearner:
@@ -34,17 +40,21 @@ class FewShotLearner:
             task may have; 0 in regression.
     """
 
-    def __init__(self, weights: Weights, *, device: torch.device | str = "cpu") -> None:
-        card = weights.card
+    def __init__(self, weights: Weights, *, ways: int | None = None, device: torch.device | str = "cpu") -> None:
+        card, config = weights.card, weights.config
+        parameters = weights.parameters(ways=ways)
+        if ways is not None:
+            config = replace(config, data=replace(config.data, ways=ways))
         self.weights = weights
         self.input_shape = card.input_shape
         self.classification = card.kind == "classification"
-        self.ways = weights.config.data.ways if self.classification else 0
+        self.ways = config.data.ways if self.classification else 0
         self._learner: Learner = build_learner(
-            weights.config, kind=card.kind, input_shape=card.input_shape, device=resolve_device(str(device))
+            config, kind=card.kind, input_shape=card.input_shape, device=resolve_device(str(device))
         )
         self._learner.restore_lam(weights.log_lam)
-        self._theta = weights.theta.to(self._learner.device, self._learner.dtype)  # [N]
+        theta = self._learner.model.layout.flatten(parameters)  # [N]
+        self._theta = theta.to(self._learner.device, self._learner.dtype)
 
     def adapt(self, x: Tensor, y: Tensor) -> AdaptedLearner:
         """Solve the inner problem on one support set.

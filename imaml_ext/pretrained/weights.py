@@ -106,6 +106,28 @@ class Weights:
         """The model and criterion that theta belongs to."""
         return task_loss(self.config, kind=self.card.kind, input_shape=self.card.input_shape)
 
+    def parameters(self, *, ways: int | None = None) -> dict[str, Tensor]:
+        """theta by name; with `ways`, of that many classes, each with the mean over the classes in the last layer.
+
+        Labels are dealt to the classes of a task at random, so that what the classes have in common there is all that
+        theta tells of a class, and it is so for any number of them (Ye and Chao, How to Train Your MAML to Excel in
+        Few-Shot Classification, ICLR 2022).
+
+        Raises:
+            WeightsError: `ways` is given, and they are of regression, or is not at least 2.
+        """
+        parameters = self.task_loss().model.layout.views(self.theta)
+        if ways is None:
+            return parameters
+        if self.card.kind != "classification":
+            raise WeightsError(f"the weights {self.name} are of regression: ways must be left out, got {ways}")
+        if ways < 2:
+            raise WeightsError(f"ways must be an integer >= 2, got {ways}")
+        for name in list(parameters)[-2:]:  # weight [features, classes] and bias [classes] of the last layer
+            shared = parameters[name].mean(-1, keepdim=True)
+            parameters[name] = shared.expand(*shared.shape[:-1], ways)
+        return parameters
+
 
 def pretrained_names() -> list[str]:
     """The weights that come with the package."""
@@ -212,7 +234,8 @@ def evaluate_pretrained(
     weights = read_weights(source)
     experiment = build(overrides.applied(weights.config))
     experiment.restore_lam(weights.log_lam)
-    theta = weights.theta.to(experiment.device, experiment.dtype)
+    theta = experiment.model.layout.flatten(weights.parameters(ways=overrides.ways))
+    theta = theta.to(experiment.device, experiment.dtype)
     return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
 
 

@@ -176,12 +176,13 @@ def _mean_and_interval(values: Tensor) -> tuple[float, float]:
 class EvaluationOverrides:
     """What an evaluation does otherwise than the run was configured; None: as it was.
 
-    tasks, seed, inner_steps, meta_batch: of `EvaluationConfig`; shots, data_root: of `DataConfig`; device: of
+    tasks, seed, inner_steps, meta_batch: of `EvaluationConfig`; ways, shots, data_root: of `DataConfig`; device: of
     `RunConfig`.
     """
 
     tasks: int | None = None
     seed: int | None = None
+    ways: int | None = None
     shots: int | None = None
     inner_steps: int | None = None
     meta_batch: int | None = None
@@ -193,6 +194,8 @@ class EvaluationOverrides:
         given = {name: value for name, value in vars(self).items() if value is not None}
         run = {"device": given.pop("device")} if "device" in given else {}
         data = {"root": given.pop("data_root")} if "data_root" in given else {}
+        if "ways" in given:
+            data |= {"ways": given.pop("ways")}
         if "shots" in given:
             data |= {"shots": given.pop("shots"), "train_shots": None}
         return replace(
@@ -218,8 +221,10 @@ def evaluate_run(
 
     Raises:
         RunError: the directory holds no run or no checkpoint, or the checkpoint is damaged.
-        ConfigError, DataError: the tasks asked for cannot be made.
+        ConfigError, DataError: the tasks asked for cannot be made; those of another number of ways, by weights alone.
     """
+    if overrides.ways is not None:
+        raise ConfigError("ways are of weights: export the run, and evaluate what was exported")
     directory = RunDirectory(path)
     experiment, theta = open_run(directory, overrides.applied(read_config(directory).config), checkpoint=checkpoint)
     return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)

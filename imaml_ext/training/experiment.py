@@ -36,10 +36,7 @@ class Learner:
     def initial_theta(self) -> Tensor:
         """theta [N]: random, the same bits for a seed on every machine, or what `model.weights` names.
 
-        With `model.head` "mean" every class begins with the same weights and bias of the last layer, the mean over the
-        classes of those weights. Labels are dealt to classes at random, task by task, so that what the rows have in
-        common is all that they tell of a class (Ye and Chao, How to Train Your MAML to Excel in Few-Shot
-        Classification, ICLR 2022); and it is so for any number of ways.
+        With `model.head` "mean" the last layer is the one that `Weights.parameters` makes for the task's ways.
 
         Raises:
             WeightsError: there are no such weights, or the file is damaged.
@@ -51,11 +48,8 @@ class Learner:
         from imaml_ext.pretrained.weights import read_weights  # which is built on this module
 
         weights = read_weights(source)
-        parameters, ours = weights.task_loss().model.layout.views(weights.theta), self.model.layout
-        if self.config.model.head == "mean":
-            for name in list(parameters)[-2:]:  # weight [features, ways] and bias [ways] of the last layer
-                shared = parameters[name].mean(-1, keepdim=True)
-                parameters[name] = shared.expand(*shared.shape[:-1], self.config.data.ways)
+        parameters = weights.parameters(ways=self.config.data.ways if self.config.model.head == "mean" else None)
+        ours = self.model.layout
         theirs = ParameterLayout.of({name: value.shape for name, value in parameters.items()})
         if theirs != ours:
             raise ConfigError(
