@@ -2,8 +2,8 @@
 
     python examples/own_drawings.py a.png b.png c.png --which unknown1.png unknown2.png
 
-Up to five images, one a class, any plain ground, dark or light ink. Without arguments, five glyphs that are drawn with
-the fonts of matplotlib take their place.
+One image a class, any plain ground, dark or light ink. Without arguments, five glyphs that are drawn with the fonts of
+matplotlib take their place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Options:
     """Tell drawings apart, from one example of each class."""
 
     examples: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """One image of each class, two to five; the class is called by the file's name."""
+    """One image of each class, two or more; the class is called by the file's name."""
 
     which: tuple[Path, ...] = ()
     """Images of unknown class."""
@@ -42,6 +42,8 @@ def main() -> None:
         examples, which = (options.examples, options.which) if options.examples else draw_glyphs(Path(folder))
 
         learner = load_pretrained(options.weights)
+        if len(examples) > learner.ways:
+            learner = load_pretrained(options.weights, ways=len(examples))
         adapted = learner.adapt(read_images(examples, learner.input_shape), torch.arange(len(examples)))
         probabilities = adapted.predict(read_images(which, learner.input_shape))  # [Q, ways]
 
