@@ -168,13 +168,13 @@ def test_training_begins_with_weights(regression, tmp_path):
 
 
 @pytest.mark.parametrize("ways", [2, 3, 5])
-def test_a_head_that_the_classes_share_fits_any_number_of_them(classification, ways, tmp_path):
+def test_a_shared_head_begins_with_weights_of_any_number_of_ways(classification, ways, tmp_path):
     file = tmp_path / "small.safetensors"
     weights = export_run(classification[0], file)
     config = replace(
         small_config(steps=2),
         data=DataConfig(name="glyphs", ways=ways, shots=2, queries=4),
-        model=ModelConfig(name="conv4", filters=4, weights=str(file), head="mean"),
+        model=ModelConfig(name="conv4", filters=4, weights=str(file), head="shared"),
     )
     experiment = build(config)
     theirs = weights.task_loss().model.layout.views(weights.theta)
@@ -185,16 +185,19 @@ def test_a_head_that_the_classes_share_fits_any_number_of_them(classification, w
         else:
             assert torch.equal(ours, theirs[name])
     train(config, tmp_path / "run")
-    export_run(tmp_path / "run", tmp_path / "more.safetensors")
-    words = "from the weights small.safetensors, the mean of their classes for each class"
-    assert words in (tmp_path / "more.md").read_text()
+    more = export_run(tmp_path / "run", tmp_path / "more.safetensors")
+    assert "shared head" in (tmp_path / "more.md").read_text()
+    for name, ours in more.parameters().items():
+        assert torch.equal(ours, more.parameters(ways=ways)[name])
+        if name.startswith("linear."):
+            assert torch.equal(ours, ours[..., :1].expand_as(ours))
 
-    kept = replace(config, model=replace(config.model, head="weights"))
+    own = replace(config, model=replace(config.model, head="own"))
     if ways == 3:
-        assert torch.equal(build(kept).initial_theta(), weights.theta)
+        assert torch.equal(build(own).initial_theta(), weights.theta)
     else:
         with pytest.raises(ConfigError, match=rf"linear\.weight \[4, {ways}\].*, got .*linear\.weight \[4, 3\]"):
-            build(kept).initial_theta()
+            build(own).initial_theta()
     wider = replace(config, model=replace(config.model, filters=5))
     with pytest.raises(ConfigError, match=r"must have the parameters of the model, .*\[3, 3, 5, 5\]"):
         build(wider).initial_theta()
@@ -227,14 +230,6 @@ def test_weights_tell_more_classes_apart_than_they_were_trained_with(classificat
     refused = imaml("evaluate", classification[0], "--ways", 4)
     assert refused.returncode == 1
     assert "export the run" in refused.stderr
-
-
-def test_a_shared_head_is_of_classes_and_of_weights():
-    with pytest.raises(ConfigError, match=r"model\.head must be left out without model\.weights, got 'mean'"):
-        ModelConfig(head="mean")
-    config = small_config()
-    with pytest.raises(ConfigError, match=r"model\.head must be 'weights' for the data set 'sinusoid', which has no"):
-        replace(config, model=replace(config.model, weights="sine.safetensors", head="mean"))
 
 
 @pytest.mark.parametrize("source", ["omniglot-5w1s-gd", "sine"])

@@ -159,6 +159,10 @@ def test_knobs_that_contradict_each_other() -> None:
         OuterConfig(steps=10, warmup_steps=10)
     with pytest.raises(ConfigError, match=r"model.name must be 'mlp' for the data set 'sinusoid'"):
         TrainConfig(data=DataConfig(name="sinusoid"), model=ModelConfig(name="conv4"))
+    with pytest.raises(ConfigError, match=r"model.head must be 'own' for the data set 'sinusoid', which has no"):
+        TrainConfig(data=DataConfig(name="sinusoid"), model=ModelConfig(name="mlp", head="shared"))
+    with pytest.raises(ConfigError, match=r"model.head must be 'own' with meta.learn-lam 'parameter', which tells"):
+        TrainConfig(model=ModelConfig(head="shared"), meta=MetaConfig(learn_lam="parameter"))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from imaml_ext.training import (
 )
 from imaml_ext.training import experiment as experiment_module
 from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.training.config import from_json
+from imaml_ext.training.config import DataConfig, InnerConfig, ModelConfig, RunConfig, from_json
 from imaml_ext.training.evaluation import EvaluationOverrides, evaluate_run
 from imaml_ext.training.run_directory import read_metrics
 from imaml_ext.training.schedule import learning_rate
@@ -413,3 +413,33 @@ def test_theta_itself_is_judged_with_no_inner_steps() -> None:
     result = evaluate(experiment, theta, split="test", tasks=20, seed=0)
     assert result.inner_steps == 0
     assert result.loss == pytest.approx(experiment.loss(theta.expand(20, -1), episodes.query).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["own", "shared"])
+def test_with_a_shared_head_the_order_of_the_classes_says_nothing(head: str) -> None:
+    """The meta-gradient is the same when every task's classes are numbered otherwise; with a head of their own it is not."""
+    seed = torch.seed() % 2**31
+    config = TrainConfig(
+        data=DataConfig(name="glyphs", ways=4, shots=2, queries=3),
+        model=ModelConfig(name="conv4", filters=6, head=head),  # type: ignore[arg-type]
+        inner=InnerConfig(lam=0.5, steps=3, lr=0.1),
+        run=RunConfig(device="cpu", dtype="float64", seed=seed),
+    )
+    experiment = build(config)
+    theta = experiment.initial_theta()
+    episodes = experiment.sampler("train", tasks=3, seed=seed).sample(0)
+    order = torch.stack([torch.randperm(4) for _ in range(3)])  # [B, ways]
+    order[0] = torch.tensor([1, 2, 3, 0])  # not the old one
+    renumbered = replace(
+        episodes,
+        support_y=order.gather(1, episodes.support_y),
+        query_y=order.gather(1, episodes.query_y),
+    )
+    one, other = (
+        experiment.shared_(experiment.algorithm.meta_gradient(theta, tasks).gradient)
+        for tasks in (episodes, renumbered)
+    )
+    if head == "shared":
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    else:
+        assert not torch.allclose(one, other, rtol=1e-3)

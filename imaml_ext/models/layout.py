@@ -70,6 +70,13 @@ class ParameterLayout:
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
+    def share_last_layer_(self, flat: Tensor) -> Tensor:
+        """Gives every output the mean over the outputs, in the weight [in, out] and bias [out] that end `flat` [N]."""
+        views = self.views(flat)
+        for name in self.names[-2:]:
+            views[name].copy_(views[name].mean(-1, keepdim=True).expand_as(views[name]))
+        return flat
+
     def flatten(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `views`: {name: [..., *shape]} to one flat [..., N] tensor (a copy).
 

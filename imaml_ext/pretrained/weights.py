@@ -64,9 +64,10 @@ class Card:
         rows = {
             "data": self.data,
             "tasks": ways,
-            "algorithm": f"{config.meta.algorithm}, {inner}, {config.inner.steps} steps, λ = {config.inner.lam:g}",
+            "algorithm": f"{config.meta.algorithm}, {inner}, {config.inner.steps} steps, λ = {config.inner.lam:g}"
+            + (", shared head" if config.model.head == "shared" else ""),
             "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
-            + _beginning(config),
+            + (f", from the weights {config.model.weights}" if config.model.weights is not None else ""),
             "on": f"{self.environment['cpu']}, {self.environment['threads']} threads"
             if self.environment["device"] == "cpu"
             else self.environment.get("gpu", self.environment["device"]),
@@ -109,9 +110,7 @@ class Weights:
     def parameters(self, *, ways: int | None = None) -> dict[str, Tensor]:
         """theta by name; with `ways`, of that many classes, each with the mean over the classes in the last layer.
 
-        Labels are dealt to the classes of a task at random, so that what the classes have in common there is all that
-        theta tells of a class, and it is so for any number of them (Ye and Chao, How to Train Your MAML to Excel in
-        Few-Shot Classification, ICLR 2022).
+        Nothing is lost by it where the head is a shared one (`model.head`).
 
         Raises:
             WeightsError: `ways` is given, and they are of regression, or is not at least 2.
@@ -237,13 +236,6 @@ def evaluate_pretrained(
     theta = experiment.model.layout.flatten(weights.parameters(ways=overrides.ways))
     theta = theta.to(experiment.device, experiment.dtype)
     return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
-
-
-def _beginning(config: TrainConfig) -> str:
-    if config.model.weights is None:
-        return ""
-    head = ", the mean of their classes for each class" if config.model.head == "mean" else ""
-    return f", from the weights {config.model.weights}{head}"
 
 
 def _portable(config: TrainConfig) -> TrainConfig:

@@ -188,14 +188,12 @@ class ModelConfig:
     weights: str | None = None
     """Meta-parameters to begin with: the name of published weights or a file *.safetensors; unset: random ones."""
 
-    head: Literal["weights", "mean"] = "weights"
-    """Last layer to begin with: that of model.weights, or for every class the mean of its classes, however many."""
+    head: Literal["own", "shared"] = "own"
+    """Meta-parameters of the last layer: every class's own, or one vector and bias that all of them begin with."""
 
     def __post_init__(self) -> None:
         _check_count("model.filters", self.filters)
         _check(all(width >= 1 for width in self.hidden), "model.hidden", "widths >= 1", self.hidden)
-        if self.weights is None:
-            _check(self.head == "weights", "model.head", "left out without model.weights", self.head)
 
 
 @dataclass(frozen=True)
@@ -496,9 +494,12 @@ class TrainConfig:
         if self.run.dtype != "float32":
             without = f"'float32' with run.dtype {self.run.dtype!r}"
             _check(self.model.precision == "float32", "model.precision", without, self.model.precision)
-        if self.data.name in ("sinusoid", "linear"):
-            without = f"'weights' for the data set {self.data.name!r}, which has no classes"
-            _check(self.model.head == "weights", "model.head", without, self.model.head)
+        if self.model.head == "shared":
+            classes = self.data.name not in ("sinusoid", "linear")
+            without = f"'own' for the data set {self.data.name!r}, which has no classes"
+            _check(classes, "model.head", without, self.model.head)
+            each = "'own' with meta.learn-lam 'parameter', which tells the classes apart"
+            _check(self.meta.learn_lam != "parameter", "model.head", each, self.model.head)
         for name, value in knobs(self.augment, "augment."):
             if self.data.name in ("sinusoid", "linear"):
                 without = f"left out for the data set {self.data.name!r}, which has no images"

@@ -34,9 +34,8 @@ class Learner:
         return self.loss.model
 
     def initial_theta(self) -> Tensor:
-        """theta [N]: random, the same bits for a seed on every machine, or what `model.weights` names.
-
-        With `model.head` "mean" the last layer is the one that `Weights.parameters` makes for the task's ways.
+        """theta [N]: random, the same bits for a seed on every machine, or what `model.weights` names; with a shared
+        head, the mean over the classes for each.
 
         Raises:
             WeightsError: there are no such weights, or the file is damaged.
@@ -44,11 +43,11 @@ class Learner:
         """
         source = self.config.model.weights
         if source is None:
-            return self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
+            return self.shared_(self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device))
         from imaml_ext.pretrained.weights import read_weights  # which is built on this module
 
         weights = read_weights(source)
-        parameters = weights.parameters(ways=self.config.data.ways if self.config.model.head == "mean" else None)
+        parameters = weights.parameters(ways=self.config.data.ways if self.config.model.head == "shared" else None)
         ours = self.model.layout
         theirs = ParameterLayout.of({name: value.shape for name, value in parameters.items()})
         if theirs != ours:
@@ -56,6 +55,14 @@ class Learner:
                 f"model.weights must have the parameters of the model, {_described(ours)}, got {_described(theirs)}"
             )
         return ours.flatten(parameters).to(self.device, self.dtype)
+
+    def shared_(self, vector: Tensor) -> Tensor:
+        """theta [N], or a gradient of it, as all classes share it where the head is a shared one; in place.
+
+        Labels are dealt to the classes of a task at random, so that what theta tells of one class and not of another
+        is noise (Ye and Chao, How to Train Your MAML to Excel in Few-Shot Classification, ICLR 2022).
+        """
+        return self.model.layout.share_last_layer_(vector) if self.config.model.head == "shared" else vector
 
     def empty_theta(self) -> Tensor:
         """Room for theta [N]."""

@@ -59,9 +59,10 @@ def update(
         The metrics, 0-d, and whether gradient and parameters are finite, 0-d bool.
     """
     # g ← g · min(1, c / ‖g‖);  θ ← θ − η_t · Adam(g)
-    norm = torch.linalg.vector_norm(meta.gradient)
+    gradient = experiment.shared_(meta.gradient)
+    norm = torch.linalg.vector_norm(gradient)
     clip = experiment.config.outer.clip_norm
-    state.theta.grad = meta.gradient if clip is None else meta.gradient * (clip / norm).clamp(max=1)
+    state.theta.grad = gradient if clip is None else gradient * (clip / norm).clamp(max=1)
     if state.lam is not None:  # log λ ← log λ − η_t · Adam(λ ∂F/∂λ), the schedule of θ at its own rate
         assert meta.lam_gradient is not None
         state.lam.log.grad = state.lam.log_gradient(meta.lam_gradient)

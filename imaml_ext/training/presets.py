@@ -87,7 +87,7 @@ def _from_weights(weights: str, config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         augment=AugmentConfig(crop_padding=1),
-        model=replace(config.model, weights=weights, head="mean"),
+        model=replace(config.model, weights=weights, head="shared"),
         inner=replace(config.inner, lr=0.2) if descent else config.inner,
         meta=replace(config.meta, cg_steps=5),
         outer=replace(config.outer, lr=2e-3),
@@ -179,7 +179,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-hf-longer --data.root FOLDER
     "omniglot-5w1s-hf-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from the weights omniglot-5w1s-gd.",
-        config=_from_weights("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=True, steps=5000)),
+        config=_from_weights("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=True, steps=4200)),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
     "omniglot-5w5s": Preset(
