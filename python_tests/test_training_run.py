@@ -417,7 +417,7 @@ def test_theta_itself_is_judged_with_no_inner_steps() -> None:
 
 @pytest.mark.parametrize("head", ["own", "shared"])
 def test_with_a_shared_head_the_order_of_the_classes_says_nothing(head: str) -> None:
-    """The meta-gradient is the same when every task's classes are numbered otherwise; with a head of their own it is not."""
+    """Numbering every task's classes otherwise leaves the meta-gradient; with a head of their own it does not."""
     seed = torch.seed() % 2**31
     config = TrainConfig(
         data=DataConfig(name="glyphs", ways=4, shots=2, queries=3),
