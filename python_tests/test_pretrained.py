@@ -191,6 +191,8 @@ def test_a_shared_head_begins_with_weights_of_any_number_of_ways(classification,
         assert torch.equal(ours, more.parameters(ways=ways)[name])
         if name.startswith("linear."):
             assert torch.equal(ours, ours[..., :1].expand_as(ours))
+            wider = more.parameters(ways=ways + 1)[name]
+            torch.testing.assert_close(wider, ours[..., :1].expand_as(wider), rtol=1e-6, atol=0)
 
     own = replace(config, model=replace(config.model, head="own"))
     if ways == 3:

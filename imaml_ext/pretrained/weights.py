@@ -108,9 +108,8 @@ class Weights:
         return task_loss(self.config, kind=self.card.kind, input_shape=self.card.input_shape)
 
     def parameters(self, *, ways: int | None = None) -> dict[str, Tensor]:
-        """theta by name; with `ways`, of that many classes, each with the mean over the classes in the last layer.
-
-        Nothing is lost by it where the head is a shared one (`model.head`).
+        """theta by name; for another number of `ways` than in training, every class with the mean over the classes in
+        the last layer. Nothing is lost by that where the head is a shared one (`model.head`).
 
         Raises:
             WeightsError: `ways` is given, and they are of regression, or is not at least 2.
@@ -122,6 +121,8 @@ class Weights:
             raise WeightsError(f"the weights {self.name} are of regression: ways must be left out, got {ways}")
         if ways < 2:
             raise WeightsError(f"ways must be an integer >= 2, got {ways}")
+        if ways == self.config.data.ways:
+            return parameters
         for name in list(parameters)[-2:]:  # weight [features, classes] and bias [classes] of the last layer
             shared = parameters[name].mean(-1, keepdim=True)
             parameters[name] = shared.expand(*shared.shape[:-1], ways)

@@ -54,7 +54,7 @@ class Learner:
             raise ConfigError(
                 f"model.weights must have the parameters of the model, {_described(ours)}, got {_described(theirs)}"
             )
-        return ours.flatten(parameters).to(self.device, self.dtype)
+        return self.shared_(ours.flatten(parameters).to(self.device, self.dtype))
 
     def shared_(self, vector: Tensor) -> Tensor:
         """theta [N], or a gradient of it, as all classes share it where the head is a shared one; in place.
