@@ -195,7 +195,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-20w1s-gd --data.root FOLDER
     "omniglot-20w1s-gd": Preset(
         summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: from the weights omniglot-5w1s-gd-longer.",
-        config=_from_weights("omniglot-5w1s-gd-longer", _omniglot_tuned(ways=20, shots=1, newton=False, steps=3000)),
+        config=_from_weights("omniglot-5w1s-gd-longer", _omniglot_tuned(ways=20, shots=1, newton=False, steps=2000)),
     ),
     # imaml train omniglot-20w1s-hf --data.root FOLDER
     "omniglot-20w1s-hf": Preset(
