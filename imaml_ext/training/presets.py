@@ -95,6 +95,16 @@ def _from_weights(weights: str, config: TrainConfig) -> TrainConfig:
     )
 
 
+def _with_small_steps(config: TrainConfig) -> TrainConfig:
+    """The end of a training by larger inner steps, which overshoot at what they have made of the parameters."""
+    return replace(
+        config,
+        inner=replace(config.inner, steps=16, lr=0.1),
+        outer=replace(config.outer, lr=1e-3),
+        run=replace(config.run, seed=2),
+    )
+
+
 def _photographs(name: DatasetName, *, shots: int) -> TrainConfig:
     """The paper's settings for mini-ImageNet (lambda 0.5, 10 gradient steps, 5 CG steps), for all photographs.
 
@@ -166,10 +176,18 @@ PRESETS: dict[str, Preset] = {
         measured="Test accuracy 98.42 ± 0.14 % on 2,000 tasks, after 80 minutes on one CPU core.",
         config=_omniglot_tuned(ways=5, shots=1, newton=False, steps=36_000),
     ),
+    # imaml train omniglot-5w1s-gd-shared --data.root FOLDER
+    "omniglot-5w1s-gd-shared": Preset(
+        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: 112,000 tasks more from the weights omniglot-5w1s-gd.",
+        measured="Test accuracy 98.49 ± 0.17 % on 2,000 tasks, after 53 minutes on one CPU core.",
+        config=_from_weights("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=False, steps=7000)),
+    ),
     # imaml train omniglot-5w1s-gd-longer --data.root FOLDER
     "omniglot-5w1s-gd-longer": Preset(
-        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: 112,000 tasks more from the weights omniglot-5w1s-gd.",
-        config=_from_weights("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=False, steps=7000)),
+        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: from omniglot-5w1s-gd-shared, 16 inner steps of 0.1.",
+        config=_with_small_steps(
+            _from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=5, shots=1, newton=False, steps=800))
+        ),
     ),
     # imaml train omniglot-5w1s-hf --data.root FOLDER
     "omniglot-5w1s-hf": Preset(
