@@ -198,6 +198,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-hf-longer --data.root FOLDER
     "omniglot-5w1s-hf-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from the weights omniglot-5w1s-gd.",
+        measured="Test accuracy 98.78 ± 0.13 % on 2,000 tasks, after 62 minutes on one CPU core.",
         config=_from_weights("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=True, steps=4200)),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
@@ -212,8 +213,8 @@ PRESETS: dict[str, Preset] = {
     ),
     # imaml train omniglot-20w1s-gd --data.root FOLDER
     "omniglot-20w1s-gd": Preset(
-        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: from the weights omniglot-5w1s-gd-longer.",
-        config=_from_weights("omniglot-5w1s-gd-longer", _omniglot_tuned(ways=20, shots=1, newton=False, steps=2000)),
+        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: 4,000 tasks from omniglot-5w1s-gd-shared.",
+        config=_from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=20, shots=1, newton=False, steps=1000)),
     ),
     # imaml train omniglot-20w1s-hf --data.root FOLDER
     "omniglot-20w1s-hf": Preset(
