@@ -185,6 +185,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-gd-longer --data.root FOLDER
     "omniglot-5w1s-gd-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: from omniglot-5w1s-gd-shared, 16 inner steps of 0.1.",
+        measured="Test accuracy 98.88 ± 0.12 % on 2,000 tasks, after 8 minutes on one CPU core.",
         config=_with_small_steps(
             _from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=5, shots=1, newton=False, steps=800))
         ),
