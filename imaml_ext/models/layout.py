@@ -70,11 +70,18 @@ class ParameterLayout:
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
-    def share_last_layer_(self, flat: Tensor) -> Tensor:
-        """Gives every output the mean over the outputs, in the weight [in, out] and bias [out] that end `flat` [N]."""
+    def shared_last_layer(self, flat: Tensor, outputs: int) -> dict[str, Tensor]:
+        """The weight [in, out] and bias [out] that end `flat` [N], by name, for another number of outputs: each has the
+        mean over those that there are."""
         views = self.views(flat)
-        for name in self.names[-2:]:
-            views[name].copy_(views[name].mean(-1, keepdim=True).expand_as(views[name]))
+        means = {name: views[name].mean(-1, keepdim=True) for name in self.names[-2:]}
+        return {name: mean.expand(*mean.shape[:-1], outputs) for name, mean in means.items()}
+
+    def share_last_layer_(self, flat: Tensor) -> Tensor:
+        """Gives every output of the last layer of `flat` [N] the mean over the outputs, in place."""
+        views = self.views(flat)
+        for name, shared in self.shared_last_layer(flat, self.shapes[-1][-1]).items():
+            views[name].copy_(shared)
         return flat
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -114,7 +114,8 @@ class Weights:
         Raises:
             WeightsError: `ways` is given, and they are of regression, or is not at least 2.
         """
-        parameters = self.task_loss().model.layout.views(self.theta)
+        layout = self.task_loss().model.layout
+        parameters = layout.views(self.theta)
         if ways is None:
             return parameters
         if self.card.kind != "classification":
@@ -123,10 +124,7 @@ class Weights:
             raise WeightsError(f"ways must be an integer >= 2, got {ways}")
         if ways == self.config.data.ways:
             return parameters
-        for name in list(parameters)[-2:]:  # weight [features, classes] and bias [classes] of the last layer
-            shared = parameters[name].mean(-1, keepdim=True)
-            parameters[name] = shared.expand(*shared.shape[:-1], ways)
-        return parameters
+        return parameters | layout.shared_last_layer(self.theta, ways)
 
 
 def pretrained_names() -> list[str]:
