@@ -1,5 +1,8 @@
 """What of the tests can run here.
 
+Inputs are drawn afresh in every session. Its header, and its end if a test failed, name its seed; `--seed` takes it: a
+test draws the same then, alone or among others.
+
 Tests marked `cuda` run where there is a CUDA device and an extension built for it, and say elsewhere why not.
 
 `--native FILE` tests that compiled part in place of the installed one: csrc/tests/cuda_on_cpu makes such files, in
@@ -13,21 +16,25 @@ import importlib.util
 import os
 import random
 import sys
+import zlib
 
 import pytest
 import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, metavar="N", help="draw the inputs that a session of this seed has drawn")
     parser.addoption("--native", metavar="FILE", help="the compiled part to test, in place of the installed one")
     parser.addoption("--many-iterations", action="store_true", help="under --native, the long solves too (minutes)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:  # before pytest-xdist hands the options to its workers
+        config.option.seed = random.randrange(1_000_000)
     path = config.getoption("--native")
     if path is None:
         return
-    os.environ.setdefault("CUDA_ON_CPU_SEED", str(random.randrange(1_000_000)))
+    os.environ.setdefault("CUDA_ON_CPU_SEED", str(config.option.seed))
     spec = importlib.util.spec_from_file_location("imaml_ext._C", path)
     if spec is None or spec.loader is None:
         raise pytest.UsageError(f"--native must be an extension module, got {path}")
@@ -36,9 +43,24 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.modules["imaml_ext._C"] = module
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     path = config.getoption("--native")
-    return f"native: {path}, CUDA_ON_CPU_SEED={os.environ['CUDA_ON_CPU_SEED']}" if path is not None else None
+    lines = [f"seed: {config.option.seed}"]
+    return lines if path is None else [*lines, f"native: {path}, CUDA_ON_CPU_SEED={os.environ['CUDA_ON_CPU_SEED']}"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seed = zlib.crc32(f"{item.config.option.seed} {item.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        terminalreporter.write_line(f"the same inputs again: --seed {config.option.seed}")
 
 
 def _why_no_cuda() -> str | None:

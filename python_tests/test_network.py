@@ -59,10 +59,11 @@ def tolerances(model: TaskModel, dtype: torch.dtype) -> tuple[float, float]:
     """Of values, and of derivatives.
 
     Where an activation lies within rounding of the kink of its ReLU, or of the next pixel that max-pooling sees,
-    correct float32 derivatives are percents apart; in some tasks of many activations one does.
+    correct float32 derivatives are percents apart; in some tasks of many activations one does. Batch normalisation over
+    the few pixels of one example multiplies the rounding of derivatives by a hundred, seldom by a thousand.
     """
     if dtype == F64:
-        return 1e-12, 1e-12
+        return 1e-12, 1e-10
     smooth = isinstance(model, MLP) and (model.activation == "tanh" or len(model.widths) == 2)
     return 1e-4, 1e-4 if smooth else 0.2
 
@@ -90,10 +91,12 @@ def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtyp
         assert relative(mine(direction), theirs(direction.double())) <= of_derivatives
     assert isinstance(mine, GaussNewtonOperator)
     assert isinstance(theirs, GaussNewtonOperator)
-    along = mine.curvature(direction)  # pᵀGp, [B]
+    along, product = mine.curvature(direction), mine(direction)  # pᵀGp, [B], and Gp
     assert along.dtype == F64
-    assert relative(along, theirs.curvature(direction.double())) <= of_derivatives
-    assert relative(along, (direction.double() * mine(direction)).sum(1)) <= (1e-12 if dtype == F64 else 1e-4)
+    # Next to |p| |Gp|: pᵀGp itself is next to nothing where the outputs of two ways move alike along p.
+    scale = (direction.double().norm(dim=1) * product.double().norm(dim=1)).norm()
+    assert (along - theirs.curvature(direction.double())).norm() <= of_derivatives * scale
+    assert (along - (direction.double() * product).sum(1)).norm() <= (1e-12 if dtype == F64 else 1e-4) * scale
 
 
 def described(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
