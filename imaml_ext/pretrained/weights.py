@@ -41,7 +41,8 @@ class Card:
         preset, command: what trained them. commit: of the sources, "" where it is not known.
         data: one line. input_shape: of an example, (C, H, W) or (features,). kind: "classification" or "regression".
         steps, meta_batch: meta-steps, and tasks in each. train_seconds: how long they took.
-        test: split, tasks, seed, inner steps, and the figures with their 95 % intervals, as in result.json.
+        test: split, tasks, seed, inner steps, and the figures with their 95 % intervals, as in result.json; `first` are
+            those of its first tasks.
         environment: versions and hardware of the training.
     """
 
@@ -72,6 +73,7 @@ class Card:
             if self.environment["device"] == "cpu"
             else self.environment.get("gpu", self.environment["device"]),
             "test": f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})",
+            "check": self._first_figure,
             "command": f"`{self.command}`",
             "commit": self.commit or "unknown",
             "versions": ", ".join(f"{key} {self.environment[key]}" for key in ("imaml_ext", "torch", "python")),
@@ -87,6 +89,14 @@ class Card:
         if self.test["accuracy"] is None:
             return f"mean squared error {self.test['loss']:.4f} ± {self.test['loss_interval']:.4f}"
         return f"accuracy {100 * self.test['accuracy']:.2f} ± {100 * self.test['accuracy_interval']:.2f} %"
+
+    @property
+    def _first_figure(self) -> str:
+        first = self.test["first"]
+        figure = f"mean squared error {first['loss']:.4f}"
+        if first["accuracy"] is not None:
+            figure = f"accuracy {100 * first['accuracy']:.2f} %"
+        return f"{figure} on the first {first['tasks']} of these tasks (`--tasks {first['tasks']}`)"
 
 
 @dataclass(frozen=True)

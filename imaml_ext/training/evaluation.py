@@ -21,6 +21,17 @@ from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.ranks import Ranks
 from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
 
+_FIRST = 100  # tasks
+
+
+@dataclass(frozen=True)
+class FirstTasks:
+    """Means over the first of an evaluation's tasks: a short evaluation of the same seed has the same."""
+
+    tasks: int
+    loss: float
+    accuracy: float | None
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -35,6 +46,7 @@ class Evaluation:
     loss_interval: float
     accuracy: float | None
     accuracy_interval: float | None
+    first: FirstTasks
     device: torch.device  # not in the JSON: the stamp beside it has it
     from_scratch: Evaluation | None = None  # the same tasks without meta-learning, where that was asked for
 
@@ -51,6 +63,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         values = dict(vars(self))
         del values["device"]
+        values["first"] = dict(vars(self.first))
         baseline = values.pop("from_scratch")
         return values if baseline is None else values | {"from_scratch": baseline.to_json()}
 
@@ -149,10 +162,14 @@ def _judge(
             if experiment.classification:
                 accuracies[rows] = (outputs.argmax(-1) == episodes.query_y).double().mean(1)
         progress(shard_slice(tasks, (min(turn + ranks.size, batches) - 1, batches)).stop)
-    loss, loss_interval = _mean_and_interval(ranks.sum(losses))  # of zeros, but for the tasks of this rank
+    losses = ranks.sum(losses)  # of zeros, but for the tasks of this rank
+    loss, loss_interval = _mean_and_interval(losses)
+    first = FirstTasks(min(tasks, _FIRST), losses[:_FIRST].mean().item(), None)
     accuracy, accuracy_interval = None, None
     if experiment.classification:
-        accuracy, accuracy_interval = _mean_and_interval(ranks.sum(accuracies))
+        accuracies = ranks.sum(accuracies)
+        accuracy, accuracy_interval = _mean_and_interval(accuracies)
+        first = replace(first, accuracy=accuracies[:_FIRST].mean().item())
     return Evaluation(
         split=split,
         tasks=tasks,
@@ -163,6 +180,7 @@ def _judge(
         loss_interval=loss_interval,
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
+        first=first,
         device=experiment.device,
     )
 

@@ -97,11 +97,44 @@ def _from_weights(weights: str, config: TrainConfig) -> TrainConfig:
 
 def _with_small_steps(config: TrainConfig) -> TrainConfig:
     """The end of a training by larger inner steps, which overshoot at what they have made of the parameters."""
+    inner = config.inner
+    exact = replace(inner, steps=5, cg_steps=2) if inner.solver == "hessian_free" else replace(inner, steps=16, lr=0.1)
     return replace(
         config,
-        inner=replace(config.inner, steps=16, lr=0.1),
+        inner=exact,
         outer=replace(config.outer, lr=1e-3),
         run=replace(config.run, seed=2),
+    )
+
+
+def _vinyals(config: TrainConfig) -> TrainConfig:
+    """The same on Vinyals' split; the classes share the last layer from the start."""
+    return replace(
+        config,
+        data=replace(config.data, split_protocol="vinyals"),
+        model=replace(config.model, head="shared"),
+        meta=replace(config.meta, cg_steps=5),
+    )
+
+
+def _watched(config: TrainConfig) -> TrainConfig:
+    """The same with a look at the validation classes now and then."""
+    return replace(config, evaluation=replace(config.evaluation, every=500, validation_tasks=600))
+
+
+def _brought_over(weights: str, *, ways: int, shots: int, newton: bool, steps: int) -> TrainConfig:
+    """From weights of 5-way 1-shot tasks, by a few tasks of the kind: a shared head makes them good ones of any.
+
+    Those tasks are dear: one of 20 ways and 5 shots costs as much as forty of 5 ways and 1 shot. Four make a meta-step.
+    """
+    config = _with_small_steps(
+        _from_weights(weights, _omniglot_tuned(ways=ways, shots=shots, newton=newton, steps=steps))
+    )
+    return replace(
+        config,
+        outer=replace(config.outer, meta_batch=4),
+        evaluation=replace(config.evaluation, tasks=1000 if ways <= 5 else 500 if shots == 1 else 200),
+        run=replace(config.run, log_every=20, checkpoint_every=100, seed=3),
     )
 
 
@@ -198,14 +231,25 @@ PRESETS: dict[str, Preset] = {
     ),
     # imaml train omniglot-5w1s-hf-longer --data.root FOLDER
     "omniglot-5w1s-hf-longer": Preset(
-        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from the weights omniglot-5w1s-gd.",
-        measured="Test accuracy 98.78 ± 0.13 % on 2,000 tasks, after 62 minutes on one CPU core.",
-        config=_from_weights("omniglot-5w1s-gd", _omniglot_tuned(ways=5, shots=1, newton=True, steps=4200)),
+        summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from omniglot-5w1s-gd-shared.",
+        config=_with_small_steps(
+            _from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=5, shots=1, newton=True, steps=800))
+        ),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
     "omniglot-5w5s": Preset(
         summary="Omniglot, 5-way 5-shot, 1,200 / 423 characters.",
         config=_omniglot(ways=5, shots=5, inner_steps=16),
+    ),
+    # imaml train omniglot-5w5s-gd --data.root FOLDER
+    "omniglot-5w5s-gd": Preset(
+        summary="Omniglot, 5-way 5-shot, 1,200 / 423 characters: 1,600 tasks from omniglot-5w1s-gd-longer.",
+        config=_brought_over("omniglot-5w1s-gd-longer", ways=5, shots=5, newton=False, steps=400),
+    ),
+    # imaml train omniglot-5w5s-hf --data.root FOLDER
+    "omniglot-5w5s-hf": Preset(
+        summary="Omniglot, 5-way 5-shot, 1,200 / 423, Hessian-free: 1,200 tasks from omniglot-5w1s-hf-longer.",
+        config=_brought_over("omniglot-5w1s-hf-longer", ways=5, shots=5, newton=True, steps=300),
     ),
     # imaml train omniglot-20w1s --data.root FOLDER
     "omniglot-20w1s": Preset(
@@ -214,8 +258,8 @@ PRESETS: dict[str, Preset] = {
     ),
     # imaml train omniglot-20w1s-gd --data.root FOLDER
     "omniglot-20w1s-gd": Preset(
-        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: 4,000 tasks from omniglot-5w1s-gd-shared.",
-        config=_from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=20, shots=1, newton=False, steps=1000)),
+        summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: 2,400 tasks from omniglot-5w1s-gd-longer.",
+        config=_brought_over("omniglot-5w1s-gd-longer", ways=20, shots=1, newton=False, steps=600),
     ),
     # imaml train omniglot-20w1s-hf --data.root FOLDER
     "omniglot-20w1s-hf": Preset(
@@ -223,10 +267,82 @@ PRESETS: dict[str, Preset] = {
         measured="Test accuracy 93.77 ± 0.16 % on 2,000 tasks, after 82 minutes on one busy CPU core.",
         config=_omniglot_tuned(ways=20, shots=1, newton=True, steps=7000),
     ),
+    # imaml train omniglot-20w1s-hf-longer --data.root FOLDER
+    "omniglot-20w1s-hf-longer": Preset(
+        summary="Omniglot, 20-way 1-shot, 1,200 / 423, Hessian-free: 1,200 tasks from omniglot-5w1s-hf-longer.",
+        config=_brought_over("omniglot-5w1s-hf-longer", ways=20, shots=1, newton=True, steps=300),
+    ),
     # imaml train omniglot-20w5s --data.root FOLDER
     "omniglot-20w5s": Preset(
         summary="Omniglot, 20-way 5-shot, 1,200 / 423 characters.",
         config=_omniglot(ways=20, shots=5, inner_steps=25),
+    ),
+    # imaml train omniglot-20w5s-gd --data.root FOLDER
+    "omniglot-20w5s-gd": Preset(
+        summary="Omniglot, 20-way 5-shot, 1,200 / 423 characters: 320 tasks from omniglot-5w1s-gd-longer.",
+        config=_brought_over("omniglot-5w1s-gd-longer", ways=20, shots=5, newton=False, steps=80),
+    ),
+    # imaml train omniglot-20w5s-hf --data.root FOLDER
+    "omniglot-20w5s-hf": Preset(
+        summary="Omniglot, 20-way 5-shot, 1,200 / 423, Hessian-free: 240 tasks from omniglot-5w1s-hf-longer.",
+        config=_brought_over("omniglot-5w1s-hf-longer", ways=20, shots=5, newton=True, steps=60),
+    ),
+    # imaml train omniglot-vinyals-start --data.root FOLDER
+    "omniglot-vinyals-start": Preset(
+        summary="Omniglot, 5-way 1-shot, Vinyals' split: what the other presets of this split begin with.",
+        config=_watched(_vinyals(_omniglot_tuned(ways=5, shots=1, newton=False, steps=5500))),
+    ),
+    # imaml train omniglot-vinyals-5w1s-gd --data.root FOLDER
+    "omniglot-vinyals-5w1s-gd": Preset(
+        summary="Omniglot, 5-way 1-shot, Vinyals' split: 6,400 tasks from omniglot-vinyals-start.",
+        config=_watched(
+            _vinyals(
+                _with_small_steps(
+                    _from_weights("omniglot-vinyals-start", _omniglot_tuned(ways=5, shots=1, newton=False, steps=400))
+                )
+            )
+        ),
+    ),
+    # imaml train omniglot-vinyals-5w1s-hf --data.root FOLDER
+    "omniglot-vinyals-5w1s-hf": Preset(
+        summary="Omniglot, 5-way 1-shot, Vinyals' split, Hessian-free: 6,400 tasks from omniglot-vinyals-start.",
+        config=_watched(
+            _vinyals(
+                _with_small_steps(
+                    _from_weights("omniglot-vinyals-start", _omniglot_tuned(ways=5, shots=1, newton=True, steps=400))
+                )
+            )
+        ),
+    ),
+    # imaml train omniglot-vinyals-5w5s-gd --data.root FOLDER
+    "omniglot-vinyals-5w5s-gd": Preset(
+        summary="Omniglot, 5-way 5-shot, Vinyals' split: 1,600 tasks from omniglot-vinyals-5w1s-gd.",
+        config=_vinyals(_brought_over("omniglot-vinyals-5w1s-gd", ways=5, shots=5, newton=False, steps=400)),
+    ),
+    # imaml train omniglot-vinyals-5w5s-hf --data.root FOLDER
+    "omniglot-vinyals-5w5s-hf": Preset(
+        summary="Omniglot, 5-way 5-shot, Vinyals' split, Hessian-free: 1,200 tasks from omniglot-vinyals-5w1s-hf.",
+        config=_vinyals(_brought_over("omniglot-vinyals-5w1s-hf", ways=5, shots=5, newton=True, steps=300)),
+    ),
+    # imaml train omniglot-vinyals-20w1s-gd --data.root FOLDER
+    "omniglot-vinyals-20w1s-gd": Preset(
+        summary="Omniglot, 20-way 1-shot, Vinyals' split: 2,400 tasks from omniglot-vinyals-5w1s-gd.",
+        config=_vinyals(_brought_over("omniglot-vinyals-5w1s-gd", ways=20, shots=1, newton=False, steps=600)),
+    ),
+    # imaml train omniglot-vinyals-20w1s-hf --data.root FOLDER
+    "omniglot-vinyals-20w1s-hf": Preset(
+        summary="Omniglot, 20-way 1-shot, Vinyals' split, Hessian-free: 1,200 tasks from omniglot-vinyals-5w1s-hf.",
+        config=_vinyals(_brought_over("omniglot-vinyals-5w1s-hf", ways=20, shots=1, newton=True, steps=300)),
+    ),
+    # imaml train omniglot-vinyals-20w5s-gd --data.root FOLDER
+    "omniglot-vinyals-20w5s-gd": Preset(
+        summary="Omniglot, 20-way 5-shot, Vinyals' split: 320 tasks from omniglot-vinyals-5w1s-gd.",
+        config=_vinyals(_brought_over("omniglot-vinyals-5w1s-gd", ways=20, shots=5, newton=False, steps=80)),
+    ),
+    # imaml train omniglot-vinyals-20w5s-hf --data.root FOLDER
+    "omniglot-vinyals-20w5s-hf": Preset(
+        summary="Omniglot, 20-way 5-shot, Vinyals' split, Hessian-free: 240 tasks from omniglot-vinyals-5w1s-hf.",
+        config=_vinyals(_brought_over("omniglot-vinyals-5w1s-hf", ways=20, shots=5, newton=True, steps=60)),
     ),
     # imaml train mini-imagenet-5w1s --data.root FOLDER
     "mini-imagenet-5w1s": Preset(
