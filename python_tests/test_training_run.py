@@ -315,6 +315,17 @@ class TestEvaluation:
         assert results[0].loss == pytest.approx(results[2].loss, rel=1e-6)
         assert results[0].loss_interval == pytest.approx(results[1].loss_interval, rel=1e-5)
 
+    def test_the_first_tasks_are_those_of_a_shorter_evaluation(self) -> None:
+        images = DataConfig(name="glyphs", ways=3, shots=1, queries=4)
+        for config in (small_config(), replace(small_config(), data=images, model=ModelConfig(filters=4))):
+            experiment = build(config)
+            theta = experiment.initial_theta()
+            long, short = (evaluate(experiment, theta, split="test", tasks=n, seed=3) for n in (130, 100))
+            assert long.first.tasks == short.tasks == 100
+            assert long.first.loss == pytest.approx(short.loss, rel=1e-6)
+            assert long.loss != pytest.approx(short.loss, rel=1e-6)
+            assert long.first.accuracy == short.first.accuracy == short.accuracy
+
     def test_the_interval_is_the_one_stated(self) -> None:
         config = small_config()
         experiment = build(config)
