@@ -4,9 +4,10 @@
 #   benchmarks/gpu_check.sh [--wheels FOLDER] [--output FILE] [--limit SECONDS]
 #                           [--imaml-dev FOLDER] [--hypertorch FOLDER] [STEP ...]
 #
-# Steps, all by default: build tests cpp memcheck racecheck benchmarks meta_step scaling training. One that fails does not
-# stop the rest; steps run earlier on the same hardware and versions stay in the result file, so the steps can be spread over
-# several calls.
+# Steps, all by default: build tests cpp memcheck racecheck benchmarks meta_step scaling training omniglot. One that fails does
+# not stop the rest; steps run earlier on the same hardware and versions stay in the result file, so the steps can be spread
+# over several calls. omniglot, the paper's table, needs Omniglot in IMAML_DATA_ROOT; where its time is up, another call of it
+# goes on from its checkpoints.
 # --wheels: a folder of wheels with Python packages that are missing. --limit: the most that one step may take (480).
 # --imaml-dev, --hypertorch: sources of these peers for meta_step; TorchOpt and JAX take part where they are installed.
 # PYTHON: the Python to use, with torch, ninja, setuptools, pytest in it. Logs: build/gpu_check/.
@@ -16,14 +17,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 output=benchmarks/results/gpu_check.json wheels='' limit=480 steps=() peers=()
-all_steps=(build tests cpp memcheck racecheck benchmarks meta_step scaling training)
+all_steps=(build tests cpp memcheck racecheck benchmarks meta_step scaling training omniglot)
 while [ $# -gt 0 ]; do
   case $1 in
     --wheels) wheels=$2; shift ;;
     --output) output=$2; shift ;;
     --limit) limit=$2; shift ;;
     --imaml-dev | --hypertorch) peers+=("$1" "$(realpath "$2")"); shift ;;
-    build | tests | cpp | memcheck | racecheck | benchmarks | meta_step | scaling | training) steps+=("$1") ;;
+    build | tests | cpp | memcheck | racecheck | benchmarks | meta_step | scaling | training | omniglot) steps+=("$1") ;;
     *) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;
   esac
   shift
@@ -94,6 +95,10 @@ for step in "${steps[@]}"; do
       rm -rf "$logs/run"
       run training "$PYTHON" -m imaml_ext train omniglot-5w1s --data.name glyphs --run.device cuda --run.capture \
         --outer.steps 20000 --run.checkpoint-every 10000 --run-dir "$logs/run" ;;
+    omniglot)
+      if [ "$gpu" != 1 ]; then skip omniglot "no CUDA device"
+      elif [ -z "${IMAML_DATA_ROOT:-}" ]; then skip omniglot "IMAML_DATA_ROOT is not set"
+      else run omniglot bash -e benchmarks/omniglot_table.sh "$PYTHON" "$logs/omniglot" "$logs/benchmark-omniglot.json"; fi ;;
   esac
 done
 
