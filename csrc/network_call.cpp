@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "checks.h"
+
 namespace imaml_ext {
 
 NetworkCall::NetworkCall(const char* op, const at::Tensor& params, at::IntArrayRef network, const char* name)
@@ -43,6 +45,13 @@ void NetworkCall::read_y(const char* op, const at::Tensor& y, const at::Tensor& 
     TORCH_CHECK_INDEX(from[i] >= 0 && from[i] < net.outputs(), op, ": y must hold labels in [0, ", net.outputs(),
                       "), got ", from[i]);
   }
+}
+
+void NetworkCall::read_direction(const char* op, const at::Tensor& y, const at::Tensor& p, const at::Tensor& params) {
+  TORCH_CHECK_VALUE(y.dim() >= 2, op, ": y must have shape [B, S] or [B, S, *], got ", y.sizes());
+  images = y.size(1);
+  read_y(op, y, params, false);
+  check_like(op, "p", p, "params", params);
 }
 
 }  // namespace imaml_ext

@@ -317,11 +317,15 @@ class TestEvaluation:
 
     def test_the_first_tasks_are_those_of_a_shorter_evaluation(self) -> None:
         images = DataConfig(name="glyphs", ways=3, shots=1, queries=4)
-        for config in (small_config(), replace(small_config(), data=images, model=ModelConfig(filters=4))):
+        regression = small_config()
+        for config, number in (
+            (replace(regression, data=replace(regression.data, queries=11)), 114),  # of 1,250 query examples together
+            (replace(regression, data=images, model=ModelConfig(filters=4)), 105),
+        ):
             experiment = build(config)
             theta = experiment.initial_theta()
-            long, short = (evaluate(experiment, theta, split="test", tasks=n, seed=3) for n in (130, 100))
-            assert long.first.tasks == short.tasks == 100
+            long, short = (evaluate(experiment, theta, split="test", tasks=n, seed=3) for n in (130, number))
+            assert long.first.tasks == short.tasks == number
             assert long.first.loss == pytest.approx(short.loss, rel=1e-6)
             assert long.loss != pytest.approx(short.loss, rel=1e-6)
             assert long.first.accuracy == short.first.accuracy == short.accuracy

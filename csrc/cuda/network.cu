@@ -227,11 +227,8 @@ void along(const char* op, const at::Tensor& params, const at::Tensor& tape, con
            at::IntArrayRef network, const Finish& finish) {
   NetworkCall call(op, params, network);
   const Network& net = call.net;
-  TORCH_CHECK_VALUE(y.dim() >= 2, op, ": y must have shape [B, S] or [B, S, *], got ", y.sizes());
-  call.images = y.size(1);
-  call.read_y(op, y, params, false);
+  call.read_direction(op, y, p, params);
   check_sizes(op, call);
-  check_like(op, "p", p, "params", params);
   const c10::cuda::CUDAGuard guard(params.device());
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
     using T = scalar_t;

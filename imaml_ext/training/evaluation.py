@@ -21,12 +21,15 @@ from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.ranks import Ranks
 from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
 
-_FIRST = 100  # tasks
+_FIRST = 1250  # query examples
 
 
 @dataclass(frozen=True)
 class FirstTasks:
-    """Means over the first of an evaluation's tasks: a short evaluation of the same seed has the same."""
+    """Means over the first of an evaluation's tasks, 1,250 query examples of them: enough to know the parameters again.
+
+    A short evaluation of so many tasks, and of the same seed, has the same.
+    """
 
     tasks: int
     loss: float
@@ -164,12 +167,14 @@ def _judge(
         progress(shard_slice(tasks, (min(turn + ranks.size, batches) - 1, batches)).stop)
     losses = ranks.sum(losses)  # of zeros, but for the tasks of this rank
     loss, loss_interval = _mean_and_interval(losses)
-    first = FirstTasks(min(tasks, _FIRST), losses[:_FIRST].mean().item(), None)
+    data = experiment.config.data
+    count = min(tasks, math.ceil(_FIRST / (data.queries * (data.ways if experiment.classification else 1))))
+    first = FirstTasks(count, losses[:count].mean().item(), None)
     accuracy, accuracy_interval = None, None
     if experiment.classification:
         accuracies = ranks.sum(accuracies)
         accuracy, accuracy_interval = _mean_and_interval(accuracies)
-        first = replace(first, accuracy=accuracies[:_FIRST].mean().item())
+        first = replace(first, accuracy=accuracies[:count].mean().item())
     return Evaluation(
         split=split,
         tasks=tasks,
