@@ -119,7 +119,8 @@ def _vinyals(config: TrainConfig) -> TrainConfig:
 
 def _watched(config: TrainConfig) -> TrainConfig:
     """The same with a look at the validation classes now and then."""
-    return replace(config, evaluation=replace(config.evaluation, every=500, validation_tasks=600))
+    every = min(500, config.outer.steps // 2)
+    return replace(config, evaluation=replace(config.evaluation, every=every, validation_tasks=600))
 
 
 def _brought_over(weights: str, *, ways: int, shots: int, newton: bool, steps: int) -> TrainConfig:
