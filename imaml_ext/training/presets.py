@@ -96,7 +96,10 @@ def _from_weights(weights: str, config: TrainConfig) -> TrainConfig:
 
 
 def _with_small_steps(config: TrainConfig) -> TrainConfig:
-    """The end of a training by larger inner steps, which overshoot at what they have made of the parameters."""
+    """The end of a training by larger inner steps, which overshoot at what they have made of the parameters.
+
+    Hessian-free takes fewer Newton steps then, each of more CG iterations.
+    """
     inner = config.inner
     exact = replace(inner, steps=5, cg_steps=2) if inner.solver == "hessian_free" else replace(inner, steps=16, lr=0.1)
     return replace(
@@ -233,6 +236,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w1s-hf-longer --data.root FOLDER
     "omniglot-5w1s-hf-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from omniglot-5w1s-gd-shared.",
+        measured="Test accuracy 98.83 ± 0.13 % on 2,000 tasks, after 16 minutes on one CPU core.",
         config=_with_small_steps(
             _from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=5, shots=1, newton=True, steps=800))
         ),
@@ -245,6 +249,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w5s-gd --data.root FOLDER
     "omniglot-5w5s-gd": Preset(
         summary="Omniglot, 5-way 5-shot, 1,200 / 423 characters: 1,600 tasks from omniglot-5w1s-gd-longer.",
+        measured="Test accuracy 99.73 ± 0.08 % on 1,000 tasks, after 5 minutes on one CPU core.",
         config=_brought_over("omniglot-5w1s-gd-longer", ways=5, shots=5, newton=False, steps=400),
     ),
     # imaml train omniglot-5w5s-hf --data.root FOLDER
@@ -260,6 +265,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-20w1s-gd --data.root FOLDER
     "omniglot-20w1s-gd": Preset(
         summary="Omniglot, 20-way 1-shot, 1,200 / 423 characters: 2,400 tasks from omniglot-5w1s-gd-longer.",
+        measured="Test accuracy 94.97 ± 0.28 % on 500 tasks, after 9 minutes on one CPU core.",
         config=_brought_over("omniglot-5w1s-gd-longer", ways=20, shots=1, newton=False, steps=600),
     ),
     # imaml train omniglot-20w1s-hf --data.root FOLDER
@@ -271,6 +277,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-20w1s-hf-longer --data.root FOLDER
     "omniglot-20w1s-hf-longer": Preset(
         summary="Omniglot, 20-way 1-shot, 1,200 / 423, Hessian-free: 1,200 tasks from omniglot-5w1s-hf-longer.",
+        measured="Test accuracy 94.73 ± 0.28 % on 500 tasks, after 5 minutes on one CPU core.",
         config=_brought_over("omniglot-5w1s-hf-longer", ways=20, shots=1, newton=True, steps=300),
     ),
     # imaml train omniglot-20w5s --data.root FOLDER
@@ -281,6 +288,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-20w5s-gd --data.root FOLDER
     "omniglot-20w5s-gd": Preset(
         summary="Omniglot, 20-way 5-shot, 1,200 / 423 characters: 320 tasks from omniglot-5w1s-gd-longer.",
+        measured="Test accuracy 98.59 ± 0.21 % on 200 tasks, after 5 minutes on one CPU core.",
         config=_brought_over("omniglot-5w1s-gd-longer", ways=20, shots=5, newton=False, steps=80),
     ),
     # imaml train omniglot-20w5s-hf --data.root FOLDER
@@ -291,11 +299,13 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-vinyals-start --data.root FOLDER
     "omniglot-vinyals-start": Preset(
         summary="Omniglot, 5-way 1-shot, Vinyals' split: what the other presets of this split begin with.",
+        measured="Test accuracy 96.69 ± 0.25 % on 2,000 tasks, after 54 minutes on one CPU core.",
         config=_watched(_vinyals(_omniglot_tuned(ways=5, shots=1, newton=False, steps=5500))),
     ),
     # imaml train omniglot-vinyals-5w1s-gd --data.root FOLDER
     "omniglot-vinyals-5w1s-gd": Preset(
         summary="Omniglot, 5-way 1-shot, Vinyals' split: 6,400 tasks from omniglot-vinyals-start.",
+        measured="Test accuracy 97.44 ± 0.20 % on 2,000 tasks, after 5 minutes on one CPU core.",
         config=_watched(
             _vinyals(
                 _with_small_steps(
