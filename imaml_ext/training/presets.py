@@ -255,6 +255,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-5w5s-hf --data.root FOLDER
     "omniglot-5w5s-hf": Preset(
         summary="Omniglot, 5-way 5-shot, 1,200 / 423, Hessian-free: 1,200 tasks from omniglot-5w1s-hf-longer.",
+        measured="Test accuracy 99.71 ± 0.08 % on 1,000 tasks, after 5 minutes on one CPU core.",
         config=_brought_over("omniglot-5w1s-hf-longer", ways=5, shots=5, newton=True, steps=300),
     ),
     # imaml train omniglot-20w1s --data.root FOLDER
@@ -294,6 +295,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-20w5s-hf --data.root FOLDER
     "omniglot-20w5s-hf": Preset(
         summary="Omniglot, 20-way 5-shot, 1,200 / 423, Hessian-free: 240 tasks from omniglot-5w1s-hf-longer.",
+        measured="Test accuracy 98.60 ± 0.23 % on 200 tasks, after 7 minutes on one CPU core.",
         config=_brought_over("omniglot-5w1s-hf-longer", ways=20, shots=5, newton=True, steps=60),
     ),
     # imaml train omniglot-vinyals-start --data.root FOLDER
@@ -317,6 +319,7 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-vinyals-5w1s-hf --data.root FOLDER
     "omniglot-vinyals-5w1s-hf": Preset(
         summary="Omniglot, 5-way 1-shot, Vinyals' split, Hessian-free: 6,400 tasks from omniglot-vinyals-start.",
+        measured="Test accuracy 97.27 ± 0.21 % on 2,000 tasks, after 8 minutes on one CPU core.",
         config=_watched(
             _vinyals(
                 _with_small_steps(
@@ -328,31 +331,37 @@ PRESETS: dict[str, Preset] = {
     # imaml train omniglot-vinyals-5w5s-gd --data.root FOLDER
     "omniglot-vinyals-5w5s-gd": Preset(
         summary="Omniglot, 5-way 5-shot, Vinyals' split: 1,600 tasks from omniglot-vinyals-5w1s-gd.",
+        measured="Test accuracy 99.12 ± 0.13 % on 1,000 tasks, after 6 minutes on one CPU core.",
         config=_vinyals(_brought_over("omniglot-vinyals-5w1s-gd", ways=5, shots=5, newton=False, steps=400)),
     ),
     # imaml train omniglot-vinyals-5w5s-hf --data.root FOLDER
     "omniglot-vinyals-5w5s-hf": Preset(
         summary="Omniglot, 5-way 5-shot, Vinyals' split, Hessian-free: 1,200 tasks from omniglot-vinyals-5w1s-hf.",
+        measured="Test accuracy 99.14 ± 0.13 % on 1,000 tasks, after 5 minutes on one CPU core.",
         config=_vinyals(_brought_over("omniglot-vinyals-5w1s-hf", ways=5, shots=5, newton=True, steps=300)),
     ),
     # imaml train omniglot-vinyals-20w1s-gd --data.root FOLDER
     "omniglot-vinyals-20w1s-gd": Preset(
         summary="Omniglot, 20-way 1-shot, Vinyals' split: 2,400 tasks from omniglot-vinyals-5w1s-gd.",
+        measured="Test accuracy 90.65 ± 0.37 % on 500 tasks, after 10 minutes on one CPU core.",
         config=_vinyals(_brought_over("omniglot-vinyals-5w1s-gd", ways=20, shots=1, newton=False, steps=600)),
     ),
     # imaml train omniglot-vinyals-20w1s-hf --data.root FOLDER
     "omniglot-vinyals-20w1s-hf": Preset(
         summary="Omniglot, 20-way 1-shot, Vinyals' split, Hessian-free: 1,200 tasks from omniglot-vinyals-5w1s-hf.",
+        measured="Test accuracy 90.21 ± 0.40 % on 500 tasks, after 5 minutes on one CPU core.",
         config=_vinyals(_brought_over("omniglot-vinyals-5w1s-hf", ways=20, shots=1, newton=True, steps=300)),
     ),
     # imaml train omniglot-vinyals-20w5s-gd --data.root FOLDER
     "omniglot-vinyals-20w5s-gd": Preset(
         summary="Omniglot, 20-way 5-shot, Vinyals' split: 320 tasks from omniglot-vinyals-5w1s-gd.",
+        measured="Test accuracy 96.77 ± 0.30 % on 200 tasks, after 5 minutes on one CPU core.",
         config=_vinyals(_brought_over("omniglot-vinyals-5w1s-gd", ways=20, shots=5, newton=False, steps=80)),
     ),
     # imaml train omniglot-vinyals-20w5s-hf --data.root FOLDER
     "omniglot-vinyals-20w5s-hf": Preset(
         summary="Omniglot, 20-way 5-shot, Vinyals' split, Hessian-free: 240 tasks from omniglot-vinyals-5w1s-hf.",
+        measured="Test accuracy 96.97 ± 0.28 % on 200 tasks, after 5 minutes on one CPU core.",
         config=_vinyals(_brought_over("omniglot-vinyals-5w1s-hf", ways=20, shots=5, newton=True, steps=60)),
     ),
     # imaml train mini-imagenet-5w1s --data.root FOLDER
