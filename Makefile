@@ -78,7 +78,7 @@ test-cpp: $(STATE)/for-test
 
 # Two at a time, a thread each: most tests wait for processes that they start, or are too small for two threads.
 test-python: $(STATE)/for-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 12
 
 lint: $(STATE)/for-test
 	ruff check .

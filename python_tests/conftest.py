@@ -74,6 +74,7 @@ def _why_no_cuda() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     emulated = config.getoption("--native") is not None
     reasons = {
         "cuda": _why_no_cuda(),

@@ -64,6 +64,7 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     assert_one_sentence(changed, "a resumed run keeps its settings: outer.lr was")
 
 
+@pytest.mark.long
 def test_killed_five_times_at_random_and_resumed(tmp_path: Path) -> None:
     """SIGKILL leaves no time for anything; the resumed run ends with the bits of one that was never interrupted."""
     steps = 400

@@ -255,6 +255,7 @@ def test_sigterm_saves_and_a_single_process_resumes(tmp_path: Path, monkeypatch:
     assert not torch.equal(resumed["theta"], theta)
 
 
+@pytest.mark.long
 def test_killed_ten_times_at_random(tmp_path: Path) -> None:
     """SIGKILL to either rank, at any moment; nine times the launcher starts the job anew, and then gives up."""
     steps, kills = 500, 10
