@@ -98,7 +98,7 @@ for step in "${steps[@]}"; do
     omniglot)
       if [ "$gpu" != 1 ]; then skip omniglot "no CUDA device"
       elif [ -z "${IMAML_DATA_ROOT:-}" ]; then skip omniglot "IMAML_DATA_ROOT is not set"
-      else run omniglot bash -e benchmarks/omniglot_table.sh "$PYTHON" "$logs/omniglot" "$logs/benchmark-omniglot.json"; fi ;;
+      else run omniglot benchmarks/omniglot_table.sh "$PYTHON" "$logs/omniglot" "$logs/benchmark-omniglot.json"; fi ;;
   esac
 done
 

@@ -168,13 +168,12 @@ def _judge(
     losses = ranks.sum(losses)  # of zeros, but for the tasks of this rank
     loss, loss_interval = _mean_and_interval(losses)
     data = experiment.config.data
-    count = min(tasks, math.ceil(_FIRST / (data.queries * (data.ways if experiment.classification else 1))))
-    first = FirstTasks(count, losses[:count].mean().item(), None)
-    accuracy, accuracy_interval = None, None
+    first = min(tasks, math.ceil(_FIRST / (data.queries * (data.ways if experiment.classification else 1))))
+    accuracy, accuracy_interval, first_accuracy = None, None, None
     if experiment.classification:
         accuracies = ranks.sum(accuracies)
         accuracy, accuracy_interval = _mean_and_interval(accuracies)
-        first = replace(first, accuracy=accuracies[:count].mean().item())
+        first_accuracy = accuracies[:first].mean().item()
     return Evaluation(
         split=split,
         tasks=tasks,
@@ -185,7 +184,7 @@ def _judge(
         loss_interval=loss_interval,
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
-        first=first,
+        first=FirstTasks(first, losses[:first].mean().item(), first_accuracy),
         device=experiment.device,
     )
 

@@ -95,16 +95,16 @@ def _from_weights(weights: str, config: TrainConfig) -> TrainConfig:
     )
 
 
-def _with_small_steps(config: TrainConfig) -> TrainConfig:
+def _finished(weights: str, *, ways: int = 5, shots: int = 1, newton: bool, steps: int) -> TrainConfig:
     """The end of a training by larger inner steps, which overshoot at what they have made of the parameters.
 
     Hessian-free takes fewer Newton steps then, each of more CG iterations.
     """
-    inner = config.inner
-    exact = replace(inner, steps=5, cg_steps=2) if inner.solver == "hessian_free" else replace(inner, steps=16, lr=0.1)
+    config = _from_weights(weights, _omniglot_tuned(ways=ways, shots=shots, newton=newton, steps=steps))
+    finer = {"steps": 5, "cg_steps": 2} if newton else {"steps": 16, "lr": 0.1}
     return replace(
         config,
-        inner=exact,
+        inner=replace(config.inner, **finer),
         outer=replace(config.outer, lr=1e-3),
         run=replace(config.run, seed=2),
     )
@@ -131,9 +131,7 @@ def _brought_over(weights: str, *, ways: int, shots: int, newton: bool, steps: i
 
     Those tasks are dear: one of 20 ways and 5 shots costs as much as forty of 5 ways and 1 shot. Four make a meta-step.
     """
-    config = _with_small_steps(
-        _from_weights(weights, _omniglot_tuned(ways=ways, shots=shots, newton=newton, steps=steps))
-    )
+    config = _finished(weights, ways=ways, shots=shots, newton=newton, steps=steps)
     return replace(
         config,
         outer=replace(config.outer, meta_batch=4),
@@ -223,9 +221,7 @@ PRESETS: dict[str, Preset] = {
     "omniglot-5w1s-gd-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters: from omniglot-5w1s-gd-shared, 16 inner steps of 0.1.",
         measured="Test accuracy 98.88 ± 0.12 % on 2,000 tasks, after 8 minutes on one CPU core.",
-        config=_with_small_steps(
-            _from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=5, shots=1, newton=False, steps=800))
-        ),
+        config=_finished("omniglot-5w1s-gd-shared", newton=False, steps=800),
     ),
     # imaml train omniglot-5w1s-hf --data.root FOLDER
     "omniglot-5w1s-hf": Preset(
@@ -237,9 +233,7 @@ PRESETS: dict[str, Preset] = {
     "omniglot-5w1s-hf-longer": Preset(
         summary="Omniglot, 5-way 1-shot, 1,200 / 423 characters, Hessian-free: from omniglot-5w1s-gd-shared.",
         measured="Test accuracy 98.83 ± 0.13 % on 2,000 tasks, after 16 minutes on one CPU core.",
-        config=_with_small_steps(
-            _from_weights("omniglot-5w1s-gd-shared", _omniglot_tuned(ways=5, shots=1, newton=True, steps=800))
-        ),
+        config=_finished("omniglot-5w1s-gd-shared", newton=True, steps=800),
     ),
     # imaml train omniglot-5w5s --data.root FOLDER
     "omniglot-5w5s": Preset(
@@ -308,25 +302,13 @@ PRESETS: dict[str, Preset] = {
     "omniglot-vinyals-5w1s-gd": Preset(
         summary="Omniglot, 5-way 1-shot, Vinyals' split: 6,400 tasks from omniglot-vinyals-start.",
         measured="Test accuracy 97.44 ± 0.20 % on 2,000 tasks, after 5 minutes on one CPU core.",
-        config=_watched(
-            _vinyals(
-                _with_small_steps(
-                    _from_weights("omniglot-vinyals-start", _omniglot_tuned(ways=5, shots=1, newton=False, steps=400))
-                )
-            )
-        ),
+        config=_watched(_vinyals(_finished("omniglot-vinyals-start", newton=False, steps=400))),
     ),
     # imaml train omniglot-vinyals-5w1s-hf --data.root FOLDER
     "omniglot-vinyals-5w1s-hf": Preset(
         summary="Omniglot, 5-way 1-shot, Vinyals' split, Hessian-free: 6,400 tasks from omniglot-vinyals-start.",
         measured="Test accuracy 97.27 ± 0.21 % on 2,000 tasks, after 8 minutes on one CPU core.",
-        config=_watched(
-            _vinyals(
-                _with_small_steps(
-                    _from_weights("omniglot-vinyals-start", _omniglot_tuned(ways=5, shots=1, newton=True, steps=400))
-                )
-            )
-        ),
+        config=_watched(_vinyals(_finished("omniglot-vinyals-start", newton=True, steps=400))),
     ),
     # imaml train omniglot-vinyals-5w5s-gd --data.root FOLDER
     "omniglot-vinyals-5w5s-gd": Preset(
