@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,16 @@ def test_the_card_says_where_they_come_from_and_nothing_of_the_machine(regressio
         assert words in card
     assert str(regression[0]) not in card
     assert str(regression[0]).encode() not in (tmp_path / "sine.safetensors").read_bytes()
+
+
+def test_a_result_of_before_there_were_figures_of_the_first_tasks(regression, tmp_path):
+    run = shutil.copytree(regression[0], tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    del result["test"]["first"]
+    (run / "result.json").write_text(json.dumps(result))
+    weights = export_run(run, tmp_path / "sine.safetensors")
+    assert read_weights(tmp_path / "sine.safetensors").card == weights.card
+    assert "| check |" not in (tmp_path / "sine.md").read_text()
 
 
 def test_commands(classification, tmp_path):

@@ -42,7 +42,7 @@ class Card:
         data: one line. input_shape: of an example, (C, H, W) or (features,). kind: "classification" or "regression".
         steps, meta_batch: meta-steps, and tasks in each. train_seconds: how long they took.
         test: split, tasks, seed, inner steps, and the figures with their 95 % intervals, as in result.json; `first` are
-            those of its first tasks.
+            those of its first tasks (missing in results of before there were such figures).
         environment: versions and hardware of the training.
     """
 
@@ -73,7 +73,7 @@ class Card:
             if self.environment["device"] == "cpu"
             else self.environment.get("gpu", self.environment["device"]),
             "test": f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})",
-            "check": self._first_figure,
+            **({"check": self._first_figure} if "first" in self.test else {}),
             "command": f"`{self.command}`",
             "commit": self.commit or "unknown",
             "versions": ", ".join(f"{key} {self.environment[key]}" for key in ("imaml_ext", "torch", "python")),
