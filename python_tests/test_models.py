@@ -144,6 +144,21 @@ def test_conv4_has_the_parameters_of_the_literature() -> None:
     assert large.layout.shapes[large.layout.names.index("linear.weight")] == (32 * 5 * 5, 5)
 
 
+@pytest.mark.parametrize(("pooling", "size"), [("stride", 21), ("max", 33)])
+def test_conv4_features_are_scaled(pooling: str, size: int) -> None:
+    """Without a bias the logits are linear in the features; nothing but the features changes."""
+    model = Conv4(4, image_size=size, filters=5, pooling=pooling)
+    theta = rows_of(model, 1)[0]
+    views = model.layout.views(theta)
+    views["linear.bias"].zero_()
+    x = images(1, 6, 1, size)
+    before, kept = model(theta[None], x), theta.clone()
+    assert model.scale_features_(theta, 1.7) is theta
+    torch.testing.assert_close(model(theta[None], x), 1.7 * before, rtol=1e-12, atol=1e-13)
+    changed = {name for name, value in views.items() if not torch.equal(value, model.layout.views(kept)[name])}
+    assert changed == {"norm4.weight", "norm4.bias"}
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("hidden", [(), (7,), (6, 4)])
 def test_mlp_equals_linear_layers_looped_over_tasks(activation: str, hidden: tuple[int, ...]) -> None:

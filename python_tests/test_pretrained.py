@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from training_tools import imaml, small_config
 
 from imaml_ext.data.errors import DataError
+from imaml_ext.models import Conv4
 from imaml_ext.pretrained import (
     FewShotLearner,
     WeightsError,
@@ -214,6 +215,29 @@ def test_a_shared_head_begins_with_weights_of_any_number_of_ways(classification,
     wider = replace(config, model=replace(config.model, filters=5))
     with pytest.raises(ConfigError, match=r"must have the parameters of the model, .*\[3, 3, 5, 5\]"):
         build(wider).initial_theta()
+
+
+def test_features_are_scaled_once(classification, tmp_path, monkeypatch):
+    """As a training begins, be it with weights or random parameters; not when it goes on, nor at an evaluation."""
+    file = tmp_path / "small.safetensors"
+    export_run(classification[0], file)
+    for weights in (str(file), None):
+        plain = replace(
+            small_config(steps=2),
+            data=DataConfig(name="glyphs", ways=3, shots=2, queries=4),
+            model=ModelConfig(name="conv4", filters=4, weights=weights, head="shared"),
+        )
+        scaled = replace(plain, model=replace(plain.model, feature_scale=2.5))
+        ours, theirs = (build(config) for config in (scaled, plain))
+        views = theirs.model.layout.views(theirs.initial_theta())
+        for name, value in ours.model.layout.views(ours.initial_theta()).items():
+            torch.testing.assert_close(value, (2.5 if name.startswith("norm4.") else 1) * views[name], rtol=0, atol=0)
+
+    result = train(scaled, tmp_path / "run")
+    monkeypatch.delattr(Conv4, "scale_features_")
+    assert train(scaled, tmp_path / "run", resume=True)["test"]["loss"] == result["test"]["loss"]
+    export_run(tmp_path / "run", tmp_path / "more.safetensors")
+    assert evaluate_pretrained(tmp_path / "more.safetensors").loss == pytest.approx(result["test"]["loss"], rel=1e-6)
 
 
 def test_weights_tell_more_classes_apart_than_they_were_trained_with(classification, regression, tmp_path):

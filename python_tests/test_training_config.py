@@ -163,6 +163,8 @@ def test_knobs_that_contradict_each_other() -> None:
         TrainConfig(data=DataConfig(name="sinusoid"), model=ModelConfig(name="mlp", head="shared"))
     with pytest.raises(ConfigError, match=r"model.head must be 'own' with meta.learn-lam 'parameter', which tells"):
         TrainConfig(model=ModelConfig(head="shared"), meta=MetaConfig(learn_lam="parameter"))
+    with pytest.raises(ConfigError, match=r"model.feature-scale must be left out for mlp, got 2.0"):
+        ModelConfig(name="mlp", feature_scale=2.0)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,18 @@ class Conv4(TaskModel):
             network += describe_layer(filters, kernel=3, stride=stride, norm="batch", activation="relu", pool=pool)
         self.network = network + describe_layer(ways)
 
+    def scale_features_(self, theta: Tensor, factor: float) -> Tensor:
+        """Multiplies the features that the linear layer reads, at parameters theta [N], by a positive factor; in place.
+
+        The factor goes on weight and bias of the last norm. Features c times as large are learnt from as if the linear
+        layer's inner rate were c² times as large and its lambda c² times as small: its weights need move by 1/c of what
+        they had to for the same logits.
+        """
+        views = self.layout.views(theta)
+        views[f"norm{_LAYERS}.weight"].mul_(factor)
+        views[f"norm{_LAYERS}.bias"].mul_(factor)
+        return theta
+
     def _initial(self, seed: int) -> dict[str, Tensor]:
         values = {}
         for index, (name, shape) in enumerate(zip(self.layout.names, self.layout.shapes, strict=True)):

@@ -191,8 +191,14 @@ class ModelConfig:
     head: Literal["own", "shared"] = "own"
     """Meta-parameters of the last layer: every class's own, or one vector and bias that all of them begin with."""
 
+    feature_scale: float = 1.0
+    """Factor on the features that the last layer reads, by the meta-parameters to begin with (conv4)."""
+
     def __post_init__(self) -> None:
         _check_count("model.filters", self.filters)
+        _check_finite_positive("model.feature-scale", self.feature_scale)
+        if self.name != "conv4":
+            _check(self.feature_scale == 1, "model.feature-scale", f"left out for {self.name}", self.feature_scale)
         _check(all(width >= 1 for width in self.hidden), "model.hidden", "widths >= 1", self.hidden)
 
 
@@ -592,6 +598,7 @@ _ADDED = (
     "model.precision",
     "model.weights",
     "model.head",
+    "model.feature_scale",
     "inner.betas",
     "inner.batch_size",
     "run.capture",

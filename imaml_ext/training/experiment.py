@@ -35,7 +35,7 @@ class Learner:
 
     def initial_theta(self) -> Tensor:
         """theta [N]: random, the same bits for a seed on every machine, or what `model.weights` names; with a shared
-        head, the mean over the classes for each.
+        head, the mean over the classes for each; the features that the last layer reads times `model.feature_scale`.
 
         Raises:
             WeightsError: there are no such weights, or the file is damaged.
@@ -43,7 +43,8 @@ class Learner:
         """
         source = self.config.model.weights
         if source is None:
-            return self.shared_(self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device))
+            theta = self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
+            return self._scaled_(self.shared_(theta))
         from imaml_ext.pretrained.weights import read_weights  # which is built on this module
 
         weights = read_weights(source)
@@ -54,7 +55,14 @@ class Learner:
             raise ConfigError(
                 f"model.weights must have the parameters of the model, {_described(ours)}, got {_described(theirs)}"
             )
-        return self.shared_(ours.flatten(parameters).to(self.device, self.dtype))
+        return self._scaled_(self.shared_(ours.flatten(parameters).to(self.device, self.dtype)))
+
+    def _scaled_(self, theta: Tensor) -> Tensor:
+        return (
+            self.model.scale_features_(theta, self.config.model.feature_scale)
+            if isinstance(self.model, Conv4)
+            else theta
+        )
 
     def shared_(self, vector: Tensor) -> Tensor:
         """theta [N], or a gradient of it, as all classes share it where the head is a shared one; in place.
