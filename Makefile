@@ -70,9 +70,10 @@ $(STATE)/for-use $(STATE)/for-test: $(STATE)/torch $(BUILD_INPUTS)
 # --- checks -------------------------------------------------------------------------------------------------------------
 
 # csrc/ as a C++ library, with its own tests; and the CUDA kernels, run by the CPU, under the Python tests of their ops.
+# Little optimised, but for these: compiling is what takes long.
 test-cpp: $(STATE)/for-test
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython3_EXECUTABLE=$(BIN)/python \
-	  -DIMAML_EXT_CUDA=$(CPP_CUDA) -DIMAML_EXT_SANITIZE=$(SANITIZE)
+	  -DIMAML_EXT_CUDA=$(CPP_CUDA) -DIMAML_EXT_SANITIZE=$(SANITIZE) -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
 	cmake --build $(CMAKE_BUILD)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel 2
 

@@ -1,4 +1,4 @@
-// Of libtorch, what the ops of csrc/cuda include.
+// Of libtorch, what the ops of csrc/cpu and csrc/cuda include.
 #pragma once
 
 #include <ATen/Dispatch.h>
