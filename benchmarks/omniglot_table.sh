@@ -18,8 +18,10 @@ train() { # train NAME PRESET KNOB...
 train start omniglot-5w1s-gd --model.head shared --meta.cg-steps 5 --run.device cuda --run.capture "$@"
 "$python" -m imaml_ext export "$folder/start" "$folder/start.safetensors"
 for preset in omniglot-{5w1s-gd-longer,5w1s-hf-longer,5w5s-gd,5w5s-hf,20w1s-gd,20w1s-hf-longer,20w5s-gd,20w5s-hf}; do
-  train $preset $preset --model.weights "$folder/start.safetensors" --outer.steps 2000 --outer.meta-batch 16 \
-    --evaluation.tasks 2000 --run.device cuda --run.capture "$@"
+  # As omniglot-5w1s-hf-longer has it, from whose weights the other presets of Hessian-free begin elsewhere.
+  if [[ $preset == *-hf* ]]; then scale=3; else scale=1; fi
+  train $preset $preset --model.weights "$folder/start.safetensors" --model.feature-scale $scale --outer.steps 2000 \
+    --outer.meta-batch 16 --evaluation.tasks 2000 --run.device cuda --run.capture "$@"
 done
 "$python" - "$folder" "$results" <<'PYTHON'
 import json, pathlib, sys

@@ -41,10 +41,15 @@ class Learner:
             WeightsError: there are no such weights, or the file is damaged.
             ConfigError: they are another model's.
         """
+        theta = self.shared_(self._random_or_given())
+        if isinstance(self.model, Conv4):
+            self.model.scale_features_(theta, self.config.model.feature_scale)
+        return theta
+
+    def _random_or_given(self) -> Tensor:
         source = self.config.model.weights
         if source is None:
-            theta = self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
-            return self._scaled_(self.shared_(theta))
+            return self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
         from imaml_ext.pretrained.weights import read_weights  # which is built on this module
 
         weights = read_weights(source)
@@ -55,14 +60,7 @@ class Learner:
             raise ConfigError(
                 f"model.weights must have the parameters of the model, {_described(ours)}, got {_described(theirs)}"
             )
-        return self._scaled_(self.shared_(ours.flatten(parameters).to(self.device, self.dtype)))
-
-    def _scaled_(self, theta: Tensor) -> Tensor:
-        return (
-            self.model.scale_features_(theta, self.config.model.feature_scale)
-            if isinstance(self.model, Conv4)
-            else theta
-        )
+        return ours.flatten(parameters).to(self.device, self.dtype)
 
     def shared_(self, vector: Tensor) -> Tensor:
         """theta [N], or a gradient of it, as all classes share it where the head is a shared one; in place.
