@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext import GradientDescent, HessianFree
+from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.inner import NewtonResult
 from imaml_ext.inner.curvature import GaussNewtonOperator, HessianOperator
 from imaml_ext.ops import prox_penalty
@@ -41,7 +42,6 @@ from imaml_ext.training import PRESETS, build
 from imaml_ext.training.config import TrainConfig
 from imaml_ext.training.environment import environment
 from imaml_ext.training.experiment import Experiment
-from imaml_ext.training.run_directory import atomic_write, to_json_text
 from imaml_ext.training.schedule import outer_optimizer
 
 LAMS = (2.0, 0.5, 0.1)
@@ -237,7 +237,7 @@ def main() -> int:
         "environment": environment(experiment.device),
     }
     if options.json is not None:
-        atomic_write(options.json, to_json_text(stamp))
+        atomic_write(options.json, json_bytes(stamp))
     else:
         print(json.dumps(stamp, indent=2))
     return int(any(row["steps_that_increased"] for row in increases))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from imaml_ext._version import __version__
 
 if TYPE_CHECKING:
-    from imaml_ext._native import NativeUnavailableError
+    from imaml_ext.errors import NativeUnavailableError
     from imaml_ext.inner import GradientDescent, HessianFree
     from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, Reptile, prox_solve  # type: ignore[no-redef]  # submodules have these names too
     from imaml_ext.models import MLP, Conv4, TaskLoss, from_module
@@ -48,7 +48,7 @@ _HOMES = {
     "LearnableLam": "meta",
     "MAML": "meta",
     "MLP": "models",
-    "NativeUnavailableError": "_native",
+    "NativeUnavailableError": "errors",
     "Reptile": "meta",
     "TaskLoss": "models",
     "cg": "solvers",

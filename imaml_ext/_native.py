@@ -6,6 +6,8 @@ from types import ModuleType
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension's)
 
+from imaml_ext.errors import NativeUnavailableError
+
 _C: ModuleType | None
 error: ImportError | None
 
@@ -15,10 +17,6 @@ try:
     error = None
 except ImportError as reason:
     _C, error = None, reason
-
-
-class NativeUnavailableError(ImportError):
-    """The compiled part of imaml_ext is not there or does not load."""
 
 
 def native() -> ModuleType:

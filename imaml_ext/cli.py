@@ -23,11 +23,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from imaml_ext.errors import ConfigError, ImamlError, ReportedElsewhere, RunError
 from imaml_ext.reproduce import EXPERIMENTS, ExperimentOptions
-from imaml_ext.training.config import ConfigError, DatasetName, FromScratch, SourceConfig, TrainConfig
+from imaml_ext.training.config import DatasetName, FromScratch, SourceConfig, TrainConfig
 from imaml_ext.training.presets import PRESETS
-from imaml_ext.training.ranks import Ranks, ReportedElsewhere, joined
-from imaml_ext.training.run_directory import RecordedRun, RunDirectory, RunError, read_config
+from imaml_ext.training.ranks import Ranks, joined
+from imaml_ext.training.run_directory import RecordedRun, RunDirectory, read_config
 
 # torch, matplotlib and the data are imported by the command that needs them: `imaml --help` answers at once.
 
@@ -161,27 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ReportedElsewhere as error:
-        return error.code
+        return error.exit_code
     except Exception as error:
-        code = _exit_code(error)
-        if debug or code is None:
+        if debug or not isinstance(error, ImamlError):  # a defect of ours needs its traceback
             traceback.print_exc()
         else:
             print(f"imaml: {error}", file=sys.stderr)
-        return 1 if code is None else code
-
-
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error that explains itself; None of one that is a defect and needs its traceback."""
-    if isinstance(error, ConfigError | RunError):
-        return 1
-    from imaml_ext import CGError, NativeUnavailableError
-    from imaml_ext.data import DataError
-    from imaml_ext.training.signals import Interrupted
-
-    if isinstance(error, Interrupted):
-        return 128 + error.signal
-    return 1 if isinstance(error, DataError | NativeUnavailableError | CGError) else None
+        return getattr(error, "exit_code", 1)
 
 
 def _parse(arguments: list[str]) -> _Command:
@@ -296,10 +283,10 @@ def _train(options: Train, preset: str, arguments: list[str], ranks: Ranks) -> i
 
 
 def _evaluate(options: Evaluate, *, command: str) -> int:
+    from imaml_ext.files import atomic_write, json_bytes
     from imaml_ext.pretrained import evaluate_pretrained
     from imaml_ext.training.environment import environment
     from imaml_ext.training.evaluation import EvaluationOverrides, evaluate_run
-    from imaml_ext.training.run_directory import atomic_write, to_json_text
 
     if (options.run is None) == (options.pretrained is None):
         raise ConfigError("evaluate needs a run directory or --pretrained NAME, and not both")
@@ -316,7 +303,7 @@ def _evaluate(options: Evaluate, *, command: str) -> int:
         result = evaluate_pretrained(str(options.pretrained), overrides, split=options.split, from_scratch=scratch)
     if options.output is not None:
         stamp = {"command": command, "environment": environment(result.device)}
-        atomic_write(options.output, to_json_text(result.to_json() | stamp))
+        atomic_write(options.output, json_bytes(result.to_json() | stamp))
     print(result)
     return 0
 

@@ -206,7 +206,7 @@ def _data(report: _Report) -> None:
 
 
 def _load(report: _Report, name: str, load: Callable[[], Any], *, missing: str) -> None:
-    from imaml_ext.data import DataError
+    from imaml_ext.errors import DataError
 
     try:
         classes, drawings = load().shape[:2]

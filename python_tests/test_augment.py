@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from imaml_ext.data import Augmentation, ClassImages, EpisodeSampler
-from imaml_ext.data.rng import random_words
-from imaml_ext.training import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
+from imaml_ext.errors import ConfigError
+from imaml_ext.rng import random_words
+from imaml_ext.training import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 
 EVERYTHING = Augmentation(flip=True, crop_padding=2, brightness=0.4, contrast=0.4, saturation=0.4)
 

@@ -12,8 +12,9 @@ import torch
 from training_tools import small_config
 
 from imaml_ext.data import Augmentation, ClassImages, EpisodeSampler, Sampler, SinusoidSampler
+from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.meta import LearnableLam
-from imaml_ext.training import ConfigError, RunError, TrainConfig, build, train, trainer
+from imaml_ext.training import TrainConfig, build, train, trainer
 from imaml_ext.training.captured import CapturedStep, StaticStep, static_tasks
 from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
 from imaml_ext.training.experiment import Experiment

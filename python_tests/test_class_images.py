@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from imaml_ext.data import ClassImages, EpisodeSampler
-from imaml_ext.data.rng import choose_distinct, random_words
+from imaml_ext.rng import choose_distinct, random_words
 
 COUNTS = [7, 3, 12, 5, 4, 9]
 

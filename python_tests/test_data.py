@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from imaml_ext import data
-from imaml_ext.data import DataError, cache, glyphs, load_dataset, omniglot
+from imaml_ext.data import cache, glyphs, load_dataset, omniglot
 from imaml_ext.data.omniglot import character_names, load_omniglot, name_rank, omniglot_split
-from imaml_ext.training import ConfigError
+from imaml_ext.errors import ConfigError, DataError
 
 # Every byte of glyphs, as drawn from the font files of matplotlib 3.5 to 3.11.
 GLYPHS_SHA256 = "f1e119ea59a15114d46425d2a0ad54c68f930f49ae8c88fa2264af961812e045"

@@ -10,8 +10,8 @@ import torch
 
 from imaml_ext import _build, _native
 from imaml_ext import doctor as doctor_module
-from imaml_ext.data import DataError
 from imaml_ext.doctor import architecture_serves, build_record, doctor
+from imaml_ext.errors import DataError
 
 RECORD = {
     "cuda": False,

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imaml_ext.data import ClassImages, EpisodeBatch, EpisodeSampler, LinearClosedForm, LinearSampler, SinusoidSampler
-from imaml_ext.data.rng import choose_distinct, normal, random_words, uniform
+from imaml_ext.rng import choose_distinct, normal, random_words, uniform
 
 CLASSES, DRAWINGS, SIDE = 37, 20, 6
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from training_tools import assert_one_sentence, imaml, small_config
 
-from imaml_ext.training import ConfigError, build, train
+from imaml_ext.errors import ConfigError
+from imaml_ext.training import build, train
 from imaml_ext.training.config import FromScratch
 from imaml_ext.training.evaluation import evaluate_from_scratch, evaluate_run
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from imaml_ext.data import DataError, ImageDataset, cifar_split, load_dataset, load_mini_imagenet, pictures, summary
+from imaml_ext.data import ImageDataset, cifar_split, load_dataset, load_mini_imagenet, pictures, summary
 from imaml_ext.data.cifar import class_names
 from imaml_ext.data.folder import load_folder
 from imaml_ext.data.mini_imagenet import NUM_CLASSES
 from imaml_ext.data.pickles import load_pickle
+from imaml_ext.errors import DataError
 
 CATEGORY_FILES = {"train": "train_phase_train", "val": "val", "test": "test"}
 

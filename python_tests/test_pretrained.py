@@ -18,11 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_tools import imaml, small_config
 
-from imaml_ext.data.errors import DataError
+from imaml_ext.errors import ConfigError, DataError, RunError, WeightsError
 from imaml_ext.models import Conv4
 from imaml_ext.pretrained import (
     FewShotLearner,
-    WeightsError,
     evaluate_pretrained,
     export_run,
     load_pretrained,
@@ -30,10 +29,9 @@ from imaml_ext.pretrained import (
     read_images,
     read_weights,
 )
-from imaml_ext.training import ConfigError, DataConfig, MetaConfig, ModelConfig
+from imaml_ext.training import DataConfig, MetaConfig, ModelConfig
 from imaml_ext.training.evaluation import EvaluationOverrides
 from imaml_ext.training.experiment import build
-from imaml_ext.training.run_directory import RunError
 from imaml_ext.training.trainer import train
 
 

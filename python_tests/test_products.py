@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from imaml_ext.errors import ConfigError
 from imaml_ext.models import MLP, Conv4, TaskLoss
 from imaml_ext.models.products import product, rounded
 from imaml_ext.training import PRESETS
-from imaml_ext.training.config import ConfigError, from_json, to_json, with_knobs
+from imaml_ext.training.config import from_json, to_json, with_knobs
 
 FRACTION = {"tf32": 10, "bfloat16": 7}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from imaml_ext.errors import ConfigError
 from imaml_ext.training import (
     PRESETS,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     InnerConfig,

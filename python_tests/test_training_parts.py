@@ -10,23 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from imaml_ext.training.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    load_newest,
-    save_checkpoint,
-)
+from imaml_ext.errors import CheckpointError, RunError
+from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from imaml_ext.training.config import OuterConfig
-from imaml_ext.training.run_directory import (
-    MetricsLog,
-    RunDirectory,
-    RunError,
-    atomic_write,
-    read_metrics,
-    to_json_text,
-)
+from imaml_ext.training.run_directory import MetricsLog, RunDirectory, read_metrics
 from imaml_ext.training.schedule import (
     average_weight,
     learning_rate,
@@ -120,7 +108,7 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypa
 
 
 def test_json_has_no_nan() -> None:
-    assert to_json_text({"a": [float("nan"), 1.0], "b": {"c": float("inf")}}).split() == (
+    assert json_bytes({"a": [float("nan"), 1.0], "b": {"c": float("inf")}}).split() == (
         b'{ "a": [ null, 1.0 ], "b": { "c": null } }'.split()
     )
 

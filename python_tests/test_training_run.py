@@ -15,16 +15,8 @@ import pytest
 import torch
 from training_tools import files_of, small_config
 
-from imaml_ext.training import (
-    CheckpointError,
-    ConfigError,
-    Interrupted,
-    RunError,
-    TrainConfig,
-    build,
-    evaluate,
-    train,
-)
+from imaml_ext.errors import CheckpointError, ConfigError, Interrupted, RunError
+from imaml_ext.training import TrainConfig, build, evaluate, train
 from imaml_ext.training import experiment as experiment_module
 from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
 from imaml_ext.training.config import DataConfig, InnerConfig, ModelConfig, RunConfig, from_json

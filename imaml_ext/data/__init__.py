@@ -1,12 +1,13 @@
 """Tasks to learn from: episodes, their samplers, and the data sets they come from."""
 
+from imaml_ext.errors import DataError
+
 from .augment import Augmentation
 from .baseline import nearest_neighbour_accuracy
 from .cifar import cifar_split, load_cifar
 from .class_images import ClassImages
 from .datasets import Dataset, ImageDataset, Sampler
 from .episodes import EpisodeBatch, EpisodeIndices, EpisodeSampler
-from .errors import DataError
 from .folder import load_folder
 from .glyphs import glyph_split, load_glyphs
 from .linear import LinearClosedForm, LinearSampler

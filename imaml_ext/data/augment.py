@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rng import check_int, uniform
+from imaml_ext.checks import check_int
+from imaml_ext.rng import uniform
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from imaml_ext.checks import check_int
+
 from .episodes import EpisodeSampler
-from .rng import check_int
 
 
 def nearest_neighbour_accuracy(sampler: EpisodeSampler, *, tasks: int) -> tuple[float, float]:

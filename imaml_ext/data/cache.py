@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError
+from imaml_ext.errors import DataError
 
 
 def default_cache_dir() -> Path:

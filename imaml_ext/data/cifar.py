@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from imaml_ext.errors import DataError
+
 from .cache import cache_folder, data_folder, load_arrays
 from .download import download_through_torchvision
-from .errors import DataError
 from .pickles import load_pickle
 from .pictures import LabelledImages
 

@@ -9,12 +9,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from imaml_ext.checks import check_int
+
 from .augment import Augmentation
 from .class_images import ClassImages
 from .episodes import EpisodeBatch, EpisodeSampler
 from .linear import LinearSampler
 from .pictures import number_range
-from .rng import check_int
 from .sinusoid import SinusoidSampler
 
 

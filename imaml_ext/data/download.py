@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from imaml_ext.errors import DataError
 
 
 def download_through_torchvision(what: str, where: Path, fetch: Callable[[Any], object], *, by_hand: str) -> None:

@@ -13,80 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.models import TaskData
+from imaml_ext.batch import EpisodeBatch, shard_slice
+from imaml_ext.checks import check_int
+from imaml_ext.rng import choose_distinct, random_words
 
 from .augment import Augmentation
 from .class_images import ClassImages
-from .rng import check_int, choose_distinct, random_words
-
-
-@dataclass(frozen=True)
-class EpisodeBatch:
-    """B tasks, each with a support and a query set.
-
-    support_x [B, S, …], support_y [B, S] int64 (or [B, S, …] float); query_x [B, Q, …], query_y [B, Q] likewise.
-    """
-
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
-
-    def __post_init__(self) -> None:
-        for side in ("support", "query"):
-            x, y = getattr(self, f"{side}_x"), getattr(self, f"{side}_y")
-            if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
-                raise ValueError(
-                    f"{side}_x and {side}_y must agree in their first two dimensions [tasks, examples], "
-                    f"got {tuple(x.shape)} and {tuple(y.shape)}"
-                )
-        if self.support_x.shape[0] != self.query_x.shape[0]:
-            raise ValueError(
-                "support and query must hold the same number of tasks, "
-                f"got {self.support_x.shape[0]} and {self.query_x.shape[0]}"
-            )
-
-    @property
-    def support(self) -> TaskData:
-        return TaskData(self.support_x, self.support_y)
-
-    @property
-    def query(self) -> TaskData:
-        return TaskData(self.query_x, self.query_y)
-
-    @property
-    def num_tasks(self) -> int:
-        return self.support_x.shape[0]
-
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EpisodeBatch:
-        """The same episodes on ``device``; ``dtype`` applies to the floating-point tensors, labels stay int64."""
-
-        def move(t: Tensor) -> Tensor:
-            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-
-        return EpisodeBatch(*(move(t) for t in (self.support_x, self.support_y, self.query_x, self.query_y)))
-
-    def shard(self, rank: int, world_size: int) -> EpisodeBatch:
-        """The tasks of process ``rank`` of ``world_size``: a contiguous slice (views, no copies)."""
-        rows = shard_slice(self.num_tasks, (rank, world_size))
-        return EpisodeBatch(self.support_x[rows], self.support_y[rows], self.query_x[rows], self.query_y[rows])
-
-
-def shard_slice(num_tasks: int, shard: tuple[int, int] | None) -> slice:
-    """Tasks that process ``rank`` of ``world_size`` takes of a batch; sizes differ by one at most.
-
-    Raises ValueError for a rank outside 0 … world_size − 1, or more processes than tasks.
-    """
-    if shard is None:
-        return slice(0, num_tasks)
-    rank, world_size = shard
-    world_size = check_int("world_size", world_size, minimum=1)
-    rank = check_int("rank", rank, minimum=0)
-    if rank >= world_size:
-        raise ValueError(f"rank must be below world_size = {world_size}, got {rank}")
-    if world_size > num_tasks:
-        raise ValueError(f"world_size must not exceed the {num_tasks} tasks of a meta-batch, got {world_size}")
-    return slice(rank * num_tasks // world_size, (rank + 1) * num_tasks // world_size)
 
 
 def class_labels(tasks: int, ways: int, each: int, device: torch.device) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from imaml_ext.checks import check_int
+from imaml_ext.errors import DataError
+
 from .cache import cache_folder
-from .errors import DataError
 from .pictures import SPLITS, LabelledImages, list_classes, load_classes, load_split_tree
-from .rng import check_int
 
 
 def load_folder(

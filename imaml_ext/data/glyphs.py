@@ -28,8 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
+from imaml_ext.errors import DataError
+
 from .cache import cache_folder, load_arrays, save_arrays
-from .errors import DataError
 from .raster import SIZE, SUB, FontFile, draw, transform
 
 NUM_DRAWERS = 20

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.models import Data
+from imaml_ext.batch import Data
+from imaml_ext.checks import check_int
+from imaml_ext.rng import normal, random_words
 
 from .episodes import EpisodeBatch, TaskSampler
-from .rng import check_int, normal, random_words
 
 
 class LinearSampler(TaskSampler):

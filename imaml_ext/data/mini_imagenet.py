@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from imaml_ext.errors import DataError
+
 from .cache import cache_folder, data_folder
-from .errors import DataError
 from .pickles import load_pickle
 from .pictures import SPLITS, LabelledImages, load_classes, load_split_tree
 

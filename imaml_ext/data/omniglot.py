@@ -27,9 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
+from imaml_ext.errors import DataError
+
 from .cache import cache_folder, data_folder, load_arrays, save_arrays
 from .download import download_through_torchvision
-from .errors import DataError
 
 PROTOCOLS = ("1200/423", "vinyals")
 NUM_CHARACTERS = 1623

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from imaml_ext.errors import DataError
 
 
 def load_pickle(path: Path, *keys: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from imaml_ext.errors import DataError
+
 from .cache import load_arrays, save_arrays
-from .errors import DataError
 
 SPLITS = ("train", "val", "test")
 _SUFFIXES = (".png", ".jpg", ".jpeg")

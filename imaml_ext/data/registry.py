@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from imaml_ext.checks import check_int
+
 from . import cifar, mini_imagenet
 from .class_images import ClassImages
 from .datasets import Dataset, ImageDataset, LinearDataset, SinusoidDataset
@@ -15,7 +17,6 @@ from .folder import load_folder
 from .glyphs import GLYPHS_DESCRIPTION, glyph_split, load_glyphs
 from .omniglot import PROTOCOLS, character_names, load_omniglot, omniglot_split
 from .pictures import LabelledImages, number_range
-from .rng import check_int
 
 
 def load_dataset(name: str, **options: object) -> Dataset:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from imaml_ext.checks import check_int
+from imaml_ext.errors import DataError
+
 from .datasets import Dataset, ImageDataset
 from .episodes import EpisodeSampler
-from .errors import DataError
-from .rng import check_int
 
 
 def summary(dataset: Dataset) -> str:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from imaml_ext.rng import uniform
+
 from .episodes import EpisodeBatch, TaskSampler
-from .rng import uniform
 
 
 class SinusoidSampler(TaskSampler):

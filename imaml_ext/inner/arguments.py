@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imaml_ext.checks import check_int
 from imaml_ext.models import LossFunction
 from imaml_ext.models.loss import TaskLoss, check_losses, task_gradient
 
@@ -57,30 +57,3 @@ def loss_and_gradient(loss: LossFunction, phi: Tensor, data: Any) -> tuple[Tenso
         losses = task_losses(loss, params, data)
         gradient = task_gradient(losses, params)
     return losses.detach(), gradient
-
-
-def check_int(name: str, value: int, *, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
-
-
-def check_number(name: str, value: float, *, above: float | None = None, at_least: float | None = None) -> float:
-    """A finite number, above or at least a bound."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if above is not None and not value > above:
-        raise ValueError(f"{name} must be above {above:g}, got {value}")
-    if at_least is not None and not value >= at_least:
-        raise ValueError(f"{name} must be at least {at_least:g}, got {value}")
-    return float(value)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, loss_and_gradient
+from imaml_ext.checks import check_choice, check_int, check_number
+from imaml_ext.inner.arguments import loss_and_gradient
 from imaml_ext.inner.problem import measured, proximal_norm, start
 from imaml_ext.inner.solver import InnerResult
 from imaml_ext.models import LossFunction, TaskData, TaskLoss

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_losses
+from imaml_ext.checks import check_choice, check_int, check_number
+from imaml_ext.inner.arguments import task_losses
 from imaml_ext.inner.curvature import CURVATURES, CurvatureOperator, GaussNewtonOperator, curvature_operator
 from imaml_ext.inner.problem import measured, start
 from imaml_ext.inner.solver import InnerResult

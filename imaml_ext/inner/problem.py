@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import check_number, loss_and_gradient, task_rows
+from imaml_ext.checks import check_number
+from imaml_ext.inner.arguments import loss_and_gradient, task_rows
 from imaml_ext.models import LossFunction
 from imaml_ext.ops import Coefficient
 

@@ -8,21 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from imaml_ext.batch import Episodes
+from imaml_ext.checks import check_number
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
-from imaml_ext.inner.arguments import check_number, loss_and_gradient, task_losses
+from imaml_ext.inner.arguments import loss_and_gradient, task_losses
 from imaml_ext.meta.regularisation import LearnableLam
 from imaml_ext.models import Data, LossFunction, TaskLoss
 from imaml_ext.ops import Coefficient, as_coefficient
-
-
-class Episodes(Protocol):
-    """A batch of tasks, each with a support and a query set."""
-
-    @property
-    def support(self) -> Data: ...
-
-    @property
-    def query(self) -> Data: ...
 
 
 @dataclass(frozen=True)

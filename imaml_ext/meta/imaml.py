@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imaml_ext.checks import check_choice, check_int, check_number
 from imaml_ext.inner import GradientDescent, InnerSolver
-from imaml_ext.inner.arguments import check_choice, check_int, check_number
 from imaml_ext.inner.curvature import CURVATURES, curvature_operator
 from imaml_ext.meta.algorithm import (
     Episodes,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imaml_ext.inner.arguments import check_choice, check_int, check_number
+from imaml_ext.checks import check_choice, check_int, check_number
 from imaml_ext.inner.curvature import CurvatureOperator
 from imaml_ext.meta.richardson import richardson
 from imaml_ext.ops import Coefficient, as_coefficient

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
+from imaml_ext.checks import check_choice, check_int, check_number
 from imaml_ext.inner import GradientDescent, InnerSolver
-from imaml_ext.inner.arguments import check_choice, check_int, check_number, task_rows
+from imaml_ext.inner.arguments import task_rows
 from imaml_ext.inner.curvature import CURVATURES, curvature_operator
 from imaml_ext.meta.implicit import REACTIONS, implicit_solve
 from imaml_ext.models import LossFunction, TaskLoss

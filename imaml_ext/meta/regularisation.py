@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from imaml_ext.inner.arguments import check_choice, check_number
+from imaml_ext.checks import check_choice, check_number
 from imaml_ext.models import TaskModel
 
 SHARING = ("global", "layer", "parameter")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imaml_ext.checks import check_int
 from imaml_ext.models.initialise import glorot_bound, uniform
 from imaml_ext.models.layout import ParameterLayout
-from imaml_ext.models.mlp import check_size
 from imaml_ext.models.network import describe_input, describe_layer
 from imaml_ext.models.products import check_precision
 from imaml_ext.models.task_layers import batch_norm, conv3x3, linear, max_pool2x2
@@ -58,7 +58,7 @@ class Conv4(TaskModel):
             ("image_size", image_size),
             ("filters", filters),
         ):
-            check_size(name, value)
+            check_int(name, value, minimum=1)
         if pooling not in ("stride", "max"):
             raise ValueError(f"pooling must be 'stride' or 'max', got {pooling!r}")
         if pooling == "max" and image_size < 2**_LAYERS:

@@ -8,11 +8,12 @@ whose last bit differs between machines, is involved.
 from __future__ import annotations
 
 import math
-import operator
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from imaml_ext.rng import philox_words
 
 
 def uniform(shape: tuple[int, ...], bound: float, *, seed: int, index: int) -> Tensor:
@@ -22,8 +23,7 @@ def uniform(shape: tuple[int, ...], bound: float, *, seed: int, index: int) -> T
         bound: in IEEE arithmetic from the shape (square roots are rounded correctly everywhere).
         seed: of the whole model, at least 0. index: of the parameter within the model.
     """
-    key = np.array([seed % 2**64, index], dtype=np.uint64)
-    words = np.random.Philox(key=key).random_raw(math.prod(shape))
+    words = philox_words((seed, index), math.prod(shape))
     odd = ((words >> np.uint64(40)) << np.uint64(1)).astype(np.float64) + 1.0  # 2k + 1, k uniform in 0 … 2²⁴ − 1
     return torch.from_numpy((odd * 2.0**-24 - 1.0) * bound).reshape(shape)
 
@@ -36,15 +36,3 @@ def glorot_bound(fan_in: int, fan_out: int) -> float:
 def he_bound(fan_in: int) -> float:
     """The bound of a uniform distribution of variance 2 / fan_in, for layers before a ReLU; He et al. (2015)."""
     return math.sqrt(6.0 / fan_in)
-
-
-def check_seed(seed: int) -> int:
-    if isinstance(seed, bool):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}") from None
-    if value < 0:
-        raise ValueError(f"seed must be at least 0, got {value}")
-    return value

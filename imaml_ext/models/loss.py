@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from imaml_ext.batch import Data
 from imaml_ext.models.module import ModuleModel
 from imaml_ext.models.network import (
     Network,
@@ -21,23 +22,6 @@ from imaml_ext.models.network import (
 from imaml_ext.models.task_model import TaskModel
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # outputs [B, S, *], targets [B, S, *] -> losses [B]
-
-
-class Data(Protocol):
-    """One side (support or query) of a batch of tasks: x [B, S, *] and y [B, S, *]."""
-
-    @property
-    def x(self) -> Tensor: ...
-
-    @property
-    def y(self) -> Tensor: ...
-
-
-class TaskData(NamedTuple):
-    """`Data` from two tensors. x: [B, S, …] inputs; y: [B, S] int64 labels, or [B, S, …] float targets."""
-
-    x: Tensor
-    y: Tensor
 
 
 LossFunction = Callable[[Tensor, Data], Tensor]  # params [B, N], data -> losses [B]

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from imaml_ext.checks import check_int
 from imaml_ext.models.initialise import glorot_bound, he_bound, uniform
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.network import describe_input, describe_layer
@@ -46,7 +47,7 @@ class MLP(TaskModel):
         widths = (in_features, *hidden, out_features)
         names = ("in_features", *(f"hidden[{i}]" for i in range(len(hidden))), "out_features")
         for name, width in zip(names, widths, strict=True):
-            check_size(name, width)
+            check_int(name, width, minimum=1)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
         self.widths = widths
@@ -90,10 +91,3 @@ class MLP(TaskModel):
 def _flattened(inputs: Tensor) -> Tensor:
     """[B, S, *] -> [B, S, in]."""
     return inputs.flatten(2) if inputs.dim() > 2 else inputs.unsqueeze(2)
-
-
-def check_size(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

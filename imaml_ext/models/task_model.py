@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from imaml_ext.models.initialise import check_seed
+from imaml_ext.checks import check_int
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.network import Network
 
@@ -36,7 +36,7 @@ class TaskModel(ABC):
         """
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point type, got {dtype}")
-        theta = self.layout.flatten(self._initial(check_seed(seed)))
+        theta = self.layout.flatten(self._initial(check_int("seed", seed, minimum=0)))
         return theta.to(device=device, dtype=dtype)
 
     def __call__(self, params: Tensor, inputs: Tensor) -> Tensor:

@@ -1,16 +1,9 @@
 """Trained meta-parameters, and the few lines that adapt them to examples of one's own."""
 
+from imaml_ext.errors import WeightsError
 from imaml_ext.pretrained.images import read_images
 from imaml_ext.pretrained.learner import AdaptedLearner, FewShotLearner, load_pretrained
-from imaml_ext.pretrained.weights import (
-    Card,
-    Weights,
-    WeightsError,
-    evaluate_pretrained,
-    export_run,
-    pretrained_names,
-    read_weights,
-)
+from imaml_ext.pretrained.weights import Card, Weights, evaluate_pretrained, export_run, pretrained_names, read_weights
 
 __all__ = [
     "AdaptedLearner",

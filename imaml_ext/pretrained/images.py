@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from imaml_ext.data.errors import DataError
+from imaml_ext.errors import DataError
 
 
 def read_images(paths: Sequence[Path | str], shape: tuple[int, ...], *, margin: float = 0.1) -> Tensor:

@@ -17,20 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from imaml_ext.errors import RunError, WeightsError
+from imaml_ext.files import atomic_write
 from imaml_ext.models import TaskLoss
 from imaml_ext.training.checkpoint import load_newest
 from imaml_ext.training.config import FromScratch, TrainConfig, from_json, to_json
 from imaml_ext.training.evaluation import AS_CONFIGURED, Evaluation, EvaluationOverrides, evaluate_as_configured
 from imaml_ext.training.experiment import build, open_dataset, task_loss
-from imaml_ext.training.run_directory import RunDirectory, RunError, atomic_write, read_config
+from imaml_ext.training.run_directory import RunDirectory, read_config
 
 FORMAT = "imaml_ext 1"
 _LOG_LAM = "log_lam"
 _PUBLISHED = Path(__file__).parent / "weights"
-
-
-class WeightsError(RunError):
-    """A weights file that is missing, damaged or not one of ours."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from imaml_ext.files import atomic_write
 from imaml_ext.reproduce.cells import (
     Cell,
     Outcome,
@@ -28,7 +29,6 @@ from imaml_ext.reproduce.options import Ablation
 from imaml_ext.reproduce.results import markdown_table
 from imaml_ext.training.presets import PRESETS
 from imaml_ext.training.reports import write_figure
-from imaml_ext.training.run_directory import atomic_write
 
 LITERAL: dict[str, Any] = {
     "inner.lam": 2.0,

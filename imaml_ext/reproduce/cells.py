@@ -11,21 +11,16 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from imaml_ext.errors import ConfigError, Diverged, RunError
+from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.reproduce.options import ImageOptions, TrainedOptions
 from imaml_ext.reproduce.results import output_folder, write_results
 from imaml_ext.training import reports
-from imaml_ext.training.config import ConfigError, TrainConfig, to_json, with_knobs
+from imaml_ext.training.config import TrainConfig, to_json, with_knobs
 from imaml_ext.training.experiment import resolve_device
 from imaml_ext.training.progress import say
-from imaml_ext.training.run_directory import (
-    RunDirectory,
-    RunError,
-    atomic_write,
-    read_config,
-    read_metrics,
-    to_json_text,
-)
-from imaml_ext.training.trainer import Diverged, check_directory, train
+from imaml_ext.training.run_directory import RunDirectory, read_config, read_metrics
+from imaml_ext.training.trainer import check_directory, train
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def train_cells(
             train(cell.config, directory.path, preset=cell.name, command=command, resume=True)
         except Diverged as error:
             say(str(error))
-            atomic_write(_diverged(directory), to_json_text({"diverged": str(error)}))
+            atomic_write(_diverged(directory), json_bytes({"diverged": str(error)}))
         draw(outcomes(cells, options))
     found = outcomes(cells, options)
     if not found:

@@ -21,15 +21,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.reproduce.cost_cell import CG_STEPS, LAM, SHOTS, WAYS, CostCell, measure
 from imaml_ext.reproduce.options import Cost
 from imaml_ext.reproduce.results import COLORS, LABELS, output_folder, read_results, write_results
-from imaml_ext.training.config import ConfigError, SourceConfig
+from imaml_ext.training.config import SourceConfig
 from imaml_ext.training.environment import environment
 from imaml_ext.training.experiment import open_dataset, resolve_device
 from imaml_ext.training.progress import ProgressBar, say
 from imaml_ext.training.reports import write_figure
-from imaml_ext.training.run_directory import RunError
 
 _GIB = 2**30
 Cells = dict[str, dict[str, Any]]  # "method/steps" -> what was measured, or why nothing was

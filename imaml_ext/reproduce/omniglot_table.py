@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from imaml_ext.files import atomic_write
 from imaml_ext.reproduce.cells import (
     Cell,
     Outcome,
@@ -26,7 +27,6 @@ from imaml_ext.reproduce.options import ALGORITHMS, OmniglotTable
 from imaml_ext.reproduce.results import COLORS, LABELS, markdown_table
 from imaml_ext.training.presets import PRESETS
 from imaml_ext.training.reports import write_figure
-from imaml_ext.training.run_directory import atomic_write
 
 COLUMNS = {"5w1s": "5-way 1-shot", "5w5s": "5-way 5-shot", "20w1s": "20-way 1-shot", "20w5s": "20-way 5-shot"}
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from imaml_ext.training.config import ConfigError
+from imaml_ext.errors import ConfigError
 
 Algorithm = Literal["imaml-gd", "imaml-hf", "maml", "fomaml", "reptile"]
 ALGORITHMS: tuple[Algorithm, ...] = ("imaml-gd", "imaml-hf", "maml", "fomaml", "reptile")

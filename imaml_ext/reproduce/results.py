@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from imaml_ext.errors import RunError
+from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.reproduce.options import ExperimentOptions
 from imaml_ext.training.config import to_json
 from imaml_ext.training.environment import environment
-from imaml_ext.training.run_directory import RunError, atomic_write, to_json_text
 
 # One name and one colour an algorithm, in every figure.
 LABELS = {
@@ -52,7 +53,7 @@ def write_results(path: Path, options: ExperimentOptions, device: torch.device, 
     for not_of_the_result in ("output_dir", "data_root", "debug", "draw_only"):
         configuration.pop(not_of_the_result, None)
     stamp = {"experiment": options.name, "configuration": configuration, "environment": environment(device)}
-    atomic_write(path, to_json_text({**stamp, **content}))
+    atomic_write(path, json_bytes({**stamp, **content}))
 
 
 def read_results(path: Path) -> dict[str, Any] | None:

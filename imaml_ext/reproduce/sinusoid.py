@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from imaml_ext.errors import RunError
+from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.reproduce.cells import (
     Cell,
     Outcome,
@@ -31,7 +33,7 @@ from imaml_ext.training.experiment import Experiment
 from imaml_ext.training.presets import PRESETS
 from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.reports import write_figure
-from imaml_ext.training.run_directory import RunDirectory, RunError, atomic_write, read_config, to_json_text
+from imaml_ext.training.run_directory import RunDirectory, read_config
 
 SHOTS = ("5shot", "10shot")
 TEST_STEPS = (0, 1, 2, 3, 5, 10, 20, 50)
@@ -104,7 +106,7 @@ def _adaptation(directory: RunDirectory) -> dict[str, Any]:
         adaptation: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         adaptation = _adapt(directory)
-        atomic_write(path, to_json_text(adaptation))
+        atomic_write(path, json_bytes(adaptation))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}): remove it, and it is made again") from error
     return adaptation

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from imaml_ext._native import native
+from imaml_ext.checks import check_int
+from imaml_ext.errors import SolveError as CGError
 from imaml_ext.ops import Coefficient, as_coefficient
 
 __all__ = ["CGError", "CGResult", "CGStatus", "cg"]
@@ -47,10 +49,6 @@ _ADVICE = {
         "the row's inputs, lower the inner learning rate, or use a wider dtype"
     ),
 }
-
-
-class CGError(RuntimeError):
-    """Rows of a solve that did not converge, raised by `CGResult.raise_if_failed`."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,6 @@ def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
     if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
     return torch.full((1,), float(value), dtype=torch.float64, device=b.device)
-
-
-def _count(value: int, name: str, *, minimum: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
 
 
 def check_arguments(
@@ -194,12 +184,12 @@ def cg(
             b,
             shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
             x0=x0,
-            max_iterations=_count(max_iterations, "max_iterations"),
+            max_iterations=check_int("max_iterations", max_iterations, minimum=0),
             rtol=_tolerance(rtol, "rtol", b),
             atol=_tolerance(atol, "atol", b),
             inverse_diagonal=diagonal,
             preconditioner=preconditioner,
-            check_every=_count(check_every, "check_every"),
-            rows_per_block=0 if rows_per_block is None else _count(rows_per_block, "rows_per_block", minimum=1),
+            check_every=check_int("check_every", check_every, minimum=0),
+            rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
         )
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from imaml_ext.errors import ConfigError
 from imaml_ext.training.config import (
     AugmentConfig,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     InnerConfig,

@@ -15,9 +15,9 @@ import torch
 from imaml_ext.data import EpisodeBatch, EpisodeSampler, Sampler
 from imaml_ext.data.class_images import unit_range
 from imaml_ext.data.episodes import class_labels
+from imaml_ext.errors import RunError
 from imaml_ext.training.experiment import Experiment
 from imaml_ext.training.meta_step import State, update
-from imaml_ext.training.run_directory import RunError
 from imaml_ext.training.schedule import average_weight, learning_rate, set_learning_rate
 
 WARM_UP = 3  # steps before the capture, in which libraries and autograd set up what they keep

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext.training.run_directory import RunError, atomic_write
+from imaml_ext.errors import CheckpointError
+from imaml_ext.files import atomic_write
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-
-
-class CheckpointError(RunError):
-    """A checkpoint that is damaged, missing, or of another run."""
 
 
 @dataclass(frozen=True)

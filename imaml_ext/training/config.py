@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from imaml_ext.errors import ConfigError
+
 Config = TypeVar("Config")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: one sentence naming the knob, what was expected and what came."""
 
 
 def _check(condition: bool, knob: str, expected: str, value: object) -> None:

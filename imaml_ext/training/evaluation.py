@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data.episodes import shard_slice
+from imaml_ext.errors import CheckpointError, ConfigError, RunError
 from imaml_ext.inner import GradientDescent
 from imaml_ext.models import Data
-from imaml_ext.training.checkpoint import CheckpointError, load_checkpoint, load_newest
-from imaml_ext.training.config import ConfigError, FromScratch, TrainConfig
+from imaml_ext.training.checkpoint import load_checkpoint, load_newest
+from imaml_ext.training.config import FromScratch, TrainConfig
 from imaml_ext.training.experiment import Experiment, build
 from imaml_ext.training.progress import ProgressBar
 from imaml_ext.training.ranks import Ranks
-from imaml_ext.training.run_directory import RunDirectory, RunError, read_config
+from imaml_ext.training.run_directory import RunDirectory, read_config
 
 _FIRST = 1250  # query examples
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data import Augmentation, Dataset, Sampler, dataset_options, load_dataset
+from imaml_ext.errors import CheckpointError, ConfigError, RunError
 from imaml_ext.inner import GradientDescent, HessianFree, InnerSolver
 from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, MetaAlgorithm, Reptile
 from imaml_ext.models import MLP, Conv4, ParameterLayout, TaskLoss, TaskModel
-from imaml_ext.training.checkpoint import CheckpointError
-from imaml_ext.training.config import AugmentConfig, ConfigError, SourceConfig, TrainConfig
-from imaml_ext.training.run_directory import RunError
+from imaml_ext.training.config import AugmentConfig, SourceConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,12 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor
 
+from imaml_ext.errors import ConfigError, Interrupted, LostRank, ReportedElsewhere, RunError
 from imaml_ext.meta import MetaGradient
-from imaml_ext.training.config import ConfigError
-from imaml_ext.training.ranks import Arguments, Ranks, ReportedElsewhere, Result
-from imaml_ext.training.run_directory import RunError
-from imaml_ext.training.signals import Interrupted
+from imaml_ext.training.ranks import Arguments, Ranks, Result
 
 # The longest that one rank waits for another: for data that are rendered or downloaded, for a picture that is drawn.
 PATIENCE = timedelta(minutes=10)
-
-
-class LostRank(RunError):
-    """Another process of the job has ended, or does not answer."""
 
 
 class ProcessGroup(Ranks):

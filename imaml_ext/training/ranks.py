@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from imaml_ext.training.run_directory import RunError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,14 +17,6 @@ if TYPE_CHECKING:
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-class ReportedElsewhere(RunError):
-    """An error that another rank raises, and tells the user; this one ends with the same exit code."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Ranks:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from imaml_ext.data import Dataset, EpisodeBatch, ImageDataset, sample_sheet
+from imaml_ext.files import atomic_write
 from imaml_ext.training.experiment import Experiment
-from imaml_ext.training.run_directory import RunDirectory, atomic_write, read_metrics
+from imaml_ext.training.run_directory import RunDirectory, read_metrics
 
 _TRAIN, _VALIDATION = "#1f77b4", "#d62728"
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"

@@ -13,60 +13,15 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from imaml_ext.errors import RunError
+from imaml_ext.files import json_bytes
 from imaml_ext.training.config import TrainConfig, from_json
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or continue: one sentence that says why, and what can be done."""
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part.
-
-    Raises:
-        RunError: the file cannot be written; what was there before is unchanged.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename in this directory outlive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def to_json_text(values: object) -> bytes:
-    return (json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").encode()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they are written as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class RunDirectory:
@@ -173,7 +128,7 @@ class MetricsLog:
         Raises:
             RunError: the line cannot be written; the file is as it was before.
         """
-        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        line = json_bytes(row, indent=None)
         try:
             written = 0
             while written < len(line):  # a disk that is almost full takes a part, and says at the next write why

@@ -7,13 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop by a signal and has been saved."""
-
-    def __init__(self, number: int | None, message: str) -> None:
-        super().__init__(message)
-        self.signal = int(number or signal.SIGINT)
+from imaml_ext.errors import Interrupted
 
 
 class StopRequest:

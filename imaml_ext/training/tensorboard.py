@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imaml_ext.training.run_directory import RunError
+from imaml_ext.errors import RunError
 
 _GROUPS = {"val_": "validation", "query_": "query", "support_": "support", "cg_": "solver"}
 

@@ -11,16 +11,12 @@ import torch
 
 from imaml_ext import __version__
 from imaml_ext.data import Sampler
+from imaml_ext.errors import CheckpointError, ConfigError, Diverged, Interrupted, RunError
+from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.training import reports
 from imaml_ext.training.captured import CapturedStep
-from imaml_ext.training.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    load_newest,
-)
-from imaml_ext.training.config import ConfigError, TrainConfig, knobs, to_json
+from imaml_ext.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+from imaml_ext.training.config import TrainConfig, knobs, to_json
 from imaml_ext.training.environment import environment
 from imaml_ext.training.evaluation import Evaluation, evaluate
 from imaml_ext.training.experiment import Experiment, build, open_dataset
@@ -28,14 +24,10 @@ from imaml_ext.training.meta_step import EagerStep, MetaStep, State
 from imaml_ext.training.progress import ProgressBar, say
 from imaml_ext.training.ranks import Ranks, joined
 from imaml_ext.training.records import Records
-from imaml_ext.training.run_directory import RunDirectory, RunError, atomic_write, read_config, to_json_text
+from imaml_ext.training.run_directory import RunDirectory, read_config
 from imaml_ext.training.schedule import learning_rate, load_optimizer_state, optimizer_state, outer_optimizer
-from imaml_ext.training.signals import Interrupted, StopRequest
+from imaml_ext.training.signals import StopRequest
 from imaml_ext.training.window import Window
-
-
-class Diverged(RunError):
-    """The meta-gradient or the parameters of a run became non-finite."""
 
 
 def train(
@@ -128,7 +120,7 @@ def _open(
     """Begin the run that is in the opened directory, or find the checkpoint to continue it from."""
     saved = _load(directory, config, checkpoint) if resume else None
     if not directory.holds_run():
-        atomic_write(directory.config, to_json_text(stamp))
+        atomic_write(directory.config, json_bytes(stamp))
     _drop_checkpoints_after(directory, saved)
     if saved is not None:
         say(f"continuing after step {saved.step}")
@@ -256,7 +248,7 @@ def _conclude(
     title = stamp["preset"] or experiment.config.data.name
     reports.draw_learning_curve(directory, title=f"{title}: {tested}")
     reports.draw_episodes(directory, experiment, state.evaluated)
-    atomic_write(directory.result, to_json_text(result))
+    atomic_write(directory.result, json_bytes(result))
     say(str(tested))
     say(f"results are in {directory.path}")
     return result

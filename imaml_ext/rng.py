@@ -1,50 +1,40 @@
 """Counter-based randomness: what is drawn is a function of (seed, stream, step) alone.
 
 The words come raw from NumPy's Philox bit generator, whose output is fixed by its published algorithm (Salmon et al.,
-*Parallel random numbers: as easy as 1, 2, 3*, SC 2011); the methods of ``numpy.random.Generator``, which may change
+*Parallel random numbers: as easy as 1, 2, 3*, SC 2011); the methods of `numpy.random.Generator`, which may change
 from one NumPy release to the next, are not used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import operator
 
 import numpy as np
 
-_WORD = 2**64
+__all__ = ["choose_distinct", "normal", "philox_words", "random_words", "uniform"]
 
 
-def check_int(name: str, value: object, *, minimum: int) -> int:
-    """``value`` as an int ≥ ``minimum``; TypeError or ValueError names the argument otherwise."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < minimum:
-        wanted = {0: "zero or positive", 1: "positive"}.get(minimum, f"at least {minimum}")
-        raise ValueError(f"{name} must be {wanted}, got {number}")
-    return number
+def philox_words(key: tuple[int, int], count: int, counter: tuple[int, int, int, int] = (0, 0, 0, 0)) -> np.ndarray:
+    """`count` random 64-bit words, uint64 [count], from the Philox counters that begin at `counter` under `key`."""
+    keys = np.array([part % 2**64 for part in key], dtype=np.uint64)
+    return np.random.Philox(key=keys, counter=np.array(counter, dtype=np.uint64)).random_raw(count)
 
 
 def random_words(
     *, seed: int, stream: str, step: int, first_task: int, num_tasks: int, words_per_task: int
 ) -> np.ndarray:
-    """Random 64-bit words for tasks ``first_task .. first_task + num_tasks − 1`` of one meta-step.
+    """Random 64-bit words for tasks `first_task` … `first_task + num_tasks - 1` of one meta-step.
 
-    Each task has a Philox counter range of its own, (·, task, step, 0) under the key (seed, hash of stream): the words
+    Each task has a Philox counter range of its own, (·, task, step, 0) under the key (seed, hash of stream). The words
     of a task depend neither on how many tasks there are nor on which process draws them.
 
     Returns uint64 [num_tasks, words_per_task].
     """
     digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
-    key = np.array([seed % _WORD, int.from_bytes(digest, "little")], dtype=np.uint64)
+    key = (seed, int.from_bytes(digest, "little"))
     words = np.empty((num_tasks, words_per_task), dtype=np.uint64)
     for row in range(num_tasks):
-        counter = np.array([0, first_task + row, step, 0], dtype=np.uint64)
-        words[row] = np.random.Philox(key=key, counter=counter).random_raw(words_per_task)
+        words[row] = philox_words(key, words_per_task, (0, first_task + row, step, 0))
     return words
 
 
@@ -54,7 +44,7 @@ def uniform(words: np.ndarray) -> np.ndarray:
 
 
 def normal(words: np.ndarray) -> np.ndarray:
-    """Standard normal float64 by Box-Muller; the last axis of ``words`` is even, and pairs of halves make the
+    """Standard normal float64 by Box-Muller; the last axis of `words` is even, and pairs of halves make the
     output."""
     half = words.shape[-1] // 2
     radius = np.sqrt(-2.0 * np.log1p(-uniform(words[..., :half])))
@@ -63,7 +53,7 @@ def normal(words: np.ndarray) -> np.ndarray:
 
 
 def choose_distinct(words: np.ndarray, population: int | np.ndarray) -> np.ndarray:
-    """For each row, ``words.shape[1]`` distinct numbers of ``range(population)``, in random order.
+    """For each row, `words.shape[1]` distinct numbers of `range(population)`, in random order.
 
     A partial Fisher-Yates shuffle, vectorised over rows. A word w becomes an index below n as ⌊(w ≫ 32)·n / 2³²⌋: the
     probabilities are uniform to within n/2³².

@@ -1,0 +1,72 @@
+"""Every exception of imaml_ext. Each explains itself in one sentence, so that the command line shows no traceback."""
+
+from __future__ import annotations
+
+import signal
+
+
+class ImamlError(Exception):
+    """The base of all errors that explain themselves; `exit_code` is that of the command `imaml`."""
+
+    exit_code = 1
+
+
+class ConfigError(ImamlError, ValueError):
+    """A setting outside its range, or settings that do not fit together: names the setting and what came."""
+
+
+class ConfigTypeError(ImamlError, TypeError):
+    """A setting of the wrong type: names the setting, the type that was expected and what came."""
+
+
+class DataError(ImamlError, RuntimeError):
+    """Data that is missing, damaged or not of the expected format; says which, and what to do."""
+
+
+class NativeUnavailableError(ImamlError, ImportError):
+    """The compiled part of imaml_ext is missing or does not load."""
+
+
+class SolveError(ImamlError, RuntimeError):
+    """Rows of a linear solve that failed: says which, how, and what to do."""
+
+
+class RunError(ImamlError, RuntimeError):
+    """A run that cannot start or continue: says why, and what can be done."""
+
+
+class WeightsError(RunError):
+    """A weights file that is missing, damaged or not one of ours."""
+
+
+class WriteError(RunError):
+    """A file that cannot be written; what was there before is unchanged."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is damaged, missing, or of another run."""
+
+
+class Diverged(RunError):
+    """The meta-gradient or the meta-parameters of a run became non-finite."""
+
+
+class LostRank(RunError):
+    """Another process of the job has ended, or does not answer."""
+
+
+class ReportedElsewhere(RunError):
+    """An error that another process raises and reports; this process ends with the same exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+class Interrupted(ImamlError, RuntimeError):
+    """A signal asked the run to stop, and the run has been saved."""
+
+    def __init__(self, number: int | None, message: str) -> None:
+        super().__init__(message)
+        self.signal = int(number or signal.SIGINT)
+        self.exit_code = 128 + self.signal
