@@ -1,5 +1,17 @@
-"""Linear solvers over Hessian-vector products, one system a row."""
+"""Linear solvers over Hessian-vector products, one system per row."""
 
-from imaml_ext.solvers.cg import CGError, CGResult, CGStatus, cg
+from typing import Any
 
-__all__ = ["CGError", "CGResult", "CGStatus", "cg"]
+from imaml_ext.solvers.cg import CG, cg
+from imaml_ext.solvers.linear import LinearSolver, Solution, SolveStatus
+from imaml_ext.solvers.stationary import FixedPoint, Neumann
+
+__all__ = ["CG", "FixedPoint", "LinearSolver", "Neumann", "Solution", "SolveStatus", "cg"]
+
+
+def __getattr__(name: str) -> Any:
+    """Any solver of `LinearSolver.kinds`, by the name of its class."""
+    for kind, path in LinearSolver.kinds.items():
+        if path.endswith(f".{name}"):
+            return LinearSolver.kind(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
