@@ -33,9 +33,6 @@ class Conv4(TaskModel):
     cancel. Initial weights are uniform of variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010), the norms' weights
     1, biases 0.
 
-    Raises:
-        ConfigTypeError, ConfigError: a field outside its bounds, images that four max-poolings leave nothing of.
-
     Source: Finn et al., Model-Agnostic Meta-Learning (2017), section 5.2; Vinyals et al. (2016).
     """
 

@@ -27,9 +27,6 @@ class MLP(TaskModel):
     Parameters `0.weight` [in, out], `0.bias` [out], `1.weight`, …: a weight is stored as the matrix that multiplies a
     row of features from the right. Initial weights: uniform of variance 2 / fan_in (ReLU, He et al. 2015) or
     2 / (fan_in + fan_out) (tanh and the last layer, Glorot and Bengio 2010); biases zero.
-
-    Raises:
-        ConfigTypeError, ConfigError: a field of the wrong type or outside its bounds.
     """
 
     in_features: Annotated[int, COUNT] = from_data(1)
