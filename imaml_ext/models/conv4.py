@@ -36,20 +36,15 @@ class Conv4(TaskModel):
     Source: Finn et al., Model-Agnostic Meta-Learning (2017), section 5.2; Vinyals et al. (2016).
     """
 
-    ways: Annotated[int, COUNT] = from_data(5)
-    "Classes per task."
+    ways: Annotated[int, COUNT] = from_data(5)  # Classes per task.
     _: KW_ONLY
-    in_channels: Annotated[int, COUNT] = from_data(1)
-    "Channels of an image."
-    image_size: Annotated[int, COUNT] = from_data(28)
-    "Height and width of an image, in pixels."
-    filters: Annotated[int, COUNT] = 64
-    "Channels of every convolution."
+    in_channels: Annotated[int, COUNT] = from_data(1)  # Channels of an image.
+    image_size: Annotated[int, COUNT] = from_data(28)  # Height and width of an image, in pixels.
+    filters: Annotated[int, COUNT] = 64  # Channels of every convolution.
+    # How images shrink. "stride" (Omniglot): convolutions of stride 2, then the mean over the pixels that remain. "max"
+    # (larger images): 2×2 max-pooling after each batch norm; the linear layer reads all pixels that remain.
     pooling: Literal["stride", "max"] = "stride"
-    """How images shrink. "stride" (Omniglot): convolutions of stride 2, then the mean over the pixels that remain.
-    "max" (larger images): 2×2 max-pooling after each batch norm; the linear layer reads all pixels that remain."""
-    precision: Precision = "float32"
-    "Precision of the products in the convolutions and the linear layer."
+    precision: Precision = "float32"  # Precision of the products in the convolutions and the linear layer.
 
     def __post_init__(self) -> None:
         super().__post_init__()

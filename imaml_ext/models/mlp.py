@@ -29,17 +29,12 @@ class MLP(TaskModel):
     2 / (fan_in + fan_out) (tanh and the last layer, Glorot and Bengio 2010); biases zero.
     """
 
-    in_features: Annotated[int, COUNT] = from_data(1)
-    "Numbers in an input."
-    hidden: Annotated[tuple[int, ...], COUNT] = (40, 40)
-    "Widths of the hidden layers; none for a linear model."
-    out_features: Annotated[int, COUNT] = from_data(1)
-    "Numbers in an output."
+    in_features: Annotated[int, COUNT] = from_data(1)  # Numbers in an input.
+    hidden: Annotated[tuple[int, ...], COUNT] = (40, 40)  # Widths of the hidden layers; none for a linear model.
+    out_features: Annotated[int, COUNT] = from_data(1)  # Numbers in an output.
     _: KW_ONLY
-    activation: Literal["relu", "tanh"] = "relu"
-    "The function between the layers."
-    precision: Precision = "float32"
-    "Precision of the layers' products."
+    activation: Literal["relu", "tanh"] = "relu"  # The function between the layers.
+    precision: Precision = "float32"  # Precision of the layers' products.
 
     @property
     def widths(self) -> tuple[int, ...]:
