@@ -117,9 +117,9 @@ def _last(arguments: list[str], flag: str) -> str | None:
 def _carried(old: Settings, new: S) -> S:
     """`new` with the values of `old` in the fields that both have."""
     ours, theirs = field_types(type(old)), field_types(type(new))
-    for name in ours.keys() & theirs.keys():
-        if ours[name] == theirs[name]:
-            object.__setattr__(new, name, getattr(old, name))
+    for field in dataclasses.fields(new):  # type: ignore[arg-type]
+        if ours.get(field.name) == theirs[field.name]:
+            object.__setattr__(new, field.name, getattr(old, field.name))
     return new
 
 

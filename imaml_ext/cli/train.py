@@ -21,7 +21,7 @@ from imaml_ext.train.recipe import Recipe, load_recipe, recipe_summaries
 from imaml_ext.train.run_directory import RecordedRun, RunDirectory, read_config
 
 _PACKAGE = Path(__file__).parents[1]
-_RECIPES, _CHAINS = _PACKAGE / "recipes", _PACKAGE / "reproduction" / "chains"
+RECIPES, CHAINS = _PACKAGE / "recipes", _PACKAGE / "reproduction" / "chains"
 _NOTE = "A recipe file of your own: imaml train FILE.py. Recipes of the published weights: reproduction/chains/."
 
 
@@ -44,13 +44,13 @@ class Options:
 def run(arguments: list[str], ranks: Ranks) -> int:
     with contextlib.nullcontext() if ranks.first else _unheard():
         name, recipe = ranks.on_all(_recipe, arguments)
-        options = ranks.on_all(_parse, name, recipe, arguments[1:])
+        options = ranks.on_all(training_options, name, recipe, arguments[1:])
     run_dir = options.run_dir or Path("runs") / name
     if options.resume:  # a run keeps its own settings where the command line gives none
         recorded = ranks.on_first(_recorded, run_dir, name)
         if recorded is not None:
             with _unheard():
-                options = ranks.on_all(_parse, name, replace(recipe, config=recorded.config), arguments[1:])
+                options = ranks.on_all(training_options, name, replace(recipe, config=recorded.config), arguments[1:])
     from imaml_ext.train.trainer import train
 
     train(
@@ -62,3 +62,44 @@ def run(arguments: list[str], ranks: Ranks) -> int:
         checkpoint=options.from_checkpoint,
     )
     return 0
+
+
+def _recipe(arguments: list[str]) -> tuple[str, Recipe]:
+    """The recipe that the command line begins with, and its name: one of the package's, or a file of the user's."""
+    given = arguments[0] if arguments else ""
+    if given.endswith(".py"):
+        return Path(given).stem.replace("_", "-"), load_recipe(Path(given))
+    name = chosen_name(arguments, recipe_summaries(RECIPES), others=CHAINS, prog="imaml train", what="recipe")
+    return name, load_recipe(name)
+
+
+def training_options(name: str, recipe: Recipe, arguments: list[str]) -> Options:
+    default = Options(recipe.config)
+    options = parse(
+        Options, renamed(arguments), prog=f"imaml train {name}", description=recipe.description, default=default
+    )
+    if options.from_checkpoint is not None and not options.resume:
+        raise ConfigError("--from-checkpoint says where to continue from: it needs --resume")
+    return options
+
+
+def _recorded(path: Path, name: str) -> RecordedRun | None:
+    """The run of this recipe that is in a directory, None where there is no run yet."""
+    directory = RunDirectory(path)
+    if not directory.holds_run():
+        return None
+    recorded = read_config(directory)
+    if recorded.recipe != name:
+        raise RunError(f"{path} holds a run of the recipe {recorded.recipe!r}, not of {name!r}")
+    return recorded
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Where another rank says the same."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield

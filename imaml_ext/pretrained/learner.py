@@ -81,7 +81,7 @@ class FewShotLearner:
         return AdaptedLearner(self, phi, x)
 
     def examples(self, x: Tensor, name: str) -> Tensor:
-        """Returns examples [S, *input_shape] in the type and on the device of the parameters; uint8 images become [0, 1]."""
+        """Returns examples [S, *input_shape] as the parameters are; uint8 images become [0, 1]."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 1 + len(self.input_shape) or tuple(x.shape[1:]) != self.input_shape or not len(x):
@@ -104,7 +104,7 @@ class AdaptedLearner:
     support: Tensor
 
     def predict(self, x: Tensor, *, with_support: bool = True) -> Tensor:
-        """Returns probabilities [Q, ways] of the classes of new examples [Q, *input_shape]; outputs [Q, 1] in regression.
+        """Returns probabilities [Q, ways] of new examples [Q, *input_shape]; outputs [Q, 1] in regression.
 
         Batch normalisation takes its statistics from the examples that are given together, in training and test alike.
         `with_support` puts the support set beside them, so that one example alone is judged nearly as well as many.

@@ -24,6 +24,7 @@ from imaml_ext.models import TaskModel
 from imaml_ext.settings import from_json, to_json
 
 FORMAT = "imaml_ext 2"
+_KEYS = ("model", "criterion", "algorithm", "shared_head", "card")  # of the metadata, each as JSON
 _PUBLISHED = Path(__file__).parent / "weights"
 
 
@@ -175,7 +176,7 @@ def read_weights(source: Path | str) -> Weights:
     if metadata.get("format") != FORMAT:
         raise WeightsError(f"{path} was not written by `imaml export`: its format is {metadata.get('format')!r}")
     try:
-        return _from_file(path.stem, tensors, json.loads(metadata["imaml_ext"]))
+        return _from_file(path.stem, tensors, {key: json.loads(metadata[key]) for key in _KEYS})
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"weights {path} cannot be used: {error}") from error
 
@@ -205,6 +206,6 @@ def save_weights(path: Path, weights: Weights) -> None:
         "shared_head": weights.shared_head,
         "card": asdict(weights.card),
     }
-    atomic_write(path, save(tensors, {"format": FORMAT, "imaml_ext": json.dumps(values)}))
+    atomic_write(path, save(tensors, {"format": FORMAT, **{key: json.dumps(values[key]) for key in _KEYS}}))
     page = weights.card.to_markdown(path.stem, weights.algorithm, shared_head=weights.shared_head)
     atomic_write(path.with_suffix(".md"), page.encode())
