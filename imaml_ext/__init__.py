@@ -8,26 +8,27 @@ from typing import TYPE_CHECKING, Any
 from imaml_ext._version import __version__
 
 if TYPE_CHECKING:
-    from imaml_ext.errors import NativeUnavailableError
-    from imaml_ext.inner import GradientDescent, HessianFree
-    from imaml_ext.meta import FOMAML, IMAML, MAML, LearnableLam, Reptile, prox_solve  # type: ignore[no-redef]  # submodules have these names too
-    from imaml_ext.models import MLP, Conv4, TaskLoss, from_module
-    from imaml_ext.solvers import CGError, CGResult, CGStatus, cg  # type: ignore[no-redef]
+    from imaml_ext.errors import NativeUnavailableError, SolveError
+    from imaml_ext.inner import GradientDescent, NewtonCG
+    from imaml_ext.losses import TaskLoss
+    from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile, prox_solve  # type: ignore[no-redef]  # submodules have these names too
+    from imaml_ext.models import MLP, Conv4, from_module
+    from imaml_ext.solvers import CG, Solution, SolveStatus, cg  # type: ignore[no-redef]
 
 __all__ = [
+    "CG",
     "FOMAML",
     "IMAML",
     "MAML",
     "MLP",
-    "CGError",
-    "CGResult",
-    "CGStatus",
     "Conv4",
     "GradientDescent",
-    "HessianFree",
-    "LearnableLam",
     "NativeUnavailableError",
+    "NewtonCG",
     "Reptile",
+    "Solution",
+    "SolveError",
+    "SolveStatus",
     "TaskLoss",
     "__version__",
     "cg",
@@ -37,20 +38,20 @@ __all__ = [
 
 # Where each public name lives; loaded when first used, so that `imaml --help` does not wait for torch.
 _HOMES = {
-    "CGError": "solvers",
-    "CGResult": "solvers",
-    "CGStatus": "solvers",
+    "SolveError": "errors",
+    "Solution": "solvers",
+    "SolveStatus": "solvers",
+    "CG": "solvers",
     "Conv4": "models",
     "FOMAML": "meta",
     "GradientDescent": "inner",
-    "HessianFree": "inner",
+    "NewtonCG": "inner",
     "IMAML": "meta",
-    "LearnableLam": "meta",
     "MAML": "meta",
     "MLP": "models",
     "NativeUnavailableError": "errors",
     "Reptile": "meta",
-    "TaskLoss": "models",
+    "TaskLoss": "losses",
     "cg": "solvers",
     "from_module": "models",
     "prox_solve": "meta",

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from imaml_ext.ops import Coefficient, as_coefficient, compute_dtype
-from imaml_ext.solvers.cg import CGResult, CGStatus, RowOperator, _tolerance, check_arguments
+from imaml_ext.solvers.cg import _tolerance, check_arguments
+from imaml_ext.solvers.linear import Operator as RowOperator
+from imaml_ext.solvers.linear import Solution as CGResult
+from imaml_ext.solvers.linear import SolveStatus as CGStatus
 
 __all__ = ["cg", "prox_adam_step", "prox_gradient", "prox_momentum_step", "prox_penalty", "prox_sgd_step"]
 

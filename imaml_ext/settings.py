@@ -173,7 +173,7 @@ def _checked(expected: Any, value: Any, name: str, bounds: Bounds | None = None)
     if expected in _TYPES:
         return _checked_plain(expected, value, name, bounds)
     if isinstance(origin or expected, type) and not isinstance(value, origin or expected):
-        raise ConfigTypeError(f"{name} must be a {(origin or expected).__name__}, got {type(value).__name__}")
+        raise ConfigTypeError(f"{name} must be of type {(origin or expected).__name__}, got {type(value).__name__}")
     return value
 
 
@@ -186,8 +186,8 @@ def _checked_plain(expected: type, value: Any, name: str, bounds: Bounds | None)
     if not isinstance(value, expected) or (expected in (int, float) and isinstance(value, bool)):
         raise ConfigTypeError(f"{name} must be {_TYPES[expected]}, got {value!r}")
     if expected in (int, float) and not (bounds or Bounds()).hold(value):
-        wanted = f"{_TYPES[expected]} {bounds}" if bounds else "a finite number"
-        raise ConfigError(f"{name} must be {wanted.strip()}, got {value!r}")
+        wanted = bounds if bounds and math.isfinite(value) else "finite"
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
     return value
 
 

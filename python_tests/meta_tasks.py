@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imaml_ext.models import MLP, Conv4, TaskLoss
+from imaml_ext.losses import TaskLoss
+from imaml_ext.models import MLP, Conv4
 
 F64 = torch.float64
 

@@ -11,9 +11,9 @@ import torch
 from systems import DEVICES, DTYPES, dense, multiply, reflected, solve_directly
 from torch import Tensor
 
-from imaml_ext import CGError, CGResult, CGStatus, cg, reference
+from imaml_ext import Solution, SolveError, SolveStatus, cg, reference
 
-C, M, NEG, BAD = (int(status) for status in CGStatus)
+C, M, NEG, BAD = range(4)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_broken_rows_get_their_status_and_leave_the_others_bits_alone(dtype: tor
     healthy = cg(lambda p: d * p, b, max_iterations=8, rtol=1e-3)
     result = cg(lambda p: broken_d * p, broken_b, max_iterations=8, rtol=1e-3)
     for row, (status, why) in expected.items():
-        assert result.status[row] == status, (why, CGStatus(int(result.status[row])))
+        assert result.status[row] == status, (why, SolveStatus(int(result.status[row])))
     assert result.x.isfinite().all()
     assert result.iterations[7] == 0
     assert (result.x[7] == 0).all()
@@ -417,7 +417,7 @@ def test_a_solve_from_nothing_has_the_bits_of_one_from_zero_and_leaves_b_alone(d
     torch.testing.assert_close(b, before, rtol=0, atol=0, equal_nan=True)
 
 
-def _same_bits(ours: CGResult, other: CGResult) -> None:
+def _same_bits(ours: Solution, other: Solution) -> None:
     for name in ("x", "status", "iterations", "residual_norm"):
         torch.testing.assert_close(getattr(ours, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
 
@@ -601,13 +601,13 @@ def test_raise_if_failed_says_which_rows_and_what_to_do() -> None:
     d = torch.tensor([[1.0, 2.0], [-1.0, 1.0], [math.nan, 1.0], [1.0, 1.0]])
     b = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     result = cg(lambda p: d * p, b, max_iterations=1)
-    with pytest.raises(CGError) as caught:
+    with pytest.raises(SolveError) as caught:
         result.raise_if_failed()
     message = str(caught.value)
     assert "MAX_ITERATIONS in 1 of 4 rows (0): " in message
     assert "NEGATIVE_CURVATURE in 1 of 4 rows (1): " in message
     assert "NON_FINITE in 1 of 4 rows (2): " in message
-    for status in list(CGStatus)[1:]:
+    for status in list(SolveStatus)[1:4]:
         assert status.advice in message
     cg(lambda p: p, b).raise_if_failed()
 
@@ -624,7 +624,7 @@ def same(p: Tensor) -> Tensor:
     [
         ((3, B23, {}), TypeError, "hvp must be callable, got int"),
         ((same, [1.0], {}), TypeError, "b must be a tensor, got list"),
-        ((same, B23[0], {}), ValueError, r"b must have shape \[B, N\] \(one system a row\), got \[3\]"),
+        ((same, B23[0], {}), ValueError, r"b must have shape \[B, N\] \(one system per row\), got \[3\]"),
         ((same, B23.int(), {}), TypeError, "b must be float32, float64, bfloat16 or float16, got torch.int32"),
         ((same, B23, {"shift": "1"}), TypeError, "shift must be a number or a tensor, got str"),
         ((same, B23, {"shift": torch.ones(2, 2)}), ValueError, r"shift must be a number, \[2\] .* got \[2, 2\]"),
@@ -640,10 +640,10 @@ def same(p: Tensor) -> Tensor:
         ((same, B23, {"x0": torch.ones(3, 2)}), ValueError, r"x0 must have the shape of b, \[2, 3\], got \[3, 2\]"),
         ((same, B23, {"x0": B23.double()}), TypeError, "x0 must have the dtype of b, float32, got float64"),
         ((same, B23, {"max_iterations": -1}), ValueError, "max_iterations must be at least 0, got -1"),
-        ((same, B23, {"max_iterations": 2.0}), TypeError, "max_iterations must be an integer, got float"),
+        ((same, B23, {"max_iterations": 2.0}), TypeError, "max_iterations must be an integer, got 2.0"),
         ((same, B23, {"check_every": -1}), ValueError, "check_every must be at least 0, got -1"),
         ((same, B23, {"rows_per_block": 0}), ValueError, "rows_per_block must be at least 1, got 0"),
-        ((same, B23, {"rows_per_block": 1.0}), TypeError, "rows_per_block must be an integer, got float"),
+        ((same, B23, {"rows_per_block": 1.0}), TypeError, "rows_per_block must be an integer, got 1.0"),
         ((same, B23, {"rows_per_block": 1}), TypeError, "takes 1 positional argument but 2 were given"),
         (
             (lambda p, rows: B23, B23, {"rows_per_block": 1}),

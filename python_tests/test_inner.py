@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from imaml_ext.inner import GradientDescent, gradient_descent
-from imaml_ext.models import MLP, TaskLoss
+from imaml_ext.losses import TaskLoss
+from imaml_ext.models import MLP
 
 TASKS = 3
 
@@ -189,7 +190,9 @@ def test_number_of_tasks_from_data_theta_or_argument() -> None:
     common = {"lam": 1.0, "steps": 1, "lr": 0.1}
     assert gradient_descent(loss, theta, None, num_tasks=4, **common).phi.shape == (4, 5)
     assert gradient_descent(loss, theta.expand(2, -1), None, **common).phi.shape == (2, 5)
-    with pytest.raises(ValueError, match=r"num_tasks must be given where neither data.x nor theta has one row a task"):
+    with pytest.raises(
+        ValueError, match=r"num_tasks must be given where neither data.x nor theta has one row per task"
+    ):
         gradient_descent(loss, theta, None, **common)
     with pytest.raises(ValueError, match=r"theta must have shape \[N\] or \[3, N\]"):
         gradient_descent(loss, theta.expand(2, -1), None, num_tasks=3, **common)
@@ -213,15 +216,15 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "lr must be at least 0", {"lr": -0.1}),
         (ValueError, "lr must be a number, .*got .4.", {"lr": torch.ones(4)}),
         (ValueError, "steps must be at least 0, got -1", {"steps": -1}),
-        (TypeError, "steps must be an integer, got float", {"steps": 1.0}),
+        (TypeError, "steps must be an integer, got 1.0", {"steps": 1.0}),
         (ValueError, "optimizer must be one of 'sgd', 'momentum', 'adam', got 'rmsprop'", {"optimizer": "rmsprop"}),
         (ValueError, "momentum must be at least 0 and below 1, got 1.0", {"momentum": 1.0}),
         (ValueError, "tolerance must be at least 0", {"tolerance": -1.0}),
         (ValueError, "batch_size must be at least 1, got 0", {"batch_size": 0}),
-        (TypeError, "batch_size must be an integer, got float", {"batch_size": 2.0}),
-        (ValueError, "tolerance must be None with batch_size", {"batch_size": 2, "tolerance": 0.1}),
+        (TypeError, "batch_size must be an integer, got 2.0", {"batch_size": 2.0}),
+        (ValueError, "tolerance must be None with .* batch_size", {"batch_size": 2, "tolerance": 0.1}),
         (TypeError, "loss must return a tensor, got float", {"loss": lambda params, data: 0.0}),
-        (ValueError, r"loss must return one loss a task, shape \[3\]", {"loss": lambda params, data: params.sum()}),
+        (ValueError, r"loss must return one loss per task, shape \[3\]", {"loss": lambda params, data: params.sum()}),
         (ValueError, "loss must depend on params", {"loss": lambda params, data: params.detach().sum(1)}),
     ):
         arguments = {"loss": loss, "theta": theta, **good, **changes}

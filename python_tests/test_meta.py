@@ -10,17 +10,14 @@ from systems import solve_directly
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imaml_ext import CGError, GradientDescent
+from imaml_ext import CG, GradientDescent, SolveError
+from imaml_ext.losses import TaskLoss, as_loss
 from imaml_ext.meta import (
     IMAML,
-    GaussNewtonOperator,
-    HessianOperator,
-    gauss_newton_operator,
-    hessian_operator,
     implicit_solve,
     prox_solve,
 )
-from imaml_ext.models import MLP, Conv4, TaskLoss
+from imaml_ext.models import MLP, Conv4
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -64,7 +61,7 @@ def test_hessian_products_equal_torch_func() -> None:
     loss, theta, episodes = regression(3)
     phi = theta + 0.3 * _random(3, theta.numel(), seed=5)
     p = _random(3, theta.numel(), seed=6)
-    operator = hessian_operator(loss, phi, episodes.support)
+    operator = loss.linearize(phi, episodes.support)
     for _ in range(2):  # a second product from the same graph
         product = operator(p)
         for task in range(3):
@@ -87,7 +84,7 @@ def test_gauss_newton_equals_its_matrix_built_explicitly(kind: str) -> None:
         episodes = Episodes(support, support)
     phi = theta + 0.3 * _random(2, theta.numel(), seed=5)
     p = _random(2, theta.numel(), seed=6)
-    operator = gauss_newton_operator(loss, phi, episodes.support)
+    operator = loss.linearize(phi, episodes.support, "gauss_newton")
     product = operator(p)
     x, y = episodes.support
     for task in range(2):
@@ -107,7 +104,7 @@ def test_gauss_newton_equals_its_matrix_built_explicitly(kind: str) -> None:
         matrix = jacobian.T @ curvature @ jacobian
         torch.testing.assert_close(product[task], matrix @ p[task], rtol=1e-10, atol=1e-12)
         assert torch.linalg.eigvalsh(matrix).min() > -1e-12
-    plain = hessian_operator(loss, phi, episodes.support)
+    plain = loss.linearize(phi, episodes.support)
     torch.testing.assert_close(operator.losses, plain.losses)
     torch.testing.assert_close(operator.gradient, plain.gradient)
 
@@ -116,21 +113,21 @@ def test_gauss_newton_is_the_hessian_of_a_linear_model_and_of_no_curvature_zero(
     loss, theta, episodes = regression(2, hidden=())
     phi, p = theta.expand(2, -1), _random(2, theta.numel(), seed=6)
     torch.testing.assert_close(
-        GaussNewtonOperator(loss, phi, episodes.support)(p), HessianOperator(loss, phi, episodes.support)(p)
+        loss.linearize(phi, episodes.support, "gauss_newton")(p), loss.linearize(phi, episodes.support)(p)
     )
     linear = TaskLoss(loss.model, lambda outputs, targets: outputs.sum((1, 2)))
-    for operator in (HessianOperator, GaussNewtonOperator):
-        assert torch.equal(operator(linear, phi, episodes.support)(p), torch.zeros_like(p))
+    for kind in ("hessian", "gauss_newton"):
+        assert torch.equal(linear.linearize(phi, episodes.support, kind)(p), torch.zeros_like(p))
 
 
 def test_conv4_products_are_symmetric_and_equal_differences_of_gradients() -> None:
     loss, theta, episodes = classification(2)
     phi = theta + 0.05 * _random(2, theta.numel(), seed=3)
     p, q = _random(2, theta.numel(), seed=4), _random(2, theta.numel(), seed=5)
-    operator = hessian_operator(loss, phi, episodes.support)
+    operator = loss.linearize(phi, episodes.support)
     torch.testing.assert_close((q * operator(p)).sum(1), (p * operator(q)).sum(1), rtol=1e-9, atol=1e-9)
     h = 1e-6
-    ahead, behind = (hessian_operator(loss, phi + sign * h * p, episodes.support).gradient for sign in (1, -1))
+    ahead, behind = (loss.linearize(phi + sign * h * p, episodes.support).gradient for sign in (1, -1))
     torch.testing.assert_close(operator(p), (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
@@ -176,8 +173,7 @@ def test_meta_gradient_equals_the_closed_form_on_linear_regression() -> None:
             loss,
             lam=0.7,
             inner=GradientDescent(steps=600, lr=0.15),
-            cg_steps=12,
-            cg_rtol=1e-14,
+            linear_solver=CG(max_iterations=12, rtol=1e-14),
             curvature=curvature,
         )
         assert _relative(algorithm.meta_gradient(theta, episodes).gradient, expected) < 1e-10
@@ -193,7 +189,12 @@ def test_prox_solve_equals_the_closed_form_for_theta_and_lam(form: str) -> None:
     full = lam.expand(4, 4)
     expected = torch.autograd.grad(_closed_form(theta, full, episodes), (theta, lam))
     phi = prox_solve(
-        loss, theta, lam, episodes.support, inner=GradientDescent(steps=800, lr=0.15), cg_steps=12, cg_rtol=1e-14
+        loss,
+        theta,
+        lam,
+        episodes.support,
+        inner=GradientDescent(steps=800, lr=0.15),
+        linear_solver=CG(max_iterations=12, rtol=1e-14),
     )
     found = torch.autograd.grad(loss(phi, episodes.query).mean(), (theta, lam))
     for value, reference in zip(found, expected, strict=True):
@@ -209,8 +210,7 @@ def _solved(loss: TaskLoss, theta: Tensor, lam: Any, support: Data) -> Tensor:
         lam,
         support,
         inner=GradientDescent(steps=180, lr=0.4, optimizer="momentum", momentum=0.6),
-        cg_steps=80,
-        cg_rtol=1e-13,
+        linear_solver=CG(max_iterations=80, rtol=1e-13),
     )
 
 
@@ -260,7 +260,7 @@ def test_prox_solve_passes_gradcheck() -> None:
 
 def test_imaml_equals_prox_solve_under_the_query_loss() -> None:
     loss, theta, episodes = classification(3)
-    common = {"cg_steps": 7, "cg_rtol": 1e-8, "damping": 0.3, "curvature": "gauss_newton"}
+    common = {"linear_solver": CG(max_iterations=7, rtol=1e-8), "damping": 0.3, "curvature": "gauss_newton"}
     algorithm = IMAML(loss, lam=2.0, inner=GradientDescent(steps=5, lr=0.1), **common)
     meta = algorithm.meta_gradient(theta, episodes)
     theta.requires_grad_()
@@ -272,14 +272,16 @@ def test_imaml_equals_prox_solve_under_the_query_loss() -> None:
 
 def test_metrics_say_what_was_done() -> None:
     loss, theta, episodes = classification(3)
-    algorithm = IMAML(loss, lam=2.0, inner=GradientDescent(steps=5, lr=0.1), cg_steps=4, damping=20.0)
+    algorithm = IMAML(
+        loss, lam=2.0, inner=GradientDescent(steps=5, lr=0.1), linear_solver=CG(max_iterations=4), damping=20.0
+    )
     metrics = algorithm.meta_gradient(theta, episodes).metrics
     phi = algorithm.adapt(theta, episodes.support)
     outputs = loss.outputs(phi, episodes.query.x)
     leaf = phi.clone().requires_grad_()
     (v,) = torch.autograd.grad(loss(leaf, episodes.query).sum(), leaf)
-    operator = hessian_operator(loss, phi, episodes.support)
-    solution = implicit_solve(operator, v, lam=2.0, damping=20.0, cg_steps=4)
+    operator = loss.linearize(phi, episodes.support)
+    solution = implicit_solve(operator, v, lam=2.0, damping=20.0, linear_solver=CG(max_iterations=4))
     expected = {
         "query_loss": loss(phi, episodes.query).mean(),
         "query_accuracy": (outputs.argmax(-1) == episodes.query.y).double().mean(),
@@ -287,8 +289,8 @@ def test_metrics_say_what_was_done() -> None:
         "support_loss_before": loss(theta.expand(3, -1), episodes.support).mean(),
         "inner_gradient_norm": (operator.gradient + 2.0 * (phi - theta)).norm(dim=1).mean(),
         "solve_residual": ((v - operator(solution.u) - 22.0 * solution.u).norm(dim=1) / v.norm(dim=1)).mean(),
-        "solve_iterations": solution.iterations.double().mean(),
-        "negative_curvature": solution.broke_down.double().mean(),
+        "solve_iterations": solution.solution.iterations.double().mean(),
+        "negative_curvature": solution.solution.broke_down.double().mean(),
         "non_finite": torch.tensor(0.0, dtype=F64),
         "skipped": torch.tensor(0.0, dtype=F64),
     }
@@ -325,10 +327,12 @@ def test_reactions_to_negative_curvature() -> None:
         data = Data(episodes.support.x[tasks], episodes.support.y[tasks])
         phi = theta.expand(len(tasks), -1)
         v = phi - episodes.query.y[tasks]
-        operator = hessian_operator(_quadratic, phi, data)
-        solution = implicit_solve(operator, v, lam=1.0, damping=0.0, cg_steps=6, negative_curvature=reaction)
-        assert solution.broke_down.tolist() == [False, True, True][: len(tasks)]
-        return solution.u, solution.counts, v
+        operator = as_loss(_quadratic).linearize(phi, data)
+        solution = implicit_solve(
+            operator, v, lam=1.0, damping=0.0, linear_solver=CG(max_iterations=6), on_breakdown=reaction
+        )
+        assert solution.solution.broke_down.tolist() == [False, True, True][: len(tasks)]
+        return solution.u, solution.counted_tasks, v
 
     for reaction in ("keep", "gradient", "skip"):
         u, counts, v = solved(reaction, [0, 1, 2])
@@ -344,18 +348,22 @@ def test_reactions_to_negative_curvature() -> None:
         else:  # Steihaug: the iterate before the direction, after one step along v
             a = v[2] * (1 + curvature[2])
             torch.testing.assert_close(u[2], v[2] * (v[2] @ v[2]) / (v[2] @ a))
-    with pytest.raises(CGError, match=r"the implicit system of 2 of 3 tasks .\[1, 2\]. has no solution: NEGATIVE_CURV"):
+    with pytest.raises(
+        SolveError, match=r"NEGATIVE_CURVATURE in 2 of 3 tasks' implicit systems \(1, 2\): .*raise shift"
+    ):
         solved("raise", [0, 1, 2])
     u, _, v = solved("raise", [0])
     torch.testing.assert_close(u[0], v[0] / 1.5)
-    with pytest.raises(CGError, match=r"of 1 of 2 tasks .\[1\].*NON_FINITE"):
+    with pytest.raises(SolveError, match=r"NON_FINITE in 1 of 2 tasks' implicit systems \(1\)"):
         solved("raise", [0, 3])
 
 
 @pytest.mark.parametrize(("reaction", "left"), [("keep", 3), ("gradient", 3), ("skip", 1)])
 def test_the_mean_is_over_the_tasks_that_count_and_the_others_are_reported(reaction: str, left: int) -> None:
     theta, episodes, _ = _broken_episodes()
-    algorithm = IMAML(_quadratic, lam=1.0, inner=GradientDescent(steps=0), cg_steps=6, negative_curvature=reaction)
+    algorithm = IMAML(
+        _quadratic, lam=1.0, inner=GradientDescent(steps=0), linear_solver=CG(max_iterations=6), on_breakdown=reaction
+    )
     meta = algorithm.meta_gradient(theta, episodes)
     sides = [Data(side.x[:3], side.y[:3]) for side in episodes]
     without_nan = algorithm.meta_gradient(theta, Episodes(*sides))
@@ -391,8 +399,8 @@ def test_rows_are_independent(dtype: torch.dtype) -> None:
         leaf = phi.clone().requires_grad_()
         (v,) = torch.autograd.grad(loss(leaf, episodes.query).sum(), leaf)
         rows = [phi, v]
-        for make in (hessian_operator, gauss_newton_operator):
-            operator = make(loss, phi, episodes.support)
+        for kind in ("hessian", "gauss_newton"):
+            operator = loss.linearize(phi, episodes.support, kind)
             rows += [operator(v), implicit_solve(operator, v, lam=lam, damping=0.5).u]
         return rows
 
@@ -427,14 +435,12 @@ class _Watch(TorchDispatchMode):
 def test_nothing_waits_for_the_device(curvature: str, reaction: str) -> None:
     loss, theta, episodes = classification(2)
     lam = torch.full((theta.numel(),), 2.0, dtype=F64)
-    algorithm = IMAML(loss, lam=lam, inner=GradientDescent(steps=2), curvature=curvature, negative_curvature=reaction)
+    algorithm = IMAML(loss, lam=lam, inner=GradientDescent(steps=2), curvature=curvature, on_breakdown=reaction)
     with _Watch() as watch:
         algorithm.meta_gradient(theta, episodes)
     assert watch.seen == []
     with _Watch() as watch:  # the watch sees what it should
-        IMAML(loss, inner=GradientDescent(steps=2), negative_curvature="raise", damping=100.0).meta_gradient(
-            theta, episodes
-        )
+        IMAML(loss, inner=GradientDescent(steps=2), on_breakdown="raise", damping=100.0).meta_gradient(theta, episodes)
     assert watch.seen
 
 
@@ -447,7 +453,9 @@ def test_the_support_gradient_is_built_once_for_all_products() -> None:
         calls += 1
         return loss(params, data)
 
-    IMAML(counted, lam=1.0, inner=GradientDescent(steps=3), cg_steps=9, cg_rtol=0.0).meta_gradient(theta, episodes)
+    IMAML(counted, lam=1.0, inner=GradientDescent(steps=3), linear_solver=CG(max_iterations=9, rtol=0.0)).meta_gradient(
+        theta, episodes
+    )
     assert calls == 3 + 1 + 1  # inner steps, query gradient, linearisation
 
 
@@ -477,7 +485,7 @@ def test_prox_solve_with_a_solver_of_ones_own() -> None:
 
     lam = torch.tensor(0.7, dtype=F64, requires_grad=True)
     theta.requires_grad_()
-    phi = prox_solve(loss, theta, lam, episodes.support, inner=dense, cg_rtol=1e-14)
+    phi = prox_solve(loss, theta, lam, episodes.support, inner=dense, linear_solver=CG(max_iterations=20, rtol=1e-14))
     found = torch.autograd.grad(loss(phi, episodes.query).mean(), (theta, lam))
     expected = torch.autograd.grad(_closed_form(theta, lam, episodes), (theta, lam))
     for value, reference in zip(found, expected, strict=True):
@@ -493,9 +501,9 @@ def test_prox_solve_raises_in_backward_where_there_is_no_minimum() -> None:
     theta.requires_grad_()
     support = Data(episodes.support.x[:3], episodes.support.y[:3])
     phi = prox_solve(_quadratic, theta, 1.0, support, inner=GradientDescent(steps=1, lr=0.1))
-    with pytest.raises(CGError, match=r"NEGATIVE_CURVATURE: .*raise shift, or use a positive semi-definite matrix"):
+    with pytest.raises(SolveError, match=r"NEGATIVE_CURVATURE in .*raise shift, use a positive semi-definite"):
         phi.sum().backward()
-    phi = prox_solve(_quadratic, theta, 1.0, support, inner=GradientDescent(steps=1, lr=0.1), negative_curvature="keep")
+    phi = prox_solve(_quadratic, theta, 1.0, support, inner=GradientDescent(steps=1, lr=0.1), on_breakdown="keep")
     phi.sum().backward()
     assert theta.grad.isfinite().all()
 
@@ -518,7 +526,7 @@ def test_errors_name_the_argument() -> None:
     loss, theta, episodes = regression(3)
     n = theta.numel()
     phi, v = theta.expand(3, -1), torch.ones(3, n, dtype=F64)
-    operator = hessian_operator(loss, phi, episodes.support)
+    operator = loss.linearize(phi, episodes.support)
 
     def function(params: Tensor, data: Data) -> Tensor:
         return loss(params, data)
@@ -534,15 +542,15 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "lam must be above 0, got 0", lambda: meta(lam=0.0)),
         (ValueError, "lam must be finite, got inf", lambda: meta(lam=math.inf)),
         (ValueError, "steps must be at least 0", lambda: meta(inner=GradientDescent(steps=-1))),
-        (TypeError, "inner must be an inner solver such as GradientDescent.., got int", lambda: meta(inner=16)),
-        (ValueError, "cg_steps must be at least 1, got 0", lambda: meta(cg_steps=0)),
+        (TypeError, "inner must be of type InnerSolver, got int", lambda: meta(inner=16)),
+        (ValueError, "max_iterations must be at least 1, got 0", lambda: meta(linear_solver=CG(max_iterations=0))),
         (ValueError, "damping must be at least 0", lambda: meta(damping=-1.0)),
         (
             ValueError,
             "curvature must be one of 'hessian', 'gauss_newton', got 'fisher'",
             lambda: meta(curvature="fisher"),
         ),
-        (ValueError, "negative_curvature must be one of 'keep',", lambda: meta(negative_curvature="ignore")),
+        (ValueError, "on_breakdown must be one of 'keep',", lambda: meta(on_breakdown="ignore")),
         (TypeError, "loss must be a TaskLoss with curvature=", lambda: IMAML(function, curvature="gauss_newton")),
         (ValueError, rf"theta must have shape \[N\], got \[3, {n}\]", lambda: meta(phi)),
         (TypeError, "theta must be a tensor, got NoneType", lambda: meta(None)),
@@ -550,8 +558,8 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "theta must be float32 or float64, got torch.float16", lambda: meta(theta.half())),
         (ValueError, r"lam must be a number, .*got \[5\]", lambda: meta(lam=torch.ones(5, dtype=F64))),
         (ValueError, "lam must be on cpu, got meta", lambda: meta(lam=torch.ones(n, device="meta"))),
-        (TypeError, "loss must be a TaskLoss for the Gauss-Newton", lambda: gauss_newton_operator(function, phi, 0)),
-        (ValueError, r"phi must have shape \[B, N\]", lambda: hessian_operator(loss, theta, episodes.support)),
+        (TypeError, "loss must be a TaskLoss with", lambda: as_loss(function).linearize(phi, 0, "gauss_newton")),
+        (ValueError, r"phi must have shape \[B, N\]", lambda: loss.linearize(theta, episodes.support)),
         (ValueError, rf"p must have the shape of phi, \[3, {n}\]", lambda: operator(v[:2])),
         (ValueError, "p must be torch.float64 on cpu as phi is, got torch.float32", lambda: operator(v.float())),
         (TypeError, "p must be a tensor, got float", lambda: operator(1.0)),
@@ -561,9 +569,13 @@ def test_errors_name_the_argument() -> None:
         (ValueError, r"lam must be a number, .*got \[2\]", lambda: solve(lam=torch.ones(2, dtype=F64))),
         (ValueError, r"theta must have shape \[N\] or \[3, N\]", lambda: solve(theta.expand(2, -1))),
         (TypeError, "theta must be a tensor, got list", lambda: solve([0.0])),
-        (ValueError, "cg_steps must be at least 1", lambda: solve(cg_steps=0)),
+        (
+            TypeError,
+            "linear_solver must be a LinearSolver such as CG",
+            lambda: implicit_solve(operator, v, lam=1.0, linear_solver=5),
+        ),
         (ValueError, "curvature must be one of", lambda: solve(curvature="none")),
-        (ValueError, "negative_curvature must be one of", lambda: solve(negative_curvature="ignore")),
+        (ValueError, "on_breakdown must be one of", lambda: solve(on_breakdown="ignore")),
         (ValueError, "optimizer must be one of", lambda: solve(inner=GradientDescent(optimizer="rmsprop"))),
     ):
         with pytest.raises(error, match=words):

@@ -7,13 +7,17 @@ from systems import multiply, solve_directly
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imaml_ext import IMAML, MAML, MLP, GradientDescent, HessianFree, LearnableLam, TaskLoss, prox_solve
+from imaml_ext import CG, IMAML, MAML, MLP, GradientDescent, NewtonCG, TaskLoss, prox_solve
 from imaml_ext.inner import newton_cg
-from imaml_ext.inner.curvature import GaussNewtonOperator, curvature_operator
 from imaml_ext.models import Conv4
 from imaml_ext.ops import prox_gradient_, prox_penalty
 
 B, N = 4, 9
+
+
+def directions(iterations: int) -> CG:
+    """So many iterations, however small the residual."""
+    return CG(max_iterations=iterations, rtol=0.0)
 
 
 def spd(smallest: float = 0.1) -> Tensor:
@@ -34,7 +38,9 @@ def test_one_step_reaches_the_minimum_of_a_strongly_convex_quadratic(form: str) 
     lam = {"0": 0.0, "number": 0.7}.get(form)
     if lam is None:
         lam = 0.3 + torch.rand((N,) if form == "[N]" else (B, N), dtype=F64)
-    result = newton_cg(quadratic, theta, Data(A, y), lam=lam, steps=1, cg_steps=4 * N, cg_rtol=1e-14, measure=True)
+    result = newton_cg(
+        quadratic, theta, Data(A, y), lam=lam, steps=1, linear_solver=CG(max_iterations=4 * N, rtol=1e-14), measure=True
+    )
     shift = torch.as_tensor(lam, dtype=F64).expand(B, N)
     exact = solve_directly(A + shift.diag_embed(), multiply(A)(y) + shift * theta)
     assert float((result.phi - exact).abs().max()) < 1e-8
@@ -47,7 +53,7 @@ def test_one_step_reaches_the_minimum_of_a_strongly_convex_quadratic(form: str) 
 def test_one_step_solves_linear_regression_with_either_matrix() -> None:
     loss, theta, episodes = regression(3, hidden=())
     minima = [
-        HessianFree(steps=1, cg_steps=30, cg_rtol=1e-14, curvature=curvature)
+        NewtonCG(steps=1, linear_solver=CG(max_iterations=30, rtol=1e-14), curvature=curvature)
         .solve(loss, theta, episodes.support, lam=0.4, measure=True)
         .final_gradient_norm
         for curvature in ("hessian", "gauss_newton")
@@ -67,14 +73,20 @@ def test_steps_are_the_ones_defined(kind: str, curvature: str, cg_steps: int) ->
     """Every step of every task recomputed: the direction solves the system, t is the first acceptable one."""
     loss, theta, episodes = regression(3) if kind == "regression" else classification(3)
     data, lam, damping = episodes.support, 0.05, 0.02
-    settings = {"cg_steps": cg_steps, "curvature": curvature, "damping": damping, "armijo": 0.3, "shrink": 0.6}
-    run = HessianFree(steps=4, backtracks=6, **settings).solve(loss, theta, data, lam=lam)
+    settings = {
+        "linear_solver": directions(cg_steps),
+        "curvature": curvature,
+        "damping": damping,
+        "armijo": 0.3,
+        "shrink": 0.6,
+    }
+    run = NewtonCG(steps=4, backtracks=6, **settings).solve(loss, theta, data, lam=lam)
     phi = theta.expand(3, -1).clone()
     for step in range(4):
         here = objective(loss, phi, theta, data, lam)
         torch.testing.assert_close(run.objectives[step], here)
         torch.testing.assert_close(run.losses[step], loss(phi, data))
-        operator = curvature_operator(curvature, loss, phi, data)
+        operator = loss.linearize(phi, data, curvature)
         g = prox_gradient_(operator.gradient.clone(), phi, theta, lam)
         after = newton_cg(loss, theta, data, lam=lam, steps=step + 1, backtracks=6, **settings).phi
         for task in range(3):
@@ -125,15 +137,15 @@ def test_one_cg_step_is_the_cauchy_point_without_a_product(form: str, engine: st
     shape = {"number": (), "[B]": (3,), "[N]": (len(theta),)}[form]
     lam, damping = 0.1 + torch.rand(shape, dtype=F64), 0.02
     phi = theta.expand(3, -1).contiguous()
-    operator = curvature_operator("gauss_newton", loss, phi, data)
+    operator = loss.linearize(phi, data, "gauss_newton")
     g = operator.gradient  # at φ = θ
     shift = lam.unsqueeze(1) if form == "[B]" else lam
     torch.testing.assert_close(operator.curvature(g), (g * operator(g)).sum(1), rtol=1e-12, atol=0.0)
     exact = g * g.square().sum(1, keepdim=True) / (g * (operator(g) + (shift + damping) * g)).sum(1, keepdim=True)
 
-    settings = HessianFree(steps=1, cg_steps=1, curvature="gauss_newton", damping=damping)
+    settings = NewtonCG(steps=1, linear_solver=directions(1), curvature="gauss_newton", damping=damping)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GaussNewtonOperator, "__call__", None)
+        patch.setattr(type(operator), "__call__", None)
         result = settings.solve(loss, theta, data, lam=lam)
     torch.testing.assert_close(result.phi, theta - result.step_sizes[0].unsqueeze(1) * exact, rtol=1e-10, atol=1e-12)
     assert (result.step_sizes > 0).all()
@@ -142,7 +154,7 @@ def test_one_cg_step_is_the_cauchy_point_without_a_product(form: str, engine: st
 @pytest.mark.parametrize("cg_steps", [1, 3])
 def test_a_task_has_the_same_bits_alone_and_in_a_batch(cg_steps: int) -> None:
     loss, theta, episodes = classification(5)
-    settings = HessianFree(steps=3, cg_steps=cg_steps, curvature="gauss_newton")
+    settings = NewtonCG(steps=3, linear_solver=directions(cg_steps), curvature="gauss_newton")
     together = settings.solve(loss, theta, episodes.support, lam=0.1)
     for task in range(5):
         row = slice(task, task + 1)
@@ -156,7 +168,7 @@ def test_at_the_minimum_one_cg_step_stays() -> None:
     loss = TaskLoss(MLP(2, (), 1), "mse")
     data = Data(torch.randn(2, 4, 2, dtype=F64), torch.zeros(2, 4, 1, dtype=F64))
     theta = torch.zeros(3, dtype=F64)
-    result = HessianFree(steps=2, cg_steps=1, curvature="gauss_newton").solve(loss, theta, data, lam=1.0)
+    result = NewtonCG(steps=2, linear_solver=directions(1), curvature="gauss_newton").solve(loss, theta, data, lam=1.0)
     assert torch.equal(result.phi, torch.zeros(2, 3, dtype=F64))
     assert result.steps.tolist() == [0, 0]
     assert not result.negative_curvature.any()
@@ -169,17 +181,17 @@ def test_negative_curvature() -> None:
     A[1, 0, 0] = -2.0  # one direction of nine
     data = Data(A, torch.randn(2, N, dtype=F64))
     theta = torch.randn(N, dtype=F64)
-    result = newton_cg(quadratic, theta, data, lam=1.0, steps=3, cg_steps=6)
+    result = newton_cg(quadratic, theta, data, lam=1.0, steps=3, linear_solver=directions(6))
     assert result.negative_curvature.all()
     assert (result.objectives.diff(dim=0) < 0).all()
     g = multiply(A)(theta - data.y)  # at φ = θ
-    first = newton_cg(quadratic, theta, data, lam=1.0, steps=1, cg_steps=6)
+    first = newton_cg(quadratic, theta, data, lam=1.0, steps=1, linear_solver=directions(6))
     torch.testing.assert_close(first.phi[0], theta - g[0] * first.step_sizes[0, 0])
     Ag = g[1] * (A[1].diagonal() + 1)
     step = -g[1] if g[1] @ Ag <= 0 else -g[1] * (g[1] @ g[1]) / (g[1] @ Ag)
     torch.testing.assert_close(first.phi[1], theta + step * first.step_sizes[0, 1])
     # with λ = 0 too, where b / shift is no direction
-    free = newton_cg(quadratic, theta, data, lam=0.0, steps=1, cg_steps=6)
+    free = newton_cg(quadratic, theta, data, lam=0.0, steps=1, linear_solver=directions(6))
     assert (free.objectives[1] < free.objectives[0]).all()
 
 
@@ -190,7 +202,9 @@ def test_the_objective_never_increases_on_conv4(curvature: str, cg_steps: int, l
     loss = TaskLoss(model, "cross_entropy")
     theta = model.init(seed=int(torch.randint(1000, ())))
     data = Data(torch.rand(24, 5, 1, 28, 28), torch.arange(5).repeat(24, 1))
-    result = HessianFree(steps=4, cg_steps=cg_steps, curvature=curvature).solve(loss, theta, data, lam=lam)
+    result = NewtonCG(steps=4, linear_solver=directions(cg_steps), curvature=curvature).solve(
+        loss, theta, data, lam=lam
+    )
     assert (result.objectives.diff(dim=0) <= 0).all()
     assert (result.objectives[-1] < result.objectives[0]).all()
     with torch.no_grad():
@@ -201,7 +215,7 @@ def test_a_task_that_cannot_step_stays() -> None:
     """At the minimum; and where every step that is tried is too long."""
     A, y = torch.eye(N, dtype=F64).repeat(2, 1, 1), torch.zeros(2, N, dtype=F64)
     y[1] = 1.0
-    arrived = newton_cg(quadratic, torch.zeros(N, dtype=F64), Data(A, y), lam=1.0, steps=2, cg_steps=3)
+    arrived = newton_cg(quadratic, torch.zeros(N, dtype=F64), Data(A, y), lam=1.0, steps=2, linear_solver=directions(3))
     assert torch.equal(arrived.phi[0], torch.zeros(N, dtype=F64))
     assert arrived.steps.tolist()[0] == 0
     torch.testing.assert_close(arrived.phi[1], 0.5 * y[1])
@@ -211,7 +225,14 @@ def test_a_task_that_cannot_step_stays() -> None:
         return -params.sum(1) + 1e9 * torch.relu(params.sum(1) - 1e-6)
 
     result = newton_cg(
-        cliff, torch.zeros(N, dtype=F64), y[:1], lam=0.01, steps=2, cg_steps=2, backtracks=3, num_tasks=1
+        cliff,
+        torch.zeros(N, dtype=F64),
+        y[:1],
+        lam=0.01,
+        steps=2,
+        linear_solver=directions(2),
+        backtracks=3,
+        num_tasks=1,
     )
     assert torch.equal(result.phi, torch.zeros(1, N, dtype=F64))
     assert result.steps.tolist() == [0]
@@ -221,7 +242,7 @@ def test_a_task_that_cannot_step_stays() -> None:
 
 def test_a_task_of_nan_stays_and_leaves_the_others_bit_identical() -> None:
     loss, theta, episodes = classification(3)
-    settings = HessianFree(steps=2, curvature="gauss_newton")
+    settings = NewtonCG(steps=2, curvature="gauss_newton")
     clean = settings.solve(loss, theta, episodes.support, lam=1.0)
     x = episodes.support.x.clone()
     x[1, 0] = float("nan")
@@ -249,7 +270,7 @@ def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(cur
     runs = {}
     for early in (False, True):
         with _Watch() as watch:
-            solver = HessianFree(steps=3, cg_steps=cg_steps, curvature=curvature, stop_early=early)
+            solver = NewtonCG(steps=3, linear_solver=directions(cg_steps), curvature=curvature, stop_early=early)
             runs[early] = solver.solve(loss, theta, episodes.support, lam=0.1)
         assert bool(watch.looks) == early
     assert torch.equal(runs[True].phi, runs[False].phi)
@@ -260,16 +281,18 @@ def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(cur
 def test_the_implicit_gradient_after_newton_is_that_after_many_gradient_steps() -> None:
     """Any inner solver will do: near the minimum, which λ makes the only one, φ and the meta-gradient are the same."""
     loss, theta, episodes = regression(3)
-    solvers = (HessianFree(steps=15, cg_steps=60, cg_rtol=1e-12), GradientDescent(steps=600, lr=0.05))
-    lam = LearnableLam(loss.model, 10.0, sharing="layer", dtype=F64)
-    newton, descent = (
-        IMAML(loss, lam=lam, inner=inner, cg_steps=60, cg_rtol=1e-12).meta_gradient(theta, episodes)
+    solvers = (NewtonCG(steps=15, linear_solver=CG(max_iterations=60, rtol=1e-12)), GradientDescent(steps=600, lr=0.05))
+    algorithms = [
+        IMAML(loss, lam=10.0, inner=inner, linear_solver=CG(max_iterations=60, rtol=1e-12), learn={"lam": "tensor"})
         for inner in solvers
-    )
+    ]
+    newton, descent = (each.meta_gradient(each.initial(theta), episodes) for each in algorithms)
     assert relative(newton.gradient, descent.gradient) < 1e-5
-    assert relative(newton.lam_gradient, descent.lam_gradient) < 1e-5
+    assert relative(newton.gradients["log_lam"], descent.gradients["log_lam"]) < 1e-5
     leaf = theta.clone().requires_grad_()
-    phi = prox_solve(loss, leaf, 10.0, episodes.support, inner=solvers[0], cg_steps=60, cg_rtol=1e-12)
+    phi = prox_solve(
+        loss, leaf, 10.0, episodes.support, inner=solvers[0], linear_solver=CG(max_iterations=60, rtol=1e-12)
+    )
     loss(phi, episodes.query).mean().backward()
     assert relative(leaf.grad, newton.gradient) < 1e-5
 
@@ -281,21 +304,21 @@ def test_errors_name_the_argument() -> None:
         return loss(params, data)
 
     for error, words, call in (
-        (ValueError, "steps must be at least 0", lambda: HessianFree(steps=-1)),
-        (ValueError, "cg_steps must be at least 1", lambda: HessianFree(cg_steps=0)),
-        (ValueError, "curvature must be one of", lambda: HessianFree(curvature="fisher")),
-        (ValueError, "damping must be at least 0", lambda: HessianFree(damping=-1.0)),
-        (ValueError, "backtracks must be at least 0", lambda: HessianFree(backtracks=-1)),
-        (ValueError, "shrink must be above 0 and below 1, got 1.0", lambda: HessianFree(shrink=1.0)),
-        (ValueError, "armijo must be above 0 and below 1, got 0.0", lambda: HessianFree(armijo=0.0)),
-        (TypeError, "stop_early must be True, False or None", lambda: HessianFree(stop_early=1)),
-        (TypeError, "inner must be GradientDescent for MAML.*got HessianFree", lambda: MAML(loss, inner=HessianFree())),
+        (ValueError, "steps must be at least 0", lambda: NewtonCG(steps=-1)),
+        (ValueError, "max_iterations must be at least 1", lambda: NewtonCG(linear_solver=CG(max_iterations=0))),
+        (ValueError, "curvature must be one of", lambda: NewtonCG(curvature="fisher")),
+        (ValueError, "damping must be at least 0", lambda: NewtonCG(damping=-1.0)),
+        (ValueError, "backtracks must be at least 0", lambda: NewtonCG(backtracks=-1)),
+        (ValueError, "shrink must be above 0 and below 1, got 1.0", lambda: NewtonCG(shrink=1.0)),
+        (ValueError, "armijo must be above 0 and below 1, got 0.0", lambda: NewtonCG(armijo=0.0)),
+        (TypeError, "stop_early must be true or false", lambda: NewtonCG(stop_early=1)),
+        (TypeError, "inner must be GradientDescent, .*got NewtonCG", lambda: MAML(loss, inner=NewtonCG())),
         (
             TypeError,
             "loss must be a TaskLoss with curvature=",
-            lambda: HessianFree(curvature="gauss_newton").solve(function, theta, episodes.support, lam=1.0),
+            lambda: NewtonCG(curvature="gauss_newton").solve(function, theta, episodes.support, lam=1.0),
         ),
-        (ValueError, "lam must be at least 0", lambda: HessianFree().solve(loss, theta, episodes.support, lam=-1.0)),
+        (ValueError, "lam must be at least 0", lambda: NewtonCG().solve(loss, theta, episodes.support, lam=-1.0)),
     ):
         with pytest.raises(error, match=words):
             call()
@@ -318,17 +341,18 @@ def test_a_learnable_lambda_recovers_the_best_one(start: float) -> None:
     prior, noise, points = 0.8, 0.9, 6
     best = 2 * noise**2 / (points * prior**2)
     loss = TaskLoss(MLP(3, (), 1), "mse")
-    lam = LearnableLam(loss.model, start, dtype=F64)
-    algorithm = IMAML(loss, lam=lam, inner=HessianFree(steps=1, cg_steps=6), cg_steps=6, cg_rtol=1e-12)
-    theta = torch.zeros(4, dtype=F64)
-    optimizer = torch.optim.Adam([lam.log], lr=0.2)
+    exactly = CG(max_iterations=6, rtol=1e-12)
+    inner = NewtonCG(steps=1, linear_solver=directions(6))
+    algorithm = IMAML(loss, lam=start, inner=inner, linear_solver=exactly, learn={"lam": "global"})
+    params = algorithm.initial(torch.zeros(4, dtype=F64))
+    log_lam = params["log_lam"]
+    optimizer = torch.optim.Adam([log_lam], lr=0.2)
     found = []
     for step in range(120):
         optimizer.param_groups[0]["lr"] = 0.2 if step < 40 else 0.02
         support, query = _known_family(4000, points=points, prior=prior, noise=noise)
-        meta = algorithm.meta_gradient(theta, Episodes(support, query))
-        lam.log.grad = lam.log_gradient(meta.lam_gradient)
+        log_lam.grad = algorithm.meta_gradient(params, Episodes(support, query)).gradients["log_lam"]
         optimizer.step()
         if step >= 70:
-            found.append(float(lam.log.detach()))
+            found.append(float(log_lam))
     assert torch.tensor(found).mean().exp().item() == pytest.approx(best, rel=0.05)

@@ -5,8 +5,9 @@ import torch
 from meta_tasks import F64, Data, Episodes, classification, regression, relative
 from torch import Tensor
 
-from imaml_ext import FOMAML, IMAML, MAML, GradientDescent, LearnableLam, Reptile
-from imaml_ext.models import TaskLoss
+from imaml_ext import FOMAML, IMAML, MAML, GradientDescent, NewtonCG, Reptile
+from imaml_ext.losses import TaskLoss
+from imaml_ext.solvers import LinearSolver
 
 # Adam's ε is large: with a small one, its update jumps where a gradient changes sign, and no difference is fine enough.
 SOLVERS = {
@@ -14,15 +15,15 @@ SOLVERS = {
     "momentum": GradientDescent(steps=4, lr=0.05, optimizer="momentum", momentum=0.7),
     "nesterov": GradientDescent(steps=4, lr=0.05, optimizer="momentum", momentum=0.7, nesterov=True),
     "adam": GradientDescent(steps=4, lr=0.02, optimizer="adam", betas=(0.8, 0.9), eps=0.1),
-    "pullback": GradientDescent(steps=4, lr=0.1, proximal="pullback"),
+    "after": GradientDescent(steps=4, lr=0.1, proximal="after"),
     "minibatches": GradientDescent(steps=4, lr=0.1, batch_size=2),
-    "adam pullback": GradientDescent(steps=3, lr=0.02, optimizer="adam", eps=0.1, proximal="pullback"),
+    "adam after": GradientDescent(steps=3, lr=0.02, optimizer="adam", eps=0.1, proximal="after"),
 }
 
 
-def mean_query_loss(algorithm: MAML, theta: Tensor, episodes: Episodes) -> Tensor:
+def mean_query_loss(algorithm: MAML, params: Tensor | dict[str, Tensor], episodes: Episodes) -> Tensor:
     """F(θ), by the fused inner steps."""
-    return algorithm.loss(algorithm.adapt(theta, episodes.support), episodes.query).mean()
+    return algorithm.loss(algorithm.adapt(params, episodes.support), episodes.query).mean()
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -69,13 +70,11 @@ def test_the_gradient_equals_torch_through_a_loop_written_by_hand(kind: str, lam
 @pytest.mark.parametrize("name", SOLVERS)
 def test_checkpointed_equals_not_checkpointed(name: str) -> None:
     loss, theta, episodes = classification(2)
-    lam = LearnableLam(loss.model, 0.7, sharing="parameter", dtype=F64)
-    plain, checkpointed = (
-        MAML(loss, inner=SOLVERS[name], lam=lam, checkpoint=flag).meta_gradient(theta, episodes)
-        for flag in (False, True)
-    )
-    assert relative(checkpointed.gradient, plain.gradient) < 1e-11
-    assert relative(checkpointed.lam_gradient, plain.lam_gradient) < 1e-11
+    learn = {"lam": "parameter"}
+    algorithms = [MAML(loss, inner=SOLVERS[name], lam=0.7, checkpoint=flag, learn=learn) for flag in (False, True)]
+    plain, checkpointed = (each.meta_gradient(each.initial(theta), episodes) for each in algorithms)
+    for name_of, gradient in plain.gradients.items():
+        assert relative(checkpointed.gradients[name_of], gradient) < 1e-11
     assert checkpointed.metrics.keys() == plain.metrics.keys()
     for metric, value in plain.metrics.items():
         torch.testing.assert_close(checkpointed.metrics[metric], value)
@@ -84,39 +83,35 @@ def test_checkpointed_equals_not_checkpointed(name: str) -> None:
 @pytest.mark.parametrize("solver", ["cg", "fixed_point"])
 def test_imaml_equals_maml_in_the_limit_of_many_steps(solver: str) -> None:
     loss, theta, episodes = regression(3)
-    lam = LearnableLam(loss.model, 3.0, sharing="parameter", dtype=F64)
-    inner = GradientDescent(steps=300, lr=0.1)
-    maml = MAML(loss, inner=inner, lam=lam, checkpoint=True).meta_gradient(theta, episodes)
+    common = {"lam": 3.0, "inner": GradientDescent(steps=300, lr=0.1), "learn": {"lam": "parameter"}}
+    unrolled = MAML(loss, checkpoint=True, **common)
+    params = unrolled.initial(theta)
+    maml = unrolled.meta_gradient(params, episodes)
     # As many fixed-point steps at the step size of the descent are the back-propagation through as many steps.
-    imaml = IMAML(
-        loss, lam=lam, inner=inner, solver=solver, cg_steps=300 if solver != "cg" else 60, cg_rtol=1e-13
-    ).meta_gradient(theta, episodes)
+    exactly = LinearSolver.kind(solver)(max_iterations=300 if solver != "cg" else 60, rtol=1e-13)
+    imaml = IMAML(loss, linear_solver=exactly, **common).meta_gradient(params, episodes)
     assert relative(imaml.gradient, maml.gradient) < 1e-8
-    assert relative(imaml.lam_gradient, maml.lam_gradient) < 1e-8
-    few = MAML(loss, inner=GradientDescent(steps=2, lr=0.1), lam=lam).meta_gradient(theta, episodes)
+    assert relative(imaml.gradients["log_lam"], maml.gradients["log_lam"]) < 1e-8
+    few = MAML(loss, inner=GradientDescent(steps=2, lr=0.1), lam=3.0).meta_gradient(theta, episodes)
     assert relative(imaml.gradient, few.gradient) > 1e-3
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "pullback"])
-@pytest.mark.parametrize("sharing", ["global", "layer", "parameter"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "after"])
+@pytest.mark.parametrize("sharing", ["global", "tensor", "parameter"])
 def test_the_gradient_in_lam_equals_finite_differences(name: str, sharing: str, checkpoint: bool) -> None:
     loss, theta, episodes = regression(3)
-    lam = LearnableLam(loss.model, 0.6, sharing=sharing, dtype=F64)
-    with torch.no_grad():
-        lam.log += 0.3 * torch.randn_like(lam.log)
-    algorithm = MAML(loss, inner=SOLVERS[name], lam=lam, checkpoint=checkpoint)
-    meta = algorithm.meta_gradient(theta, episodes)
-    assert meta.lam_gradient.shape == lam.log.shape
-    h, d = 1e-5, torch.randn_like(lam.log)
-    values = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            lam.log += sign * h * d
-            values.append(mean_query_loss(algorithm, theta, episodes))
-            lam.log -= sign * h * d
-    difference = float((values[0] - values[1]) / (2 * h))
-    slope = float(lam.log_gradient(meta.lam_gradient) @ d)
+    algorithm = MAML(loss, inner=SOLVERS[name], lam=0.6, checkpoint=checkpoint, learn={"lam": sharing})
+    params = algorithm.initial(theta)
+    params["log_lam"] += 0.3 * torch.randn_like(params["log_lam"])
+    meta = algorithm.meta_gradient(params, episodes)
+    assert meta.gradients["log_lam"].shape == params["log_lam"].shape
+    h, d = 1e-5, torch.randn_like(params["log_lam"])
+    ahead, behind = (
+        mean_query_loss(algorithm, params | {"log_lam": params["log_lam"] + sign * h * d}, episodes) for sign in (1, -1)
+    )
+    difference = float((ahead - behind) / (2 * h))
+    slope = float(meta.gradients["log_lam"] @ d)
     assert abs(slope - difference) < 1e-5 * max(abs(difference), 1e-3 * float(meta.gradient.norm()))
 
 
@@ -195,24 +190,19 @@ def test_a_task_of_nan_does_not_count(make: type, side: str) -> None:
 
 def test_errors_name_the_argument() -> None:
     loss, theta, episodes = regression(2)
-    lam = LearnableLam(loss.model, 1.0)
-
-    class Other:
-        def solve(self) -> None: ...
-
     for error, words, call in (
-        (TypeError, "inner must be GradientDescent for MAML, .*got Other", lambda: MAML(loss, inner=Other())),
-        (ValueError, "inner.tolerance must be None", lambda: MAML(loss, inner=GradientDescent(tolerance=1.0))),
+        (TypeError, "inner must be GradientDescent, .*got NewtonCG", lambda: MAML(loss, inner=NewtonCG())),
+        (ValueError, "inner must be without a tolerance", lambda: MAML(loss, inner=GradientDescent(tolerance=1.0))),
         (ValueError, "lam must be at least 0", lambda: MAML(loss, lam=-1.0)),
-        (TypeError, "lam must be a number or a tensor for a first-order", lambda: FOMAML(loss, lam=lam)),
-        (TypeError, "lam must be a number or a tensor for a first-order", lambda: Reptile(loss, lam=lam)),
+        (ValueError, "FOMAML cannot learn lam: .*one to one", lambda: FOMAML(loss, learn={"lam": "global"})),
+        (ValueError, "Reptile cannot learn lam: it has no", lambda: Reptile(loss, learn={"lam": "global"})),
         (ValueError, r"theta must have shape \[N\]", lambda: MAML(loss).meta_gradient(theta[None], episodes)),
         (TypeError, "theta must be a tensor", lambda: Reptile(loss).meta_gradient(None, episodes)),
-        (ValueError, "initial must be above 0", lambda: LearnableLam(loss.model, 0.0)),
-        (ValueError, "sharing must be one of 'global',", lambda: LearnableLam(loss.model, 1.0, sharing="task")),
-        (TypeError, "model must be a TaskModel", lambda: LearnableLam(loss, 1.0)),
+        (ValueError, "lam must be positive where it is", lambda: MAML(loss, learn={"lam": "global"}).initial(theta)),
+        (ValueError, "learn.'lam'. must be one of 'global',", lambda: IMAML(loss, learn={"lam": "task"})),
+        (ValueError, "learn must name some of lam", lambda: IMAML(loss, learn={"momentum": "global"})),
         (ValueError, "proximal must be one of", lambda: GradientDescent(proximal="step")),
-        (ValueError, "tolerance must be None with prox", lambda: GradientDescent(proximal="pullback", tolerance=1.0)),
+        (ValueError, "tolerance must be None with prox", lambda: GradientDescent(proximal="after", tolerance=1.0)),
     ):
         with pytest.raises(error, match=words):
             call()

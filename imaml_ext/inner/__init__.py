@@ -1,14 +1,14 @@
 """The inner problem, argmin_φ L(φ) + ½ Σ λ (φ − θ)², and its solvers."""
 
 from imaml_ext.inner.gradient_descent import GradientDescent, gradient_descent
-from imaml_ext.inner.newton_cg import HessianFree, NewtonResult, newton_cg
+from imaml_ext.inner.newton_cg import NewtonCG, NewtonResult, newton_cg
 from imaml_ext.inner.solver import InnerResult, InnerSolver
 
 __all__ = [
     "GradientDescent",
-    "HessianFree",
     "InnerResult",
     "InnerSolver",
+    "NewtonCG",
     "NewtonResult",
     "gradient_descent",
     "newton_cg",

@@ -2,72 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.checks import check_choice, check_int, check_number
-from imaml_ext.inner.arguments import loss_and_gradient
-from imaml_ext.inner.problem import measured, proximal_norm, start
-from imaml_ext.inner.solver import InnerResult
-from imaml_ext.models import LossFunction, TaskData, TaskLoss
+from imaml_ext.batch import TaskData
+from imaml_ext.errors import ConfigError
+from imaml_ext.inner.solver import InnerResult, InnerSolver, measured, proximal_norm, start
+from imaml_ext.losses.protocol import Loss, LossFunction, as_loss
+from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.ops import Coefficient
-
-OPTIMIZERS = ("sgd", "momentum", "adam")
-PROXIMAL = ("gradient", "pullback")
+from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
 
 
-@dataclass(frozen=True, eq=False)
-class GradientDescent:
-    """Gradient descent on the proximal problem, as an `InnerSolver`; what it does, `gradient_descent` says.
+@dataclass(frozen=True)
+class GradientDescent(InnerSolver):
+    """Takes `steps` descent steps on L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ.
 
-    Args:
-        steps, lr, optimizer, momentum, nesterov, betas, eps, proximal, tolerance, batch_size: of `gradient_descent`.
+    Each setting has its meaning below it. With a `tolerance`, a task whose proximal gradient norm is at most that stays
+    where it is for the remaining steps. With `batch_size`, a step takes the gradient of about that many of a task's S
+    examples, the next ones in turn (see `batches`), and `losses` are theirs.
 
     Raises:
-        TypeError, ValueError: a setting of the wrong type or outside its range.
+        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
+
+    Source: Algorithm 2 of Rajeswaran et al., arXiv 1909.04630, with the proximal problem of its equation 3.
     """
 
-    steps: int = 16
-    lr: Coefficient = 0.1
-    optimizer: str = "sgd"
-    momentum: float = 0.9
+    steps: Annotated[int, NOT_NEGATIVE] = 16
+    """Gradient steps per task."""
+
+    lr: Annotated[Coefficient, NOT_NEGATIVE] = 0.1
+    """Learning rate of the steps."""
+
+    lr_of: Annotated[dict[str, float], NOT_NEGATIVE] = field(default_factory=dict)
+    """Other rates for parameter tensors by name, * for any letters: `* 0 linear.* 0.1` adapts the last layer alone."""
+
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """Rule of the steps: plain, torch.optim.SGD's with momentum, or torch.optim.Adam's."""
+
+    momentum: Annotated[float, FRACTION] = 0.9
+    """Momentum of the rule `momentum`."""
+
     nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    proximal: str = "gradient"
-    tolerance: float | None = None
-    batch_size: int | None = None
+    """Nesterov's form of the rule `momentum`."""
+
+    betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.999)
+    """Decay rates of the moments of the rule `adam`."""
+
+    eps: Annotated[float, POSITIVE] = 1e-8
+    """Epsilon of the rule `adam`."""
+
+    proximal: Literal["gradient", "after"] = "gradient"
+    """Every step descends on the proximal objective; or plain steps, then one step of the penalty (authors' code)."""
+
+    tolerance: Annotated[float | None, NOT_NEGATIVE] = None
+    """Norm of the proximal gradient at which a task stops; unset: never."""
+
+    batch_size: Annotated[int | None, COUNT] = None
+    """Examples of a task in a step, in turn; unset: its whole support set."""
 
     def __post_init__(self) -> None:
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("proximal", self.proximal, PROXIMAL)
-        check_int("steps", self.steps, minimum=0)
-        if not isinstance(self.lr, Tensor):
-            check_number("lr", self.lr, at_least=0)
-        for name, value in (("momentum", self.momentum), ("betas[0]", self.betas[0]), ("betas[1]", self.betas[1])):
-            if not 0 <= check_number(name, value) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-        check_number("eps", self.eps, above=0)
-        if self.tolerance is not None:
-            check_number("tolerance", self.tolerance, at_least=0)
-            if self.proximal == "pullback":
-                raise ValueError(
-                    "tolerance must be None with proximal='pullback', whose steps do not go to the proximal minimum"
-                )
-        if self.batch_size is not None:
-            check_int("batch_size", self.batch_size, minimum=1)
-            if self.tolerance is not None:
-                raise ValueError("tolerance must be None with batch_size: no step sees the gradient of the whole task")
+        super().__post_init__()
+        alone = "None with proximal='after' or a batch_size, whose steps do not go to the proximal minimum"
+        self.require(
+            self.tolerance is None or (self.proximal, self.batch_size) == ("gradient", None), "tolerance", alone
+        )
+        self.require(not self.lr_of or not isinstance(self.lr, Tensor), "lr_of", "empty where lr is a tensor")
 
     def batches(self, data: Any) -> list[Any]:
-        """What the steps take their gradients of, in turns: the data themselves, or ⌈S / batch_size⌉ parts of them.
+        """Returns what the steps take their gradients of, in turns: the data, or ⌈S / batch_size⌉ parts of them.
 
-        Part k of n holds the examples k, k + n, k + 2n, … of each task, so that of the support sets of `data`, which go
-        class by class, every part has as many of each class as can be.
+        Part k of n holds the examples k, k + n, k + 2n, … of each task. Support sets of `data` go class by class, so
+        that every part has as many of each class as can be.
 
         Raises:
             ValueError: there are to be parts, and data has no x and y of the shape [B, S, …].
@@ -87,9 +99,16 @@ class GradientDescent:
             return [data]
         return [TaskData(x[:, k::parts].contiguous(), y[:, k::parts].contiguous()) for k in range(parts)]
 
+    def rate(self, loss: Loss, like: Tensor) -> Coefficient:
+        if not self.lr_of or isinstance(self.lr, Tensor):
+            return self.lr
+        if loss.layout is None:
+            raise ConfigError("GradientDescent.lr_of must be empty for a function, whose parameters have no names")
+        return _rates(self.lr, tuple(self.lr_of.items()), loss.layout, like.dtype, like.device)
+
     def solve(
         self,
-        loss: LossFunction,
+        loss: Loss | LossFunction,
         theta: Tensor,
         data: Any,
         *,
@@ -97,83 +116,77 @@ class GradientDescent:
         num_tasks: int | None = None,
         measure: bool = False,
     ) -> InnerResult:
-        """`gradient_descent` with these settings."""
-        return gradient_descent(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure, **vars(self))
+        """Descends; see `InnerSolver.solve`.
+
+        Raises:
+            TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
+            NativeUnavailableError: the compiled part is missing.
+        """
+        loss, batches = as_loss(loss), self.batches(data)
+        phi, center, lam = start(theta, data, lam, num_tasks)
+        lr = ops.as_coefficient(self.rate(loss, phi), "lr", phi).detach()
+        lam_of_steps = torch.zeros_like(lam) if self.proximal == "after" else lam
+        losses = None  # [steps, B]
+        if self.optimizer == "sgd" and self.tolerance is None and len(batches) == 1:
+            losses = loss.descend_(phi, center, data, lam=lam_of_steps, lr=lr, steps=self.steps)
+        taken = torch.full((len(phi),), self.steps, device=phi.device)
+        if losses is None:
+            losses, taken = self._descend_(loss, phi, center, batches, lam_of_steps, lr)
+        if self.proximal == "after":  # φ ← φ − η λ (φ − θ)
+            ops.prox_sgd_step_(phi, torch.zeros_like(phi), center, lam, lr)
+        return InnerResult(phi, losses, taken, *measured(loss, phi, data, center, lam, measure))
+
+    def _descend_(
+        self, loss: Loss, phi: Tensor, center: Tensor, batches: list[Any], lam: Tensor, lr: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Steps one by one, in place; returns the losses [steps, B] before each, and the steps taken [B]."""
+        losses = phi.new_empty(self.steps, len(phi))
+        taken = torch.zeros(len(phi), dtype=torch.int64, device=phi.device)
+        first = torch.zeros_like(phi) if self.optimizer != "sgd" else None  # velocity, or first moment
+        second = torch.zeros_like(phi) if self.optimizer == "adam" else None
+        for step in range(self.steps):
+            losses[step], _, grad = loss.gradient(phi, batches[step % len(batches)])  # [B], [B, N]
+            step_lr = lr
+            if self.tolerance is None:
+                taken += 1
+            else:
+                # A task that has arrived keeps its φ, so its gradient too: it stays for good. A NaN has not arrived.
+                moving = ~(proximal_norm(grad, phi, center, lam) <= self.tolerance)  # [B]
+                taken += moving
+                step_lr = torch.where(moving.unsqueeze(1), lr, 0.0)  # [B, 1 or N]
+            if first is None:
+                ops.prox_sgd_step_(phi, grad, center, lam, step_lr)
+            elif second is None:
+                ops.prox_momentum_step_(phi, first, grad, center, lam, step_lr, self.momentum, self.nesterov)
+            else:
+                ops.prox_adam_step_(phi, first, second, grad, center, lam, step_lr, *self.betas, self.eps, step + 1)
+        return losses, taken
+
+
+@functools.lru_cache(maxsize=32)
+def _rates(
+    lr: float, lr_of: tuple[tuple[str, float], ...], layout: ParameterLayout, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The rate of every parameter, [1, N]; a later pattern goes before an earlier one."""
+    rates = dict.fromkeys(layout.names, lr)
+    for pattern, rate in lr_of:
+        named = [name for name in layout.names if fnmatchcase(name, pattern)]
+        if not named:
+            raise ConfigError(f"GradientDescent.lr_of must name parameters {list(layout.names)}, got {pattern!r}")
+        rates |= dict.fromkeys(named, rate)
+    each = torch.tensor([rates[name] for name in layout.names], dtype=dtype)
+    return each.repeat_interleave(torch.tensor(layout.sizes)).unsqueeze(0).to(device)
 
 
 def gradient_descent(
-    loss: LossFunction,
+    loss: Loss | LossFunction,
     theta: Tensor,
     data: Any,
     *,
     lam: Coefficient,
-    steps: int,
-    lr: Coefficient,
-    optimizer: str = "sgd",
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    proximal: str = "gradient",
-    tolerance: float | None = None,
-    batch_size: int | None = None,
-    measure: bool = False,
     num_tasks: int | None = None,
+    measure: bool = False,
+    **settings: Any,
 ) -> InnerResult:
-    """`steps` descent steps on L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ; no host synchronisation.
-
-    Args:
-        loss: losses [B] = loss(params [B, N], data), row b from row b alone (a `TaskLoss`, or any such function).
-        theta: [N] shared, or [B, N]; float32 or float64. Not changed.
-        data: handed to `loss`; `data.x` [B, …] tells the number of tasks.
-        lam: λ ≥ 0, a number, one a task [B], one a parameter [N], or [B, N] ([B, 1] and [1, N] where B == N).
-        lr: step size, in the same forms.
-        optimizer: "sgd", "momentum" (torch.optim.SGD's rule) or "adam" (torch.optim.Adam's).
-        momentum, nesterov: of "momentum". betas, eps: of "adam".
-        proximal: "gradient", every step is on the proximal objective; or "pullback", the steps are on L alone and one
-            φ ← φ − η λ (φ − θ) follows them, as in the code that the paper's authors published.
-        tolerance: a task whose proximal gradient norm is at most this stays where it is for the remaining steps.
-        batch_size: every step takes the gradient of that many of a task's S examples, the next ones in turn (see
-            `GradientDescent.batches`); `losses` are then theirs. All of them unless given, and where S is no more.
-        measure: evaluate loss and proximal gradient once more, at the end, on all examples.
-        num_tasks: B, where `data` has no `x`.
-
-    Raises:
-        TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
-        NativeUnavailableError: the compiled part is missing.
-
-    Source: Algorithm 2 of Rajeswaran et al., arXiv 1909.04630, with the proximal problem of its equation 3.
-    """
-    settings = GradientDescent(steps, lr, optimizer, momentum, nesterov, betas, eps, proximal, tolerance, batch_size)
-    batches = settings.batches(data)
-    phi, center, lam = start(theta, data, lam, num_tasks)
-    tasks = len(phi)
-    lr = ops.as_coefficient(lr, "lr", phi).detach()
-    pull = torch.zeros_like(lam) if proximal == "pullback" else lam  # of the steps
-
-    losses: Tensor | None = None  # [steps, B]
-    if optimizer == "sgd" and tolerance is None and len(batches) == 1 and isinstance(loss, TaskLoss):
-        losses = loss.descend_(phi, center, data, lam=pull, lr=lr, steps=steps)
-    to_take = range(steps if losses is None else 0)
-    losses = phi.new_empty(steps, tasks) if losses is None else losses
-    taken = torch.full((tasks,), steps if tolerance is None else 0, device=phi.device)
-    first = torch.zeros_like(phi) if optimizer != "sgd" else None  # velocity, or first moment
-    second = torch.zeros_like(phi) if optimizer == "adam" else None
-    for step in to_take:
-        losses[step], grad = loss_and_gradient(loss, phi, batches[step % len(batches)])  # [B], [B, N]
-        step_lr = lr
-        if tolerance is not None:
-            # A task that has arrived keeps its φ, so its gradient too: it stays for good. A NaN has not arrived.
-            moving = ~(proximal_norm(grad, phi, center, lam) <= tolerance)  # [B]
-            taken += moving
-            step_lr = torch.where(moving.unsqueeze(1), lr, 0.0)  # [B, 1 or N]
-        if first is None:
-            ops.prox_sgd_step_(phi, grad, center, pull, step_lr)
-        elif second is None:
-            ops.prox_momentum_step_(phi, first, grad, center, pull, step_lr, momentum, nesterov)
-        else:
-            ops.prox_adam_step_(phi, first, second, grad, center, pull, step_lr, *betas, eps, step + 1)
-    if proximal == "pullback":  # φ ← φ − η λ (φ − θ)
-        ops.prox_sgd_step_(phi, torch.zeros_like(phi), center, lam, lr)
-
-    return InnerResult(phi, losses, taken, *measured(loss, phi, data, center, lam, measure))
+    """Returns `GradientDescent(**settings).solve(loss, theta, data, …)`."""
+    return GradientDescent(**settings).solve(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure)

@@ -1,14 +1,19 @@
-"""What every solver of the inner problem, argmin_φ L(φ) + ½ Σ_j λ_j (φ_j − θ_j)², offers the meta-gradients."""
+"""What every solver of the inner problem, argmin_φ L(φ) + ½ Σ_j λ_j (φ_j − θ_j)², offers, begins and ends with."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from imaml_ext.models import LossFunction
+from imaml_ext import ops
+from imaml_ext.checks import check_number
+from imaml_ext.losses.protocol import Loss, LossFunction, task_rows
 from imaml_ext.ops import Coefficient
+from imaml_ext.settings import Choice
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,23 @@ class InnerResult:
         return {"support_loss_before": self.losses[0].mean()} if len(self.losses) else {}
 
 
-class InnerSolver(Protocol):
-    """Settings of a solver, and the solver."""
+class InnerSolver(Choice):
+    """Settings of an inner solver, and the solver. A new one is a file, and an entry of `kinds`.
 
+    Attributes:
+        steps: how many it takes at most; 0 leaves φ at θ.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {
+        "gradient_descent": "imaml_ext.inner.gradient_descent.GradientDescent",
+        "newton_cg": "imaml_ext.inner.newton_cg.NewtonCG",
+    }
+    steps: int
+
+    @abstractmethod
     def solve(
         self,
-        loss: LossFunction,
+        loss: Loss | LossFunction,
         theta: Tensor,
         data: Any,
         *,
@@ -48,14 +64,45 @@ class InnerSolver(Protocol):
         num_tasks: int | None = None,
         measure: bool = False,
     ) -> InnerResult:
-        """phi [B, N] near the minimum of every task's proximal objective, from φ = θ; no host synchronisation.
+        """Returns phi [B, N] near the minimum of every task's proximal objective, from φ = θ; nothing waits.
 
         Args:
-            loss: losses [B] = loss(params [B, N], data), row b from row b alone.
+            loss: losses [B] = loss(params [B, N], data), row b from row b alone (a `TaskLoss`, or any such function).
             theta: [N] shared, or [B, N]; float32 or float64. Not changed.
             data: handed to `loss`; `data.x` [B, …] tells the number of tasks.
-            lam: λ ≥ 0, a number, one a task [B], one a parameter [N], or [B, N].
+            lam: λ ≥ 0, a number, one per task [B], one per parameter [N], or [B, N] ([B, 1] and [1, N] where B == N).
             num_tasks: B, where `data` has no `x`.
             measure: evaluate loss and proximal gradient once more, at the end.
+
+        Raises:
+            TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
         """
-        ...
+
+    def rate(self, loss: Loss, like: Tensor) -> Coefficient | None:
+        """Returns the step size for parameters `like` [B, N] of this loss; None where the solver has none."""
+        return None
+
+
+def start(theta: Tensor, data: Any, lam: Coefficient, num_tasks: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns φ = θ [B, N] to work on, θ as [1 or B, N] and λ as [1 or B, 1 or N], all without a graph."""
+    if not isinstance(lam, Tensor):
+        check_number("lam", lam, at_least=0)
+    rows, tasks = task_rows(theta, data, num_tasks)
+    center = rows.detach().contiguous()
+    phi = center.expand(tasks, -1).clone(memory_format=torch.contiguous_format)
+    return phi, center, ops.as_coefficient(lam, "lam", phi).detach()
+
+
+def measured(
+    loss: Loss, phi: Tensor, data: Any, theta: Tensor, lam: Tensor, measure: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns L(φ) and ‖∇L(φ) + λ (φ − θ)‖ of every task, [B] each; None unless they are to be measured."""
+    if not measure:
+        return None, None
+    losses, _, grad = loss.gradient(phi, data)
+    return losses, proximal_norm(grad, phi, theta, lam)
+
+
+def proximal_norm(grad: Tensor, phi: Tensor, theta: Tensor, lam: Tensor) -> Tensor:
+    """Returns ‖∇L(φ) + λ (φ − θ)‖ of every task, [B]."""
+    return torch.linalg.vector_norm(ops.prox_gradient_(grad.clone(), phi, theta, lam), dim=1)

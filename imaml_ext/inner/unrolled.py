@@ -1,4 +1,4 @@
-"""Gradient descent on the proximal problem as a differentiable function of θ and λ."""
+"""Gradient descent on the proximal problem as a differentiable function of θ, λ and the learning rate η."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.inner.arguments import loss_and_gradient, task_losses
-from imaml_ext.inner.curvature import HessianOperator
 from imaml_ext.inner.gradient_descent import GradientDescent
-from imaml_ext.models import LossFunction
-from imaml_ext.models.loss import task_gradient
+from imaml_ext.losses.gradients import task_gradient
+from imaml_ext.losses.protocol import Loss
 
 State = tuple[Tensor, ...]  # φ, then the moments that the optimiser keeps, all [B, N]
 
 
 def unroll(
-    solver: GradientDescent, loss: LossFunction, theta: Tensor, data: Any, lam: Tensor, *, checkpoint: bool = False
+    solver: GradientDescent, loss: Loss, theta: Tensor, data: Any, lam: Tensor, *, checkpoint: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """φ [B, N] after the steps of `solver` from θ, with their graph into theta and lam, and the losses [steps, B].
+    """Returns φ [B, N] after the steps of `solver` from θ, and the losses [steps, B] before each.
+
+    φ has a graph into theta and lam, and into the solver's lr where that is a tensor that requires a gradient.
 
     Args:
         theta: [B, N]. lam: [1 or B, 1 or N].
-        checkpoint: keep the iterates φ_k alone, N numbers a step, and not what the network computed on the way. The
+        checkpoint: keep the iterates φ_k alone, N numbers per step, and not what the network computed on the way. The
             backward sweep then takes the gradient at each φ_k anew and multiplies by its Hessian once: one more
             gradient a step, and the memory of one step at a time.
 
@@ -37,14 +37,14 @@ def unroll(
     """
     if solver.tolerance is not None:
         raise ValueError(f"tolerance must be None where the inner steps are differentiated, got {solver.tolerance}")
-    lr = ops.as_coefficient(solver.lr, "lr", theta.detach()).detach()
+    lr = ops.as_coefficient(solver.rate(loss, theta.detach()), "lr", theta.detach())
     if checkpoint:
         return _Replayed.apply(theta, lam, lr, solver, loss, solver.batches(data))
     losses = []
     batches = solver.batches(data)
     state = _initial(solver, theta)
     for step in range(solver.steps):
-        here = task_losses(loss, state[0], batches[step % len(batches)])  # [B]
+        here = loss(state[0], batches[step % len(batches)])  # [B]
         grad = task_gradient(here, state[0], create_graph=True)
         state = _next(solver, step, state, grad, theta, lam, lr)
         losses.append(here.detach())
@@ -62,7 +62,7 @@ def _next(
 ) -> State:
     """The rule of `ops.prox_…_step_` in differentiable operations: a function of the state, grad = ∇L(φ), θ and λ."""
     phi, *moments = state
-    g = grad if solver.proximal == "pullback" else grad + lam * (phi - theta)
+    g = grad if solver.proximal == "after" else grad + lam * (phi - theta)
     if solver.optimizer == "sgd":
         return (phi - lr * g,)
     if solver.optimizer == "momentum":
@@ -78,7 +78,7 @@ def _next(
 
 
 def _last(solver: GradientDescent, phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor) -> Tensor:
-    return phi - lr * lam * (phi - theta) if solver.proximal == "pullback" else phi
+    return phi - lr * lam * (phi - theta) if solver.proximal == "after" else phi
 
 
 class _Replayed(torch.autograd.Function):
@@ -91,13 +91,13 @@ class _Replayed(torch.autograd.Function):
         lam: Tensor,
         lr: Tensor,
         solver: GradientDescent,
-        loss: LossFunction,
+        loss: Loss,
         batches: list[Any],
     ) -> tuple[Tensor, Tensor]:
         states = [_initial(solver, theta)]
         losses = theta.new_empty(solver.steps, len(theta))
         for step in range(solver.steps):
-            losses[step], grad = loss_and_gradient(loss, states[-1][0], batches[step % len(batches)])
+            losses[step], _, grad = loss.gradient(states[-1][0], batches[step % len(batches)])
             states.append(_next(solver, step, states[-1], grad, theta, lam, lr))
         ctx.save_for_backward(theta, lam, lr, *(vector for state in states for vector in state))
         ctx.solver, ctx.loss, ctx.batches = solver, loss, batches
@@ -113,25 +113,31 @@ class _Replayed(torch.autograd.Function):
         states = [tuple(vectors[i : i + width]) for i in range(0, len(vectors), width)]
         last, start = states[-1], states[0]
 
-        phi_bar, theta_bar, lam_bar = _pull_back(
-            lambda phi, theta, lam: (_last(solver, phi, theta, lam, lr),), (last[0], theta, lam), (phi_bar,)
-        )
+        # λ, and η where it is asked for, are elementwise factors of every step; a plain η is a constant of the rule.
+        learns_lr = ctx.needs_input_grad[2]
+        constants = (theta, lam, lr) if learns_lr else (theta, lam)
+
+        def end(phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor = lr) -> State:
+            return (_last(solver, phi, theta, lam, lr),)
+
+        phi_bar, *totals = _vector_jacobian(end, (last[0], *constants), (phi_bar,))
         bars: State = (phi_bar, *(torch.zeros_like(vector) for vector in start[1:]))
         for step in reversed(range(solver.steps)):
-            operator = HessianOperator(ctx.loss, states[step][0], ctx.batches[step % len(ctx.batches)])
+            operator = ctx.loss.linearize(states[step][0], ctx.batches[step % len(ctx.batches)])
 
             def rule(*inputs: Tensor, step: int = step) -> State:
-                state, (grad, theta, lam) = inputs[:width], inputs[width:]
-                return _next(solver, step, state, grad, theta, lam, lr)
+                state, (grad, theta, lam, *rate) = inputs[:width], inputs[width:]
+                return _next(solver, step, state, grad, theta, lam, *rate or (lr,))
 
-            at = (*states[step], operator.gradient, theta, lam)
-            phi_bar, *moment_bars, grad_bar, by_theta, by_lam = _pull_back(rule, at, bars)
+            phi_bar, *rest = _vector_jacobian(rule, (*states[step], operator.gradient, *constants), bars)
+            moment_bars, (grad_bar, *by) = rest[: width - 1], rest[width - 1 :]
             bars = (phi_bar + operator(grad_bar.contiguous()), *moment_bars)  # φ_k is in ∇L(φ_k) too: H ḡ
-            theta_bar, lam_bar = theta_bar + by_theta, lam_bar + by_lam
-        return theta_bar + bars[0], lam_bar, None, None, None, None  # φ_0 = θ
+            totals = [total + bar for total, bar in zip(totals, by, strict=True)]
+        theta_bar, lam_bar, *lr_bar = totals
+        return theta_bar + bars[0], lam_bar, lr_bar[0] if learns_lr else None, None, None, None  # φ_0 = θ
 
 
-def _pull_back(function: Callable[..., State], inputs: State, bars: State) -> State:
+def _vector_jacobian(function: Callable[..., State], inputs: State, bars: State) -> State:
     """The cotangents of the inputs of an elementwise function from those of its outputs."""
     leaves = [value.detach().requires_grad_() for value in inputs]
     with torch.enable_grad():

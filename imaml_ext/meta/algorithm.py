@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from imaml_ext.batch import Episodes
-from imaml_ext.checks import check_number
+from imaml_ext.batch import Data, Episodes
+from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
-from imaml_ext.inner.arguments import loss_and_gradient, task_losses
-from imaml_ext.meta.regularisation import LearnableLam
-from imaml_ext.models import Data, LossFunction, TaskLoss
+from imaml_ext.losses.protocol import Loss, as_loss
+from imaml_ext.meta.learnt import Learnt, Sharing, learnt
 from imaml_ext.ops import Coefficient, as_coefficient
+from imaml_ext.settings import NOT_NEGATIVE, Choice
+
+MetaParameters = Mapping[str, Tensor]  # "theta" [N], and what is learnt beside it: "log_lam" [G], "log_lr" [G]
+Self = TypeVar("Self", bound="MetaAlgorithm")
 
 
 @dataclass(frozen=True)
@@ -22,121 +28,192 @@ class MetaGradient:
     """What an outer optimiser needs to know of a batch of tasks; nothing has been read back.
 
     Attributes:
-        gradient: ∂F/∂θ [N], a mean over the tasks that count.
-        counted: 0-d, how many those are.
+        gradients: ∂F of every meta-parameter by name, in its shape: means over the tasks that count.
+        counted: 0-d, how many tasks those are.
         metrics: 0-d tensors that describe the step.
-        lam_gradient: ∂F/∂λ in the shape of `LearnableLam.log`; None where λ is not learnt.
     """
 
-    gradient: Tensor
+    gradients: dict[str, Tensor]
     counted: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    lam_gradient: Tensor | None = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """∂F/∂θ [N]."""
+        return self.gradients["theta"]
 
 
-class MetaAlgorithm(Protocol):
-    """Adapts meta-parameters to tasks, and says how to improve them."""
+@dataclass(frozen=True)
+class MetaAlgorithm(Choice):
+    """An algorithm's settings, and the algorithm: adapts meta-parameters to tasks, and says how to improve them.
 
-    def adapt(self, theta: Tensor, support: Data) -> Tensor:
-        """Task parameters phi [B, N] from theta [N] and the support sets."""
-        ...
+    A new one is a file, and an entry of `kinds`. Without a loss it is a setting only; `bound` gives it one.
 
-    def meta_gradient(self, theta: Tensor, episodes: Episodes) -> MetaGradient:
-        """How to improve theta [N]: the gradient of the mean query loss of the adapted tasks, or what stands for it."""
-        ...
-
-
-class InnerProblem:
-    """What the algorithms share: a loss, λ, and the solver of argmin_φ L(φ) + ½ Σ_j λ_j (φ_j − θ_j)².
+    Attributes:
+        no_derivative: {coefficient: why} of the inner problem's coefficients that it cannot learn.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
+        TypeError: the loss is neither a `Loss` nor a function.
     """
 
-    def __init__(
-        self, loss: LossFunction, *, lam: Coefficient | LearnableLam, inner: InnerSolver | None, positive: bool
-    ) -> None:
-        if not callable(loss):
-            raise TypeError(f"loss must be a TaskLoss or a function, got {type(loss).__name__}")
-        if inner is not None and not hasattr(inner, "solve"):
-            raise TypeError(f"inner must be an inner solver such as GradientDescent(), got {type(inner).__name__}")
-        if not isinstance(lam, Tensor | LearnableLam):
-            check_number("lam", lam, **({"above": 0} if positive else {"at_least": 0}))
-        self.loss = loss
-        self.lam = lam
-        self.inner = GradientDescent() if inner is None else inner
+    kinds: ClassVar[dict[str, str]] = {
+        "imaml": "imaml_ext.meta.imaml.IMAML",
+        "maml": "imaml_ext.meta.maml.MAML",
+        "fomaml": "imaml_ext.meta.first_order.FOMAML",
+        "reptile": "imaml_ext.meta.first_order.Reptile",
+    }
+    no_derivative: ClassVar[dict[str, str]] = {}
 
-    def adapt(self, theta: Tensor, support: Data) -> Tensor:
-        """phi [B, N]: theta [N] adapted to each task's support set by the inner solver.
+    loss: Any = field(default=None, metadata={"recorded": False})
+
+    _: KW_ONLY
+
+    lam: Annotated[Coefficient, NOT_NEGATIVE] = 0.0
+    """Regularisation lambda: how strongly a task's parameters are held at theta; 0 holds them not at all."""
+
+    inner: InnerSolver = field(default_factory=GradientDescent)
+    """Solver of the inner problem."""
+
+    learn: dict[str, Sharing] = field(default_factory=dict)
+    """Learnt beside theta: `lam` or `lr` (inner rates), each `global`, per `tensor` or per `parameter`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.learn:
+            if name not in Learnt.kinds:
+                raise ConfigError(f"learn must name some of {', '.join(Learnt.kinds)}, got {name!r}")
+            if name in self.no_derivative:
+                raise ConfigError(f"{type(self).__name__} cannot learn {name}: {self.no_derivative[name]}")
+        if self.loss is not None:
+            object.__setattr__(self, "loss", as_loss(self.loss))
+
+    def bound(self: Self, loss: Any) -> Self:
+        """Returns the same algorithm on this loss, a `TaskLoss` or losses [B] = loss(params [B, N], data)."""
+        return replace(self, loss=loss)
+
+    def initial(self, theta: Tensor) -> dict[str, Tensor]:
+        """Returns the meta-parameters to begin with: theta [N], and what is learnt beside it as logarithms [G].
 
         Raises:
-            TypeError, ValueError: theta or the data have a wrong dtype, shape or device.
+            ConfigError: what is to be learnt is not positive at the start, or the inner solver has no such setting.
         """
-        return self._solve(one_row(theta), support).phi
+        return {"theta": theta} | {
+            f"log_{name}": each.initial(self, check_theta(theta)) for name, each in self._learnt.items()
+        }
 
-    def _solve(self, theta: Tensor, support: Data) -> InnerResult:
-        lam = self.lam.coefficient() if isinstance(self.lam, LearnableLam) else self.lam
-        return self.inner.solve(self.loss, theta, support, lam=lam)
+    def adapt(self, params: Tensor | MetaParameters, support: Data) -> Tensor:
+        """Returns phi [B, N]: theta adapted to each task's support set by the inner solver.
 
-    def _coefficient(self, like: Tensor) -> Tensor:
-        """λ as [1 or B, 1 or N] for `like` [B, N], without a graph."""
-        lam = self.lam.coefficient() if isinstance(self.lam, LearnableLam) else self.lam
-        return as_coefficient(lam, "lam", like).detach()
+        Args:
+            params: theta [N], or all meta-parameters, as `initial` gives them.
 
-    def _lam_gradient(self, rows: Tensor, counts: Tensor) -> Tensor | None:
-        """∂F/∂λ from every task's derivative in every λ_j, [B, N]; None where λ is not learnt."""
-        return self.lam.gather(task_mean(rows, counts)) if isinstance(self.lam, LearnableLam) else None
+        Raises:
+            TypeError, ValueError: the meta-parameters or the data have a wrong dtype, shape or device.
+        """
+        params = self._checked(params)
+        return self._solve(self._problem(params), params["theta"], support).phi
+
+    @abstractmethod
+    def meta_gradient(self, params: Tensor | MetaParameters, episodes: Episodes) -> MetaGradient:
+        """Returns how to improve the meta-parameters: the gradient of the mean query loss, or what stands for it."""
+
+    def learnt_metrics(self, params: MetaParameters) -> dict[str, Tensor]:
+        """Returns the value of everything learnt beside theta, or its mean and range, 0-d."""
+        metrics = {}
+        for name in self.learn:
+            values = params[f"log_{name}"].detach().exp()
+            metrics[name] = values[0] if len(values) == 1 else values.mean()
+            if len(values) > 1:
+                metrics |= {f"{name}_min": values.min(), f"{name}_max": values.max()}
+        return metrics
+
+    # --- for the algorithms -----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _learnt(self) -> dict[str, Learnt]:
+        return {name: learnt(name, sharing, self._loss) for name, sharing in self.learn.items()}
+
+    @property
+    def _loss(self) -> Loss:
+        if self.loss is None:
+            raise ConfigError(f"{type(self).__name__}.loss must be given: bind the settings to one by `bound(loss)`")
+        return self.loss
+
+    def _checked(self, params: Tensor | MetaParameters) -> dict[str, Tensor]:
+        """The meta-parameters without a graph."""
+        given = {"theta": params} if not isinstance(params, Mapping) else dict(params)
+        missing = [name for name in ("theta", *(f"log_{name}" for name in self.learn)) if name not in given]
+        if missing:
+            raise ValueError(f"params must hold all that `initial(theta)` gives, {', '.join(missing)} is missing")
+        return {name: check_theta(value, name) for name, value in given.items()}
+
+    def _problem(self, params: MetaParameters, values: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """The inner problem {"lam": …, "inner": …} with what is learnt in place; `values`: in place of their own."""
+        problem: dict[str, Any] = {"lam": self.lam, "inner": self.inner}
+        for name, each in self._learnt.items():
+            problem = each.applied(problem, (values or {}).get(name, each.value(params[f"log_{name}"])))
+        return problem
+
+    def _solve(self, problem: Mapping[str, Any], theta: Tensor, support: Data) -> InnerResult:
+        return problem["inner"].solve(self._loss, theta, support, lam=problem["lam"])
+
+    def _result(
+        self,
+        params: MetaParameters,
+        by_theta: Tensor,
+        by_coefficient: Mapping[str, Tensor],
+        counted: Tensor,
+        metrics: dict[str, Tensor],
+    ) -> MetaGradient:
+        """The means of every task's derivative in theta and in the coefficients that are learnt, [B, N] each."""
+        gradients = {"theta": task_mean(by_theta, counted)}
+        for name, each in self._learnt.items():
+            by_parameter = task_mean(by_coefficient[each.coefficient], counted)
+            gradients[f"log_{name}"] = each.gradient(params[f"log_{name}"], by_parameter)
+        return MetaGradient(gradients, counted.sum(), metrics)
 
 
-def one_row(theta: Tensor) -> Tensor:
-    """theta without a graph, checked to be one set of meta-parameters [N]."""
+def check_theta(theta: Tensor, name: str = "theta") -> Tensor:
+    """Returns theta without a graph, checked to be one set of meta-parameters [N]."""
     if not isinstance(theta, Tensor):
-        raise TypeError(f"theta must be a tensor, got {type(theta).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(theta).__name__}")
     if theta.dim() != 1:
-        raise ValueError(f"theta must have shape [N], got {list(theta.shape)}")
+        raise ValueError(f"{name} must have shape [N], got {list(theta.shape)}")
     return theta.detach()
 
 
-def task_mean(rows: Tensor, counts: Tensor) -> Tensor:
-    """Mean over the tasks that count, [B, …] -> […]; of none, 0 / 0: a NaN that the outer loop must see."""
-    kept = torch.where(counts.view(-1, *(1,) * (rows.dim() - 1)), rows, 0.0)  # a NaN times 0 is a NaN
-    return kept.sum(0) / counts.sum()
+def lam_rows(problem: Mapping[str, Any], like: Tensor) -> Tensor:
+    """Returns λ as [1 or B, 1 or N] for `like` [B, N], without a graph."""
+    return as_coefficient(problem["lam"], "lam", like).detach()
 
 
-def sound(inner: InnerResult, *values: Tensor) -> Tensor:
-    """[B] bool: no NaN or infinity in a task's support losses, nor in the values [B, N]: it may count."""
+def task_mean(rows: Tensor, counted: Tensor) -> Tensor:
+    """Returns the mean over the tasks that count, [B, …] → […]; of none, 0 / 0: a NaN that the outer loop must see."""
+    kept = torch.where(counted.view(-1, *(1,) * (rows.dim() - 1)), rows, 0.0)  # a NaN times 0 is a NaN
+    return kept.sum(0) / counted.sum()
+
+
+def finite_tasks(inner: InnerResult, *values: Tensor) -> Tensor:
+    """Returns [B] bool: no NaN or infinity in a task's support losses, nor in the values [B, N]: it may count."""
     finite = inner.losses.isfinite().all(0)
     for value in values:
         finite = finite & value.isfinite().all(1)
     return finite
 
 
-def query_metrics(loss: LossFunction, phi: Tensor, query: Any) -> dict[str, Tensor]:
-    """The mean query loss at phi [B, N], and the accuracy where there is one."""
-    with torch.no_grad():
-        if not isinstance(loss, TaskLoss):
-            return {"query_loss": task_losses(loss, phi, query).mean()}
-        outputs = loss.outputs(phi, query.x)
-        return _metrics(loss, loss.criterion(outputs, query.y), outputs, query.y)
-
-
-def query_gradient(loss: LossFunction, phi: Tensor, query: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """v = ∇Q(φ) [B, N], and the metrics of the query set."""
-    if not isinstance(loss, TaskLoss):
-        losses, v = loss_and_gradient(loss, phi, query)
-        return v, {"query_loss": losses.mean()}
-    losses, outputs, v = loss.gradient(phi, query)
-    return v, _metrics(loss, losses, outputs, query.y)
-
-
-def _metrics(loss: TaskLoss, losses: Tensor, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def query_metrics(losses: Tensor, accuracies: Tensor | None) -> dict[str, Tensor]:
+    """Returns the mean query loss, and the mean accuracy where there is one."""
     metrics = {"query_loss": losses.mean()}
-    accuracy = loss.accuracy(outputs, targets)
-    if accuracy is not None:
-        metrics["query_accuracy"] = accuracy.mean()
-    return metrics
+    return metrics if accuracies is None else metrics | {"query_accuracy": accuracies.mean()}
 
 
-def count_metrics(counts: Tensor, finite: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fractions of tasks that are not finite, and that are left out for whatever reason."""
-    return {"non_finite": 1 - finite.to(dtype).mean(), "skipped": 1 - counts.to(dtype).mean()}
+def query_gradient(loss: Loss, phi: Tensor, query: Data) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns v = ∇Q(φ) [B, N], and the metrics of the query set."""
+    losses, outputs, v = loss.gradient(phi, query)
+    return v, query_metrics(losses, loss.accuracy(outputs, query.y) if outputs is not None else None)
+
+
+def count_metrics(counted: Tensor, finite: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the fractions of tasks that are not finite, and that are left out for whatever reason."""
+    return {"non_finite": 1 - finite.to(dtype).mean(), "skipped": 1 - counted.to(dtype).mean()}

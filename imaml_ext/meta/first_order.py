@@ -2,97 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import Tensor
 
-from imaml_ext.inner import InnerSolver
+from imaml_ext.batch import Episodes
 from imaml_ext.meta.algorithm import (
-    Episodes,
-    InnerProblem,
+    MetaAlgorithm,
     MetaGradient,
+    MetaParameters,
     count_metrics,
-    one_row,
+    finite_tasks,
     query_gradient,
     query_metrics,
-    sound,
-    task_mean,
 )
-from imaml_ext.models import LossFunction
-from imaml_ext.ops import Coefficient
 
 
-class FOMAML(InnerProblem):
-    """First-order MAML: mean ∇Q(φ), as if φ moved with θ one to one.
+@dataclass(frozen=True, kw_only=True)
+class FOMAML(MetaAlgorithm):
+    """First-order MAML: takes mean ∇Q(φ), as if φ moved with θ one to one. λ = 0 as published.
 
-    Args:
-        loss: a `TaskLoss`, or losses [B] = loss(params [B, N], data).
-        inner: any inner solver; `GradientDescent()` unless given.
-        lam: λ ≥ 0 of the inner problem: 0 as published; a number or a tensor.
+    A rate η that is learnt has the derivative v ⊙ (φ − θ) / η: of steps whose gradients do not depend on η.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
 
     Source: Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (2017), section 5.2; Nichol, Achiam, Schulman, On
     first-order meta-learning algorithms (2018).
     """
 
-    def __init__(self, loss: LossFunction, *, inner: InnerSolver | None = None, lam: Coefficient = 0.0) -> None:
-        super().__init__(loss, lam=_fixed(lam), inner=inner, positive=False)
+    no_derivative: ClassVar[dict[str, str]] = {
+        "lam": "its gradient takes φ to move with θ one to one; IMAML and MAML learn λ"
+    }
 
-    def meta_gradient(self, theta: Tensor, episodes: Episodes) -> MetaGradient:
-        """mean ∇Q(φ) [N] over the tasks that count, at theta [N].
+    def meta_gradient(self, params: Tensor | MetaParameters, episodes: Episodes) -> MetaGradient:
+        """Returns mean ∇Q(φ) [N] over the tasks that count, and the derivative of what is learnt beside theta.
 
         Metrics, means over tasks: query_loss and query_accuracy (classification) after adaptation, what the inner
         solver tells; and the fractions of tasks that are non_finite, which do not count, and left out (skipped).
 
+        Args:
+            params: theta [N], or all meta-parameters, as `initial` gives them.
+
         Raises:
-            TypeError, ValueError: theta or the episodes have a wrong dtype, shape or device.
+            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
         """
-        inner = self._solve(one_row(theta), episodes.support)
-        v, metrics = query_gradient(self.loss, inner.phi, episodes.query)  # [B, N]
-        counts = sound(inner, v)
-        metrics |= {**inner.metrics, **count_metrics(counts, counts, v.dtype)}
-        return MetaGradient(task_mean(v, counts), counts.sum(), metrics)
+        params = self._checked(params)
+        problem = self._problem(params)
+        inner = self._solve(problem, params["theta"], episodes.support)
+        v, metrics = query_gradient(self._loss, inner.phi, episodes.query)  # [B, N]
+        counted = finite_tasks(inner, v)
+        metrics |= {**inner.metrics, **count_metrics(counted, counted, v.dtype)}
+        by = {"lr": v * (inner.phi - params["theta"]) / problem["inner"].lr} if self.learn else {}
+        return self._result(params, v, by, counted, metrics)
 
 
-class Reptile(InnerProblem):
-    """Reptile: mean (θ − φ), the way back from where the tasks went.
+@dataclass(frozen=True, kw_only=True)
+class Reptile(MetaAlgorithm):
+    """Reptile: takes mean (θ − φ), the way back from where the tasks went. λ = 0 as published.
 
     With the sign of a gradient: an SGD step θ ← θ − ε · mean (θ − φ) is Reptile's θ ← θ + ε · mean (φ − θ), ε the outer
     learning rate. φ is the outcome of training on the support set; the query set is only looked at for the metrics.
     With φ the proximal minimiser, λ (θ − φ) is the gradient of the Moreau envelope of the support loss.
 
-    Args:
-        loss, inner, lam: as of `FOMAML`.
-
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
 
     Source: Nichol, Achiam, Schulman, On first-order meta-learning algorithms (2018), Algorithm 2, batched.
     """
 
-    def __init__(self, loss: LossFunction, *, inner: InnerSolver | None = None, lam: Coefficient = 0.0) -> None:
-        super().__init__(loss, lam=_fixed(lam), inner=inner, positive=False)
+    no_derivative: ClassVar[dict[str, str]] = dict.fromkeys(("lam", "lr"), "it has no derivative; MAML learns both")
 
-    def meta_gradient(self, theta: Tensor, episodes: Episodes) -> MetaGradient:
-        """mean (θ − φ) [N] over the tasks that count, at theta [N]; metrics as of `FOMAML`.
-
-        Raises:
-            TypeError, ValueError: theta or the episodes have a wrong dtype, shape or device.
-        """
-        theta = one_row(theta)
-        inner = self._solve(theta, episodes.support)
-        metrics = query_metrics(self.loss, inner.phi, episodes.query)
+    def meta_gradient(self, params: Tensor | MetaParameters, episodes: Episodes) -> MetaGradient:
+        """Returns mean (θ − φ) [N] over the tasks that count; metrics and errors as of `FOMAML`."""
+        params = self._checked(params)
+        theta = params["theta"]
+        inner = self._solve(self._problem(params), theta, episodes.support)
+        metrics = query_metrics(*self._loss.measure(inner.phi, episodes.query))
         way_back = theta - inner.phi  # [B, N]
-        counts = sound(inner, way_back)
-        metrics |= {**inner.metrics, **count_metrics(counts, counts, theta.dtype)}
-        return MetaGradient(task_mean(way_back, counts), counts.sum(), metrics)
-
-
-def _fixed(lam: Coefficient) -> Coefficient:
-    """λ, checked not to be one that is learnt."""
-    if not isinstance(lam, int | float | Tensor):
-        raise TypeError(
-            f"lam must be a number or a tensor for a first-order algorithm, which has no gradient in it, "
-            f"got {type(lam).__name__}: use IMAML or MAML to learn it"
-        )
-    return lam
+        counted = finite_tasks(inner, way_back)
+        metrics |= {**inner.metrics, **count_metrics(counted, counted, theta.dtype)}
+        return self._result(params, way_back, {}, counted, metrics)

@@ -2,89 +2,86 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
-from imaml_ext.inner.arguments import task_rows
+from imaml_ext.batch import Episodes
+from imaml_ext.errors import ConfigTypeError
+from imaml_ext.inner import GradientDescent, InnerResult
 from imaml_ext.inner.unrolled import unroll
+from imaml_ext.losses.protocol import task_rows
 from imaml_ext.meta.algorithm import (
-    Episodes,
-    InnerProblem,
+    MetaAlgorithm,
     MetaGradient,
+    MetaParameters,
     count_metrics,
-    one_row,
+    finite_tasks,
+    lam_rows,
     query_gradient,
-    sound,
-    task_mean,
 )
-from imaml_ext.meta.regularisation import LearnableLam
-from imaml_ext.models import LossFunction
-from imaml_ext.ops import Coefficient
 
 
-class MAML(InnerProblem):
-    """The exact gradient of F(θ) = mean Q(φ_K(θ)), for φ_K the outcome of K gradient steps from θ.
+@dataclass(frozen=True, kw_only=True)
+class MAML(MetaAlgorithm):
+    """Takes the exact gradient of F(θ) = mean Q(φ_K(θ)), for φ_K the outcome of K gradient steps from θ.
 
-    Memory grows with K: by all that the network computes in a step or, with `checkpoint`, by N numbers a task, at the
-    price of one more gradient a step.
-
-    Args:
-        loss: a `TaskLoss`, or losses [B] = loss(params [B, N], data), twice differentiable.
-        inner: a `GradientDescent` without a tolerance, of any optimiser; its steps are what is differentiated.
-        lam: λ ≥ 0 of the inner steps: 0 is MAML as published; a number, a tensor or a `LearnableLam`.
-        checkpoint: keep the iterates alone, and compute the rest anew in the backward sweep.
+    Memory grows with K: by all that the network computes in a step or, with `checkpoint`, by N numbers per task, at the
+    price of one more gradient per step. The loss is to be twice differentiable. `inner` is a `GradientDescent` of any
+    rule, without a tolerance; λ = 0 is MAML as published.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
 
-    Source: Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (2017).
+    Source: Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (2017). Learnt rates: Li et al., Meta-SGD (2017).
     """
 
-    def __init__(
-        self,
-        loss: LossFunction,
-        *,
-        inner: InnerSolver | None = None,
-        lam: Coefficient | LearnableLam = 0.0,
-        checkpoint: bool = False,
-    ) -> None:
-        super().__init__(loss, lam=lam, inner=inner, positive=False)
+    no_derivative: ClassVar[dict[str, str]] = {}
+
+    checkpoint: bool = False
+    """Keep the inner iterates alone and compute the rest again in the backward sweep: memory for time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.inner, GradientDescent):
-            raise TypeError(
-                f"inner must be GradientDescent for MAML, which differentiates its steps, got {type(inner).__name__}: "
+            raise ConfigTypeError(
+                f"MAML.inner must be GradientDescent, whose steps are differentiated, got {type(self.inner).__name__}: "
                 "use IMAML, FOMAML or Reptile with any other solver"
             )
-        if self.inner.tolerance is not None:
-            raise ValueError(f"inner.tolerance must be None for MAML, got {self.inner.tolerance}")
-        self.checkpoint = bool(checkpoint)
+        self.require(self.inner.tolerance is None, "inner", "without a tolerance for MAML")
 
-    def meta_gradient(self, theta: Tensor, episodes: Episodes) -> MetaGradient:
-        """dF/dθ [N], the mean over the tasks that count, at theta [N], and dF/dλ where it is learnt.
+    def meta_gradient(self, params: Tensor | MetaParameters, episodes: Episodes) -> MetaGradient:
+        """Returns dF/dθ [N], the mean over the tasks that count, and the derivative of what is learnt beside it.
 
         Metrics, means over tasks: query_loss and query_accuracy (classification) after adaptation, support_loss_before;
         and the fractions of tasks that are non_finite, which do not count, and left out (skipped).
 
+        Args:
+            params: theta [N], or all meta-parameters, as `initial` gives them.
+
         Raises:
-            TypeError, ValueError: theta or the episodes have a wrong dtype, shape or device.
+            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
         """
-        assert isinstance(self.inner, GradientDescent)
-        rows, tasks = task_rows(one_row(theta), episodes.support, None)
+        params = self._checked(params)
+        rows, tasks = task_rows(params["theta"], episodes.support, None)
         start = rows.expand(tasks, -1).clone().requires_grad_()  # [B, N], a θ of its own for every task
-        lam = self._coefficient(start)
-        learnt = isinstance(self.lam, LearnableLam)
-        if learnt:
-            lam = lam.expand_as(start).clone().requires_grad_()  # [B, N]
+        leaves = {
+            name: each.value(params[f"log_{name}"]).expand_as(start).clone().requires_grad_()  # [B, N]
+            for name, each in self._learnt.items()
+        }
+        problem = self._problem(params, leaves)
+        lam = problem["lam"] if "lam" in leaves else lam_rows(problem, start)
         with torch.enable_grad():
             phi, support_losses = unroll(
-                self.inner, self.loss, start, episodes.support, lam, checkpoint=self.checkpoint
+                problem["inner"], self._loss, start, episodes.support, lam, checkpoint=self.checkpoint
             )
-        v, metrics = query_gradient(self.loss, phi.detach(), episodes.query)
-        by_theta, *by_lam = torch.autograd.grad(
-            phi, [start, lam] if learnt else [start], v, allow_unused=True, materialize_grads=True
-        )  # [B, N]
+        v, metrics = query_gradient(self._loss, phi.detach(), episodes.query)
+        by_theta, *by = torch.autograd.grad(
+            phi, [start, *leaves.values()], v, allow_unused=True, materialize_grads=True
+        )  # [B, N] each
         inner = InnerResult(phi.detach(), support_losses, torch.full((tasks,), self.inner.steps, device=phi.device))
-        counts = sound(inner, by_theta, *by_lam)
-        metrics |= {**inner.metrics, **count_metrics(counts, counts, by_theta.dtype)}
-        lam_gradient = self._lam_gradient(by_lam[0], counts) if learnt else None
-        return MetaGradient(task_mean(by_theta, counts), counts.sum(), metrics, lam_gradient)
+        counted = finite_tasks(inner, by_theta, *by)
+        metrics |= {**inner.metrics, **count_metrics(counted, counted, by_theta.dtype)}
+        return self._result(params, by_theta, dict(zip(leaves, by, strict=True)), counted, metrics)

@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.checks import check_choice, check_int, check_number
+from imaml_ext.checks import check_choice, check_number
 from imaml_ext.inner import GradientDescent, InnerSolver
-from imaml_ext.inner.arguments import task_rows
-from imaml_ext.inner.curvature import CURVATURES, curvature_operator
-from imaml_ext.meta.implicit import REACTIONS, implicit_solve
-from imaml_ext.models import LossFunction, TaskLoss
+from imaml_ext.losses.protocol import Loss, LossFunction, as_loss, check_curvature, task_rows
+from imaml_ext.meta.implicit import Reaction, implicit_solve
 from imaml_ext.ops import Coefficient
+from imaml_ext.solvers import CG, LinearSolver
 
-InnerFunction = Callable[[LossFunction, Tensor, Any, Tensor], Tensor]  # loss, theta, data, lam -> phi [B, N]
+InnerFunction = Callable[[Any, Tensor, Any, Tensor], Tensor]  # loss, theta, data, lam -> phi [B, N]
 
 
 def prox_solve(
-    loss: LossFunction,
+    loss: Loss | LossFunction,
     theta: Tensor,
     lam: Coefficient,
     data: Any,
     *,
     inner: InnerSolver | InnerFunction | None = None,
-    cg_steps: int = 20,
-    cg_rtol: float = 1e-6,
+    linear_solver: LinearSolver | None = None,
     damping: float = 0.0,
     curvature: str = "hessian",
-    negative_curvature: str = "raise",
+    on_breakdown: Reaction = "raise",
     num_tasks: int | None = None,
 ) -> Tensor:
-    """φ_b(θ, λ) ≈ argmin_φ L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, with an implicit derivative.
+    """Returns φ_b(θ, λ) ≈ argmin_φ L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, with an implicit derivative.
 
     The gradient with respect to θ and λ is that of the exact minimiser, evaluated at the φ that the solver has reached:
-    for an outer gradient v, (H + Λ + δI) u = v by conjugate gradients, θ̄ = Λu, λ̄ = −u ⊙ (φ − θ), summed over what
+    for an outer gradient v, (H + Λ + δI) u = v by the linear solver, θ̄ = Λu, λ̄ = −u ⊙ (φ − θ), summed over what
     shares an entry. It does not depend on the path of the inner solver, nor does memory; how close it is depends on how
-    near φ is to the minimiser and on how well CG solves. No gradient flows into `data` or into what `loss` closes over.
-    Once differentiable.
+    near φ is to the minimiser and on how well the system is solved. No gradient flows into `data` or into what `loss`
+    closes over. Once differentiable.
 
     Args:
         loss: losses [B] = loss(params [B, N], data), row b from row b alone.
@@ -49,8 +47,9 @@ def prox_solve(
         inner: an inner solver, `GradientDescent()` unless given; or a function of your own, differentiable or not:
             called with loss, theta as given, data, and lam as a tensor [1 or B, 1 or N]; returns phi [B, N].
         num_tasks: B, where `data` has no `x`.
-        cg_steps, cg_rtol, damping, negative_curvature: as `imaml_ext.meta.implicit_solve`; by default an indefinite
-            system raises in the backward pass, which waits for the device for that.
+        linear_solver: of the implicit system; `CG(max_iterations=20, rtol=1e-6)` unless given.
+        damping, on_breakdown: as `imaml_ext.meta.implicit_solve`; by default a system that breaks down raises in the
+            backward pass, which waits for the device for that.
         curvature: "hessian" or "gauss_newton".
 
     Returns:
@@ -58,38 +57,36 @@ def prox_solve(
 
     Raises:
         TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
-        CGError: in the backward pass; see `negative_curvature`.
+        SolveError: in the backward pass; see `on_breakdown`.
 
     Source: Rajeswaran et al., arXiv 1909.04630, Lemma 1; Domke, Generic methods for optimization-based modeling (2012).
     """
-    check_choice("curvature", curvature, CURVATURES)
-    check_choice("negative_curvature", negative_curvature, REACTIONS)
-    check_int("cg_steps", cg_steps, minimum=1)
-    check_number("cg_rtol", cg_rtol, at_least=0)
+    given, loss = loss, as_loss(loss)
+    check_curvature(loss, curvature)
+    check_choice("on_breakdown", on_breakdown, get_args(Reaction))
     check_number("damping", damping, at_least=0)
-    if curvature == "gauss_newton" and not isinstance(loss, TaskLoss):
-        raise TypeError(f"loss must be a TaskLoss with curvature='gauss_newton', got {type(loss).__name__}")
     if inner is not None and not callable(inner) and not hasattr(inner, "solve"):
         raise TypeError(f"inner must be an inner solver or a function, got {type(inner).__name__}")
     if not isinstance(lam, Tensor):
         check_number("lam", lam, above=0)
+    solver = linear_solver or CG(max_iterations=20, rtol=1e-6)
     rows, tasks = task_rows(theta, data, num_tasks)  # [1 or B, N]
     coefficient = ops.as_coefficient(lam, "lam", rows.detach().expand(tasks, -1))  # [1 or B, 1 or N], with its graph
 
     def solve(lam_rows: Tensor) -> Tensor:
         if callable(inner):
-            return _checked(inner(loss, theta.detach(), data, lam_rows.detach()), tasks, theta)
+            return _checked(inner(given, theta.detach(), data, lam_rows.detach()), tasks, theta)
         return (inner or GradientDescent()).solve(loss, theta, data, lam=lam_rows, num_tasks=tasks).phi
 
     def differentiate(phi: Tensor, lam_rows: Tensor, v: Tensor) -> Tensor:
+        rate = None if callable(inner) else (inner or GradientDescent()).rate(loss, phi)
         return implicit_solve(
-            curvature_operator(curvature, loss, phi, data),
+            loss.linearize(phi, data, curvature),
             v,
             lam=lam_rows,
             damping=damping,
-            cg_steps=cg_steps,
-            cg_rtol=cg_rtol,
-            negative_curvature=negative_curvature,
+            linear_solver=solver.with_rate(rate),
+            on_breakdown=on_breakdown,
         ).u
 
     return _ProxSolve.apply(rows, coefficient, solve, differentiate)

@@ -8,7 +8,7 @@ from torch import Tensor
 from imaml_ext.checks import check_int
 from imaml_ext.models.initialise import glorot_bound, uniform
 from imaml_ext.models.layout import ParameterLayout
-from imaml_ext.models.network import describe_input, describe_layer
+from imaml_ext.ops.network import describe_input, describe_layer
 from imaml_ext.models.products import check_precision
 from imaml_ext.models.task_layers import batch_norm, conv3x3, linear, max_pool2x2
 from imaml_ext.models.task_model import TaskModel, check_inputs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imaml_ext.checks import check_int
 from imaml_ext.models.layout import ParameterLayout
-from imaml_ext.models.network import Network
+from imaml_ext.ops.network import Network
 
 
 class TaskModel(ABC):

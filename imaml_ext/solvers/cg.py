@@ -4,82 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from imaml_ext._native import native
 from imaml_ext.checks import check_int
-from imaml_ext.errors import SolveError as CGError
 from imaml_ext.ops import Coefficient, as_coefficient
+from imaml_ext.settings import COUNT, NOT_NEGATIVE
+from imaml_ext.solvers.linear import LinearSolver, Operator, Solution
 
-__all__ = ["CGError", "CGResult", "CGStatus", "cg"]
-
-RowOperator = Callable[[Tensor], Tensor]  # [B, N] -> [B, N], row by row
 BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
 
-class CGStatus(IntEnum):
-    """How a row ended. The numbers are those of RowStatus in csrc/cg_row.h."""
-
-    CONVERGED = 0
-    MAX_ITERATIONS = 1
-    NEGATIVE_CURVATURE = 2
-    NON_FINITE = 3
-
-    @property
-    def advice(self) -> str:
-        """What it means, and what to do about it."""
-        return _ADVICE[self]
-
-
-_ADVICE = {
-    CGStatus.CONVERGED: "the residual is within the tolerance",
-    CGStatus.MAX_ITERATIONS: (
-        "the iterations were spent before the tolerance was met: raise max_iterations or rtol, precondition, add to "
-        "shift, or use float64 if residual_norm has stopped falling"
-    ),
-    CGStatus.NEGATIVE_CURVATURE: (
-        "pᵀAp ≤ 0 to working precision, so A = H + diag(shift) (or the preconditioner) is not positive definite: "
-        "raise shift, or use a positive semi-definite matrix such as Gauss-Newton in place of H"
-    ),
-    CGStatus.NON_FINITE: (
-        "b, x0 or what the callback returned has NaN or infinite entries, or the solution overflows its dtype: look at "
-        "the row's inputs, lower the inner learning rate, or use a wider dtype"
-    ),
-}
-
-
 @dataclass(frozen=True)
-class CGResult:
-    """What `cg` returns; every field stays on the device of `b`, and nothing has been read back.
+class CG(LinearSolver):
+    """Conjugate gradients, for symmetric positive definite matrices; what it does, `imaml_ext.cg` says."""
 
-    Attributes:
-        x: [B, N] the solution, or the last good iterate of a row that failed.
-        status: [B] int32, a `CGStatus`.
-        iterations: [B] int32, conjugate-gradient steps taken.
-        residual_norm: [B] float64, ‖b − A x‖ for the x returned (by the recurrence, whose drift is bounded below the
-            tolerance where a row is CONVERGED); NaN where nothing has measured it.
-    """
+    max_iterations: Annotated[int, COUNT] = 5
+    """Largest number of products with the matrix."""
 
-    x: Tensor
-    status: Tensor
-    iterations: Tensor
-    residual_norm: Tensor
+    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5
+    """Relative residual at which a task's solve stops."""
 
-    def raise_if_failed(self) -> None:
-        """Waits for the device; raises `CGError` if a row is not CONVERGED, saying which, how and what to do."""
-        statuses = self.status.tolist()
-        if not any(statuses):
-            return
-        sentences = []
-        for status in list(CGStatus)[1:]:
-            rows = [row for row, value in enumerate(statuses) if value == status]
-            if rows:
-                shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-                sentences.append(f"{status.name} in {len(rows)} of {len(statuses)} rows ({shown}): {status.advice}")
-        raise CGError("; ".join(sentences))
+    atol: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Absolute residual at which a task's solve stops."""
+
+    check_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Iterations between two looks at whether all tasks are done; 0: never look, and never wait for the device."""
+
+    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
+        return cg(operator, b, shift=shift, rows_per_block=getattr(operator, "rows_per_block", None), **vars(self))
 
 
 def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
@@ -100,10 +56,10 @@ def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
 
 
 def check_arguments(
-    hvp: RowOperator | BlockOperator,
+    hvp: Operator | BlockOperator,
     b: Tensor,
     x0: Tensor | None,
-    preconditioner: Tensor | RowOperator | BlockOperator | None,
+    preconditioner: Tensor | Operator | BlockOperator | None,
 ) -> None:
     """What `cg` and its oracle demand of their arguments beyond what the ops check."""
     if not callable(hvp):
@@ -111,7 +67,7 @@ def check_arguments(
     if not isinstance(b, Tensor):
         raise TypeError(f"b must be a tensor, got {type(b).__name__}")
     if b.dim() != 2:
-        raise ValueError(f"b must have shape [B, N] (one system a row), got {list(b.shape)}")
+        raise ValueError(f"b must have shape [B, N] (one system per row), got {list(b.shape)}")
     if b.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"b must be float32, float64, bfloat16 or float16, got {b.dtype}")
     if x0 is not None and not isinstance(x0, Tensor):
@@ -121,7 +77,7 @@ def check_arguments(
 
 
 def cg(
-    hvp: RowOperator | BlockOperator,
+    hvp: Operator | BlockOperator,
     b: Tensor,
     *,
     shift: Coefficient = 0.0,
@@ -129,10 +85,10 @@ def cg(
     max_iterations: int = 5,
     rtol: float | Tensor = 1e-5,
     atol: float | Tensor = 0.0,
-    preconditioner: Tensor | RowOperator | BlockOperator | None = None,
+    preconditioner: Tensor | Operator | BlockOperator | None = None,
     check_every: int = 0,
     rows_per_block: int | None = None,
-) -> CGResult:
+) -> Solution:
     """Solves (H_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
 
     Rows are independent: each has its own step lengths, tolerance, iteration count and status, and one that converges,
@@ -152,10 +108,10 @@ def cg(
         hvp: called with p [B, N] (contiguous, not to be kept or written to: without x0 and preconditioner the first p
             is b itself), returns H p [B, N], row b of it from row b of p alone. What it raises comes out unchanged.
         b: [B, N], float32, float64, bfloat16 or float16.
-        shift: λ + δ, a number, one a task [B], one a parameter [N], or [B, N].
+        shift: λ + δ, a number, one per task [B], one per parameter [N], or [B, N].
         x0: [B, N], a warm start, at the price of one more call of `hvp`.
         max_iterations: the largest number of calls of `hvp` otherwise.
-        rtol, atol: numbers, or one a row [B].
+        rtol, atol: numbers, or one per row [B].
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N]), or a callable r -> M r.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
             and calls `hvp` exactly max_iterations times (capturable in a CUDA graph).
@@ -165,7 +121,7 @@ def cg(
             of the batch that these rows are; counts of calls are a block's. None: all rows together.
 
     Returns:
-        A `CGResult`. No autograd graph is recorded; for a differentiable solve see `imaml_ext.prox_solve`.
+        A `Solution`. No autograd graph is recorded; for a differentiable solve see `imaml_ext.prox_solve`.
 
     Raises:
         TypeError, ValueError: an argument, or what a callback returned, of the wrong type, dtype, shape or device.
@@ -178,7 +134,7 @@ def cg(
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
-    return CGResult(
+    return Solution(
         *native().cg(
             hvp,
             b,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-import imaml_ext.ops  # noqa: F401  (registers the ops)
+
 from imaml_ext._native import native
 
 Network = tuple[int, ...]  # the int[] of the ops

@@ -1,16 +1,20 @@
-"""Losses of many tasks at once."""
+"""The loss of a model: its outputs judged against targets, task by task."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from imaml_ext.batch import Data
+from imaml_ext.checks import check_choice
+from imaml_ext.losses.criteria import CRITERIA, Criterion, check_labels, check_targets, check_values
+from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator, NativeCurvature
+from imaml_ext.losses.gradients import check_losses, task_gradient
+from imaml_ext.losses.protocol import LossGradient, check_curvature, task_rows
+from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.module import ModuleModel
-from imaml_ext.models.network import (
+from imaml_ext.models.task_model import TaskModel
+from imaml_ext.ops.network import (
     Network,
     NetworkLinearisation,
     network_descend_,
@@ -19,80 +23,8 @@ from imaml_ext.models.network import (
     network_outputs,
     supports,
 )
-from imaml_ext.models.task_model import TaskModel
-
-Criterion = Callable[[Tensor, Tensor], Tensor]  # outputs [B, S, *], targets [B, S, *] -> losses [B]
-
-
-LossFunction = Callable[[Tensor, Data], Tensor]  # params [B, N], data -> losses [B]
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean over a task's examples of −log softmax(outputs)[target].
-
-    Args:
-        outputs: [B, S, K] logits. targets: [B, S] int64 labels.
-
-    Returns [B].
-
-    Raises:
-        TypeError, ValueError: a dtype or shape that does not fit; names the argument.
-    """
-    check_labels(outputs.shape, targets)
-    log_probabilities = outputs.log_softmax(-1)
-    return -log_probabilities.gather(-1, targets.unsqueeze(-1)).mean((1, 2))
-
-
-def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all entries of a task of (output − target)².
-
-    Args:
-        outputs, targets: [B, S, *], of one shape; targets [B, S] fit outputs [B, S, 1].
-
-    Returns [B].
-
-    Raises:
-        TypeError, ValueError: a dtype or shape that does not fit; names the argument.
-    """
-    return (outputs - check_values(outputs.shape, outputs.dtype, targets)).square().flatten(1).mean(1)
-
-
-def check_labels(outputs_shape: torch.Size, targets: Tensor) -> Tensor:
-    """Raises TypeError or ValueError unless targets are labels [B, S] for outputs [B, S, K]."""
-    if len(outputs_shape) != 3:
-        raise ValueError(f"outputs must have shape [B, S, classes] for cross-entropy, got {list(outputs_shape)}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64 labels for cross-entropy, got {targets.dtype}")
-    if targets.shape != outputs_shape[:2]:
-        raise ValueError(f"targets must have shape {list(outputs_shape[:2])}, got {list(targets.shape)}")
-    return targets
-
-
-def check_values(outputs_shape: torch.Size, dtype: torch.dtype, targets: Tensor) -> Tensor:
-    """Targets in the shape of the outputs; raises TypeError or ValueError where they do not fit."""
-    if outputs_shape == (*targets.shape, 1):
-        targets = targets.unsqueeze(-1)
-    if targets.shape != outputs_shape:
-        raise ValueError(
-            f"targets must have the shape of the outputs, {list(outputs_shape)}, got {list(targets.shape)}"
-        )
-    if targets.dtype != dtype:
-        raise TypeError(f"targets must have the dtype of the outputs, {dtype}, got {targets.dtype}")
-    return targets
-
-
-_CRITERIA: dict[str, Criterion] = {"cross_entropy": cross_entropy, "mse": mse}
-
 
 ENGINES = ("auto", "native", "torch")
-
-
-class LossGradient(NamedTuple):
-    """Losses [B], outputs [B, S, *] and every task's own gradient [B, N], without a graph."""
-
-    losses: Tensor
-    outputs: Tensor
-    gradient: Tensor
 
 
 class TaskLoss:
@@ -125,13 +57,10 @@ class TaskLoss:
                 "wrap an nn.Module with imaml_ext.models.from_module"
             )
         if isinstance(criterion, str):
-            if criterion not in _CRITERIA:
-                known = ", ".join(map(repr, _CRITERIA))
-                raise ValueError(f"criterion must be one of {known} or a callable, got {criterion!r}")
+            check_choice("criterion", criterion, CRITERIA)
         elif not callable(criterion):
             raise TypeError(f"criterion must be a name or a callable, got {type(criterion).__name__}")
-        if engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        check_choice("engine", engine, ENGINES)
         if engine == "native" and model.precision != "float32":
             raise ValueError(
                 f"engine must be 'auto' or 'torch' for a {type(model).__name__} of precision {model.precision!r}: "
@@ -145,11 +74,18 @@ class TaskLoss:
         if compiled and not isinstance(model, ModuleModel):
             raise ValueError(f"compiled must be False for a {type(model).__name__}: it is for models of from_module")
         self.model = model
+        self.curvatures = ("hessian", "gauss_newton")
         self.engine = engine
         self.classification = criterion == "cross_entropy"
-        self._criterion = _CRITERIA[criterion] if isinstance(criterion, str) else criterion
+        self.criterion_name = criterion if isinstance(criterion, str) else None
+        self._criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
         self._network = model.network if isinstance(criterion, str) and engine != "torch" else None
         self._compiled = torch.compile(self._gradient_of_all, dynamic=False) if compiled else None
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Where the model's named parameters lie in a row."""
+        return self.model.layout
 
     def outputs(self, params: Tensor, x: Tensor) -> Tensor:
         """The model's outputs [B, S, *] for params [B, N] and inputs x [B, S, *]; differentiable to any order."""
@@ -166,14 +102,14 @@ class TaskLoss:
         Raises:
             TypeError, ValueError: outputs and targets do not fit each other, or the criterion does not give [B].
         """
-        _check_targets(targets, outputs.device)
+        check_targets(targets, outputs.device)
         losses = self._criterion(outputs, targets)
         check_losses(losses, outputs.shape[0], "criterion")
         return losses
 
-    def accuracy(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Fraction [B] of a task's examples whose largest logit is the target's; None unless cross-entropy."""
-        if not self.classification:
+    def accuracy(self, outputs: Tensor | None, targets: Tensor) -> Tensor | None:
+        """Returns the fraction [B] of a task's examples that are classified right; None unless cross-entropy."""
+        if not self.classification or outputs is None:
             return None
         return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(1)
 
@@ -184,8 +120,14 @@ class TaskLoss:
             return self.criterion(self.outputs(params, data.x), data.y)
         return network_losses(params, data.x, self._checked(params, data), network)
 
+    def measure(self, params: Tensor, data: Data) -> tuple[Tensor, Tensor | None]:
+        """Returns the losses [B] and, in classification, the accuracies [B], without a graph."""
+        with torch.no_grad():
+            outputs = self.outputs(params, data.x)
+            return self.criterion(outputs, data.y), self.accuracy(outputs, data.y)
+
     def gradient(self, params: Tensor, data: Data) -> LossGradient:
-        """Losses, outputs and gradients of every task in one pass, without a graph.
+        """Returns losses, outputs and gradients of every task in one pass, without a graph.
 
         Raises:
             TypeError, ValueError: params or data of a wrong dtype, shape or device, or losses without a gradient.
@@ -195,7 +137,7 @@ class TaskLoss:
             return LossGradient(*network_gradient(params, data.x, self._checked(params, data), network))
         if self._compiled is not None:
             self.model.check(params, data.x)
-            _check_targets(data.y, params.device)
+            check_targets(data.y, params.device)
             assert isinstance(self.model, ModuleModel)
             self.model.place(params)
             return LossGradient(*self._compiled(params.detach(), data.x, data.y))
@@ -232,12 +174,23 @@ class TaskLoss:
             return None
         return network_descend_(phi, theta, lam, lr, data.x, self._checked(phi, data), network, steps)
 
-    def linearise(self, params: Tensor, data: Data) -> NetworkLinearisation | None:
-        """The native second derivative around params [B, N], or None where the engine is torch."""
+    def linearize(self, params: Tensor, data: Data, kind: str = "hessian") -> CurvatureOperator:
+        """Returns the products with the Hessian, or the Gauss-Newton matrix, of every task's loss at params [B, N].
+
+        Raises:
+            TypeError, ValueError: params or data of a wrong dtype, shape or device, or an unknown kind.
+        """
+        check_curvature(self, kind)
+        task_rows(params, data, None)
         network = self._native(params, data.x)
-        if network is None:
-            return None
-        return NetworkLinearisation(params, data.x, self._checked(params, data), network)
+        if network is not None and params.dim() == 2:
+            linearisation = NetworkLinearisation(params, data.x, self._checked(params, data), network)
+            return NativeCurvature(linearisation, params, kind)
+        if kind == "hessian":
+            return HessianOperator(self, params, data)
+        return GaussNewtonOperator(
+            lambda phi: self.outputs(phi, data.x), lambda outputs: self.criterion(outputs, data.y), params
+        )
 
     def _native(self, params: Tensor, x: Tensor) -> Network | None:
         """The network where the native engine computes it."""
@@ -255,36 +208,7 @@ class TaskLoss:
     def _checked(self, params: Tensor, data: Data) -> Tensor:
         """The targets, all arguments having been checked."""
         self.model.check(params, data.x)
-        _check_targets(data.y, params.device)
+        check_targets(data.y, params.device)
         assert self.model.network is not None
         shape = torch.Size((*data.x.shape[:2], self.model.network[-4]))  # [B, S, K]
         return check_labels(shape, data.y) if self.classification else check_values(shape, params.dtype, data.y)
-
-
-def _check_targets(targets: object, device: torch.device) -> None:
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
-    if targets.device != device:
-        raise ValueError(f"targets must be on the device of the outputs, {device}, got {targets.device}")
-
-
-def task_gradient(losses: Tensor, params: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Every task's own gradient [B, N] in one backward pass; zero where no loss depends on a parameter.
-
-    Raises:
-        ValueError: the losses depend on nothing by differentiable operations.
-    """
-    if not losses.requires_grad:
-        raise ValueError("loss must depend on params by differentiable operations, got a constant")
-    (gradient,) = torch.autograd.grad(
-        losses.sum(), params, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return gradient if create_graph else gradient.contiguous()
-
-
-def check_losses(losses: object, tasks: int, name: str) -> None:
-    """Raises TypeError or ValueError unless `losses`, what `name` returned, has one number a task."""
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"{name} must return a tensor, got {type(losses).__name__}")
-    if losses.shape != (tasks,):
-        raise ValueError(f"{name} must return one loss a task, shape [{tasks}], got {list(losses.shape)}")

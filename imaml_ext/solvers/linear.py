@@ -1,0 +1,144 @@
+"""What every solver of (H_b + diag(shift)) x_b = b_b offers, and what it returns."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from imaml_ext.errors import SolveError
+from imaml_ext.ops import Coefficient
+from imaml_ext.settings import Choice
+
+Operator = Callable[[Tensor], Tensor]  # p [B, N] -> H p [B, N], row b from row b alone
+Self = TypeVar("Self", bound="LinearSolver")
+
+
+class SolveStatus(IntEnum):
+    """How a row ended. The first four numbers are those of RowStatus in csrc, whose other two are rows at work."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    NEGATIVE_CURVATURE = 2
+    NON_FINITE = 3
+    DIVERGED = 6
+    SINGULAR = 7
+
+    @property
+    def advice(self) -> str:
+        """What the status means, and what to do about it."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    SolveStatus.CONVERGED: "the residual is within the tolerance",
+    SolveStatus.MAX_ITERATIONS: (
+        "the iterations were spent before the tolerance was met: raise max_iterations or rtol, precondition, add to "
+        "shift, or use float64 if residual_norm has stopped falling"
+    ),
+    SolveStatus.NEGATIVE_CURVATURE: (
+        "pᵀAp ≤ 0 to working precision, so A = H + diag(shift) (or the preconditioner) is not positive definite: "
+        "raise shift, use a positive semi-definite matrix such as Gauss-Newton in place of H, or solve by MINRES"
+    ),
+    SolveStatus.NON_FINITE: (
+        "b, x0 or what the callback returned has NaN or infinite entries, or the solution overflows its dtype: look at "
+        "the row's inputs, lower the inner learning rate, or use a wider dtype"
+    ),
+    SolveStatus.DIVERGED: (
+        "the residual has grown, so the iteration does not converge for this matrix: raise lam or damping, lower the "
+        "solver's lr, or solve by CG or MINRES"
+    ),
+    SolveStatus.SINGULAR: (
+        "A = H + diag(shift) is singular to working precision, and b is not in its range: x has the least residual "
+        "that was found; raise shift"
+    ),
+}
+_BROKE_DOWN = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.DIVERGED, SolveStatus.SINGULAR)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a linear solver returns; every field stays on the device of `b`, and nothing has been read back.
+
+    Attributes:
+        x: [B, N] the solution, or the last good iterate of a row that failed.
+        status: [B] int32, a `SolveStatus`.
+        iterations: [B] int32, steps taken.
+        residual_norm: [B] float64, ‖b − A x‖ for the x returned (in CG and MINRES by the recurrence, whose drift is
+            bounded below the tolerance where a row is CONVERGED; in Neumann and FixedPoint of the iterate before x
+            where a row has spent its iterations); NaN where nothing has measured it.
+    """
+
+    x: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual_norm: Tensor
+
+    @property
+    def non_finite(self) -> Tensor:
+        """[B] bool: NaN or infinity in b or in a product."""
+        return self.status == SolveStatus.NON_FINITE
+
+    @property
+    def broke_down(self) -> Tensor:
+        """[B] bool: the matrix is not what the solver needs (NEGATIVE_CURVATURE, DIVERGED or SINGULAR)."""
+        return torch.stack([self.status == status for status in _BROKE_DOWN]).any(0)
+
+    def raise_if_failed(self, *, unfinished: bool = True, what: str = "rows") -> None:
+        """Waits for the device, and raises `SolveError` if a row is not CONVERGED.
+
+        Args:
+            unfinished: rows that have spent their iterations have failed too. what: the rows are, for the message.
+
+        Raises:
+            SolveError: says which rows have failed, how, and what to do.
+        """
+        if not bool(self.status.any()):
+            return
+        statuses = self.status.tolist()
+        sentences = []
+        for status in list(SolveStatus)[1:]:
+            rows = [row for row, value in enumerate(statuses) if value == status]
+            if rows and (unfinished or status != SolveStatus.MAX_ITERATIONS):
+                shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+                sentences.append(f"{status.name} in {len(rows)} of {len(statuses)} {what} ({shown}): {status.advice}")
+        if sentences:
+            raise SolveError("; ".join(sentences))
+
+
+class LinearSolver(Choice):
+    """Settings of a linear solver, and the solver. A new one is a file, and an entry of `kinds`.
+
+    Attributes:
+        breakdown: how a row ends whose matrix is not what the solver needs.
+    """
+
+    kinds: ClassVar[dict[str, str]] = {
+        "cg": "imaml_ext.solvers.cg.CG",
+        "neumann": "imaml_ext.solvers.stationary.Neumann",
+        "fixed_point": "imaml_ext.solvers.stationary.FixedPoint",
+    }
+
+    breakdown: ClassVar[SolveStatus] = SolveStatus.NEGATIVE_CURVATURE
+
+    @abstractmethod
+    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
+        """Solves (H_b + diag(shift)) x_b = b_b for every row b; nothing waits for the device.
+
+        Args:
+            operator: p [B, N] -> H p [B, N], row b from row b alone. A `CurvatureOperator` says how many rows at a
+                time it does best with.
+            b: [B, N]. shift: λ + δ, a number, one per task [B], one per parameter [N], or [B, N].
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        """
+
+    def with_rate(self: Self, lr: Coefficient | None) -> Self:
+        """Returns the solver for an inner solver of step size `lr`, None where that has none: itself, for most."""
+        return self
