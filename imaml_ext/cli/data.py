@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from imaml_ext.cli.parser import chosen_name, parse
+from imaml_ext.cli.parser import chosen_name, parse, summary_of
 from imaml_ext.data import DataSource, summary
 from imaml_ext.train.ranks import Ranks
 
@@ -24,7 +24,7 @@ class Options:
 
 
 def run(arguments: list[str], ranks: Ranks) -> int:
-    kinds = {name: str(DataSource.kind(name).__doc__) for name in DataSource.kinds}
+    kinds = {name: summary_of(DataSource.kind(name)) for name in DataSource.kinds}
     name = chosen_name(arguments, kinds, prog="imaml data", what="data set")
     options = parse(Options, arguments[1:], prog=f"imaml data {name}", default=Options(DataSource.kind(name)()))
     dataset = options.source.load()

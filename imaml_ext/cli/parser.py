@@ -55,7 +55,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: st
     registry.struct_rule(_settings_rule)
     with registry:
         try:
-            return tyro.cli(kind, prog=prog, description=description or kind.__doc__, args=arguments, **given)
+            return tyro.cli(kind, prog=prog, description=description or summary_of(kind), args=arguments, **given)
         except _Refused as refused:
             print(f"{prog}: {refused}", file=sys.stderr)
             raise SystemExit(2) from refused
@@ -70,22 +70,22 @@ def chosen_name(arguments: Sequence[str], summaries: Mapping[str, str], *, prog:
     name = arguments[0] if arguments else ""
     if name in summaries:
         return name
-    width = max(map(len, summaries)) + 2
-    lines = [f"  {known:<{width}}{summary.strip().splitlines()[0]}" for known, summary in summaries.items()]
-    name_of = what.upper().replace(" ", "_")
+    word, width = what.upper().replace(" ", "_"), max(map(len, summaries)) + 2
+    lines = [f"  {known:<{width}}{summary}" for known, summary in summaries.items()]
     text = "\n".join(
-        [
-            f"usage: {prog} {name_of} [OPTIONS]; {prog} {name_of} --help shows the options",
-            *lines,
-            *([note] if note else []),
-        ]
+        [f"usage: {prog} {word} [OPTIONS]", "", *lines, "", f"{note}`{prog} {word} --help` shows the options."]
     )
     if name in ("--help", "-h"):
         print(text)
         raise SystemExit(0)
-    print(text, file=sys.stderr)
-    print(f"{prog}: there is no {what} {name!r}" if name else f"{prog}: name one of these", file=sys.stderr)
+    problem = f"there is no {what} {name!r}" if name else f"name one of these, a {what}"
+    print(f"{text}\n{prog}: {problem}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def summary_of(kind: type) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
 
 
 def _chosen(settings: S, arguments: list[str], prefix: str = "--") -> S:
@@ -115,8 +115,8 @@ def _last(arguments: list[str], flag: str) -> str | None:
 
 
 def _carried(old: Settings, new: S) -> S:
-    """`new` with the values of `old` in the fields that both have."""
-    ours, theirs = field_types(type(old)), field_types(type(new))
+    """`new` with the values of `old` in the fields that both have, of the same type whatever its bounds."""
+    ours, theirs = (typing.get_type_hints(type(settings)) for settings in (old, new))
     for field in dataclasses.fields(new):  # type: ignore[arg-type]
         if ours.get(field.name) == theirs[field.name]:
             object.__setattr__(new, field.name, getattr(old, field.name))
@@ -142,7 +142,7 @@ def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
             specs.append(StructFieldSpec(_SLOT + field.name, choices, default=value.kind_name, helptext=text))
         if isinstance(value, Settings):
             nested: Any = Annotated[type(value), tyro.conf.arg(name="" if field.name in _FLAT else field.name)]
-            specs.append(StructFieldSpec(field.name, nested, default=value, helptext=type(value).__doc__))
+            specs.append(StructFieldSpec(field.name, nested, default=value, helptext=summary_of(type(value))))
         elif isinstance(value, (*_PLAIN, tuple, dict)):  # and not a tensor
             kind = _readable(field_types(type(default))[field.name])
             specs.append(StructFieldSpec(field.name, kind, default=value, helptext=text))
