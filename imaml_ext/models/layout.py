@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Named parameters, one after another, in a flat vector of `numel` entries.
+    """Holds the names and shapes of parameters that lie one after another in a flat vector of `numel` entries.
 
     Attributes:
-        names: in the order of the flat vector; distinct.
-        shapes: one a name.
+        names: in the order of the flat vector; distinct. shapes: one per name.
     """
 
     names: tuple[str, ...]
@@ -27,32 +27,32 @@ class ParameterLayout:
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "shapes", tuple(torch.Size(shape) for shape in self.shapes))
         if len(self.names) != len(self.shapes):
-            raise ValueError(f"shapes must hold one shape a name ({len(self.names)}), got {len(self.shapes)}")
+            raise ValueError(f"shapes must hold one shape per name ({len(self.names)}), got {len(self.shapes)}")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"names must be distinct, got {list(self.names)}")
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> ParameterLayout:
-        """From {name: shape}, in the order of the mapping."""
+        """Makes the layout of {name: shape}, in the order of the mapping."""
         return cls(tuple(shapes), tuple(torch.Size(shape) for shape in shapes.values()))
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Entries of each parameter."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each parameter begins."""
         return tuple(accumulate(self.sizes, initial=0))[:-1]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """N, the entries of all parameters together."""
         return sum(self.sizes)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Every parameter of a flat [..., N] tensor by name, [..., *shape]. Nothing is copied.
+        """Returns every parameter of a flat [..., N] tensor by name, [..., *shape]; copies nothing.
 
         One split for all of them: its derivative is one concatenation, where slices would add up a full [..., N]
         tensor each.
@@ -71,8 +71,8 @@ class ParameterLayout:
         }
 
     def shared_last_layer(self, flat: Tensor, outputs: int) -> dict[str, Tensor]:
-        """The weight [in, out] and bias [out] that end `flat` [N], by name, for another number of outputs: each has the
-        mean over those that there are."""
+        """Returns the weight [in, outputs] and bias [outputs] that end `flat` [N], by name, for any number of outputs:
+        each output has the mean over those that there are."""
         views = self.views(flat)
         means = {name: views[name].mean(-1, keepdim=True) for name in self.names[-2:]}
         return {name: mean.expand(*mean.shape[:-1], outputs) for name, mean in means.items()}
@@ -85,7 +85,7 @@ class ParameterLayout:
         return flat
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `views`: {name: [..., *shape]} to one flat [..., N] tensor (a copy).
+        """Inverts `views`: {name: [..., *shape]} to one flat [..., N] tensor (a copy).
 
         Raises:
             ValueError: names are missing or unknown, or shapes do not fit.

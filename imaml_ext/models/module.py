@@ -13,7 +13,7 @@ from imaml_ext.models.task_model import TaskModel
 
 
 def from_module(module: nn.Module, *, batch_norm: str = "error") -> TaskModel:
-    """A `TaskModel` that calls `module` with every task's own parameters (`torch.func.functional_call` under `vmap`).
+    """Makes a `TaskModel` that calls `module` with every task's own parameters (`torch.func.functional_call` under `vmap`).
 
     The flat row holds the parameters that require a gradient, in the order of `named_parameters()` (shared ones once);
     frozen parameters and buffers are constants, the same for all tasks. `init` returns the values that the module has
@@ -40,7 +40,7 @@ def from_module(module: nn.Module, *, batch_norm: str = "error") -> TaskModel:
 
 
 def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
-    """A copy without what the algorithms cannot differentiate through."""
+    """Returns a copy without what the algorithms cannot differentiate through."""
     module = copy.deepcopy(module)
     for name, layer in module.named_modules():
         where = f"layer {name!r} ({type(layer).__name__})" if name else f"the module ({type(layer).__name__})"
@@ -62,7 +62,7 @@ def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
 
 
 class ModuleModel(TaskModel):
-    """What `from_module` makes."""
+    """Calls an nn.Module; made by `from_module`."""
 
     def __init__(self, module: nn.Module) -> None:
         trainable = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
@@ -78,6 +78,10 @@ class ModuleModel(TaskModel):
         self._module = module.requires_grad_(False)
         self._values = trainable
 
+    def fitted(self, input_shape: tuple[int, ...], outputs: int) -> ModuleModel:
+        """Returns the model itself: a module takes what it was made for."""
+        return self
+
     def _initial(self, seed: int) -> dict[str, Tensor]:
         return self._values
 
@@ -90,6 +94,6 @@ class ModuleModel(TaskModel):
         return vmap(one_task)(self.layout.views(params), inputs)
 
     def place(self, params: Tensor) -> None:
-        """Puts the module's constants where params are; nothing to do but the first time."""
+        """Puts the module's constants where params are; moves them the first time only."""
         if not torch.compiler.is_compiling():
             self._module.to(params.device, params.dtype)

@@ -1,6 +1,6 @@
-"""The door to the native network ops: a loss whose first and second derivatives are written out by hand.
+"""The native network ops: a whole network with its loss, whose first and second derivatives are written out by hand.
 
-csrc/network.h says what a network is there: a list of layers, each a product with a weight, a norm, an activation and a
+For these ops (csrc/network/) a network is a list of layers, each a product with a weight, a norm, an activation and a
 pooling. On the CPU a task goes through all of its layers at once, so that its activations stay in the processor's
 cache; on CUDA all tasks go through a layer together.
 """
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-
 from imaml_ext._native import native
+from imaml_ext.ops.registration import register_fake
 
 Network = tuple[int, ...]  # the int[] of the ops
 
-NORMS = {"bias": 0, "batch": 1}
-ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}
-POOLS = {"none": 0, "max": 1, "mean": 2}
+_NORMS = {"bias": 0, "batch": 1}
+_ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}
+_POOLS = {"none": 0, "max": 1, "mean": 2}
 
 # What a solve may take of the last-level cache, which others use too; and x, r, p, H p, b and φ of a task.
 _CACHE_BYTES = 16 * 2**20
@@ -28,7 +28,7 @@ _VECTORS_OF_A_SOLVE = 6
 
 
 def describe_input(channels: int, height: int = 1, width: int = 1) -> Network:
-    """The beginning of a description: the shape of an example."""
+    """Returns the beginning of a description: the shape of an example."""
     return (channels, height, width)
 
 
@@ -41,12 +41,12 @@ def describe_layer(
     activation: str = "identity",
     pool: str = "none",
 ) -> Network:
-    """One layer: `kernel` 3 for a 3×3 convolution with zero padding 1, or 0 for a linear layer over all pixels."""
-    return (kernel, stride, channels, NORMS[norm], ACTIVATIONS[activation], POOLS[pool])
+    """Describes one layer: `kernel` is 3 for a 3×3 convolution with zero padding 1, or 0 for a linear layer over all pixels."""
+    return (kernel, stride, channels, _NORMS[norm], _ACTIVATIONS[activation], _POOLS[pool])
 
 
 def supports(params: Tensor) -> bool:
-    """Whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func."""
+    """Tells whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func."""
     return (
         (params.is_cpu or (params.is_cuda and native().with_cuda))
         and params.dtype in (torch.float32, torch.float64)
@@ -55,19 +55,19 @@ def supports(params: Tensor) -> bool:
 
 
 def network_outputs(params: Tensor, x: Tensor, network: Network) -> Tensor:
-    """Outputs [B, S, K] without a graph."""
+    """Returns outputs [B, S, K] without a graph."""
     return torch.ops.imaml_ext.network_outputs(params.detach().contiguous(), x.contiguous(), network)
 
 
 def network_gradient(params: Tensor, x: Tensor, y: Tensor, network: Network) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B], outputs [B, S, K] and every task's own gradient [B, N], without a graph."""
+    """Returns losses [B], outputs [B, S, K] and every task's own gradient [B, N], without a graph."""
     return torch.ops.imaml_ext.network_gradient(params.detach().contiguous(), x.contiguous(), y.contiguous(), network)
 
 
 def network_descend_(
     phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: Network, steps: int
 ) -> Tensor:
-    """`steps` proximal gradient steps on phi [B, N] in place, and the losses [steps, B] before each.
+    """Takes `steps` proximal gradient steps on phi [B, N] in place; returns the losses [steps, B] before each.
 
     theta: [1 or B, N]; lam, lr: [1 or B, 1 or N].
     """
@@ -75,7 +75,7 @@ def network_descend_(
 
 
 class NetworkLinearisation:
-    """The loss around params [B, N]: its value, its gradient, and products with its second derivative.
+    """Holds the loss around params [B, N]: its value, its gradient, and products with its second derivative.
 
     Attributes:
         losses: [B]. outputs: [B, S, K]. gradient: [B, N]; none has a graph.
@@ -90,24 +90,25 @@ class NetworkLinearisation:
         )
 
     def product(self, p: Tensor, rows: slice = slice(None), *, gauss_newton: bool = False) -> Tensor:
-        """H p, or Jᵀ C J p, [B, N] for p [B, N]: one pass forward along p and one back, over what was stored.
+        """Returns H p, or Jᵀ C J p, [k, N] for p [k, N] of the tasks `rows`.
 
-        With `rows`, of some tasks alone: [k, N] for p [k, N].
+        One pass goes forward along p and one back, over what was stored.
         """
         return torch.ops.imaml_ext.network_product(
             self._params[rows], self._tape[rows], self._y[rows], p.detach().contiguous(), self._network, gauss_newton
         )
 
     def curvature(self, p: Tensor) -> Tensor:
-        """pᵀ Jᵀ C J p [B] float64 for p [B, N]: the pass forward alone, half of a product."""
+        """Returns pᵀ Jᵀ C J p [B] float64 for p [B, N], by the pass forward alone, half of a product."""
         return torch.ops.imaml_ext.network_curvature(
             self._params, self._tape, self._y, p.detach().contiguous(), self._network
         )
 
     @property
     def rows_per_block(self) -> int | None:
-        """So many tasks at a time that a solve of theirs stays in the cache, and each thread has one at least; None for
-        all of them, on CUDA, where they are to fill the device.
+        """How many tasks to solve for at a time so that they stay in the cache and each thread has one.
+
+        None, all of them, on CUDA, where they are to fill the device.
         """
         if not self._params.is_cpu:
             return None
@@ -117,12 +118,12 @@ class NetworkLinearisation:
 
 
 def network_losses(params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
-    """Losses [B], twice differentiable in params [B, N]."""
+    """Returns losses [B], twice differentiable in params [B, N]."""
     return _Losses.apply(params, x, y, network)
 
 
 class _Losses(torch.autograd.Function):
-    """The gradient comes with the losses, in one pass; a graph of it is made where one is asked for."""
+    """Computes the gradient with the losses, in one pass; makes a graph of it only when asked."""
 
     @staticmethod
     def forward(ctx: Any, params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
@@ -138,7 +139,7 @@ class _Losses(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """w ∇L [B, N] for weights w [B]; its derivative is the product with the Hessian."""
+    """Computes w ∇L [B, N] for weights w [B]; its derivative is the product with the Hessian."""
 
     @staticmethod
     def forward(
@@ -166,7 +167,7 @@ class _Gradient(torch.autograd.Function):
 
 
 class _Last(torch.autograd.Function):
-    """A second derivative, for which there is no third: an error, where autograd by itself would take it for zero."""
+    """Refuses a third derivative, which autograd by itself would take for zero."""
 
     @staticmethod
     def forward(ctx: Any, product: Tensor, *depends_on: Tensor) -> Tensor:
@@ -177,3 +178,42 @@ class _Last(torch.autograd.Function):
         raise RuntimeError(
             "the native engine of TaskLoss differentiates twice; for higher derivatives give it engine='torch'"
         )
+
+
+# --- what torch.compile needs to know -------------------------------------------------------------------------------
+
+
+@register_fake("network_outputs")
+def _(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
+    return params.new_empty((*x.shape[:2], network[-4]))
+
+
+@register_fake("network_gradient")
+def _(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = params.new_empty((*x.shape[:2], network[-4]))
+    return params.new_empty(x.shape[:1]), outputs, torch.empty_like(params)
+
+
+@register_fake("network_descend_")
+def _(
+    phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: list[int], steps: int
+) -> Tensor:
+    return phi.new_empty((steps, phi.shape[0]))
+
+
+@register_fake("network_linearise")
+def _(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = params.new_empty((*x.shape[:2], network[-4]))
+    size = native().network_tape_size(network, x.shape[1], params.element_size())
+    tape = params.new_empty((x.shape[0], size), dtype=torch.uint8)
+    return params.new_empty(x.shape[:1]), outputs, torch.empty_like(params), tape
+
+
+@register_fake("network_product")
+def _(params: Tensor, tape: Tensor, y: Tensor, p: Tensor, network: list[int], gauss_newton: bool) -> Tensor:
+    return torch.empty_like(p)
+
+
+@register_fake("network_curvature")
+def _(params: Tensor, tape: Tensor, y: Tensor, p: Tensor, network: list[int]) -> Tensor:
+    return p.new_empty(p.shape[:1], dtype=torch.float64)
