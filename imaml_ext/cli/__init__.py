@@ -63,7 +63,7 @@ def _dispatch(arguments: list[str]) -> int:
         if first:
             print(f"{_USAGE}\nimaml: there is no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from imaml_ext.train.ranks import joined
+    from imaml_ext.train.job import joined
 
     with joined() as ranks:
         if ranks.size > 1 and name != "train":

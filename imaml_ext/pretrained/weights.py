@@ -21,10 +21,10 @@ from imaml_ext.files import atomic_write
 from imaml_ext.losses import TaskLoss
 from imaml_ext.meta import MetaAlgorithm
 from imaml_ext.models import TaskModel
+from imaml_ext.pretrained import old_format
 from imaml_ext.settings import from_json, to_json
 
 FORMAT = "imaml_ext 2"
-_KEYS = ("model", "criterion", "algorithm", "shared_head", "card")  # of the metadata, each as JSON
 _PUBLISHED = Path(__file__).parent / "weights"
 
 
@@ -173,10 +173,12 @@ def read_weights(source: Path | str) -> Weights:
         raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise WeightsError(f"weights {path} are damaged: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path} was not written by `imaml export`: its format is {metadata.get('format')!r}")
+    form = metadata.pop("format", None)
+    if form not in (FORMAT, old_format.FORMAT):
+        raise WeightsError(f"{path} was not written by `imaml export`: its format is {form!r}")
     try:
-        return _from_file(path.stem, tensors, {key: json.loads(metadata[key]) for key in _KEYS})
+        values = {key: json.loads(value) for key, value in metadata.items()}
+        return _from_file(path.stem, tensors, values if form == FORMAT else old_format.old_weights(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"weights {path} cannot be used: {error}") from error
 
@@ -206,6 +208,6 @@ def save_weights(path: Path, weights: Weights) -> None:
         "shared_head": weights.shared_head,
         "card": asdict(weights.card),
     }
-    atomic_write(path, save(tensors, {"format": FORMAT, **{key: json.dumps(values[key]) for key in _KEYS}}))
+    atomic_write(path, save(tensors, {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}))
     page = weights.card.to_markdown(path.stem, weights.algorithm, shared_head=weights.shared_head)
     atomic_write(path.with_suffix(".md"), page.encode())
