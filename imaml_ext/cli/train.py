@@ -22,8 +22,10 @@ _NOTE = """A recipe file of your own: `imaml train FILE.py`. The recipes of the 
 def run(arguments: list[str], ranks: Ranks) -> int:
     with contextlib.nullcontext() if ranks.first else _unheard():
         name = ranks.on_all(_name, arguments)
-        # This needs torch, which the list of the recipes does not wait for.
-        from imaml_ext.cli.train_options import differences, recorded_config, train_recipe, training_options
+        # These need torch, which the list of the recipes does not wait for.
+        from imaml_ext.cli.train_options import recorded_config, training_options
+        from imaml_ext.train.config import differences
+        from imaml_ext.train.stages import train_recipe
 
         recipe = ranks.on_all(load_recipe, arguments[0], (RECIPES, CHAINS))
         options = ranks.on_all(training_options, name, recipe.config, arguments[1:], recipe.description)

@@ -12,11 +12,8 @@ import tyro
 from imaml_ext.cli.old_flags import renamed
 from imaml_ext.cli.parser import parse
 from imaml_ext.errors import ConfigError, RunError
-from imaml_ext.train.config import TrainConfig, differences
+from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.run_directory import RunDirectory, read_config
-from imaml_ext.train.stages import train_recipe
-
-__all__ = ["differences", "recorded_config", "train_recipe", "training_options"]
 
 
 @dataclass(frozen=True)
