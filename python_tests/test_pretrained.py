@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_tools import imaml, small_config
 
-from imaml_ext.errors import ConfigError, DataError, RunError, WeightsError
 from imaml_ext.data import Glyphs
+from imaml_ext.errors import ConfigError, DataError, RunError, WeightsError
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import IMAML
 from imaml_ext.models import Conv4
@@ -312,7 +312,7 @@ def test_features_are_scaled_once(classification, tmp_path, monkeypatch):
 def test_weights_tell_more_classes_apart_than_they_were_trained_with(classification, regression, tmp_path):
     """The learner's accuracy over the test tasks is that of the evaluation."""
     file = tmp_path / "small.safetensors"
-    weights = export_run(classification[0], file)
+    export_run(classification[0], file)
     done = imaml("evaluate", "--pretrained", file, "--ways", 7, "--tasks", 4, "--output", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
