@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from imaml_ext import ops
+from imaml_ext import _renamed, ops
 from imaml_ext.batch import TaskData
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner.solver import InnerResult, InnerSolver, measured, proximal_norm, start
@@ -20,6 +20,7 @@ from imaml_ext.ops import Coefficient
 from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
 
 
+@_renamed.old_keywords(_renamed.proximal_keyword)
 @dataclass(frozen=True)
 class GradientDescent(InnerSolver):
     """Takes `steps` descent steps on L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ.

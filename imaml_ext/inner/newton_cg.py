@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from imaml_ext import ops
+from imaml_ext import _renamed, ops
 from imaml_ext.inner.solver import InnerResult, InnerSolver, measured, start
 from imaml_ext.losses.curvature import CurvatureOperator
 from imaml_ext.losses.protocol import Loss, LossFunction, as_loss, check_curvature
@@ -45,6 +46,7 @@ class NewtonResult(InnerResult):
         }
 
 
+@_renamed.old_keywords(functools.partial(_renamed.solver_keywords, rtol=0.0))
 @dataclass(frozen=True)
 class NewtonCG(InnerSolver):
     """Takes `steps` Newton steps on F_b(φ) = L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ.

@@ -1,5 +1,6 @@
 """Meta-gradients: what an outer optimiser needs to know of a batch of tasks."""
 
+from imaml_ext._renamed import old_names
 from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from imaml_ext.meta.algorithm import MetaAlgorithm, MetaGradient
 from imaml_ext.meta.first_order import FOMAML, Reptile
@@ -22,3 +23,12 @@ __all__ = [
     "implicit_solve",
     "prox_solve",
 ]
+
+__getattr__ = old_names(
+    __name__,
+    {
+        "LearnableLam": 'imaml_ext._renamed.LearnableLam = the setting learn={"lam": "global"} of an algorithm',
+        "gauss_newton_operator": 'imaml_ext._renamed.gauss_newton_operator = loss.linearize(phi, data, "gauss_newton")',
+        "hessian_operator": "imaml_ext._renamed.hessian_operator = loss.linearize(phi, data)",
+    },
+)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from imaml_ext import _renamed
 from imaml_ext.batch import Data, Episodes
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
@@ -42,6 +43,12 @@ class MetaGradient:
         """∂F/∂θ [N]."""
         return self.gradients["theta"]
 
+    @property
+    def lam_gradient(self) -> Tensor | None:
+        """∂F/∂ log λ where λ is learnt, under its old name."""
+        _renamed.warn("MetaGradient.lam_gradient", 'gradients["log_lam"]')
+        return self.gradients.get("log_lam")
+
 
 @dataclass(frozen=True)
 class MetaAlgorithm(Choice):
@@ -68,6 +75,8 @@ class MetaAlgorithm(Choice):
     loss: Any = field(default=None, metadata={"recorded": False})
 
     _: KW_ONLY
+
+    _given: dict[str, Any] = field(default_factory=dict, repr=False, metadata={"recorded": False})  # of a LearnableLam
 
     lam: Annotated[Coefficient, NOT_NEGATIVE] = 0.0
     """Regularisation lambda: how strongly a task's parameters are held at theta; 0 holds them not at all."""
@@ -142,7 +151,7 @@ class MetaAlgorithm(Choice):
 
     def _checked(self, params: Tensor | MetaParameters) -> dict[str, Tensor]:
         """The meta-parameters without a graph."""
-        given = {"theta": params} if not isinstance(params, Mapping) else dict(params)
+        given = {"theta": params, **self._given} if not isinstance(params, Mapping) else dict(params)
         missing = [name for name in ("theta", *(f"log_{name}" for name in self.learn)) if name not in given]
         if missing:
             raise ValueError(f"params must hold all that `initial(theta)` gives, {', '.join(missing)} is missing")

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from imaml_ext import _renamed
 from imaml_ext.batch import Episodes
 from imaml_ext.losses.protocol import check_curvature
 from imaml_ext.meta.algorithm import (
@@ -25,6 +26,7 @@ from imaml_ext.solvers import CG, LinearSolver
 from imaml_ext.solvers.linear import SolveStatus
 
 
+@_renamed.old_keywords(_renamed.solver_keywords)
 @dataclass(frozen=True, kw_only=True)
 class IMAML(MetaAlgorithm):
     """Solves the proximal problem of every task, then takes the implicit gradient by a linear solver.

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from imaml_ext import _renamed
 from imaml_ext.checks import check_choice, check_number
 from imaml_ext.losses.curvature import CurvatureOperator
 from imaml_ext.ops import Coefficient, as_coefficient
@@ -31,6 +32,7 @@ class ImplicitSolution:
     solution: Solution
 
 
+@_renamed.old_keywords(_renamed.solver_keywords)
 def implicit_solve(
     operator: CurvatureOperator,
     v: Tensor,

@@ -35,7 +35,10 @@ class Learnt(ABC):
         ConfigError: values per tensor are asked for, and the loss does not know its tensors.
     """
 
-    kinds: ClassVar[dict[str, str]] = {"lam": "imaml_ext.meta.learnt_lam.LearntLam"}
+    kinds: ClassVar[dict[str, str]] = {
+        "lam": "imaml_ext.meta.learnt_lam.LearntLam",
+        "lr": "imaml_ext.meta.learnt_rates.LearntRates",
+    }
     coefficient: ClassVar[str]
 
     def __init__(self, sharing: Sharing, loss: Loss) -> None:

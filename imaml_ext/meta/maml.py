@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from imaml_ext import _renamed
 from imaml_ext.batch import Episodes
 from imaml_ext.errors import ConfigTypeError
 from imaml_ext.inner import GradientDescent, InnerResult
@@ -24,6 +25,7 @@ from imaml_ext.meta.algorithm import (
 )
 
 
+@_renamed.old_keywords(_renamed.solver_keywords)
 @dataclass(frozen=True, kw_only=True)
 class MAML(MetaAlgorithm):
     """Takes the exact gradient of F(θ) = mean Q(φ_K(θ)), for φ_K the outcome of K gradient steps from θ.

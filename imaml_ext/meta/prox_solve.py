@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from imaml_ext import ops
+from imaml_ext import _renamed, ops
 from imaml_ext.checks import check_choice, check_number
 from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.losses.protocol import Loss, LossFunction, as_loss, check_curvature, task_rows
@@ -19,6 +20,7 @@ from imaml_ext.solvers import CG, LinearSolver
 InnerFunction = Callable[[Any, Tensor, Any, Tensor], Tensor]  # loss, theta, data, lam -> phi [B, N]
 
 
+@_renamed.old_keywords(functools.partial(_renamed.solver_keywords, max_iterations=20, rtol=1e-6))
 def prox_solve(
     loss: Loss | LossFunction,
     theta: Tensor,

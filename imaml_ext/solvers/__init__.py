@@ -1,7 +1,28 @@
 """Linear solvers over Hessian-vector products, one system per row."""
 
+from typing import Any
+
+from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
 from imaml_ext.solvers.linear import LinearSolver, Solution, SolveStatus
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
 __all__ = ["CG", "FixedPoint", "LinearSolver", "Neumann", "Solution", "SolveStatus", "cg"]
+
+
+def __getattr__(name: str) -> Any:
+    """Any solver of `LinearSolver.kinds` by the name of its class, and old names."""
+    for kind, path in LinearSolver.kinds.items():
+        if path.endswith(f".{name}"):
+            return LinearSolver.kind(kind)
+    return _old(name)
+
+
+_old = old_names(
+    __name__,
+    {
+        "CGError": "imaml_ext.errors.SolveError",
+        "CGResult": "imaml_ext.solvers.Solution",
+        "CGStatus": "imaml_ext.solvers.SolveStatus",
+    },
+)

@@ -122,6 +122,7 @@ class LinearSolver(Choice):
         "cg": "imaml_ext.solvers.cg.CG",
         "neumann": "imaml_ext.solvers.stationary.Neumann",
         "fixed_point": "imaml_ext.solvers.stationary.FixedPoint",
+        "minres": "imaml_ext.solvers.minres.MINRES",
     }
 
     breakdown: ClassVar[SolveStatus] = SolveStatus.NEGATIVE_CURVATURE

@@ -1,0 +1,163 @@
+"""Batched MINRES: symmetric systems that may be indefinite, such as the Hessians early in a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+
+from imaml_ext.ops import Coefficient, as_coefficient
+from imaml_ext.settings import COUNT, NOT_NEGATIVE
+from imaml_ext.solvers.cg import check_arguments
+from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus
+
+_ITERATING, _VERIFYING = 4, 5  # rows at work
+
+
+@dataclass(frozen=True)
+class MINRES(LinearSolver):
+    """The minimal residual method, for symmetric matrices of any definiteness, row by row.
+
+    Each iterate has the least residual of its Krylov space: the residual never grows, and negative curvature is no
+    breakdown. A row is CONVERGED only when b − A x itself was measured to be within the tolerance, by one product. If
+    rounding has driven it away from the recurrence, the row begins again from x. A row is SINGULAR where the residual
+    has become a null vector of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖: x then solves the least-squares problem.
+
+    Raises:
+        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
+
+    Source: Paige and Saunders, Solution of sparse indefinite systems of linear equations (1975). Why a residual must be
+    measured: Sleijpen, van der Vorst, Modersitzki, Differences in the effects of rounding errors in Krylov solvers
+    for symmetric indefinite linear systems (2000).
+    """
+
+    breakdown: ClassVar[SolveStatus] = SolveStatus.SINGULAR
+
+    max_iterations: Annotated[int, COUNT] = 5
+    """Largest number of products with the matrix, those that measure a residual included."""
+
+    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5
+    """Relative residual at which a task's solve stops."""
+
+    atol: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Absolute residual at which a task's solve stops."""
+
+    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
+        check_arguments(operator, b, None, None)
+        rows = _Rows(b, as_coefficient(shift, "shift", b).detach(), self.rtol, self.atol)
+        for _ in range(self.max_iterations):
+            rows.advance(operator)
+        return rows.solution()
+
+
+class _Rows:
+    """All rows of a solve under masks; scalars of a row are float64 columns [B, 1]. Nothing waits for the device."""
+
+    def __init__(self, b: Tensor, shift: Tensor, rtol: float, atol: float) -> None:
+        self.b, self.shift = b, shift
+        norm = _norm(b)
+        self.threshold = (rtol * norm).clamp(min=atol)
+        self.status = torch.full(b.shape[:1], _ITERATING, dtype=torch.int32, device=b.device)
+        self.iterations = torch.zeros_like(self.status)
+        self.x = torch.zeros_like(b)
+        self.operator_norm = torch.zeros_like(norm)
+        self.zero, self.one = torch.zeros_like(norm), torch.ones_like(norm)
+        self.residual = norm
+        self._end(~norm.isfinite(), SolveStatus.NON_FINITE)
+        self._end(norm <= self.threshold, SolveStatus.CONVERGED)
+        self.v = self.v_before = self.w = self.w_before = torch.zeros_like(b)
+        self.beta = self.c = self.s = self.delta_next = self.epsilon_next = self.zero
+        self._begin(torch.ones_like(norm, dtype=torch.bool), b, norm)
+
+    def advance(self, operator: Operator) -> None:
+        """One product: a Lanczos step for rows at work, the residual of x for rows that verify."""
+        iterating, verifying = self._rows(_ITERATING), self._rows(_VERIFYING)
+        p = torch.where(verifying, self.x, self.v)
+        Ap = operator(p) + self.shift.to(p.dtype) * p
+        finite = _norm(Ap).isfinite()
+        self._end((iterating | verifying) & ~finite, SolveStatus.NON_FINITE)
+        self._lanczos(iterating & finite, Ap)
+        self._verify(verifying & finite, Ap)
+
+    def _lanczos(self, rows: Tensor, Ap: Tensor) -> None:
+        # α = vᵀA v;  β₊ v₊ = A v − α v − β v₋
+        norm = _norm(Ap)
+        self.operator_norm = torch.where(rows, torch.maximum(self.operator_norm, norm), self.operator_norm)
+        alpha = _dot(self.v, Ap)
+        u = Ap - alpha.to(Ap.dtype) * self.v - self.beta.to(Ap.dtype) * self.v_before
+        beta = _norm(u)
+        negligible = torch.finfo(Ap.dtype).eps ** 0.75 * self.operator_norm
+        beta = torch.where(beta <= negligible, 0.0, beta)
+
+        # The rotations before turn the new column (β, α, β₊) into (ε, δ, γ̄, β₊); the next one makes γ of γ̄ and β₊.
+        epsilon, delta = self.epsilon_next, self.c * self.delta_next + self.s * alpha
+        gamma_bar = self.s * self.delta_next - self.c * alpha
+        epsilon_next, delta_next = self.s * beta, -self.c * beta
+        # ‖A r‖ = ‖r‖ ‖(γ̄, δ₊)‖: where that is nothing, r is a null vector, and no step makes it smaller.
+        singular = rows & (torch.hypot(gamma_bar, delta_next) <= negligible) & (self.iterations.unsqueeze(1) > 0)
+        gamma = torch.hypot(gamma_bar, beta)
+        singular = singular | (rows & (gamma <= negligible))
+        self._end(singular, SolveStatus.SINGULAR)
+        rows = rows & ~singular
+        gamma = torch.where(rows, gamma, self.one)
+        c, s = gamma_bar / gamma, beta / gamma
+
+        # w₊ = (v − δ w − ε w₋) / γ;  x ← x + φ w₊
+        dtype = Ap.dtype
+        w = (self.v - delta.to(dtype) * self.w - epsilon.to(dtype) * self.w_before) / gamma.to(dtype)
+        x = self.x + (c * self.residual).to(dtype) * w
+        overflow = rows & ~_norm(x).isfinite()
+        self._end(overflow, SolveStatus.NON_FINITE)
+        rows = rows & ~overflow
+        v = u / torch.where(beta > 0, beta, self.one).to(dtype)
+        for name, value in {
+            "x": x, "w_before": self.w, "w": w, "v_before": self.v, "v": v, "beta": beta, "c": c, "s": s,
+            "delta_next": delta_next, "epsilon_next": epsilon_next, "residual": self.residual * s,
+        }.items():  # fmt: skip
+            setattr(self, name, torch.where(rows, value, getattr(self, name)))
+        self.iterations += rows[:, 0].to(torch.int32)
+        # A residual within the tolerance is measured next, and so is the one of a space that is exhausted.
+        self._end(rows & ((self.residual <= self.threshold) | (beta == 0)), _VERIFYING)
+
+    def _verify(self, rows: Tensor, Ax: Tensor) -> None:
+        r = self.b - Ax
+        norm = _norm(r)
+        converged = rows & (norm <= self.threshold)
+        self.residual = torch.where(rows, norm, self.residual)
+        self._end(converged, SolveStatus.CONVERGED)
+        self._begin(rows & ~converged, r, norm)
+
+    def _begin(self, rows: Tensor, r: Tensor, norm: Tensor) -> None:
+        """The Krylov space of r, from x on."""
+        v = r / torch.where(rows & (norm > 0) & norm.isfinite(), norm, self.one).to(r.dtype)
+        nothing = torch.zeros_like(r)
+        for name, value in {
+            "v": v, "v_before": nothing, "w": nothing, "w_before": nothing, "beta": self.zero, "c": -self.one,
+            "s": self.zero, "delta_next": self.zero, "epsilon_next": self.zero,
+        }.items():  # fmt: skip
+            setattr(self, name, torch.where(rows, value, getattr(self, name)))
+        self._end(rows & self._rows(_VERIFYING), _ITERATING)
+
+    def _rows(self, status: int) -> Tensor:
+        return (self.status == status).unsqueeze(1)
+
+    def _end(self, rows: Tensor, status: int) -> None:
+        """Gives rows at work [B, 1] a status."""
+        at_work = self._rows(_ITERATING) | self._rows(_VERIFYING)
+        self.status = self.status.masked_fill((rows & at_work)[:, 0], int(status))
+
+    def solution(self) -> Solution:
+        self._end(self._rows(_ITERATING) | self._rows(_VERIFYING), SolveStatus.MAX_ITERATIONS)
+        return Solution(self.x, self.status, self.iterations, self.residual[:, 0].abs())
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b of every row, [B, 1] float64."""
+    return (a.double() * b.double()).sum(1, keepdim=True)
+
+
+def _norm(a: Tensor) -> Tensor:
+    """‖a‖ of every row, [B, 1] float64."""
+    return torch.linalg.vector_norm(a, dim=1, keepdim=True, dtype=torch.float64)
