@@ -68,10 +68,10 @@ def _planned(
     directory, first = RunDirectory(path), RunDirectory(places[0])
     if directory.holds_run():
         raise RunError(f"{path} holds a run, and not the stages of a recipe; give another --run-dir")
-    if not first.holds_run() or not resume:
-        check_directory(directory, recipe.config, resume=resume)
-    else:
+    if resume and first.holds_run():
         changes = differences(recipe.staged({})[0], read_config(first).config) | dict(changes)
+    elif not (first.is_empty() and list(path.glob("*")) == [first.path]):
+        check_directory(directory, recipe.config, resume=resume)
     configs = recipe.staged(changes)
     starts = [{}, *({"theta.weights": str(place.resolve())} for place in places)]
     return [changed(config, start) for config, start in zip(configs, starts, strict=False)]
