@@ -15,7 +15,7 @@ from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.products import Precision
 from imaml_ext.models.task_layers import batch_norm, conv3x3, linear, max_pool2x2
 from imaml_ext.models.task_model import TaskModel, check_inputs, from_data
-from imaml_ext.ops.network import Network, describe_input, describe_layer
+from imaml_ext.ops import network as native
 from imaml_ext.settings import COUNT
 
 _LAYERS = 4
@@ -34,8 +34,7 @@ class Conv4(TaskModel):
     1, biases 0.
 
     Raises:
-        ConfigTypeError, ConfigError: a field of the wrong type or outside its bounds, images that four max-poolings
-            leave nothing of.
+        ConfigTypeError, ConfigError: a field outside its bounds, images that four max-poolings leave nothing of.
 
     Source: Finn et al., Model-Agnostic Meta-Learning (2017), section 5.2; Vinyals et al. (2016).
     """
@@ -72,39 +71,32 @@ class Conv4(TaskModel):
             shapes[f"conv{layer}.weight"] = (3, 3, self.in_channels if layer == 1 else self.filters, self.filters)
             shapes[f"norm{layer}.weight"] = shapes[f"norm{layer}.bias"] = (self.filters,)
         pixels = 1 if self.pooling == "stride" else (self.image_size // 2**_LAYERS) ** 2
-        return ParameterLayout.of(
-            {**shapes, "linear.weight": (self.filters * pixels, self.ways), "linear.bias": (self.ways,)}
-        )
+        shapes |= {"linear.weight": (self.filters * pixels, self.ways), "linear.bias": (self.ways,)}
+        return ParameterLayout.of(shapes)
 
     @cached_property
-    def network(self) -> Network | None:
+    def network(self) -> native.Network | None:
         if self.precision != "float32":
             return None  # the native kernels have no other
         stride, pool, last = (2, "none", "mean") if self.pooling == "stride" else (1, "max", "max")
-        network = describe_input(*self.image_shape)
-        for pooled in (*[pool] * (_LAYERS - 1), last):
-            network += describe_layer(
-                self.filters, kernel=3, stride=stride, norm="batch", activation="relu", pool=pooled
-            )
-        return network + describe_layer(self.ways)
+        first = native.convolution(self.filters, stride=stride, pool=pool) * (_LAYERS - 1)
+        final = native.convolution(self.filters, stride=stride, pool=last)
+        return self.image_shape + first + final + native.linear(self.ways)
 
     def fitted(self, input_shape: tuple[int, ...], outputs: int) -> Conv4:
         if len(input_shape) != 3 or input_shape[1] != input_shape[2]:
-            raise ConfigError(
-                f"Conv4 needs square images [channels, size, size], got inputs of shape {list(input_shape)}"
-            )
+            expected = "square images [channels, size, size]"
+            raise ConfigError(f"Conv4 needs {expected}, got inputs of shape {list(input_shape)}")
         return replace(self, ways=outputs, in_channels=input_shape[0], image_size=input_shape[1])
 
     def scale_features_(self, theta: Tensor, factor: float) -> Tensor:
         """Multiplies the features that the linear layer reads, at parameters theta [N], by a positive factor; in place.
 
-        The factor goes on weight and bias of the last norm. Features c times as large are learnt from as if the linear
-        layer's inner rate were c² times as large and its lambda c² times as small: its weights need to move by 1/c of
-        what they had to for the same logits.
+        The factor goes on the last norm. Features c times as large are learnt from as if the linear layer's inner rate
+        were c² times as large and its lambda c² times as small.
         """
-        views = self.layout.views(theta)
-        views[f"norm{_LAYERS}.weight"].mul_(factor)
-        views[f"norm{_LAYERS}.bias"].mul_(factor)
+        for name in ("weight", "bias"):
+            self.layout.views(theta)[f"norm{_LAYERS}.{name}"].mul_(factor)
         return theta
 
     def _initial(self, seed: int) -> dict[str, Tensor]:
@@ -113,10 +105,9 @@ class Conv4(TaskModel):
             return glorot_bound(area * shape[-2], area * shape[-1]) if len(shape) > 1 else 0.0
 
         values = uniform_parameters(self.layout, bound, seed=seed)
-        for name, shape in zip(self.layout.names, self.layout.shapes, strict=True):
-            if len(shape) == 1:  # written, as 0 times a negative number is −0
-                is_scale = name.startswith("norm") and name.endswith("weight")
-                values[name] = torch.full(shape, float(is_scale), dtype=torch.float64)
+        for name, value in values.items():
+            if value.dim() == 1:
+                value.fill_(float(name.startswith("norm") and name.endswith("weight")))
         return values
 
     def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:

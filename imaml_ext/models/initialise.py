@@ -1,7 +1,7 @@
 """Initial parameters with the same bits on every machine and with every version of torch and NumPy.
 
-The raw words of `imaml_ext.rng` become uniform numbers by integer shifts and one rounding each. No function of a
-mathematics library, whose last bit differs between machines, is involved; square roots are rounded correctly everywhere.
+The raw words of `imaml_ext.rng` become uniform numbers by integer shifts and one rounding each; no function whose last
+bit differs between machines is involved (square roots are rounded correctly everywhere).
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from imaml_ext.rng import philox_words
 def uniform_parameters(
     layout: ParameterLayout, bound: Callable[[str, torch.Size], float], *, seed: int
 ) -> dict[str, Tensor]:
-    """Draws every parameter of a layout, float64, uniform in ±bound(name, shape); a bound of 0 gives zeros.
-
-    A number is a function of the seed, the parameter's index in the layout and its place in the parameter alone.
-    """
+    """Draws every parameter of a layout, float64, uniform in ±bound(name, shape), from the seed and its index alone."""
     values = {}
     for index, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
         words = philox_words((seed, index), math.prod(shape))

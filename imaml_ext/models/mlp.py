@@ -16,7 +16,7 @@ from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.products import Precision
 from imaml_ext.models.task_layers import linear
 from imaml_ext.models.task_model import TaskModel, check_inputs, from_data
-from imaml_ext.ops.network import Network, describe_input, describe_layer
+from imaml_ext.ops import network as native
 from imaml_ext.settings import COUNT
 
 
@@ -57,13 +57,11 @@ class MLP(TaskModel):
         return ParameterLayout.of(shapes)
 
     @cached_property
-    def network(self) -> Network | None:
+    def network(self) -> native.Network | None:
         if self.precision != "float32":
             return None  # the native kernels have no other
-        network = describe_input(self.in_features)
-        for width in self.hidden:
-            network += describe_layer(width, activation=self.activation)
-        return network + describe_layer(self.out_features)
+        hidden = (number for width in self.hidden for number in native.linear(width, self.activation))
+        return (self.in_features, 1, 1, *hidden, *native.linear(self.out_features))
 
     def fitted(self, input_shape: tuple[int, ...], outputs: int) -> MLP:
         return replace(self, in_features=math.prod(input_shape), out_features=outputs)

@@ -6,8 +6,6 @@ activations, criteria and solvers, stays in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -47,8 +45,7 @@ class _Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         needs_a, needs_b, _ = ctx.needs_input_grad
         by_a = product(grad, b.mT, ctx.precision) if needs_a else None
-        by_b = product(a.mT, grad, ctx.precision) if needs_b else None
-        return by_a, by_b, None
+        return by_a, product(a.mT, grad, ctx.precision) if needs_b else None, None
 
 
 def _multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
@@ -56,8 +53,11 @@ def _multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
         return torch.bmm(rounded(a, precision), rounded(b, precision))
     if precision == "bfloat16":
         return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    with _tensor_float32():
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
         return torch.bmm(a, b)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
@@ -71,13 +71,3 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     half = (1 << (dropped - 1)) - 1
     nearest = (bits + half + ((bits >> dropped) & 1)) & -(1 << dropped)
     return torch.where(x.isfinite(), nearest.view(torch.float32), x)
-
-
-@contextmanager
-def _tensor_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

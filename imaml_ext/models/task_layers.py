@@ -54,10 +54,7 @@ class _ScatterPatches(torch.autograd.Function):
 
 
 def conv3x3(x: Tensor, weight: Tensor, *, stride: int, precision: str = "float32") -> Tensor:
-    """Applies a 3×3 convolution with a weight per task, zero padding 1, no bias.
-
-    Args:
-        x: [B, S, H, W, C]. weight: [B, 3, 3, C, C']. precision: of `product`.
+    """Convolves x [B, S, H, W, C] with a weight per task [B, 3, 3, C, C'], zero padding 1, no bias.
 
     Returns [B, S, ⌈H/stride⌉, ⌈W/stride⌉, C'].
     """
@@ -95,32 +92,19 @@ class _Standardise(torch.autograd.Function):
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """Normalises by the statistics of the task's own batch, in training and in testing alike.
-
-    Args:
-        x: [B, S, H, W, C]. weight, bias: [B, C].
-    """
+    """Normalises x [B, S, H, W, C] by the statistics of the task's own batch, always; weight and bias are [B, C]."""
     y, _ = _Standardise.apply(x.flatten(1, 3), eps)
     return torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1)).view_as(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
-    """Returns x W + b with a weight and a bias per task: [B, S, C] -> [B, S, C'].
-
-    Args:
-        x: [B, S, C]. weight: [B, C, C']. bias: [B, C']. precision: of `product`.
-    """
+    """Returns x W + b [B, S, C'] for x [B, S, C], with a weight [B, C, C'] and a bias [B, C'] per task."""
     if precision == "float32":  # in one pass
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
     return product(x, weight, precision) + bias.unsqueeze(1)
 
 
 def max_pool2x2(x: Tensor) -> Tensor:
-    """Returns the largest of every 2×2 pixels, without a last odd row or column; equal pixels share the gradient.
-
-    x [B, S, H, W, C] -> [B, S, ⌊H/2⌋, ⌊W/2⌋, C].
-    """
-    batch, images, height, width, channels = x.shape
-    rows, cols = height // 2, width // 2
-    x = x[:, :, : 2 * rows, : 2 * cols].reshape(batch, images, rows, 2, cols, 2, channels)
-    return x.amax(dim=(3, 5))
+    """Returns the largest of every 2×2 pixels: [B, S, H, W, C] -> [B, S, ⌊H/2⌋, ⌊W/2⌋, C]; ties share the gradient."""
+    rows, cols = x.shape[2] // 2, x.shape[3] // 2
+    return x[:, :, : 2 * rows, : 2 * cols].unflatten(3, (cols, 2)).unflatten(2, (rows, 2)).amax(dim=(3, 5))

@@ -18,19 +18,23 @@ from imaml_ext.settings import Choice
 class TaskModel(Choice, ABC):
     """outputs [B, S, *] = model(params [B, N], inputs [B, S, *]), row b of the outputs from row b of both alone.
 
-    Differentiable in `params` as often as the algorithms need (twice, for Hessian-vector products). A subclass sets
-    `layout`, gives initial parameters and computes outputs; the arguments it gets have been checked.
-
-    Attributes:
-        layout: of the N parameters. network: the description of the model for the native ops, if they know it.
-        precision: of its products, where it has a choice (`products.Precision`).
+    Differentiable in `params` twice, for Hessian-vector products. A subclass gives the layout and initial values of its
+    parameters and computes outputs; the arguments it gets have been checked.
     """
 
     kinds: ClassVar[dict[str, str]] = {"conv4": "imaml_ext.models.conv4.Conv4", "mlp": "imaml_ext.models.mlp.MLP"}
 
-    layout: ParameterLayout
-    network: Network | None = None
-    precision: str = "float32"
+    precision: str = "float32"  # of its products, where it has a choice (`products.Precision`)
+
+    @property
+    @abstractmethod
+    def layout(self) -> ParameterLayout:
+        """Where each parameter lies in a row of `params`; a `cached_property` in every subclass."""
+
+    @property
+    def network(self) -> Network | None:
+        """The description of the model for the native ops, if they know it."""
+        return None
 
     @property
     def num_parameters(self) -> int:
@@ -39,28 +43,17 @@ class TaskModel(Choice, ABC):
 
     @abstractmethod
     def fitted(self, input_shape: tuple[int, ...], outputs: int) -> TaskModel:
-        """Returns the same network for examples of shape `input_shape` and so many outputs.
-
-        Raises:
-            ConfigError: such inputs do not fit.
-        """
+        """Returns the same network for examples of this shape and so many outputs; ConfigError if they do not fit."""
 
     def init(self, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """Returns initial meta-parameters theta [N], the same bits for a seed everywhere.
-
-        Raises:
-            TypeError, ValueError: `seed` is not an integer of at least 0, `dtype` not a floating-point type.
-        """
+        """Returns initial meta-parameters theta [N], the same bits for a seed (an integer of at least 0) everywhere."""
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point type, got {dtype}")
         theta = self.layout.flatten(self._initial(check_int("seed", seed, minimum=0)))
         return theta.to(device=device, dtype=dtype)
 
     def __call__(self, params: Tensor, inputs: Tensor) -> Tensor:
-        """Returns the outputs [B, S, *] of every task.
-
-        Args:
-            params: [B, N], a flat row of parameters per task. inputs: [B, S, *], the examples of each task.
+        """Returns outputs [B, S, *] for params [B, N], a flat row per task, and inputs [B, S, *], its examples.
 
         Raises:
             TypeError, ValueError: a shape, dtype or device that does not fit; names the argument.
@@ -74,22 +67,18 @@ class TaskModel(Choice, ABC):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if params.dim() != 2 or params.shape[1] != self.num_parameters:
-            raise ValueError(
-                f"params must have shape [B, {self.num_parameters}] (one row of parameters per task), "
-                f"got {list(params.shape)}"
-            )
+            expected = f"[B, {self.num_parameters}] (one row of parameters per task)"
+            raise ValueError(f"params must have shape {expected}, got {list(params.shape)}")
         if not params.is_floating_point():
             raise TypeError(f"params must be a floating-point tensor, got {params.dtype}")
         if inputs.dim() < 2 or inputs.shape[0] != params.shape[0]:
-            raise ValueError(
-                f"inputs must have shape [{params.shape[0]}, S, *] (the examples of each task of params), "
-                f"got {list(inputs.shape)}"
-            )
+            expected = f"[{params.shape[0]}, S, *] (the examples of each task of params)"
+            raise ValueError(f"inputs must have shape {expected}, got {list(inputs.shape)}")
         if inputs.device != params.device:
             raise ValueError(f"inputs must be on the device of params, {params.device}, got {inputs.device}")
         self._check_inputs(params, inputs)
 
-    def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:  # noqa: B027
+    def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
         """Raises for what a model demands of its inputs beyond that: nothing, unless it says so."""
 
     @abstractmethod

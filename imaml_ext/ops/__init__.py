@@ -1,6 +1,6 @@
 """The typed door to the native ops, `torch.ops.imaml_ext`: proximal steps here, whole networks in `ops.network`."""
 
-from imaml_ext.ops import network
+from imaml_ext.ops import network as network
 from imaml_ext.ops.prox import (
     Coefficient,
     as_coefficient,
@@ -18,7 +18,6 @@ __all__ = [
     "as_coefficient",
     "compute_dtype",
     "cpu_capability",
-    "network",
     "prox_adam_step_",
     "prox_gradient_",
     "prox_momentum_step_",

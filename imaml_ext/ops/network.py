@@ -1,8 +1,6 @@
 """The native network ops: a whole network with its loss, whose first and second derivatives are written out by hand.
 
-For these ops (csrc/network/) a network is a list of layers, each a product with a weight, a norm, an activation and a
-pooling. On the CPU a task goes through all of its layers at once, so that its activations stay in the processor's
-cache; on CUDA all tasks go through a layer together.
+A network is a list of layers here, each a product with a weight, a norm, an activation and a pooling.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from imaml_ext._native import native
 from imaml_ext.ops.registration import register_fake
 
-Network = tuple[int, ...]  # the int[] of the ops
+Network = tuple[int, ...]  # the int[] of the ops: channels, height and width of an example, then six numbers per layer
 
 _NORMS = {"bias": 0, "batch": 1}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}
@@ -27,22 +25,14 @@ _CACHE_BYTES = 16 * 2**20
 _VECTORS_OF_A_SOLVE = 6
 
 
-def describe_input(channels: int, height: int = 1, width: int = 1) -> Network:
-    """Returns the beginning of a description: the shape of an example."""
-    return (channels, height, width)
+def convolution(channels: int, *, stride: int, pool: str) -> Network:
+    """Describes a layer: a 3×3 convolution with zero padding 1, batch norm, ReLU, then a pooling."""
+    return (3, stride, channels, _NORMS["batch"], _ACTIVATIONS["relu"], _POOLS[pool])
 
 
-def describe_layer(
-    channels: int,
-    *,
-    kernel: int = 0,
-    stride: int = 1,
-    norm: str = "bias",
-    activation: str = "identity",
-    pool: str = "none",
-) -> Network:
-    """Describes one layer: `kernel` is 3 for a 3×3 convolution with zero padding 1, or 0 for a linear layer over all pixels."""
-    return (kernel, stride, channels, _NORMS[norm], _ACTIVATIONS[activation], _POOLS[pool])
+def linear(channels: int, activation: str = "identity") -> Network:
+    """Describes a layer: the product of all pixels with a weight, a bias, then an activation."""
+    return (0, 1, channels, _NORMS["bias"], _ACTIVATIONS[activation], _POOLS["none"])
 
 
 def supports(params: Tensor) -> bool:
@@ -69,7 +59,7 @@ def network_descend_(
 ) -> Tensor:
     """Takes `steps` proximal gradient steps on phi [B, N] in place; returns the losses [steps, B] before each.
 
-    theta: [1 or B, N]; lam, lr: [1 or B, 1 or N].
+    theta is [1 or B, N], lam and lr are [1 or B, 1 or N].
     """
     return torch.ops.imaml_ext.network_descend_(phi, theta, lam, lr, x.contiguous(), y.contiguous(), network, steps)
 
@@ -82,9 +72,7 @@ class NetworkLinearisation:
     """
 
     def __init__(self, params: Tensor, x: Tensor, y: Tensor, network: Network) -> None:
-        self._params = params.detach().contiguous()
-        self._y = y.contiguous()
-        self._network = network
+        self._params, self._y, self._network = params.detach().contiguous(), y.contiguous(), network
         self.losses, self.outputs, self.gradient, self._tape = torch.ops.imaml_ext.network_linearise(
             self._params, x.contiguous(), self._y, network
         )
@@ -94,15 +82,13 @@ class NetworkLinearisation:
 
         One pass goes forward along p and one back, over what was stored.
         """
-        return torch.ops.imaml_ext.network_product(
-            self._params[rows], self._tape[rows], self._y[rows], p.detach().contiguous(), self._network, gauss_newton
-        )
+        stored, p = (self._params[rows], self._tape[rows], self._y[rows]), p.detach().contiguous()
+        return torch.ops.imaml_ext.network_product(*stored, p, self._network, gauss_newton)
 
     def curvature(self, p: Tensor) -> Tensor:
         """Returns pᵀ Jᵀ C J p [B] float64 for p [B, N], by the pass forward alone, half of a product."""
-        return torch.ops.imaml_ext.network_curvature(
-            self._params, self._tape, self._y, p.detach().contiguous(), self._network
-        )
+        p = p.detach().contiguous()
+        return torch.ops.imaml_ext.network_curvature(self._params, self._tape, self._y, p, self._network)
 
     @property
     def rows_per_block(self) -> int | None:
@@ -113,8 +99,7 @@ class NetworkLinearisation:
         if not self._params.is_cpu:
             return None
         of_a_task = self._tape[0].nbytes + _VECTORS_OF_A_SOLVE * self._params[0].nbytes
-        threads = torch.get_num_threads()
-        return max(1, _CACHE_BYTES // (of_a_task * threads)) * threads
+        return max(1, _CACHE_BYTES // (of_a_task * (threads := torch.get_num_threads()))) * threads
 
 
 def network_losses(params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
@@ -146,24 +131,21 @@ class _Gradient(torch.autograd.Function):
         ctx: Any, params: Tensor, weights: Tensor, x: Tensor, y: Tensor, gradient: Tensor, network: Network
     ) -> Tensor:
         ctx.save_for_backward(params, weights, x, y, gradient)
-        ctx.network = network
-        ctx.linearisation = None
+        ctx.network, ctx.linearisation = network, None
         return weights.unsqueeze(1) * gradient
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         params, weights, x, y, gradient = ctx.saved_tensors
         needs_params, needs_weights, *_ = ctx.needs_input_grad
-        by_params = by_weights = None
+        by_params = None
         if needs_params:
             if ctx.linearisation is None:  # once, however many products follow
                 ctx.linearisation = NetworkLinearisation(params, x, y, ctx.network)
             by_params = ctx.linearisation.product(weights.unsqueeze(1) * u)
             if torch.is_grad_enabled():
                 by_params = _Last.apply(by_params, params, weights, u)
-        if needs_weights:
-            by_weights = (gradient * u).sum(1)
-        return by_params, by_weights, None, None, None, None
+        return by_params, (gradient * u).sum(1) if needs_weights else None, None, None, None, None
 
 
 class _Last(torch.autograd.Function):
@@ -183,37 +165,22 @@ class _Last(torch.autograd.Function):
 # --- what torch.compile needs to know -------------------------------------------------------------------------------
 
 
-@register_fake("network_outputs")
-def _(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
+def _fake_outputs(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
     return params.new_empty((*x.shape[:2], network[-4]))
 
 
-@register_fake("network_gradient")
-def _(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = params.new_empty((*x.shape[:2], network[-4]))
-    return params.new_empty(x.shape[:1]), outputs, torch.empty_like(params)
+def _fake_gradient(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return params.new_empty(x.shape[:1]), _fake_outputs(params, x, network), torch.empty_like(params)
 
 
-@register_fake("network_descend_")
-def _(
-    phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: list[int], steps: int
-) -> Tensor:
-    return phi.new_empty((steps, phi.shape[0]))
-
-
-@register_fake("network_linearise")
-def _(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = params.new_empty((*x.shape[:2], network[-4]))
+def _fake_linearise(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, ...]:
     size = native().network_tape_size(network, x.shape[1], params.element_size())
-    tape = params.new_empty((x.shape[0], size), dtype=torch.uint8)
-    return params.new_empty(x.shape[:1]), outputs, torch.empty_like(params), tape
+    return *_fake_gradient(params, x, y, network), params.new_empty((x.shape[0], size), dtype=torch.uint8)
 
 
-@register_fake("network_product")
-def _(params: Tensor, tape: Tensor, y: Tensor, p: Tensor, network: list[int], gauss_newton: bool) -> Tensor:
-    return torch.empty_like(p)
-
-
-@register_fake("network_curvature")
-def _(params: Tensor, tape: Tensor, y: Tensor, p: Tensor, network: list[int]) -> Tensor:
-    return p.new_empty(p.shape[:1], dtype=torch.float64)
+register_fake("network_outputs", _fake_outputs)
+register_fake("network_gradient", _fake_gradient)
+register_fake("network_descend_", lambda phi, theta, lam, lr, x, y, network, steps: phi.new_empty((steps, len(phi))))
+register_fake("network_linearise", _fake_linearise)
+register_fake("network_product", lambda params, tape, y, p, network, gauss_newton: torch.empty_like(p))
+register_fake("network_curvature", lambda params, tape, y, p, network: p.new_empty(len(p), dtype=torch.float64))

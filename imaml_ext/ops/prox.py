@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imaml_ext._native import error as load_error
 from imaml_ext._native import native
-from imaml_ext.ops.registration import register_fake, register_in_place
+from imaml_ext.ops.registration import register_fake
 
 Coefficient = float | Tensor
 
@@ -40,8 +40,7 @@ def as_coefficient(value: Coefficient, name: str, like: Tensor) -> Tensor:
         TypeError: not a number or a floating-point tensor.
         ValueError: a shape that does not fit, a 1-D tensor where B == N, or another device.
     """
-    rows, cols = like.shape
-    dtype = compute_dtype(like.dtype)
+    (rows, cols), dtype = like.shape, compute_dtype(like.dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     if not isinstance(value, Tensor):
@@ -50,19 +49,16 @@ def as_coefficient(value: Coefficient, name: str, like: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {value.device}")
-    if value.dim() == 0:
-        value = value.reshape(1, 1)
-    elif value.dim() == 1 and rows == cols and rows != 1:
+    if value.dim() == 1 and rows == cols != 1:
         raise ValueError(
             f"{name} of shape [{rows}] could be one per task or one per parameter, as both are {rows}: "
             f"give it as [{rows}, 1] or [1, {rows}]"
         )
-    elif value.dim() == 1 and value.shape[0] == rows:
-        value = value.reshape(rows, 1)
-    elif value.dim() == 1 and value.shape[0] == cols:
+    if value.dim() == 0 or value.shape == (rows,):
+        value = value.reshape(-1, 1)
+    elif value.shape == (cols,):
         value = value.reshape(1, cols)
-    fits = value.dim() == 2 and value.shape[0] in (1, rows) and value.shape[1] in (1, cols)
-    if not fits:
+    if not (value.dim() == 2 and value.shape[0] in (1, rows) and value.shape[1] in (1, cols)):
         raise ValueError(
             f"{name} must be a number, [{rows}] (one per task), [{cols}] (one per parameter) or [{rows}, {cols}], "
             f"got {list(value.shape)}"
@@ -71,9 +67,11 @@ def as_coefficient(value: Coefficient, name: str, like: Tensor) -> Tensor:
     return value if value.shape[1] == 1 or value.stride(1) == 1 else value.contiguous()
 
 
-def _arguments(phi: Tensor, theta: Tensor, *, vectors: dict[str, Tensor], **coefficients: Coefficient) -> list[Tensor]:
+def _arguments(
+    phi: Tensor, theta: Tensor, vectors: dict[str, Tensor] | None = None, **coefficients: Coefficient
+) -> list[Tensor]:
     """Returns theta as [1 or B, N] and the coefficients, all checked as far as csrc/ does not check them itself."""
-    for name, value in {"phi": phi, **vectors, "theta": theta}.items():
+    for name, value in {"phi": phi, **(vectors or {}), "theta": theta}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.device != phi.device:
@@ -86,32 +84,19 @@ def _arguments(phi: Tensor, theta: Tensor, *, vectors: dict[str, Tensor], **coef
 
 
 def prox_gradient_(grad: Tensor, phi: Tensor, theta: Tensor, lam: Coefficient) -> Tensor:
-    """Adds the penalty's gradient to that of the loss, in place: grad ← grad + λ (φ − θ).
-
-    Args:
-        grad, phi: [B, N]. theta: [N] or [B, N]. lam: a coefficient.
-    """
+    """Adds the penalty's gradient to grad [B, N], that of the loss at phi [B, N], in place: grad ← grad + λ (φ − θ)."""
     torch.ops.imaml_ext.prox_gradient_(grad, phi, *_arguments(phi, theta, vectors={"grad": grad}, lam=lam))
     return grad
 
 
 def prox_penalty(phi: Tensor, theta: Tensor, lam: Coefficient) -> Tensor:
-    """Returns every task's ½ Σ_j λ_j (φ_j − θ_j)², [B] in the compute type; differentiable in all three.
-
-    Args:
-        phi: [B, N]. theta: [N] or [B, N]. lam: a coefficient.
-    """
-    return torch.ops.imaml_ext.prox_penalty(phi, *_arguments(phi, theta, vectors={}, lam=lam))
+    """Returns every task's ½ Σ_j λ_j (φ_j − θ_j)², [B] in the compute type; differentiable in all three."""
+    return torch.ops.imaml_ext.prox_penalty(phi, *_arguments(phi, theta, lam=lam))
 
 
 def prox_sgd_step_(phi: Tensor, grad: Tensor, theta: Tensor, lam: Coefficient, lr: Coefficient) -> Tensor:
-    """Takes a gradient step in place: φ ← φ − η (∇L + λ (φ − θ)).
-
-    Args:
-        phi, grad: [B, N]. theta: [N] or [B, N]. lam, lr: coefficients.
-    """
-    arguments = _arguments(phi, theta, vectors={"grad": grad}, lam=lam, lr=lr)
-    torch.ops.imaml_ext.prox_sgd_step_(phi, grad, *arguments)
+    """Takes a gradient step on phi [B, N] in place: φ ← φ − η (∇L + λ (φ − θ)), with ∇L = grad [B, N]."""
+    torch.ops.imaml_ext.prox_sgd_step_(phi, grad, *_arguments(phi, theta, vectors={"grad": grad}, lam=lam, lr=lr))
     return phi
 
 
@@ -127,10 +112,7 @@ def prox_momentum_step_(
 ) -> Tensor:
     """Takes a step of torch.optim.SGD along g = ∇L + λ (φ − θ), in place: v ← μ v + g, φ ← φ − η v.
 
-    Nesterov's rule is φ ← φ − η (g + μ v).
-
-    Args:
-        phi, velocity, grad: [B, N]. theta: [N] or [B, N]. lam, lr: coefficients.
+    velocity v is [B, N]; Nesterov's rule is φ ← φ − η (g + μ v).
     """
     arguments = _arguments(phi, theta, vectors={"velocity": velocity, "grad": grad}, lam=lam, lr=lr)
     torch.ops.imaml_ext.prox_momentum_step_(phi, velocity, grad, *arguments, momentum, nesterov)
@@ -152,23 +134,19 @@ def prox_adam_step_(
 ) -> Tensor:
     """Takes a step of Adam (Kingma and Ba, 2015; torch.optim.Adam's rule) along g = ∇L + λ (φ − θ), in place.
 
-    Args:
-        phi, exp_avg, exp_avg_sq, grad: [B, N]. theta: [N] or [B, N]. lam, lr: coefficients. step: counts from 1.
+    exp_avg and exp_avg_sq [B, N] are the moments of g and g²; step counts from 1.
     """
-    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    arguments = _arguments(phi, theta, vectors={**moments, "grad": grad}, lam=lam, lr=lr)
+    vectors = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad}
+    arguments = _arguments(phi, theta, vectors=vectors, lam=lam, lr=lr)
     torch.ops.imaml_ext.prox_adam_step_(phi, exp_avg, exp_avg_sq, grad, *arguments, beta1, beta2, eps, step)
     return phi
 
 
 # --- what torch.compile and autograd need to know -------------------------------------------------------------------
 
-register_in_place("prox_gradient_", "prox_sgd_step_", "prox_momentum_step_", "prox_adam_step_")
-
-
-@register_fake("prox_penalty")
-def _(phi: Tensor, theta: Tensor, lam: Tensor) -> Tensor:
-    return phi.new_empty((phi.shape[0],), dtype=compute_dtype(phi.dtype))
+for _name in ("prox_gradient_", "prox_sgd_step_", "prox_momentum_step_", "prox_adam_step_"):
+    register_fake(_name)
+register_fake("prox_penalty", lambda phi, theta, lam: phi.new_empty(phi.shape[:1], dtype=compute_dtype(phi.dtype)))
 
 
 def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
@@ -179,14 +157,9 @@ def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
     return value
 
 
-def _penalty_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     phi, theta, lam = ctx.saved_tensors
-    dtype = grad.dtype
-    difference = phi.to(dtype) - theta.to(dtype)  # [B, N]
+    difference = phi.to(grad.dtype) - theta.to(grad.dtype)  # [B, N]
     by_phi = grad.unsqueeze(1) * lam * difference  # [B, N]
     needs_phi, needs_theta, needs_lam = ctx.needs_input_grad
     return (
@@ -197,4 +170,8 @@ def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 if load_error is None:
-    torch.library.register_autograd("imaml_ext::prox_penalty", _penalty_backward, setup_context=_penalty_setup)
+    torch.library.register_autograd(
+        "imaml_ext::prox_penalty",
+        _penalty_backward,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )

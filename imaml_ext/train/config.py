@@ -6,8 +6,7 @@ command line is made from these classes (the line below a field is its help), an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from imaml_ext.data import Augmentation, DataSource, Glyphs
@@ -243,13 +242,13 @@ def _require(condition: bool, path: str, expected: str, value: object) -> None:
         raise ConfigError(f"{path} must be {expected}, got {value!r}")
 
 
-def differences(before: Settings, after: Settings, prefix: str = "") -> Mapping[str, Any]:
+def differences(before: Settings, after: Settings, prefix: str = "") -> dict[str, Any]:
     """Returns the settings in which `after` differs from `before`, {path: value} as `settings.changed` takes them."""
     found: dict[str, Any] = {}
-    for name, value in vars(after).items():
-        old = getattr(before, name)
-        if isinstance(value, Settings) and type(value) is type(old):
-            found |= differences(old, value, f"{prefix}{name}.")
-        elif value != old:
-            found[f"{prefix}{name}"] = value
+    for field_ in fields(after):  # type: ignore[arg-type]
+        path, old, new = f"{prefix}{field_.name}", getattr(before, field_.name), getattr(after, field_.name)
+        if isinstance(new, Settings) and type(new) is type(old):
+            found |= differences(old, new, f"{path}.")
+        elif new != old:
+            found[path] = new
     return found

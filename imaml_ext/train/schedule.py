@@ -1,55 +1,52 @@
-"""The outer learning rate as a function of the meta-step: nothing to save, nothing to restore."""
+"""The outer learning rates as functions of the meta-step, and the optimiser that takes them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imaml_ext.training.config import OuterConfig
+from imaml_ext.train.config import Outer
 
 
-def learning_rate(outer: OuterConfig, step: int) -> float:
-    """The rate of meta-step `step`, counted from 0: linear warm-up, then the schedule down to its final fraction."""
+def learning_rate(outer: Outer, step: int) -> float:
+    """Returns the rate of theta at meta-step `step`, counted from 0: linear warm-up, then the schedule down to 0."""
     if step < outer.warmup_steps:
         return outer.lr * (step + 1) / outer.warmup_steps
     if outer.schedule == "constant":
         return outer.lr
     progress = (step - outer.warmup_steps) / (outer.steps - outer.warmup_steps)  # in [0, 1)
-    remaining = 1.0 - progress if outer.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return outer.lr * (outer.final_lr_fraction + (1.0 - outer.final_lr_fraction) * remaining)
+    return outer.lr * (1.0 - progress if outer.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def average_weight(outer: OuterConfig, step: int) -> float:
-    """1 − d of θ̄ ← d θ̄ + (1 − d) θ after meta-step `step`, counted from 0: d is smaller over the first steps."""
+def average_weight(outer: Outer, step: int) -> float:
+    """Returns 1 − d of θ̄ ← d θ̄ + (1 − d) θ after meta-step `step`, counted from 0: d is smaller at first."""
     return 1 - min(outer.average, (2 + step) / (11 + step))
 
 
-def outer_optimizer(
-    outer: OuterConfig, theta: Tensor, log_lam: Tensor | None = None, *, static: bool = False
-) -> torch.optim.Optimizer:
-    """The optimiser of the flat meta-parameters theta [N] and, where λ is learnt, of log λ, a group of its own.
+def outer_optimizer(outer: Outer, params: Mapping[str, Tensor], *, static: bool = False) -> torch.optim.Optimizer:
+    """Returns the optimiser of the meta-parameters, with a group for each: theta first.
 
     Args:
         static: learning rates in tensors on the device, that a CUDA graph reads anew at each replay; Adam only.
     """
-    groups: list[dict[str, Any]] = [{"params": [theta], "weight_decay": outer.weight_decay}]
-    if log_lam is not None:
-        groups.append({"params": [log_lam]})
+    groups: list[dict[str, Any]] = [{"params": [value]} for value in params.values()]
     if static:
         for group in groups:
-            group["lr"] = torch.full((), outer.lr, dtype=theta.dtype, device=theta.device)
-            group |= {"capturable": theta.is_cuda, "foreach": False}
-    if outer.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=outer.lr, betas=outer.betas, eps=outer.eps)
-    return torch.optim.SGD(groups, lr=outer.lr, momentum=outer.momentum)
+            value = group["params"][0]
+            group["lr"] = torch.full((), outer.lr, dtype=value.dtype, device=value.device)
+            group |= {"capturable": value.is_cuda, "foreach": False}
+    kind = torch.optim.Adam if outer.optimizer == "adam" else torch.optim.SGD
+    return kind(groups, lr=outer.lr)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, outer: OuterConfig, lr: float) -> None:
-    """The rate of θ, and in proportion that of log λ."""
-    for group, rate in zip(optimizer.param_groups, (lr, lr * (outer.lam_lr / outer.lr)), strict=False):
+def set_learning_rate(optimizer: torch.optim.Optimizer, outer: Outer, lr: float) -> None:
+    """Sets the rate of theta and, in proportion, the rates of what is learnt beside it."""
+    for index, group in enumerate(optimizer.param_groups):
+        rate = lr if index == 0 else lr * (outer.learnt_lr / outer.lr)
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
@@ -57,7 +54,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, outer: OuterConfig, lr: 
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state_dict as a checkpoint holds it, the same whether the optimiser is static or not."""
+    """Returns its state_dict as a checkpoint holds it, the same whether the optimiser is static or not."""
     state = optimizer.state_dict()
     groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
     for group in groups:
