@@ -14,8 +14,8 @@ from imaml_ext.train.recipe import load_recipe, recipe_summaries
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAINS = Path(__file__).parents[1] / "reproduction" / "chains"
-_NOTE = """A recipe file of your own: `imaml train FILE.py`. The recipes of the published weights, such as
-`omniglot-5w1s-gd`, are in imaml_ext/reproduction/chains/.
+_NOTE = """A recipe file of your own: `imaml train FILE.py`.
+Recipes of the published weights, such as `omniglot-5w1s-gd`, are in imaml_ext/reproduction/chains/.
 """
 
 
