@@ -16,8 +16,8 @@ from torch import Tensor
 
 from imaml_ext.data import Dataset, EpisodeBatch, ImageDataset, sample_sheet
 from imaml_ext.files import atomic_write
-from imaml_ext.training.experiment import Experiment
-from imaml_ext.training.run_directory import RunDirectory, read_metrics
+from imaml_ext.train.experiment import Experiment
+from imaml_ext.train.run_directory import RunDirectory, read_metrics
 
 _TRAIN, _VALIDATION = "#1f77b4", "#d62728"
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"
@@ -25,7 +25,7 @@ _MOST_WAYS, _MOST_QUERIES, _MOST_SHOTS, _EPISODES = 10, 5, 3, 3
 
 
 def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
-    """`learning_curve.png` from `metrics.jsonl`: accuracy where there is one, loss, and the residual of the solve."""
+    """Draws `learning_curve.png` from `metrics.jsonl`: accuracy where there is one, loss, and the residual of the solve."""
     rows = read_metrics(directory.metrics)
     classification = any("query_accuracy" in row for row in rows)
     solved = any("solve_residual" in row for row in rows)
@@ -49,7 +49,7 @@ def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
 
 
 def _curve(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, label: str, *, scale: float = 1.0) -> None:
-    """Training tasks as a faint line with its running mean, validation tasks with their 95 % interval."""
+    """Draws training tasks as a faint line with its running mean, validation tasks with their 95 % interval."""
     steps, values = column(rows, f"query_{quantity}")
     axis.plot(steps, scale * values, color=_TRAIN, alpha=0.3, linewidth=1)
     width = max(1, len(values) // 25)
@@ -69,24 +69,24 @@ def _line(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str, 
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have this metric."""
+    """Returns steps and values of the rows that have this metric."""
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the last `width` values, over fewer at the start."""
+    """Returns the mean over the last `width` values, over fewer at the start."""
     sums = np.cumsum(values)
     count = np.minimum(np.arange(1, len(values) + 1), width)
     earlier = np.concatenate([np.zeros(min(width, len(values))), sums[:-width]])
     return (sums - earlier) / count
 
 
-def draw_episodes(directory: RunDirectory, experiment: Experiment, theta: Tensor) -> None:
-    """`episodes.png`: test episodes with support set, query set and predictions, right or wrong."""
+def draw_episodes(directory: RunDirectory, experiment: Experiment, params: Mapping[str, Tensor]) -> None:
+    """Draws `episodes.png`: test episodes with support set, query set and predictions, right or wrong."""
     sampler = experiment.sampler("test", tasks=_EPISODES, seed=experiment.config.evaluation.seed)
     episodes = sampler.sample(0)
-    phi = experiment.test_algorithm.adapt(theta, episodes.support)  # [B, N]
+    phi = experiment.test_algorithm.adapt(params, episodes.support)  # [B, N]
     if experiment.classification:
         with torch.no_grad():
             predicted = experiment.loss.outputs(phi, episodes.query_x).argmax(-1)  # [B, Q]
@@ -97,16 +97,16 @@ def draw_episodes(directory: RunDirectory, experiment: Experiment, theta: Tensor
 
 
 def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Experiment) -> Figure:
-    """A block of rows an episode: one row a class, its support examples left, its queries right."""
-    data = experiment.config.data
-    ways, shots, queries = min(data.ways, _MOST_WAYS), min(data.shots, _MOST_SHOTS), min(data.queries, _MOST_QUERIES)
+    """Draws a block of rows per episode: one row per class, its support examples left, its queries right."""
+    tasks, data = experiment.config.tasks, experiment.config.data.kind_name
+    ways, shots, queries = min(tasks.ways, _MOST_WAYS), min(tasks.shots, _MOST_SHOTS), min(tasks.queries, _MOST_QUERIES)
     columns = shots + queries
     drawn = isinstance(experiment.dataset, ImageDataset) and experiment.dataset.drawn
     figure = Figure(
         figsize=(max(7.0, 0.8 * columns * 1.15), 0.95 * ways * episodes.num_tasks + 1.2), layout="constrained"
     )
     right = (predicted == episodes.query_y).double().mean(1)  # [B]
-    heading = f"{data.name}, {data.ways}-way {data.shots}-shot: test episodes (classes never trained on)"
+    heading = f"{data}, {tasks.ways}-way {tasks.shots}-shot: test episodes (classes never trained on)"
     figure.suptitle(f"{heading}\nbeside each query: the class it was taken for")
     blocks = figure.subfigures(episodes.num_tasks, 1, squeeze=False)[:, 0]
     for task, block in enumerate(blocks):
@@ -120,10 +120,10 @@ def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Exper
         axes[0, shots + 1].set_title("query", fontsize=9)
         for way in range(ways):
             for shot in range(shots):
-                _image(axes[way, shot], episodes.support_x[task, way * data.shots + shot], drawn)
+                _image(axes[way, shot], episodes.support_x[task, way * tasks.shots + shot], drawn)
             axes[way, 0].text(-0.15, 0.5, f"{way + 1}", transform=axes[way, 0].transAxes, ha="right", va="center")
             for query in range(queries):
-                index = way * data.queries + query
+                index = way * tasks.queries + query
                 answer = int(predicted[task, index])
                 good = answer == int(episodes.query_y[task, index])
                 axis = axes[way, shots + 1 + query]
@@ -140,15 +140,15 @@ def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Exper
 
 
 def _image(axis: Axes, image: Tensor, drawn: bool) -> None:
-    """image [C, H, W] in [0, 1]; what is drawn is ink, shown dark on white."""
+    """Shows an image [C, H, W] in [0, 1]; what is drawn is ink, shown dark on white."""
     pixels = image.permute(1, 2, 0).float().numpy()  # [H, W, C]
     axis.imshow(1 - pixels if drawn else pixels, cmap="gray", vmin=0, vmax=1)
 
 
 def _regression_episodes(experiment: Experiment, episodes: EpisodeBatch, phi: Tensor) -> Figure:
-    """One plot a task: support points, query points, and the adapted model; against the first input."""
+    """Draws one plot per task: support points, query points, and the adapted model; against the first input."""
     figure = Figure(figsize=(4.2 * episodes.num_tasks, 3.6), layout="constrained")
-    figure.suptitle(f"{experiment.config.data.name}, {experiment.config.data.shots} support points: test tasks")
+    figure.suptitle(f"{experiment.config.data.kind_name}, {experiment.config.tasks.shots} support points: test tasks")
     with torch.no_grad():
         predicted = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, 1]
         error = experiment.loss.criterion(predicted, episodes.query_y).cpu()  # [B]
@@ -174,7 +174,7 @@ def _regression_episodes(experiment: Experiment, episodes: EpisodeBatch, phi: Te
 
 
 def draw_samples(path: Path, dataset: Dataset) -> None:
-    """A picture of a data set: up to ten classes of each split, a row a class.
+    """Draws a picture of a data set: up to ten classes of each split, one row per class.
 
     Raises:
         DataError: the data set has no images.
@@ -182,7 +182,7 @@ def draw_samples(path: Path, dataset: Dataset) -> None:
     """
     sheets = {split: sample_sheet(dataset, split) for split in dataset.splits}
     figure = Figure(figsize=(4.5 * len(sheets), 5), layout="constrained")
-    figure.suptitle(f"{dataset.name}: a class a row")
+    figure.suptitle(f"{dataset.name}: one row per class")
     for axis, (split, sheet) in zip(figure.subplots(1, len(sheets), squeeze=False)[0], sheets.items(), strict=True):
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1)
         axis.set_title(split)
@@ -191,7 +191,7 @@ def draw_samples(path: Path, dataset: Dataset) -> None:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """The figure as a PNG file, whole or not at all."""
+    """Writes the figure as a PNG file, whole or not at all."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     atomic_write(path, buffer.getvalue())

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from imaml_ext.errors import CheckpointError
 from imaml_ext.files import atomic_write
+from imaml_ext.train import legacy
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to continue; tasks need no generator state, they are a function of (seed, step).
+    """Holds all that a run needs to continue; tasks need no generator state, they are a function of (seed, step).
 
     `step` counts finished meta-steps. The learning rate is a function of it, so the schedule needs no state of its own.
     """
@@ -30,13 +31,17 @@ class Checkpoint:
     step: int
     seed: int
     config: dict[str, Any]  # JSON form
-    theta: Tensor  # [N]
-    average: Tensor | None  # [N], the exponential average of theta where one is kept
+    params: dict[str, Tensor]  # the meta-parameters: theta [N], and what is learnt beside it
+    averages: dict[str, Tensor]  # exponential averages of meta-parameters, of theta where one is kept
     optimizer: dict[str, Any]
-    window: dict[str, Tensor] = field(default_factory=dict)  # sums of the metrics since the last line of the log
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # their sums since the last line of the log
     seconds: float = 0.0  # training time until here
-    log_lam: Tensor | None = None  # [G], where λ is learnt
     format: int = FORMAT
+
+    @property
+    def evaluated(self) -> dict[str, Tensor]:
+        """The meta-parameters to be judged: averages in place of what they are averages of."""
+        return self.params | self.averages
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -44,13 +49,13 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Returns the checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in directory.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `step-….pt` whole or not at all, then remove all but the newest `keep`.
+    """Writes `step-….pt` whole or not at all, then removes all but the newest `keep`.
 
     Raises:
         RunError: it cannot be written; the earlier checkpoints are untouched.
@@ -66,7 +71,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Pa
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU, every byte checked against the checksums that the file carries.
+    """Reads a checkpoint onto the CPU, every byte checked against the checksums that the file carries.
 
     Raises:
         CheckpointError: the file is missing, truncated, altered, or not a checkpoint of this format.
@@ -84,6 +89,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise
     except Exception as error:  # zipfile, pickle and torch each have their own words for a broken file
         raise CheckpointError(f"checkpoint {path} is damaged: {_first_sentence(error)}") from error
+    if isinstance(values, Mapping) and values.get("format") == legacy.CHECKPOINT_FORMAT:
+        values = legacy.checkpoint_from_old(values) | {"format": FORMAT}
     names = {item.name for item in fields(Checkpoint)}
     if not isinstance(values, Mapping) or set(values) != names or values["format"] != FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint of format {FORMAT}")
@@ -91,7 +98,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, None where there is none yet.
+    """Returns the newest checkpoint of a run, None where there is none yet.
 
     Raises:
         CheckpointError: the newest one is damaged; the message says which older one could be continued from. Nothing is

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from imaml_ext.data.episodes import shard_slice
-from imaml_ext.errors import CheckpointError, ConfigError, RunError
+from imaml_ext.batch import Data, shard_slice
+from imaml_ext.data import DataSource
+from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.inner import GradientDescent
-from imaml_ext.models import Data
-from imaml_ext.training.checkpoint import load_checkpoint, load_newest
-from imaml_ext.training.config import FromScratch, TrainConfig
-from imaml_ext.training.experiment import Experiment, build
-from imaml_ext.training.progress import ProgressBar
-from imaml_ext.training.ranks import Ranks
-from imaml_ext.training.run_directory import RunDirectory, read_config
+from imaml_ext.pretrained.weights import Weights, read_weights
+from imaml_ext.settings import COUNT, POSITIVE, Settings, changed, from_json
+from imaml_ext.train.checkpoint import load_checkpoint, load_newest
+from imaml_ext.train.config import EvaluationSettings, RunSettings, Tasks, Theta, TrainConfig
+from imaml_ext.train.experiment import Experiment, build
+from imaml_ext.train.progress import ProgressBar
+from imaml_ext.train.ranks import Ranks
+from imaml_ext.train.run_directory import RunDirectory, read_config
 
 _FIRST = 1250  # query examples
 
 
 @dataclass(frozen=True)
+class FromScratch(Settings):
+    """The baseline without meta-learning: each task's network is trained on its support set alone, with Adam."""
+
+    steps: Annotated[int, COUNT]
+    """Steps of Adam per task."""
+
+    lr: Annotated[float, POSITIVE] = 0.003
+    """Learning rate of these steps."""
+
+
+@dataclass(frozen=True)
 class FirstTasks:
-    """Means over the first of an evaluation's tasks, 1,250 query examples of them: enough to know the parameters again.
+    """Holds means over the first of an evaluation's tasks, 1,250 query examples of them: enough to know the parameters again.
 
     A short evaluation of so many tasks, and of the same seed, has the same.
     """
@@ -39,7 +52,7 @@ class FirstTasks:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over tasks; an interval is 1.96 · std / √tasks. Accuracies are fractions, None for regression."""
+    """Holds means over tasks; an interval is 1.96 · std / √tasks. Accuracies are fractions, None for regression."""
 
     split: str
     tasks: int
@@ -62,7 +75,7 @@ class Evaluation:
         line = f"{self.split} {figure} ({self.tasks} tasks, 95 % interval)"
         if self.from_scratch is None:
             return line
-        return f"{line}\nfrom scratch, {self.from_scratch.inner_steps} steps a task: {self.from_scratch}"
+        return f"{line}\nfrom scratch, {self.from_scratch.inner_steps} steps per task: {self.from_scratch}"
 
     def to_json(self) -> dict[str, Any]:
         values = dict(vars(self))
@@ -74,7 +87,7 @@ class Evaluation:
 
 def evaluate(
     experiment: Experiment,
-    theta: Tensor,
+    params: Tensor | Mapping[str, Tensor],
     *,
     split: str,
     tasks: int,
@@ -82,7 +95,7 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Adapt theta [N] to each task's support set and judge it on the task's query set.
+    """Adapts meta-parameters, all of them or theta [N] alone, to each task's support set; judges them on its query set.
 
     The tasks are a function of (seed, split) alone: neither evaluation.meta_batch nor the device changes them. Several
     ranks take turns at the batches, which leaves the result the same to the bit; `progress` is called on all of them.
@@ -92,7 +105,7 @@ def evaluate(
     """
     return _judge(
         experiment,
-        lambda _, support: experiment.test_algorithm.adapt(theta, support),
+        lambda _, support: experiment.test_algorithm.adapt(params, support),
         inner_steps=experiment.config.test_inner_steps,
         split=split,
         tasks=tasks,
@@ -111,8 +124,9 @@ def evaluate_from_scratch(
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """As `evaluate`, on the same tasks, of networks that know nothing but the support set; task k begins from the
-    initial parameters of the seed `seed` + k.
+    """Judges networks that are trained on the support set alone, on the same tasks as `evaluate`.
+
+    Task k begins with the initial parameters of the seed `seed` + k.
 
     Raises:
         ConfigError: the data set has no such split, or its classes do not allow such tasks.
@@ -147,9 +161,9 @@ def _judge(
     progress: Callable[[int], None],
     ranks: Ranks,
 ) -> Evaluation:
-    """Losses and accuracies on the query sets of phi [B, N] = learn(number of the first task, support sets)."""
+    """Returns losses and accuracies on the query sets of phi [B, N] = learn(number of the first task, support sets)."""
     if tasks < 2:
-        raise ConfigError(f"tasks must be an integer >= 2, got {tasks}")
+        raise ConfigError(f"tasks must be at least 2, got {tasks}")
     sampler = experiment.sampler(split, tasks=tasks, seed=seed)
     batches = math.ceil(tasks / experiment.config.evaluation.meta_batch)
     losses = torch.zeros(tasks, dtype=torch.float64, device=experiment.device)
@@ -168,8 +182,8 @@ def _judge(
         progress(shard_slice(tasks, (min(turn + ranks.size, batches) - 1, batches)).stop)
     losses = ranks.sum(losses)  # of zeros, but for the tasks of this rank
     loss, loss_interval = _mean_and_interval(losses)
-    data = experiment.config.data
-    first = min(tasks, math.ceil(_FIRST / (data.queries * (data.ways if experiment.classification else 1))))
+    per_task = experiment.config.tasks.queries * (experiment.config.tasks.ways if experiment.classification else 1)
+    first = min(tasks, math.ceil(_FIRST / per_task))
     accuracy, accuracy_interval, first_accuracy = None, None, None
     if experiment.classification:
         accuracies = ranks.sum(accuracies)
@@ -191,105 +205,99 @@ def _judge(
 
 
 def _mean_and_interval(values: Tensor) -> tuple[float, float]:
-    """Mean over the tasks and 1.96 · std / √n."""
+    """Returns the mean over the tasks and 1.96 · std / √n."""
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(values.numel())
-
-
-@dataclass(frozen=True)
-class EvaluationOverrides:
-    """What an evaluation does otherwise than the run was configured; None: as it was.
-
-    tasks, seed, inner_steps, meta_batch: of `EvaluationConfig`; ways, shots, data_root: of `DataConfig`; device: of
-    `RunConfig`.
-    """
-
-    tasks: int | None = None
-    seed: int | None = None
-    ways: int | None = None
-    shots: int | None = None
-    inner_steps: int | None = None
-    meta_batch: int | None = None
-    device: str | None = None
-    data_root: Path | None = None
-
-    def applied(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with these settings in it."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        run = {"device": given.pop("device")} if "device" in given else {}
-        data = {"root": given.pop("data_root")} if "data_root" in given else {}
-        if "ways" in given:
-            data |= {"ways": given.pop("ways")}
-        if "shots" in given:
-            data |= {"shots": given.pop("shots"), "train_shots": None}
-        return replace(
-            config,
-            evaluation=replace(config.evaluation, **given),
-            run=replace(config.run, **run),
-            data=replace(config.data, **data),
-        )
-
-
-AS_CONFIGURED = EvaluationOverrides()
 
 
 def evaluate_run(
     path: Path,
-    overrides: EvaluationOverrides = AS_CONFIGURED,
+    changes: Mapping[str, Any] | None = None,
     *,
     checkpoint: Path | None = None,
     split: str = "test",
     from_scratch: FromScratch | None = None,
 ) -> Evaluation:
-    """Evaluate the newest parameters of a run, or those of `checkpoint`.
+    """Evaluates the newest meta-parameters of a run, or those of `checkpoint`.
+
+    Args:
+        path: the run directory, or that of a recipe of several stages, of which the last is evaluated.
+        changes: of the run's settings, {path: value}: {"evaluation.tasks": 1000}.
 
     Raises:
-        RunError: the directory holds no run or no checkpoint, or the checkpoint is damaged.
+        RunError: the directory holds no run or no checkpoint, or the checkpoint is damaged or of another model.
         ConfigError, DataError: the tasks asked for cannot be made; those of another number of ways, by weights alone.
     """
-    if overrides.ways is not None:
+    if changes and "tasks.ways" in changes:
         raise ConfigError("ways are of weights: export the run, and evaluate what was exported")
-    directory = RunDirectory(path)
-    experiment, theta = open_run(directory, overrides.applied(read_config(directory).config), checkpoint=checkpoint)
-    return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
-
-
-def evaluate_as_configured(
-    experiment: Experiment, theta: Tensor, *, split: str, from_scratch: FromScratch | None = None
-) -> Evaluation:
-    """As `evaluate`, with the number and the seed of the tasks that the configuration says, and a progress bar.
-
-    With `from_scratch`, networks trained on each task alone are judged beside it.
-    """
-    tasks, seed = experiment.config.evaluation.tasks, experiment.config.evaluation.seed
-    with ProgressBar("evaluating", total=tasks) as bar:
-        result = evaluate(experiment, theta, split=split, tasks=tasks, seed=seed, progress=bar.update)
-    if from_scratch is None:
-        return result
-    with ProgressBar("from scratch", total=tasks) as bar:
-        baseline = evaluate_from_scratch(
-            experiment, from_scratch, split=split, tasks=tasks, seed=seed, progress=bar.update
-        )
-    return replace(result, from_scratch=baseline)
-
-
-def open_run(
-    directory: RunDirectory, config: TrainConfig, *, checkpoint: Path | None = None
-) -> tuple[Experiment, Tensor]:
-    """What a run has learnt, its newest parameters theta [N] or those of `checkpoint`, to be judged as `config` says.
-
-    Raises:
-        RunError: the directory holds no checkpoint, or it is damaged or of another model.
-        ConfigError, DataError: the tasks asked for cannot be made.
-    """
+    directory = RunDirectory.of_last_stage(path)
+    config = changed(read_config(directory).config, changes or {})
     saved = load_newest(directory.checkpoints) if checkpoint is None else load_checkpoint(checkpoint)
     if saved is None:
         raise RunError(f"{directory.path} has no checkpoint yet: nothing to evaluate")
     experiment = build(config)
-    theta = saved.theta if saved.average is None else saved.average  # [N]
-    if theta.numel() != experiment.model.num_parameters:
-        raise CheckpointError(
-            f"the checkpoint holds {theta.numel()} parameters, the model of {directory.config} has "
-            f"{experiment.model.num_parameters}"
+    like = experiment.algorithm.initial(experiment.model.init(seed=0, dtype=experiment.dtype))
+    params = experiment.restored({name: value.to(experiment.dtype) for name, value in saved.evaluated.items()}, like)
+    return evaluate_as_configured(experiment, params, split=split, from_scratch=from_scratch)
+
+
+def evaluate_pretrained(
+    source: Path | str,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    split: str = "test",
+    from_scratch: FromScratch | None = None,
+) -> Evaluation:
+    """Evaluates weights, by name or from a file, on tasks of their own data set.
+
+    Args:
+        changes: of the settings, {path: value}; "tasks.ways" needs weights of classification.
+
+    Raises:
+        WeightsError: there are no such weights, or the file is damaged.
+        ConfigError, DataError: the tasks asked for cannot be made.
+    """
+    changes = changes or {}
+    weights = read_weights(source).for_ways(changes.get("tasks.ways"))
+    experiment = build(changed(_config_of(weights), changes))
+    params = {name: value.to(experiment.device, experiment.dtype) for name, value in weights.params.items()}
+    return evaluate_as_configured(experiment, params, split=split, from_scratch=from_scratch)
+
+
+def _config_of(weights: Weights) -> TrainConfig:
+    """The configuration in which weights are evaluated as they were when they were exported."""
+    card, dtype = weights.card, weights.params["theta"].dtype
+    return TrainConfig(
+        data=from_json(DataSource, card.data, "data"),
+        tasks=from_json(Tasks, card.tasks, "tasks"),
+        model=weights.model,
+        theta=Theta(shared_head=weights.shared_head),
+        algorithm=weights.algorithm,
+        evaluation=EvaluationSettings(tasks=card.test["tasks"], seed=card.test["seed"]),
+        run=RunSettings(dtype="float64" if dtype == torch.float64 else "float32"),
+    )
+
+
+def evaluate_as_configured(
+    experiment: Experiment,
+    params: Tensor | Mapping[str, Tensor],
+    *,
+    split: str,
+    from_scratch: FromScratch | None = None,
+) -> Evaluation:
+    """Evaluates as `evaluate` does, with the tasks and the seed that the configuration says, and a progress bar.
+
+    With `from_scratch`, networks trained on each task alone are judged on the same tasks.
+    """
+    asked = {
+        "split": split,
+        "tasks": experiment.config.evaluation.tasks,
+        "seed": experiment.config.evaluation.seed,
+    }
+    with ProgressBar("evaluating", total=asked["tasks"]) as bar:
+        result = evaluate(experiment, params, **asked, progress=bar.update)
+    if from_scratch is None:
+        return result
+    with ProgressBar("from scratch", total=asked["tasks"]) as bar:
+        return replace(
+            result, from_scratch=evaluate_from_scratch(experiment, from_scratch, **asked, progress=bar.update)
         )
-    experiment.restore_lam(saved.log_lam)
-    return experiment, theta.to(experiment.device, experiment.dtype)

@@ -10,8 +10,8 @@ from torch import Tensor
 _COUNT = "steps"
 
 
-class Window:
-    """Sums over the steps since the last line; the host reads them once a line, not once a step."""
+class MetricAccumulator:
+    """Holds sums over the steps since the last line of the log; the host reads them once per line, not per step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -20,7 +20,7 @@ class Window:
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # 0: none so far
 
     def add(self, metrics: Mapping[str, Tensor], *, step: int | Tensor, finite: Tensor) -> None:
-        """Add a step's metrics (0-d tensors); remember the first step at which `finite` was false.
+        """Adds a step's metrics (0-d tensors), and remembers the first step at which `finite` was false.
 
         On the device alone and in place, so that a CUDA graph can replay it; `count` then counts the step.
         """
@@ -35,18 +35,18 @@ class Window:
         self._steps += 1
 
     def buffers(self) -> list[Tensor]:
-        """What `add` changes in place."""
+        """Returns what `add` changes in place."""
         return [*self._sums.values(), self._nonfinite]
 
     def means(self) -> dict[str, float]:
-        """Waits for the device."""
+        """Returns the means over the steps that were counted; waits for the device."""
         if not self._steps:
             return {}
         means = (torch.stack(list(self._sums.values())) / self._steps).tolist()
         return dict(zip(self._sums, means, strict=True))
 
     def first_nonfinite_step(self) -> int | None:
-        """Waits for the device."""
+        """Returns the first step that was not finite, if any; waits for the device."""
         return int(self._nonfinite.item()) or None
 
     def clear(self) -> None:
@@ -55,7 +55,7 @@ class Window:
         self._steps = 0
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint between two lines of the log."""
+        """Returns the sums, for a checkpoint between two lines of the log."""
         sums = self._sums if self._steps else {}
         return {_COUNT: torch.tensor(self._steps), **{f"sum {name}": value for name, value in sums.items()}}
 

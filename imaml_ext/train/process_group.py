@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,16 +17,16 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor
 
-from imaml_ext.errors import ConfigError, Interrupted, LostRank, ReportedElsewhere, RunError
+from imaml_ext.errors import ConfigError, LostRank, ReportedElsewhere, RunError
 from imaml_ext.meta import MetaGradient
-from imaml_ext.training.ranks import Arguments, Ranks, Result
+from imaml_ext.train.ranks import Arguments, Ranks, Result
 
 # The longest that one rank waits for another: for data that are rendered or downloaded, for a picture that is drawn.
 PATIENCE = timedelta(minutes=10)
 
 
 class ProcessGroup(Ranks):
-    """The ranks that torchrun has started; see `Ranks` for what the methods promise."""
+    """The ranks that torchrun has started; `Ranks` describes the methods."""
 
     def __init__(self, rank: int, size: int, store: dist.Store) -> None:
         self.rank = rank
@@ -37,7 +36,7 @@ class ProcessGroup(Ranks):
     @classmethod
     @contextlib.contextmanager
     def joined(cls) -> Iterator[ProcessGroup]:
-        """Find the others, and leave them at the end.
+        """Finds the others, and leaves them at the end.
 
         Raises:
             LostRank: they cannot be reached, or one has ended.
@@ -64,7 +63,7 @@ class ProcessGroup(Ranks):
             dist.destroy_process_group()
 
     def _part(self) -> None:
-        """Wait until every rank has all that the others sent it: closing a connection discards what is under way."""
+        """Waits until every rank has all that the others sent it: closing a connection discards what is under way."""
         with _explained():
             self._store.set(f"done/{self.rank}", "")
             self._store.wait([f"done/{rank}" for rank in range(self.size)], PATIENCE)
@@ -98,23 +97,17 @@ class ProcessGroup(Ranks):
             if int(os.environ["LOCAL_RANK"]) == 0:
                 action(*args, **kwargs)
 
-        self.together(act)
+        self.on_all(act)
 
-    def agree(self, facts: Mapping[str, object]) -> None:
+    def check_equal(self, facts: Mapping[str, object]) -> None:
         everyones: list[Mapping[str, object]] = self._gather(dict(facts))
         for name, value in everyones[0].items():
             for rank, others in enumerate(everyones):
-                if others[name] != value:
-                    raise self.once(
-                        RunError(
-                            f"every process must run the same: {name} is {value!r} on rank 0, "
-                            f"{others[name]!r} on rank {rank}"
-                        )
-                    )
+                if others.get(name) != value:
+                    message = f"{name} is {value!r} on rank 0, {others.get(name)!r} on rank {rank}"
+                    raise self.reported_once(RunError(f"every process must run the same: {message}"))
 
-    def together(
-        self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
+    def on_all(self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         error = None
         try:
             result = action(*args, **kwargs)
@@ -147,11 +140,10 @@ class ProcessGroup(Ranks):
             raise ReportedElsewhere(outcome[1])
         return outcome[0]
 
-    def once(self, error: Exception) -> Exception:
-        code = 128 + error.signal if isinstance(error, Interrupted) else 1
-        return error if self.first else ReportedElsewhere(str(error), code)
+    def reported_once(self, error: Exception) -> Exception:
+        return error if self.first else ReportedElsewhere(str(error), getattr(error, "exit_code", 1))
 
-    def greatest(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         shared = torch.tensor(number)  # on the CPU, whatever the device: from host to host
         with _explained():
             dist.all_reduce(shared, dist.ReduceOp.MAX)
@@ -164,25 +156,22 @@ class ProcessGroup(Ranks):
         return total
 
     def mean_over_tasks(self, meta: MetaGradient, *, tasks: int) -> MetaGradient:
-        """Σ_r n_r m_r / Σ_r n_r of the means m_r, in one all-reduce; n_r counts what each is a mean over."""
-        gradients = [meta.gradient] if meta.lam_gradient is None else [meta.gradient, meta.lam_gradient]
+        """Returns Σ_r n_r m_r / Σ_r n_r of the means m_r, in one all-reduce; n_r counts what each is a mean over."""
+        lengths = [len(gradient) for gradient in meta.gradients.values()]
         # Where no task of a rank counts, its mean is 0 / 0, and it has nothing to add.
-        weighted = torch.where(meta.counted > 0, torch.cat(gradients) * meta.counted, 0.0)
+        weighted = torch.where(meta.counted > 0, torch.cat([*meta.gradients.values()]) * meta.counted, 0.0)
         metrics = torch.stack([value.to(weighted) for value in meta.metrics.values()])
         numbers = [meta.counted.to(weighted).view(1), weighted.new_full((1,), tasks)]
         sums = self.sum(torch.cat([weighted, metrics * tasks, *numbers]))
         weighted, metrics, counted, tasks_of_all = sums.split([len(weighted), len(metrics), 1, 1])
-        gradient, lam_gradient = (weighted / counted).split([len(meta.gradient), len(weighted) - len(meta.gradient)])
-        return replace(
-            meta,
-            gradient=gradient,
+        return MetaGradient(
+            gradients=dict(zip(meta.gradients, (weighted / counted).split(lengths), strict=True)),
             counted=counted.squeeze(),
             metrics=dict(zip(meta.metrics, (metrics / tasks_of_all).unbind(), strict=True)),
-            lam_gradient=None if meta.lam_gradient is None else lam_gradient,
         )
 
     def _gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
+        """Returns every rank's value, by rank."""
         everyones: list[Any] = [None] * self.size
         with _explained():
             dist.all_gather_object(everyones, value)

@@ -11,7 +11,7 @@ from typing import Any
 
 from imaml_ext.errors import RunError
 
-_GROUPS = {"val_": "validation", "query_": "query", "support_": "support", "cg_": "solver"}
+_GROUPS = {"val_": "validation", "query_": "query", "support_": "support", "solve_": "solver"}
 
 
 class TensorBoard:

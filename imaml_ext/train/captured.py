@@ -2,7 +2,7 @@
 
 A graph replays the same kernels on the same memory. All that differs from step to step therefore stands in buffers,
 filled before a replay (which tasks, learning rates, the number of the step), and all that a step changes, it changes in
-place: θ, its average, λ, the optimiser's moments and the sums of the metrics.
+place: the meta-parameters, their averages, the optimiser's moments and the sums of the metrics.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from imaml_ext.data import EpisodeBatch, EpisodeSampler, Sampler
 from imaml_ext.data.class_images import unit_range
 from imaml_ext.data.episodes import class_labels
 from imaml_ext.errors import RunError
-from imaml_ext.training.experiment import Experiment
-from imaml_ext.training.meta_step import State, update
-from imaml_ext.training.schedule import average_weight, learning_rate, set_learning_rate
+from imaml_ext.train.experiment import Experiment
+from imaml_ext.train.meta_step import State, update
+from imaml_ext.train.schedule import average_weight, learning_rate, set_learning_rate
 
 WARM_UP = 3  # steps before the capture, in which libraries and autograd set up what they keep
 
 
 class StaticTasks(Protocol):
-    """The tasks of a meta-step in buffers that stay where they are."""
+    """Holds the tasks of a meta-step in buffers that stay where they are."""
 
     def load(self, step: int) -> None:
         """Fills the buffers with what makes the tasks of meta-step `step`, without waiting for the device."""
         ...
 
     def batch(self) -> EpisodeBatch:
-        """The tasks: a function of the buffers alone, of fixed shapes, that never looks at the host."""
+        """Returns the tasks: a function of the buffers alone, of fixed shapes, that never looks at the host."""
         ...
 
 
 def static_tasks(tasks: Sampler) -> StaticTasks:
-    """The same tasks as `tasks.sample(step)` gives, to the bit."""
+    """Returns the same tasks as `tasks.sample(step)` gives, to the bit."""
     if isinstance(tasks, EpisodeSampler) and tasks.augmentation is None:
         return _ImageTasks(tasks)
     return _DrawnTasks(tasks)
 
 
 class _ImageTasks:
-    """Row numbers [B, S] and [B, Q] into a table of images that holds every orientation, gathered on the device."""
+    """Holds row numbers [B, S] and [B, Q] into a table of images that holds every orientation, gathered on the device."""
 
     def __init__(self, sampler: EpisodeSampler) -> None:
         self._sampler = sampler
@@ -72,25 +72,24 @@ class _ImageTasks:
 
 
 class _DrawnTasks:
-    """The episodes themselves, of a sampler whose work is not the same at every step."""
+    """Holds the episodes themselves, of a sampler whose work is not the same at every step."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
         first = sampler.sample(0)
-        sides = (first.support_x, first.support_y, first.query_x, first.query_y)
-        self._batch = EpisodeBatch(*(side.clone(memory_format=torch.contiguous_format) for side in sides))
+        sides = (side.clone(memory_format=torch.contiguous_format) for side in first.tensors())
+        self._batch = EpisodeBatch(*sides)
 
     def load(self, step: int) -> None:
-        drawn = self._sampler.sample(step)
-        for name in ("support_x", "support_y", "query_x", "query_y"):
-            getattr(self._batch, name).copy_(getattr(drawn, name), non_blocking=True)
+        for buffer, drawn in zip(self._batch.tensors(), self._sampler.sample(step).tensors(), strict=True):
+            buffer.copy_(drawn, non_blocking=True)
 
     def batch(self) -> EpisodeBatch:
         return self._batch
 
 
 class StaticStep:
-    """A meta-step in two parts: `load` fills the buffers, `run` is a function of the buffers and of the state alone.
+    """Takes a meta-step in two parts: `load` fills the buffers, `run` is a function of the buffers and of the state alone.
 
     Run one after the other they do what `EagerStep` does, on any device.
 
@@ -102,8 +101,9 @@ class StaticStep:
         self.state = state
         self._experiment = experiment
         self._tasks = static_tasks(tasks)
-        self._weight = torch.zeros_like(state.theta[0])  # 1 − d of the average
-        self._step = torch.zeros((), dtype=torch.int64, device=state.theta.device)
+        theta = state.params["theta"]
+        self._weight = torch.zeros_like(theta[0])  # 1 − d of the average
+        self._step = torch.zeros((), dtype=torch.int64, device=theta.device)
 
     def load(self) -> None:
         outer, step = self._experiment.config.outer, self.state.step
@@ -113,9 +113,9 @@ class StaticStep:
         self._step.fill_(step + 1)
 
     def run(self) -> None:
-        meta = self._experiment.algorithm.meta_gradient(self.state.theta, self._tasks.batch())
+        meta = self._experiment.algorithm.meta_gradient(self.state.params, self._tasks.batch())
         metrics, finite = update(self._experiment, self.state, meta, self._weight)
-        self.state.window.add(metrics, step=self._step, finite=finite)
+        self.state.metrics.add(metrics, step=self._step, finite=finite)
 
     def rehearse(self, times: int) -> None:
         """Runs `times` times, and puts the state back: what came into being on the way begins at zero."""
@@ -130,7 +130,7 @@ class StaticStep:
         self.load()
         self._execute()
         self.state.step += 1
-        self.state.window.count()
+        self.state.metrics.count()
 
     def _execute(self) -> None:
         self.run()
@@ -148,8 +148,8 @@ class CapturedStep(StaticStep):
         self.load()
         self._graph = torch.cuda.CUDAGraph()
         # Warmed up and captured on one stream of its own, as torch's notes on CUDA graphs have it.
-        stream = torch.cuda.Stream(state.theta.device)
-        current = torch.cuda.current_stream(state.theta.device)
+        device = state.params["theta"].device
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self.rehearse(WARM_UP)

@@ -1,7 +1,7 @@
 """The files of a run directory, each whole or absent whatever happens while it is written.
 
-config.json           preset, resolved configuration, versions and hardware; written first
-metrics.jsonl         one line a logged meta-step
+config.json           recipe, resolved configuration, versions and hardware; written first
+metrics.jsonl         one line per logged meta-step
 checkpoints/          step-00000200.pt, …
 tensorboard/          events, where tensorboard is installed
 learning_curve.png    episodes.png    result.json
@@ -21,11 +21,13 @@ from typing import Any
 
 from imaml_ext.errors import RunError
 from imaml_ext.files import json_bytes
-from imaml_ext.training.config import TrainConfig, from_json
+from imaml_ext.settings import from_json
+from imaml_ext.train.config import TrainConfig
+from imaml_ext.train.legacy import config_from_old
 
 
 class RunDirectory:
-    """The directory of one run and the names of what is in it."""
+    """Names the files in the directory of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,8 +39,17 @@ class RunDirectory:
         self.episodes = path / "episodes.png"
         self.result = path / "result.json"
 
+    @classmethod
+    def of_last_stage(cls, path: Path) -> RunDirectory:
+        """The run in a directory or, where the stages of a recipe lie in it, that of its last stage so far."""
+        directory = cls(path)
+        stages = [entry for entry in path.glob("[0-9]*-*") if cls(entry).holds_run()]
+        if directory.holds_run() or not stages:
+            return directory
+        return cls(max(stages, key=lambda entry: int(entry.name.partition("-")[0])))
+
     def is_empty(self) -> bool:
-        """Nothing is there yet, or nothing but the lock of a run that ended before it wrote anything.
+        """Tells whether nothing is there yet, or nothing but the lock of a run that ended before it wrote anything.
 
         Raises:
             RunError: the path is a file, or cannot be read.
@@ -60,7 +71,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Create the directory and hold it for this process alone.
+        """Creates the directory and holds it for this process alone.
 
         Raises:
             RunError: it cannot be created or written to, or another process is training in it.
@@ -84,21 +95,23 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What config.json says of a run."""
+    """Holds what config.json says of a run."""
 
-    preset: str
+    recipe: str
     config: TrainConfig
 
 
 def read_config(directory: RunDirectory) -> RecordedRun:
-    """The configuration that a run was started with.
+    """Reads the configuration that a run was started with.
 
     Raises:
-        RunError: the directory holds no run, or its config.json is damaged or has unknown, missing or wrong knobs.
+        RunError: the directory holds no run, or its config.json is damaged or has unknown, missing or wrong settings.
     """
     try:
         recorded = json.loads(directory.config.read_text())
-        return RecordedRun(str(recorded["preset"]), from_json(TrainConfig, recorded["config"]))
+        if "preset" in recorded:
+            return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]))
+        return RecordedRun(str(recorded["recipe"]), from_json(TrainConfig, recorded["config"]))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{directory.path} holds no run: there is no config.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -106,10 +119,10 @@ def read_config(directory: RunDirectory) -> RecordedRun:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, appended whole or not at all."""
+    """Appends to `metrics.jsonl`, one JSON object per line, each whole or not at all."""
 
     def __init__(self, path: Path, *, keep_until_step: int) -> None:
-        """Open the file and drop what lies behind `keep_until_step`, the step of the checkpoint that is continued from.
+        """Opens the file and drops what lies behind `keep_until_step`, the step of the checkpoint that is continued from.
 
         Raises:
             RunError: the file cannot be written, or a line before its last is not a metrics line.
@@ -123,7 +136,7 @@ class MetricsLog:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a line.
+        """Adds a line.
 
         Raises:
             RunError: the line cannot be written; the file is as it was before.
@@ -139,7 +152,7 @@ class MetricsLog:
         self._size += len(line)
 
     def sync(self) -> None:
-        """Put the lines on the disk: before a checkpoint that a resumed run would continue them from."""
+        """Puts the lines on the disk: before a checkpoint that a resumed run would continue them from."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -147,7 +160,7 @@ class MetricsLog:
 
 
 def _bytes_until(path: Path, step: int) -> int:
-    """Length of the part of a metrics file whose lines are at or before `step`."""
+    """Returns the length of the part of a metrics file whose lines are at or before `step`."""
     length = 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
@@ -161,8 +174,26 @@ def _bytes_until(path: Path, step: int) -> int:
     return length
 
 
+def read_result(directory: RunDirectory) -> dict[str, Any] | None:
+    """Returns the content of result.json, None where there is none: the run is not finished.
+
+    Raises:
+        RunError: the file cannot be read, or lacks something.
+    """
+    try:
+        result = json.loads(directory.result.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{directory.result} cannot be read: {error}") from error
+    missing = {"steps", "command", "test", "train_seconds", "environment"} - set(result)
+    if missing:
+        raise RunError(f"{directory.result} lacks {', '.join(sorted(missing))}")
+    return result
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, empty where there is none."""
+    """Returns the rows of a metrics file, empty where there is none."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]

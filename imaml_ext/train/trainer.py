@@ -8,38 +8,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imaml_ext import __version__
 from imaml_ext.data import Sampler
 from imaml_ext.errors import CheckpointError, ConfigError, Diverged, Interrupted, RunError
 from imaml_ext.files import atomic_write, json_bytes
-from imaml_ext.training import reports
-from imaml_ext.training.captured import CapturedStep
-from imaml_ext.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
-from imaml_ext.training.config import TrainConfig, knobs, to_json
-from imaml_ext.training.environment import environment
-from imaml_ext.training.evaluation import Evaluation, evaluate
-from imaml_ext.training.experiment import Experiment, build, open_dataset
-from imaml_ext.training.meta_step import EagerStep, MetaStep, State
-from imaml_ext.training.progress import ProgressBar, say
-from imaml_ext.training.ranks import Ranks, joined
-from imaml_ext.training.records import Records
-from imaml_ext.training.run_directory import RunDirectory, read_config
-from imaml_ext.training.schedule import learning_rate, load_optimizer_state, optimizer_state, outer_optimizer
-from imaml_ext.training.signals import StopRequest
-from imaml_ext.training.window import Window
+from imaml_ext.settings import leaves, to_json
+from imaml_ext.train import reports
+from imaml_ext.train.captured import CapturedStep
+from imaml_ext.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+from imaml_ext.train.config import TrainConfig
+from imaml_ext.train.environment import environment
+from imaml_ext.train.evaluation import Evaluation, evaluate
+from imaml_ext.train.experiment import Experiment, build
+from imaml_ext.train.job import joined
+from imaml_ext.train.meta_step import EagerStep, MetaStep, State
+from imaml_ext.train.metrics import MetricAccumulator
+from imaml_ext.train.progress import ProgressBar, say
+from imaml_ext.train.ranks import Ranks
+from imaml_ext.train.run_directory import RunDirectory, read_config
+from imaml_ext.train.run_logger import RunLogger
+from imaml_ext.train.schedule import learning_rate, load_optimizer_state, optimizer_state, outer_optimizer
+from imaml_ext.train.signals import StopRequest
 
 
 def train(
     config: TrainConfig,
     path: Path,
     *,
-    preset: str = "",
+    recipe: str = "",
     command: str = "",
+    stage: str = "",
     resume: bool = False,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Run Algorithm 1 as configured, test the result, and leave everything in the run directory `path`.
+    """Runs Algorithm 1 as configured, tests the result, and leaves everything in the run directory `path`.
 
     With `resume` the run that is there continues from its newest checkpoint, or from `checkpoint`; where there is no
     run yet, it begins. On a CPU, with the same number of threads and processes, the continued run ends with the same
@@ -47,6 +51,9 @@ def train(
 
     Under torchrun every process calls this alike. Each takes its share of the tasks, rank 0 alone needs and writes the
     run directory, and all return the same.
+
+    Args:
+        recipe, command: what the run was started by, for the record. stage: of a recipe, for the user to see.
 
     Returns:
         The content of result.json.
@@ -62,31 +69,32 @@ def train(
     directory = RunDirectory(path)
     with joined() as ranks, ExitStack() as run:
         ranks.on_first(check_directory, directory, config, resume=resume)
-        ranks.first_of_machine(open_dataset, config.data)  # which may download it, or fill the cache
-        begun = resume and directory.holds_run()
-        experiment, train_tasks = ranks.together(_prepare, config, ranks, begun=begun)
-        ranks.agree(_facts(experiment, preset))
+        ranks.first_of_machine(config.data.load)  # which may download it, or fill the cache
+        begun = resume and ranks.on_first(list_checkpoints, directory.checkpoints)
+        experiment, train_tasks = ranks.on_all(_prepare, config, ranks)
+        start = {} if begun else ranks.on_first(_start, experiment)
+        ranks.check_equal(_facts(experiment, recipe))
         stamp = {
-            "preset": preset,
+            "recipe": recipe,
             "config": to_json(config),
             "environment": environment(experiment.device, ranks.size),
         }
         ranks.on_first(run.enter_context, directory.opened())
         saved = ranks.on_first(_open, directory, stamp, config, resume=resume, checkpoint=checkpoint)
-        state = ranks.together(_restore, experiment, saved)
-        with StopRequest(patient=ranks.size > 1) as stop, Records(directory) as records:
-            ranks.on_first(records.open, step=state.step, tensorboard=config.run.tensorboard)
-            take_step = ranks.together(_meta_step, experiment, train_tasks, state, ranks)
-            _outer_loop(experiment, take_step, state, directory, records, stop, ranks)
+        state = ranks.on_all(_restore, experiment, saved, start)
+        with StopRequest(patient=ranks.size > 1) as stop, RunLogger(directory) as logger:
+            ranks.on_first(logger.open, step=state.step, tensorboard=config.run.tensorboard)
+            take_step = ranks.on_all(_meta_step, experiment, train_tasks, state, ranks)
+            _outer_loop(experiment, take_step, state, directory, logger, stop, ranks, stage)
             tested = _test(experiment, state, stop, ranks)
             return ranks.on_first(_conclude, experiment, state, directory, *tested, stamp=stamp, command=command)
 
 
-def _prepare(config: TrainConfig, ranks: Ranks, *, begun: bool) -> tuple[Experiment, Sampler]:
+def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
     """The experiment and its training tasks; all that can be wrong with them is found before anything is written."""
     if config.outer.meta_batch < ranks.size:
         raise ConfigError(
-            f"outer.meta-batch must be at least {ranks.size}, a task for every process, got {config.outer.meta_batch}"
+            f"outer.meta_batch must be at least {ranks.size}, a task for every process, got {config.outer.meta_batch}"
         )
     ranks.use_device(config.run.device)
     experiment = build(config)
@@ -98,18 +106,23 @@ def _prepare(config: TrainConfig, ranks: Ranks, *, begun: bool) -> tuple[Experim
     train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
     for split in ("val", "test") if config.evaluation.every else ("test",):
         experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
-    if not begun:
-        experiment.initial_theta()  # which may be read from a file
     return experiment, train_tasks
 
 
-def _facts(experiment: Experiment, preset: str) -> dict[str, object]:
+def _start(experiment: Experiment) -> dict[str, Tensor]:
+    """The meta-parameters that `theta.weights` names, known to be what the run can begin with."""
+    start = experiment.starting_params()
+    experiment.initial_params(start)
+    return start
+
+
+def _facts(experiment: Experiment, recipe: str) -> dict[str, object]:
     """What the processes of a job must have in common; where the data lie is each machine's own affair."""
     return {
         "the version of imaml_ext": __version__,
         "the version of torch": str(torch.__version__),
-        "the preset": preset,
-        **{name: value for name, value in knobs(experiment.config) if name not in _OF_THE_MACHINE},
+        "the recipe": recipe,
+        **{name: value for name, value in leaves(experiment.config) if name not in _OF_THE_MACHINE},
         "the kind of device": experiment.device.type,
     }
 
@@ -117,7 +130,7 @@ def _facts(experiment: Experiment, preset: str) -> dict[str, object]:
 def _open(
     directory: RunDirectory, stamp: dict[str, Any], config: TrainConfig, *, resume: bool, checkpoint: Path | None
 ) -> Checkpoint | None:
-    """Begin the run that is in the opened directory, or find the checkpoint to continue it from."""
+    """Begins the run that is in the opened directory, or finds the checkpoint to continue it from."""
     saved = _load(directory, config, checkpoint) if resume else None
     if not directory.holds_run():
         atomic_write(directory.config, json_bytes(stamp))
@@ -138,15 +151,17 @@ def _outer_loop(
     take_step: MetaStep,
     state: State,
     directory: RunDirectory,
-    records: Records,
+    logger: RunLogger,
     stop: StopRequest,
     ranks: Ranks,
+    stage: str,
 ) -> None:
     config = experiment.config
     outer, every = config.outer, config.evaluation.every
     clock = time.perf_counter()
     steps_timed, seconds_timed = 0, 0.0
-    with ProgressBar("training", total=outer.steps, start=state.step, hidden=not ranks.first) as bar:
+    title = f"training, {stage}" if stage else "training"
+    with ProgressBar(title, total=outer.steps, start=state.step, hidden=not ranks.first) as bar:
         while state.step < outer.steps:
             lr = learning_rate(outer, state.step)
             take_step()
@@ -154,34 +169,36 @@ def _outer_loop(
             # From here on the host; the device is waited for only where one of these is due.
             validate = bool(every) and (state.step % every == 0 or state.step == outer.steps)
             report = validate or state.step % config.run.log_every == 0 or state.step == outer.steps
-            signal = ranks.greatest(stop.signal or 0)
+            signal = ranks.maximum(stop.signal or 0)
             save = state.step % config.run.checkpoint_every == 0 or state.step == outer.steps or bool(signal)
             steps_timed += 1
             if report or save:
-                bad_step = state.window.first_nonfinite_step()
+                bad_step = state.metrics.first_nonfinite_step()
                 if bad_step is not None:
-                    raise ranks.once(_diverged(bad_step, directory))
+                    raise ranks.reported_once(_diverged(bad_step, directory))
                 now = time.perf_counter()
                 seconds_timed += now - clock
                 state.seconds += now - clock
             if report:
-                row: dict[str, Any] = {"step": state.step, "lr": lr, **state.window.means()}
+                row: dict[str, Any] = {"step": state.step, "lr": lr, **state.metrics.means()}
                 if validate:
                     row |= _validation(experiment, state, ranks)
                 row["tasks_per_second"] = steps_timed * outer.meta_batch / seconds_timed
                 row["seconds"] = state.seconds
-                ranks.on_first(records.add, row)
+                ranks.on_first(logger.add, row)
                 bar.update(state.step, _shown(row))
-                state.window.clear()
+                state.metrics.clear()
                 steps_timed, seconds_timed = 0, 0.0
             else:
                 bar.update(state.step)
             if save:
-                ranks.on_first(records.save, _checkpoint(config, state), keep=config.run.keep_checkpoints)
+                ranks.on_first(logger.save, _checkpoint(config, state), keep=config.run.keep_checkpoints)
             if report or save:
                 clock = time.perf_counter()
             if signal:
-                raise ranks.once(Interrupted(signal, f"stopped after step {state.step}; continue with --resume"))
+                raise ranks.reported_once(
+                    Interrupted(signal, f"stopped after step {state.step}; continue with --resume")
+                )
 
 
 def _validation(experiment: Experiment, state: State, ranks: Ranks) -> dict[str, float | None]:
@@ -200,17 +217,17 @@ def _validation(experiment: Experiment, state: State, ranks: Ranks) -> dict[str,
 
 
 def _test(experiment: Experiment, state: State, stop: StopRequest, ranks: Ranks) -> tuple[Evaluation, float]:
-    """Test on tasks of classes never seen; the result, and the seconds it took."""
+    """Tests on tasks of classes never seen; returns the result, and the seconds it took."""
     settings = experiment.config.evaluation
     began = time.perf_counter()
     with ProgressBar("testing", total=settings.tasks, hidden=not ranks.first) as bar:
 
         def progress(done: int) -> None:
             bar.update(done)
-            signal = ranks.greatest(stop.signal or 0)
+            signal = ranks.maximum(stop.signal or 0)
             if signal:
                 message = "stopped while testing; the parameters are saved, --resume tests them"
-                raise ranks.once(Interrupted(signal, message))
+                raise ranks.reported_once(Interrupted(signal, message))
 
         tested = evaluate(
             experiment,
@@ -234,18 +251,18 @@ def _conclude(
     stamp: dict[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    """Draw the pictures, write and tell the result."""
+    """Draws the pictures, writes and tells the result."""
     result = {
-        "preset": stamp["preset"],
+        "recipe": stamp["recipe"],
         "command": command,
         "steps": state.step,
-        "parameters": state.theta.numel(),
+        "parameters": state.params["theta"].numel(),
         "test": tested.to_json(),
         "train_seconds": state.seconds,
         "test_seconds": test_seconds,
         "environment": stamp["environment"],
     }
-    title = stamp["preset"] or experiment.config.data.name
+    title = stamp["recipe"] or experiment.config.data.kind_name
     reports.draw_learning_curve(directory, title=f"{title}: {tested}")
     reports.draw_episodes(directory, experiment, state.evaluated)
     atomic_write(directory.result, json_bytes(result))
@@ -275,7 +292,7 @@ def _diverged(bad_step: int, directory: RunDirectory) -> Diverged:
     where = f"the newest checkpoint, {kept[-1]}, is from before" if kept else "no checkpoint was due before"
     return Diverged(
         f"the meta-gradient or the parameters became non-finite at step {bad_step}; {where}; "
-        "a smaller outer.lr or inner.lr, a larger meta.damping or an outer.clip-norm may help"
+        "a smaller outer.lr or inner.lr, a larger damping or an outer.clip-norm may help"
     )
 
 
@@ -284,38 +301,29 @@ def _checkpoint(config: TrainConfig, state: State) -> Checkpoint:
         step=state.step,
         seed=config.run.seed,
         config=to_json(config),
-        theta=state.theta.detach(),
-        average=state.average,
-        log_lam=None if state.lam is None else state.lam.log.detach(),
+        params={name: value.detach() for name, value in state.params.items()},
+        averages=state.averages,
         optimizer=optimizer_state(state.optimizer),
-        window=state.window.state(),
+        metrics=state.metrics.state(),
         seconds=state.seconds,
     )
 
 
-def _restore(experiment: Experiment, saved: Checkpoint | None) -> State:
+def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, Tensor]) -> State:
     """The state at step 0, or that of a checkpoint."""
-    outer = experiment.config.outer
-    theta = experiment.initial_theta() if saved is None else experiment.empty_theta()  # [N]
-    average = theta.clone() if outer.average else None
-    lam = experiment.lam
-    log_lam = None if lam is None else lam.log
-    optimizer = outer_optimizer(outer, theta, log_lam, static=experiment.config.run.capture)
-    window = Window(experiment.device)
+    config = experiment.config
+    params = experiment.initial_params(start)
+    if saved is not None:
+        params = experiment.restored(saved.params, params)
+    averages = {"theta": params["theta"].clone()} if config.outer.average else {}
+    optimizer = outer_optimizer(config.outer, params, static=config.run.capture)
+    metrics = MetricAccumulator(experiment.device)
     if saved is None:
-        return State(0, theta, optimizer, average, lam, window, 0.0)
-    if saved.theta.shape != theta.shape or saved.theta.dtype != theta.dtype:
-        raise CheckpointError(
-            f"the checkpoint of step {saved.step} holds {saved.theta.numel()} parameters of {saved.theta.dtype}, "
-            f"the model has {theta.numel()} of {theta.dtype}"
-        )
-    theta.copy_(saved.theta)
-    if average is not None and saved.average is not None:
-        average.copy_(saved.average)
-    experiment.restore_lam(saved.log_lam)
+        return State(0, params, averages, optimizer, metrics, 0.0)
+    averages = experiment.restored(saved.averages, averages)
     load_optimizer_state(optimizer, saved.optimizer)
-    window.load_state(saved.window)
-    return State(saved.step, theta, optimizer, average, lam, window, saved.seconds)
+    metrics.load_state(saved.metrics)
+    return State(saved.step, params, averages, optimizer, metrics, saved.seconds)
 
 
 def _load(directory: RunDirectory, config: TrainConfig, path: Path | None) -> Checkpoint | None:
@@ -339,16 +347,16 @@ def _drop_checkpoints_after(directory: RunDirectory, saved: Checkpoint | None) -
             path.unlink()
 
 
-# Knobs that a resumed run may set anew: they change where and how it runs, not what comes out.
+# Settings that a resumed run may set anew: they change where and how it runs, not what comes out.
 _FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation.", "run.")
 _FIXED_OF_RUN = ("run.seed", "run.dtype")
 
-# Knobs in which the processes of a job may differ.
-_OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "run.threads")
+# Settings in which the processes of a job may differ; weights are read by the first alone.
+_OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "run.threads", "theta.weights")
 
 
 def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
-    """A run never writes over another one, and never continues one under other settings.
+    """Checks that a run writes over no other one, and continues none under other settings.
 
     Raises:
         RunError: the directory is not empty, or with `resume` holds something other than a run.
@@ -360,10 +368,12 @@ def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: boo
         raise RunError(f"{directory.path} is not empty: continue its run with --resume, or give another --run-dir")
     if not directory.holds_run():
         raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
-    recorded = dict(knobs(read_config(directory).config))
-    for name, value in knobs(config):
+    recorded, now = (dict(leaves(each)) for each in (read_config(directory).config, config))
+    for name in now | recorded:
+        was, value = recorded.get(name), now.get(name)
         free = name.startswith(_FREE_ON_RESUME) and name not in _FIXED_OF_RUN
-        if value != recorded[name] and not free:
-            raise ConfigError(
-                f"a resumed run keeps its settings: {name} was {recorded[name]!r} in {directory.path}, now {value!r}"
-            )
+        if name == "theta.weights" and was and value:  # the same ones, wherever they lie now
+            free = Path(was).name == Path(value).name
+        if value != was and not free:
+            where = f"{name} was {was!r} in {directory.path}, now {value!r}"
+            raise ConfigError(f"a resumed run keeps its settings: {where}")

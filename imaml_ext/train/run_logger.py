@@ -7,20 +7,20 @@ from contextlib import ExitStack, closing
 from types import TracebackType
 from typing import Any
 
-from imaml_ext.training.checkpoint import Checkpoint, save_checkpoint
-from imaml_ext.training.run_directory import MetricsLog, RunDirectory
-from imaml_ext.training.tensorboard import TensorBoard
+from imaml_ext.train.checkpoint import Checkpoint, save_checkpoint
+from imaml_ext.train.run_directory import MetricsLog, RunDirectory
+from imaml_ext.train.tensorboard import TensorBoard
 
 
-class Records:
-    """For rank 0, which alone calls `open` and what follows it; elsewhere nothing is touched."""
+class RunLogger:
+    """Writes the log and the checkpoints of a run, on rank 0, which alone calls `open` and what follows it."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
         self._files = ExitStack()
 
     def open(self, *, step: int, tensorboard: bool) -> None:
-        """Continue the files behind `step`; what they hold of later steps is dropped.
+        """Continues the files behind `step`; what they hold of later steps is dropped.
 
         Raises:
             RunError: a file cannot be written, or is damaged.
@@ -32,7 +32,7 @@ class Records:
         )
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """A line of metrics.
+        """Writes a line of metrics.
 
         Raises:
             RunError: it cannot be written.
@@ -41,7 +41,7 @@ class Records:
         self._events.add(row)
 
     def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
-        """A checkpoint, behind the lines that a run continued from it would continue.
+        """Writes a checkpoint, after the lines that a run continued from it would continue.
 
         Raises:
             RunError: it cannot be written; the earlier ones are untouched.
@@ -49,7 +49,7 @@ class Records:
         self._log.sync()
         save_checkpoint(self._directory.checkpoints, checkpoint, keep=keep)
 
-    def __enter__(self) -> Records:
+    def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(
