@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import platform
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from imaml_ext import _build, _native
 from imaml_ext._version import __version__
+from imaml_ext.errors import DataError
 
 _REBUILD = "build it again against this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
 _OK, _NOTE, _BAD = "ok", "--", "!!"
@@ -123,13 +123,13 @@ def _cuda_now(report: _Report) -> None:
     try:
         decision = _build.decide_for_torch()
     except _build.BuildError as error:
-        report.line("CUDA now", str(error), state=_NOTE)
-        return
-    if decision.build:
-        report.line("CUDA now", f"a build today would be {decision}", state=_NOTE, advice=_REBUILD)
+        finding, advice = str(error), ""
     else:
-        advice = f"install nvcc of CUDA {torch.version.cuda} or set CUDA_HOME, then {_REBUILD}"
-        report.line("CUDA now", f"still not possible: {decision.reason}", state=_NOTE, advice=advice)
+        finding, advice = f"a build today would be {decision}", _REBUILD
+        if not decision.build:
+            finding = f"still not possible: {decision.reason}"
+            advice = f"install nvcc of CUDA {torch.version.cuda} or set CUDA_HOME, then {_REBUILD}"
+    report.line("CUDA now", finding, state=_NOTE, advice=advice)
 
 
 def _processors(report: _Report, record: dict[str, Any] | None) -> None:
@@ -146,45 +146,39 @@ def _processors(report: _Report, record: dict[str, Any] | None) -> None:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             _gpu(report, index, record)
-    elif torch.version.cuda:
-        report.line("GPU", "none: torch sees none", state=_NOTE, advice="nvidia-smi tells whether the driver does")
     else:
-        advice = "for a GPU, install a torch with CUDA"
-        report.line("GPU", "none: torch is a build without CUDA", state=_NOTE, advice=advice)
+        why, advice = "torch sees none", "nvidia-smi tells whether the driver does"
+        if not torch.version.cuda:
+            why, advice = "torch is a build without CUDA", "for a GPU, install a torch with CUDA"
+        report.line("GPU", f"none: {why}", state=_NOTE, advice=advice)
 
 
 def _gpu(report: _Report, index: int, record: dict[str, Any] | None) -> None:
-    properties = torch.cuda.get_device_properties(index)
-    number = f"{properties.major}.{properties.minor}"
-    finding = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {number}"
+    gpu = torch.cuda.get_device_properties(index)
+    finding = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
     state, advice = _OK, ""
     if record is not None and not record["cuda"]:
         finding, state, advice = finding + ": the extension has no CUDA code", _NOTE, "see above"
-    elif record is not None and not architecture_serves(
-        record["cuda_architectures"], (properties.major, properties.minor)
-    ):
+    elif record is not None and not architecture_serves(record["cuda_architectures"], (gpu.major, gpu.minor)):
         finding += f": not served by code for {record['cuda_architectures']}"
-        state, advice = _BAD, f"build again with TORCH_CUDA_ARCH_LIST={number}"
+        state, advice = _BAD, f"build again with TORCH_CUDA_ARCH_LIST={gpu.major}.{gpu.minor}"
     report.line(f"GPU {index}", finding, state=state, advice=advice)
 
 
 def _packages(report: _Report) -> None:
     report.section("Optional packages")
-    for name, use, extra in (
-        ("torchvision", "to download Omniglot", "vision"),
-        ("tensorboard", "to write TensorBoard events", "tensorboard"),
-    ):
+    uses = {"torchvision": ("to download Omniglot", "vision"), "tensorboard": ("to write its events", "tensorboard")}
+    for name, (use, extra) in uses.items():
         try:
             importlib.import_module(name)
-        except Exception as error:  # a torchvision built for another torch fails with RuntimeError or OSError
-            if isinstance(error, ModuleNotFoundError) and error.name == name:
-                report.line(name, "not installed", state=_NOTE, advice=f"{use}: pip install 'imaml-ext[{extra}]'")
-                continue
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            advice = f"install the {name} that belongs to torch {torch.__version__}; only what needs it is affected"
-            report.line(name, f"installed, but cannot be imported: {reason}", state=_NOTE, advice=advice)
-        else:
             report.line(name, version(name))
+        except Exception as error:  # a torchvision built for another torch fails with RuntimeError or OSError
+            finding, advice = "not installed", f"{use}: pip install 'imaml-ext[{extra}]'"
+            if not (isinstance(error, ModuleNotFoundError) and error.name == name):
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                finding = f"installed, but cannot be imported: {reason}"
+                advice = f"install the {name} that belongs to torch {torch.__version__}; only what needs it is affected"
+            report.line(name, finding, state=_NOTE, advice=advice)
 
 
 def _data(report: _Report) -> None:
@@ -193,16 +187,9 @@ def _data(report: _Report) -> None:
     report.section("Data")
     root = os.environ.get("IMAML_DATA_ROOT")
     report.line("IMAML_DATA_ROOT", root or "not set", state=_OK if root else _NOTE)
-    _load(report, "glyphs", load_glyphs, missing=_BAD)
-    _load(report, "omniglot", load_omniglot, missing=_BAD if root else _NOTE)
-
-
-def _load(report: _Report, name: str, load: Callable[[], Any], *, missing: str) -> None:
-    from imaml_ext.errors import DataError
-
-    try:
-        classes, drawings = load().shape[:2]
-    except DataError as error:
-        report.line(name, str(error), state=missing)
-    else:
-        report.line(name, f"{classes:,} classes of {drawings} drawings")
+    for name, load, missing in (("glyphs", load_glyphs, _BAD), ("omniglot", load_omniglot, _BAD if root else _NOTE)):
+        try:
+            classes, drawings = load().shape[:2]
+            report.line(name, f"{classes:,} classes of {drawings} drawings")
+        except DataError as error:
+            report.line(name, str(error), state=missing)

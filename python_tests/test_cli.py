@@ -16,7 +16,8 @@ import torch
 from training_tools import SMALL, assert_one_sentence, environment, fastest_step, imaml, imaml_command, imaml_process
 
 from imaml_ext.cli import COMMANDS
-from imaml_ext.cli.train import RECIPES, training_options
+from imaml_ext.cli.train import RECIPES
+from imaml_ext.cli.train_options import training_options
 from imaml_ext.data import DataSource, Sinusoid
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import MAML
@@ -106,7 +107,7 @@ class TestSlots:
 
     @staticmethod
     def _config(recipe: str, *arguments: str) -> TrainConfig:
-        return training_options(recipe, load_recipe(recipe), list(arguments)).config
+        return training_options(recipe, load_recipe(recipe).config, list(arguments)).config
 
     def test_a_class_is_chosen_and_takes_what_both_have(self) -> None:
         config = self._config("glyphs-5w1s", "--inner", "newton_cg", "--inner.linear-solver.max-iterations=3")
@@ -126,7 +127,9 @@ class TestSlots:
         config = self._config("glyphs-5w1s", "--algorithm", "maml", "--checkpoint", "--learn", "lam", "tensor")
         expected = MAML(lam=0.1, inner=GradientDescent(steps=5, lr=0.4), checkpoint=True, learn={"lam": "tensor"})
         assert config.algorithm == expected
-        assert self._config("glyphs-5w1s", "--inner.lr-of", "linear.*", "0.5").algorithm.inner.lr_of == {"linear.*": 0.5}
+        assert self._config("glyphs-5w1s", "--inner.lr-of", "linear.*", "0.5").algorithm.inner.lr_of == {
+            "linear.*": 0.5
+        }
 
     def test_nothing_given_changes_nothing(self) -> None:
         for name in ("glyphs-5w1s", "sinusoid-5shot"):
@@ -156,10 +159,10 @@ class TestSlots:
         ],
     )
     def test_old_names_are_understood(self, capsys: pytest.CaptureFixture[str], old: str, new: str) -> None:
-        recipe = load_recipe("glyphs-5w1s")
-        before = training_options("glyphs-5w1s", recipe, old.split())
+        config = load_recipe("glyphs-5w1s").config
+        before = training_options("glyphs-5w1s", config, old.split())
         warned = capsys.readouterr().err
-        after = training_options("glyphs-5w1s", recipe, new.split())
+        after = training_options("glyphs-5w1s", config, new.split())
         assert capsys.readouterr().err == ""
         assert before == after
         flags = [word.partition("=")[0] for word in old.split() if word.startswith("--") and word != "--resume"]

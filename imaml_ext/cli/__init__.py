@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError
 
@@ -76,3 +76,21 @@ def _help() -> str:
     end = "`imaml COMMAND --help` shows the options of a command. With --debug, or IMAML_DEBUG=1 in the environment,\n"
     lines = [_USAGE, "", "Few-shot meta-learning with implicit gradients.", "", "commands:", *commands, ""]
     return "\n".join([*lines, end + "errors show their traceback."])
+
+
+def chosen_name(arguments: Sequence[str], summaries: Mapping[str, str], *, prog: str, what: str, note: str = "") -> str:
+    """The name that a command line begins with; where it is none of them, their list is shown and the process ends."""
+    name = arguments[0] if arguments else ""
+    if name in summaries:
+        return name
+    word, width = what.upper().replace(" ", "_"), max(map(len, summaries)) + 2
+    lines = [f"  {known:<{width}}{summary}" for known, summary in summaries.items()]
+    text = "\n".join(
+        [f"usage: {prog} {word} [OPTIONS]", "", *lines, "", f"{note}`{prog} {word} --help` shows the options."]
+    )
+    if name in ("--help", "-h"):
+        print(text)
+        raise SystemExit(0)
+    problem = f"there is no {what} {name!r}" if name else f"name one of these, a {what}"
+    print(f"{text}\n{prog}: {problem}", file=sys.stderr)
+    raise SystemExit(2)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from imaml_ext.cli.parser import chosen_name, parse, summary_of
+from imaml_ext.cli import chosen_name
+from imaml_ext.cli.parser import parse, summary_of
 from imaml_ext.data import DataSource, summary
 from imaml_ext.train.ranks import Ranks
 

@@ -17,7 +17,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -63,24 +63,6 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: st
 
 class _Refused(Exception):
     """A value outside its bounds; not a ValueError, which tyro would put into words of its own."""
-
-
-def chosen_name(arguments: Sequence[str], summaries: Mapping[str, str], *, prog: str, what: str, note: str = "") -> str:
-    """The name that a command line begins with; where it is none of them, their list is shown and the process ends."""
-    name = arguments[0] if arguments else ""
-    if name in summaries:
-        return name
-    word, width = what.upper().replace(" ", "_"), max(map(len, summaries)) + 2
-    lines = [f"  {known:<{width}}{summary}" for known, summary in summaries.items()]
-    text = "\n".join(
-        [f"usage: {prog} {word} [OPTIONS]", "", *lines, "", f"{note}`{prog} {word} --help` shows the options."]
-    )
-    if name in ("--help", "-h"):
-        print(text)
-        raise SystemExit(0)
-    problem = f"there is no {what} {name!r}" if name else f"name one of these, a {what}"
-    print(f"{text}\n{prog}: {problem}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def summary_of(kind: type) -> str:

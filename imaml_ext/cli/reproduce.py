@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from imaml_ext.cli.parser import chosen_name, parse, summary_of
+from imaml_ext.cli import chosen_name
+from imaml_ext.cli.parser import parse, summary_of
 from imaml_ext.reproduction import EXPERIMENTS
 from imaml_ext.train.ranks import Ranks
 

@@ -6,92 +6,52 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from imaml_ext.cli.old_flags import renamed
-from imaml_ext.cli.parser import chosen_name, parse
-from imaml_ext.errors import ConfigError, RunError
-from imaml_ext.train.config import TrainConfig
+from imaml_ext.cli import chosen_name
 from imaml_ext.train.ranks import Ranks
-from imaml_ext.train.recipe import Recipe, load_recipe, recipe_summaries
-from imaml_ext.train.run_directory import RecordedRun, RunDirectory, read_config
+from imaml_ext.train.recipe import load_recipe, recipe_summaries
 
-_PACKAGE = Path(__file__).parents[1]
-RECIPES, CHAINS = _PACKAGE / "recipes", _PACKAGE / "reproduction" / "chains"
-_NOTE = "A recipe file of your own: imaml train FILE.py. Recipes of the published weights: reproduction/chains/."
-
-
-@dataclass(frozen=True)
-class Options:
-    """Train on few-shot tasks, as a recipe says; every setting of it can be changed."""
-
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-
-    run_dir: Path | None = None
-    """Where everything is written; unset: runs/RECIPE."""
-
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Continue the run in the run directory, or begin it where there is none."""
-
-    from_checkpoint: Path | None = None
-    """With --resume: continue from this checkpoint of the run instead of the newest."""
+RECIPES = Path(__file__).parents[1] / "recipes"
+CHAINS = Path(__file__).parents[1] / "reproduction" / "chains"
+_NOTE = """A recipe file of your own: `imaml train FILE.py`.
+Recipes of the published weights, such as `omniglot-5w1s-gd`, are in imaml_ext/reproduction/chains/.
+"""
 
 
 def run(arguments: list[str], ranks: Ranks) -> int:
     with contextlib.nullcontext() if ranks.first else _unheard():
-        name, recipe = ranks.on_all(_recipe, arguments)
-        options = ranks.on_all(training_options, name, recipe, arguments[1:])
+        name = ranks.on_all(_name, arguments)
+        # These need torch, which the list of the recipes does not wait for.
+        from imaml_ext.cli.train_options import recorded_config, training_options
+        from imaml_ext.train.config import differences
+        from imaml_ext.train.stages import train_recipe
+
+        recipe = ranks.on_all(load_recipe, arguments[0], (RECIPES, CHAINS))
+        options = ranks.on_all(training_options, name, recipe.config, arguments[1:], recipe.description)
     run_dir = options.run_dir or Path("runs") / name
     if options.resume:  # a run keeps its own settings where the command line gives none
-        recorded = ranks.on_first(_recorded, run_dir, name)
+        recorded = ranks.on_first(recorded_config, run_dir, name)
         if recorded is not None:
             with _unheard():
-                options = ranks.on_all(training_options, name, replace(recipe, config=recorded.config), arguments[1:])
-    from imaml_ext.train.trainer import train
-
-    train(
-        replace(recipe, config=options.config),
+                options = ranks.on_all(training_options, name, recorded, arguments[1:])
+    train_recipe(
+        recipe,
         run_dir,
         name=name,
         command=shlex.join(["imaml", "train", *arguments]),
+        changes=differences(recipe.config, options.config),
         resume=options.resume,
         checkpoint=options.from_checkpoint,
     )
     return 0
 
 
-def _recipe(arguments: list[str]) -> tuple[str, Recipe]:
-    """The recipe that the command line begins with, and its name: one of the package's, or a file of the user's."""
-    given = arguments[0] if arguments else ""
-    if given.endswith(".py"):
-        return Path(given).stem.replace("_", "-"), load_recipe(Path(given))
-    name = chosen_name(arguments, recipe_summaries(RECIPES), others=CHAINS, prog="imaml train", what="recipe")
-    return name, load_recipe(name)
-
-
-def training_options(name: str, recipe: Recipe, arguments: list[str]) -> Options:
-    default = Options(recipe.config)
-    options = parse(
-        Options, renamed(arguments), prog=f"imaml train {name}", description=recipe.description, default=default
-    )
-    if options.from_checkpoint is not None and not options.resume:
-        raise ConfigError("--from-checkpoint says where to continue from: it needs --resume")
-    return options
-
-
-def _recorded(path: Path, name: str) -> RecordedRun | None:
-    """The run of this recipe that is in a directory, None where there is no run yet."""
-    directory = RunDirectory(path)
-    if not directory.holds_run():
-        return None
-    recorded = read_config(directory)
-    if recorded.recipe != name:
-        raise RunError(f"{path} holds a run of the recipe {recorded.recipe!r}, not of {name!r}")
-    return recorded
+def _name(arguments: list[str]) -> str:
+    """The name of the recipe, or of the recipe file, that the command line begins with."""
+    if arguments and (arguments[0].endswith(".py") or arguments[0] in recipe_summaries((CHAINS,))):
+        return Path(arguments[0]).stem.replace("_", "-")
+    return chosen_name(arguments, recipe_summaries((RECIPES,)), prog="imaml train", what="recipe", note=_NOTE)
 
 
 @contextlib.contextmanager

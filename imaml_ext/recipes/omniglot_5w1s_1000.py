@@ -1,4 +1,4 @@
-"""Omniglot, 5-way 1-shot, in 1,000 meta-steps of 8 tasks: settings that learn fast.
+"""Omniglot, 5-way 1-shot, 1,000 meta-steps of 8 tasks: settings that learn fast.
 
 Command: imaml train omniglot-5w1s-1000 --data.root FOLDER
 Time: 17 minutes on two CPU cores with other work on them.
