@@ -1,44 +1,67 @@
-"""The options of each experiment; the command line is generated from these classes, as from those of training.
-
-Nothing here imports torch: `imaml reproduce --help` stays quick.
-"""
+"""The options of each experiment; the command line is made from these classes. Nothing here imports torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-import tyro
+from imaml_ext.settings import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Settings
 
-from imaml_ext.errors import ConfigError
-
-Algorithm = Literal["imaml-gd", "imaml-hf", "maml", "fomaml", "reptile"]
-ALGORITHMS: tuple[Algorithm, ...] = ("imaml-gd", "imaml-hf", "maml", "fomaml", "reptile")
+ALGORITHMS = ("imaml-gd", "imaml-hf", "maml", "fomaml", "reptile")
 Method = Literal["maml", "maml-checkpoint", "fomaml", "imaml-gd", "imaml-hf"]
-METHODS: tuple[Method, ...] = ("maml", "maml-checkpoint", "fomaml", "imaml-gd", "imaml-hf")
+_TWO = Bounds(at_least=2)
 
 
-def _check_each(knob: str, values: Iterable[float], *, least: float) -> None:
-    """At least one value, each finite and no smaller than `least`."""
-    values = tuple(values)
-    if not values or not all(math.isfinite(value) and value >= least for value in values):
-        shown = " ".join(map(str, values)) or "none"
-        raise ConfigError(f"--{knob} must be one or more numbers >= {least:g}, got {shown}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentOptions:
-    """What all experiments have in common."""
+@dataclass(frozen=True)
+class ExperimentOptions(Settings):
+    """Options of every experiment."""
 
     name: ClassVar[str]
 
-    output_dir: Path
+    output_dir: Path | None = None  # Where numbers, tables and figures are written; unset: results/NAME.
 
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
+    @property
+    def folder(self) -> Path:
+        return self.output_dir or Path("results") / self.name
+
+    def _require_some(self, *fields: str) -> None:
+        for field in fields:
+            self.require(bool(getattr(self, field)), field, "one or more values")
+
+
+@dataclass(frozen=True)
+class DeviceOptions(ExperimentOptions):
+    """Options of the experiments that measure or train on a device."""
+
+    device: str = "auto"  # `cpu`, `cuda`, …; `auto`: a GPU where torch has one, else the CPU.
+    threads: Annotated[int | None, COUNT] = None  # CPU threads; unset: torch's own choice.
+
+
+@dataclass(frozen=True)
+class ImageOptions(ExperimentOptions):
+    """Options of the experiments on images."""
+
+    data: Literal["omniglot", "glyphs"] = "omniglot"  # Images; `glyphs` needs no download and has the same shape.
+    # Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache.
+    data_root: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = self.data_root is None or self.data == "omniglot"
+        self.require(needed, "data_root", f"left out for the data set {self.data!r}, which has no files")
+
+
+@dataclass(frozen=True)
+class TrainedOptions(DeviceOptions):
+    """Options of the experiments that train: each cell is a run directory, runs/BUDGET/CELL under the output."""
+
+    # Cells to train, a whole name or the beginning of names, such as 5w1s/maml or 5w1s; unset: all.
+    cells: tuple[str, ...] = ()
+    # How long each cell is trained (docs/reproduction/experiments.md). `trial`: seconds, to see that all works.
+    budget: Literal["small", "published", "trial"] = "small"
+    draw_only: bool = False  # Train nothing: draw from the runs that are finished.
+    seed: Annotated[int, NOT_NEGATIVE] = 0  # Seed of the initial parameters and of the training tasks.
 
 
 @dataclass(frozen=True)
@@ -47,137 +70,44 @@ class Exactness(ExperimentOptions):
 
     name: ClassVar[str] = "exactness"
 
-    output_dir: Path = Path("results/exactness")
-    """Where exactness.json and exactness.png are written."""
-
-    condition_numbers: tuple[float, ...] = (10.0, 50.0, 250.0)
-    """Condition numbers of the support loss."""
-
-    eigenvalues: tuple[int, ...] = (5, 20)
-    """Distinct eigenvalues of the support loss; CG is exact after as many steps."""
-
-    dtypes: tuple[Literal["float32", "float64"], ...] = ("float64", "float32")
-    """Arithmetic."""
-
-    cg_steps: tuple[int, ...] = (2, 5, 10, 20)
-    """CG steps of iMAML, a curve each."""
-
-    features: int = 20
-    """Parameters of a task."""
-
-    tasks: int = 8
-    """Tasks of a meta-gradient."""
-
-    draws: int = 3
-    """Meta-batches; the figure shows the median error and its range."""
-
-    seed: int = 0
-    """Seed of the tasks."""
+    # Condition numbers of the support loss.
+    condition_numbers: Annotated[tuple[float, ...], _TWO] = (10.0, 50.0, 250.0)
+    # Distinct eigenvalues of the support loss; CG is exact after as many steps.
+    eigenvalues: Annotated[tuple[int, ...], _TWO] = (5, 20)
+    dtypes: tuple[Literal["float32", "float64"], ...] = ("float64", "float32")  # Arithmetic.
+    cg_steps: Annotated[tuple[int, ...], COUNT] = (2, 5, 10, 20)  # CG steps of iMAML, one curve for each.
+    features: Annotated[int, _TWO] = 20  # Parameters of a task.
+    tasks: Annotated[int, COUNT] = 8  # Tasks of a meta-gradient.
+    draws: Annotated[int, COUNT] = 3  # Meta-batches; the figure shows the median error and its range.
+    seed: Annotated[int, NOT_NEGATIVE] = 0  # Seed of the tasks.
 
     def __post_init__(self) -> None:
-        _check_each("condition-numbers", self.condition_numbers, least=2)
-        _check_each("eigenvalues", self.eigenvalues, least=2)
-        _check_each("cg-steps", self.cg_steps, least=1)
-        _check_each("features", [self.features], least=2)
-        _check_each("tasks", [self.tasks], least=1)
-        _check_each("draws", [self.draws], least=1)
-        if not self.dtypes:
-            raise ConfigError("--dtypes must name float32, float64 or both, got none")
-        if max(self.eigenvalues) > self.features:
-            raise ConfigError(f"--eigenvalues must not exceed --features, {self.features}, got {max(self.eigenvalues)}")
+        super().__post_init__()
+        self._require_some("condition_numbers", "eigenvalues", "dtypes", "cg_steps")
+        expected = f"no larger than features ({self.features})"
+        self.require(max(self.eigenvalues) <= self.features, "eigenvalues", expected)
 
 
 @dataclass(frozen=True)
-class Cost(ExperimentOptions):
+class Cost(ImageOptions, DeviceOptions):
     """Time and peak memory of one meta-gradient against inner steps, 20-way 5-shot, Conv4."""
 
     name: ClassVar[str] = "cost"
 
-    output_dir: Path = Path("results/cost")
-    """Where cost.json and cost.png are written; cells that cost.json has already are not measured again."""
-
-    methods: tuple[Method, ...] = METHODS
-    """Algorithms."""
-
-    steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Inner steps; Newton steps for imaml-hf."""
-
-    meta_batch: int = 1
-    """Tasks of a meta-gradient."""
-
-    queries: int = 5
-    """Query images of each class."""
-
-    filters: int = 64
-    """Channels of each convolution."""
-
-    repeats: int = 3
-    """Timed meta-gradients a cell, after a first one that measures memory; the median counts."""
-
-    memory_limit: float | None = None
-    """GiB; a cell that would need more is left out. Unset: nine tenths of what the device has free."""
-
-    device: str = "auto"
-    """`cpu`, `cuda`, …; `auto`: a GPU where torch has one, else the CPU."""
-
-    threads: int | None = None
-    """CPU threads; unset: torch's own choice."""
-
-    data: Literal["omniglot", "glyphs"] = "omniglot"
-    """Images; `glyphs` needs no download and has the same shape."""
-
-    data_root: Path | None = None
-    """Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."""
+    # Algorithms; cells that cost.json has already are not measured again.
+    methods: tuple[Method, ...] = ("maml", "maml-checkpoint", "fomaml", "imaml-gd", "imaml-hf")
+    steps: Annotated[tuple[int, ...], COUNT] = (1, 2, 4, 8, 16, 32, 64)  # Inner steps; Newton steps for imaml-hf.
+    meta_batch: Annotated[int, COUNT] = 1  # Tasks of a meta-gradient.
+    queries: Annotated[int, COUNT] = 5  # Query images per class.
+    filters: Annotated[int, COUNT] = 64  # Channels of each convolution.
+    # Timed meta-gradients per cell, after a first one that measures memory; the median counts.
+    repeats: Annotated[int, COUNT] = 3
+    # GiB; a cell that would need more is left out. Unset: nine tenths of what the device has free.
+    memory_limit: Annotated[float | None, POSITIVE] = None
 
     def __post_init__(self) -> None:
-        _check_each("steps", self.steps, least=1)
-        for knob in ("meta_batch", "queries", "filters", "repeats"):
-            _check_each(knob.replace("_", "-"), [getattr(self, knob)], least=1)
-        if self.threads is not None:
-            _check_each("threads", [self.threads], least=1)
-        if self.memory_limit is not None and not (math.isfinite(self.memory_limit) and self.memory_limit > 0):
-            raise ConfigError(f"--memory-limit must be a positive number of GiB, got {self.memory_limit}")
-        if not self.methods:
-            raise ConfigError(f"--methods must name at least one of {', '.join(METHODS)}, got none")
-
-
-@dataclass(frozen=True)
-class TrainedOptions(ExperimentOptions):
-    """Of the experiments that train: each cell is a run directory, begun, continued, or finished already."""
-
-    cells: tuple[str, ...] = ()
-    """Cells to train, a whole name or the beginning of names; unset: all."""
-
-    budget: Literal["small", "published", "trial"] = "small"
-    """How long each cell is trained: docs/experiments.md has the figures. `trial`: seconds, to see that all works."""
-
-    draw_only: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Train nothing: draw from the runs that are finished."""
-
-    device: str = "auto"
-    """`cpu`, `cuda`, …; `auto`: a GPU where torch has one, else the CPU."""
-
-    threads: int | None = None
-    """CPU threads; unset: torch's own choice."""
-
-    seed: int = 0
-    """Seed of the initial parameters and of the training tasks."""
-
-    def __post_init__(self) -> None:
-        _check_each("seed", [self.seed], least=0)
-        if self.threads is not None:
-            _check_each("threads", [self.threads], least=1)
-
-
-@dataclass(frozen=True)
-class ImageOptions(TrainedOptions):
-    """Of the experiments on images."""
-
-    data: Literal["omniglot", "glyphs"] = "omniglot"
-    """Images; `glyphs` needs no download."""
-
-    data_root: Path | None = None
-    """Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."""
+        super().__post_init__()
+        self._require_some("methods", "steps")
 
 
 @dataclass(frozen=True)
@@ -186,28 +116,19 @@ class Sinusoid(TrainedOptions):
 
     name: ClassVar[str] = "sinusoid"
 
-    output_dir: Path = Path("results/sinusoid")
-    """Where tables and figures are written; a run directory a cell, such as 5shot/maml, is under runs/BUDGET/."""
-
 
 @dataclass(frozen=True)
-class OmniglotTable(ImageOptions):
+class OmniglotTable(ImageOptions, TrainedOptions):
     """The paper's table: every algorithm on 5- and 20-way, 1- and 5-shot Omniglot, beside the published figures."""
 
     name: ClassVar[str] = "omniglot-table"
 
-    output_dir: Path = Path("results/omniglot-table")
-    """Where tables and figures are written; a run directory a cell, such as 5w1s/imaml-gd, is under runs/BUDGET/."""
-
 
 @dataclass(frozen=True)
-class Ablation(ImageOptions):
+class Ablation(ImageOptions, TrainedOptions):
     """Damping, CG steps, lambda, curvature and the inner step of iMAML, on 5-way 1-shot at one fixed budget."""
 
     name: ClassVar[str] = "ablation"
-
-    output_dir: Path = Path("results/ablation")
-    """Where tables and figures are written; a run directory a cell, such as lam/0.5, is under runs/BUDGET/."""
 
 
 _ALL: tuple[type[ExperimentOptions], ...] = (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)
