@@ -43,7 +43,7 @@ def static_tasks(tasks: Sampler) -> StaticTasks:
 
 
 class _ImageTasks:
-    """Holds row numbers [B, S] and [B, Q] into a table of images that holds every orientation, gathered on the device."""
+    """Holds row numbers [B, S] and [B, Q] of a table of images in every orientation; gathers on the device."""
 
     def __init__(self, sampler: EpisodeSampler) -> None:
         self._sampler = sampler
@@ -89,7 +89,7 @@ class _DrawnTasks:
 
 
 class StaticStep:
-    """Takes a meta-step in two parts: `load` fills the buffers, `run` is a function of the buffers and of the state alone.
+    """Takes a meta-step in two parts: `load` fills buffers, `run` is a function of them and of the state alone.
 
     Run one after the other they do what `EagerStep` does, on any device.
 

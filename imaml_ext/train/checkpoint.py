@@ -111,7 +111,9 @@ def load_newest(directory: Path) -> Checkpoint | None:
         return load_checkpoint(paths[-1])
     except CheckpointError as error:
         usable = next((path for path in reversed(paths[:-1]) if _is_usable(path)), None)
-        advice = f"continue from the older {usable} with --checkpoint" if usable else "no older checkpoint is usable"
+        advice = (
+            f"continue from the older {usable} with --from-checkpoint" if usable else "no older checkpoint is usable"
+        )
         raise CheckpointError(f"{error}; {advice}") from error
 
 

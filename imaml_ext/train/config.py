@@ -196,7 +196,7 @@ class TrainConfig(Settings):
             expected = f"'float32' with run.dtype {self.run.dtype!r}"
             _require(self.model.precision == "float32", "model.precision", expected, self.model.precision)
         if "lam" in self.algorithm.learn:
-            _require(self.algorithm.lam > 0, "algorithm.lam", "positive where it is learnt", self.algorithm.lam)
+            _require(bool(self.algorithm.lam > 0), "algorithm.lam", "positive where it is learnt", self.algorithm.lam)
         if self.run.capture:
             self._check_capture()
 
@@ -222,6 +222,11 @@ class TrainConfig(Settings):
         return self.data.kind_of_task == "classification"
 
     @property
+    def outputs(self) -> int:
+        """Outputs of the model per example: one per class, or one number."""
+        return self.tasks.ways if self.classification else 1
+
+    @property
     def test_inner_steps(self) -> int:
         """Inner steps at validation and test."""
         given = self.evaluation.inner_steps
@@ -233,8 +238,7 @@ class TrainConfig(Settings):
         Raises:
             ConfigError: the model does not take such inputs.
         """
-        model = self.model.fitted(input_shape, self.tasks.ways if self.classification else 1)
-        return TaskLoss(model, "cross_entropy" if self.classification else "mse")
+        return TaskLoss(self.model.fitted(input_shape, self.outputs), "cross_entropy" if self.classification else "mse")
 
 
 def _require(condition: bool, path: str, expected: str, value: object) -> None:

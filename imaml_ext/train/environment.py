@@ -16,7 +16,7 @@ from imaml_ext import _native, ops
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Versions and hardware as plain JSON values; nothing that names a machine or a user."""
+    """Returns versions and hardware as plain JSON values; nothing that names a machine or a user."""
     stamp: dict[str, Any] = {
         "imaml_ext": imaml_ext.__version__,
         "commit": _source_commit(),
@@ -39,7 +39,7 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def _source_commit() -> str:
-    """The commit that the package is imported from, with a + where its files differ; "" outside a checkout."""
+    """Returns the commit that the package is imported from, with a + where its files differ; "" outside a checkout."""
     package = Path(imaml_ext.__file__).parent
     if not (package.parent / ".git").exists():
         return ""

@@ -59,19 +59,14 @@ class Experiment:
             ConfigError: they are another model's.
         """
         start = self.starting_params() if start is None else start
-        place = {"dtype": self.dtype, "device": self.device}
-        if start:
-            theta = start["theta"].to(**place, copy=True)
-        else:
-            theta = self.model.init(seed=self.config.run.seed, **place)
-        theta = self.shared_(theta)
+        start = {name: value.to(self.device, self.dtype, copy=True) for name, value in start.items()}
+        random = self.model.init(seed=self.config.run.seed, dtype=self.dtype, device=self.device)
+        theta = self.shared_(start.get("theta", random))
         if isinstance(self.model, Conv4):
             self.model.scale_features_(theta, self.config.theta.feature_scale)
         params = self.algorithm.initial(theta)
-        for name, value in params.items():
-            if name != "theta" and name in start and start[name].shape == value.shape:
-                params[name] = start[name].to(**place, copy=True)
-        return params
+        fits = {name: value for name, value in start.items() if name in params and value.shape == params[name].shape}
+        return params | fits  # theta itself is in both
 
     def starting_params(self) -> dict[str, Tensor]:
         """Reads the meta-parameters that `theta.weights` names, as this model has them; empty where it names none.

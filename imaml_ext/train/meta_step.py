@@ -48,7 +48,7 @@ class MetaStep(Protocol):
 def update(
     experiment: Experiment, state: State, meta: MetaGradient, weight: float | Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Takes one step of every meta-parameter and average, at the rates that the optimiser's groups have, without waiting.
+    """Takes one step of every meta-parameter and average, at the rates of the optimiser's groups; nothing waits.
 
     Args:
         weight: 1 − d of θ̄ ← d θ̄ + (1 − d) θ.
@@ -75,8 +75,7 @@ def update(
 
 
 class EagerStep:
-    """Samples this rank's share of B tasks, a function of (seed, step) alone, takes their meta-gradient (Algorithm 2),
-    and of all ranks' mean the step."""
+    """Samples this rank's share of B tasks, takes their meta-gradient (Algorithm 2), and the step of all ranks' mean."""
 
     def __init__(self, experiment: Experiment, tasks: Sampler, state: State, ranks: Ranks) -> None:
         self._experiment, self._tasks, self._state, self._ranks = experiment, tasks, state, ranks

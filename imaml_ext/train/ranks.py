@@ -80,5 +80,5 @@ class Ranks:
         return values
 
     def mean_over_tasks(self, meta: MetaGradient, *, tasks: int) -> MetaGradient:
-        """Returns the meta-gradient and metrics of all ranks' tasks, from those of each rank's `tasks`, at least one."""
+        """Returns the meta-gradient and metrics of all ranks' tasks, from those of each rank's own `tasks`."""
         return meta

@@ -25,7 +25,7 @@ _MOST_WAYS, _MOST_QUERIES, _MOST_SHOTS, _EPISODES = 10, 5, 3, 3
 
 
 def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
-    """Draws `learning_curve.png` from `metrics.jsonl`: accuracy where there is one, loss, and the residual of the solve."""
+    """Draws `learning_curve.png` from `metrics.jsonl`: accuracy if there is one, loss, the residual of the solve."""
     rows = read_metrics(directory.metrics)
     classification = any("query_accuracy" in row for row in rows)
     solved = any("solve_residual" in row for row in rows)

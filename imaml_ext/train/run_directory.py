@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imaml_ext.errors import RunError
+from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.files import json_bytes
-from imaml_ext.settings import from_json
+from imaml_ext.settings import from_json, leaves
 from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.legacy import config_from_old
 
@@ -118,11 +118,40 @@ def read_config(directory: RunDirectory) -> RecordedRun:
         raise RunError(f"{directory.config} cannot be read: {error}") from error
 
 
+# Settings that a resumed run may set anew: they change where and how it runs, not what comes out.
+_FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation.", "run.")
+_FIXED_OF_RUN = ("run.seed", "run.dtype")
+
+
+def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
+    """Checks that a run writes over no other one, and continues none under other settings.
+
+    Raises:
+        RunError: the directory is not empty, or with `resume` holds something other than a run.
+        ConfigError: with `resume`, its run has other settings.
+    """
+    if directory.is_empty():
+        return
+    if not resume:
+        raise RunError(f"{directory.path} is not empty: continue its run with --resume, or give another --run-dir")
+    if not directory.holds_run():
+        raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
+    recorded, now = (dict(leaves(each)) for each in (read_config(directory).config, config))
+    for name in now | recorded:
+        was, value = recorded.get(name), now.get(name)
+        free = name.startswith(_FREE_ON_RESUME) and name not in _FIXED_OF_RUN
+        if name == "theta.weights" and was and value:  # the same ones, wherever they lie now
+            free = Path(was).name == Path(value).name
+        if value != was and not free:
+            where = f"{name} was {was!r} in {directory.path}, now {value!r}"
+            raise ConfigError(f"a resumed run keeps its settings: {where}")
+
+
 class MetricsLog:
     """Appends to `metrics.jsonl`, one JSON object per line, each whole or not at all."""
 
     def __init__(self, path: Path, *, keep_until_step: int) -> None:
-        """Opens the file and drops what lies behind `keep_until_step`, the step of the checkpoint that is continued from.
+        """Opens the file and drops what lies behind `keep_until_step`, the step that the run continues from.
 
         Raises:
             RunError: the file cannot be written, or a line before its last is not a metrics line.
