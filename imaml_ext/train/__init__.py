@@ -1,5 +1,5 @@
 """Training and evaluation: configurations, recipes, Algorithm 1, run directories and their reports."""
-# ruff: noqa: F401, PLE0605
+# ruff: noqa: F401
 
 from __future__ import annotations
 

@@ -44,10 +44,6 @@ class Checkpoint:
         return self.params | self.averages
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}.pt"
-
-
 def list_checkpoints(directory: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in directory.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
@@ -61,9 +57,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Pa
         RunError: it cannot be written; the earlier checkpoints are untouched.
     """
     buffer = io.BytesIO()
-    values = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
-    torch.save(values, buffer)
-    path = checkpoint_path(directory, checkpoint.step)
+    torch.save(vars(checkpoint), buffer)
+    path = directory / f"step-{checkpoint.step:08d}.pt"
     atomic_write(path, buffer.getvalue())
     for old in list_checkpoints(directory)[:-keep]:
         old.unlink(missing_ok=True)
@@ -105,16 +100,12 @@ def load_newest(directory: Path) -> Checkpoint | None:
             chosen in its place.
     """
     paths = list_checkpoints(directory)
-    if not paths:
-        return None
     try:
-        return load_checkpoint(paths[-1])
+        return load_checkpoint(paths[-1]) if paths else None
     except CheckpointError as error:
         usable = next((path for path in reversed(paths[:-1]) if _is_usable(path)), None)
-        advice = (
-            f"continue from the older {usable} with --from-checkpoint" if usable else "no older checkpoint is usable"
-        )
-        raise CheckpointError(f"{error}; {advice}") from error
+        from_older = f"continue from the older {usable} with --from-checkpoint"
+        raise CheckpointError(f"{error}; {from_older if usable else 'no older checkpoint is usable'}") from error
 
 
 def _is_usable(path: Path) -> bool:

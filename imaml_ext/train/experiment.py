@@ -78,7 +78,8 @@ class Experiment:
         source = self.config.theta.weights
         if source is None:
             return {}
-        weights = run_weights(Path(source)) if RunDirectory(Path(source)).holds_run() else read_weights(source)
+        run = RunDirectory.of_last_stage(Path(source)).holds_run()
+        weights = run_weights(Path(source)) if run else read_weights(source)
         weights = weights.for_ways(self.config.tasks.ways if self.config.theta.shared_head else None)
         ours, theirs = self.model.layout, weights.model.layout
         if theirs != ours:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,10 +39,7 @@ class State:
         return [*self.params.values(), *self.averages.values(), *moments, *self.metrics.buffers()]
 
 
-class MetaStep(Protocol):
-    """Takes the meta-step that follows after `state.step` of them, and counts it."""
-
-    def __call__(self) -> None: ...
+MetaStep = Callable[[], None]  # takes the meta-step that follows after `state.step` of them, and counts it
 
 
 def update(
@@ -75,7 +72,7 @@ def update(
 
 
 class EagerStep:
-    """Samples this rank's share of B tasks, takes their meta-gradient (Algorithm 2), and the step of all ranks' mean."""
+    """Samples this rank's share of B tasks, takes their meta-gradient (Algorithm 2), and steps by all ranks' mean."""
 
     def __init__(self, experiment: Experiment, tasks: Sampler, state: State, ranks: Ranks) -> None:
         self._experiment, self._tasks, self._state, self._ranks = experiment, tasks, state, ranks

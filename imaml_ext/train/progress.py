@@ -41,7 +41,9 @@ class ProgressBar:
         """Shows that `done` of the total is done; `values` stay shown until others come."""
         shown = None if values is None else "  ".join(f"{name} {value}" for name, value in values.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, **({} if shown is None else {"shown": shown}))
+            self._bar.update(self._task, completed=done)
+            if shown is not None:
+                self._bar.update(self._task, shown=shown)
             return
         now = time.monotonic()
         due = done == self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES
