@@ -14,7 +14,7 @@ from imaml_ext import _renamed, ops
 from imaml_ext.batch import TaskData
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner.solver import InnerResult, InnerSolver, measured, proximal_norm, start
-from imaml_ext.losses.protocol import Loss, LossFunction, as_loss
+from imaml_ext.losses.loss import Loss, LossFunction, as_loss
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.ops import Coefficient
 from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
@@ -25,7 +25,7 @@ from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
 class GradientDescent(InnerSolver):
     """Takes `steps` descent steps on L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ.
 
-    Each setting has its meaning beside it. With a `tolerance`, a task whose proximal gradient norm is at most that stays
+    Settings have their meaning beside them. With a `tolerance`, a task whose proximal gradient norm is that small stays
     where it is for the remaining steps. With `batch_size`, a step takes the gradient of about that many of a task's S
     examples, the next ones in turn (see `batches`), and `losses` are theirs.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from imaml_ext import _renamed, ops
 from imaml_ext.inner.solver import InnerResult, InnerSolver, measured, start
 from imaml_ext.losses.curvature import CurvatureOperator
-from imaml_ext.losses.protocol import Loss, LossFunction, as_loss, check_curvature
+from imaml_ext.losses.loss import Loss, LossFunction, as_loss
 from imaml_ext.ops import Coefficient
 from imaml_ext.settings import NOT_NEGATIVE, Bounds
 from imaml_ext.solvers import CG, LinearSolver, SolveStatus
@@ -96,7 +96,7 @@ class NewtonCG(InnerSolver):
             NativeUnavailableError: the compiled part is missing.
         """
         loss = as_loss(loss)
-        check_curvature(loss, self.curvature)
+        loss.check_curvature(self.curvature)
         phi, center, lam = start(theta, data, lam, num_tasks)
 
         def objective(phi: Tensor) -> tuple[Tensor, Tensor]:

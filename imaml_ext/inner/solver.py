@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imaml_ext import ops
 from imaml_ext.checks import check_number
-from imaml_ext.losses.protocol import Loss, LossFunction, task_rows
+from imaml_ext.losses.loss import Loss, LossFunction, task_rows
 from imaml_ext.ops import Coefficient
 from imaml_ext.settings import Choice
 

@@ -15,7 +15,7 @@ from imaml_ext import _renamed
 from imaml_ext.batch import Data, Episodes
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
-from imaml_ext.losses.protocol import Loss, as_loss
+from imaml_ext.losses.loss import Loss, as_loss
 from imaml_ext.meta.learnt import Learnt, Sharing, learnt
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.settings import NOT_NEGATIVE, Choice

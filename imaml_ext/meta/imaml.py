@@ -10,7 +10,6 @@ from torch import Tensor
 
 from imaml_ext import _renamed
 from imaml_ext.batch import Episodes
-from imaml_ext.losses.protocol import check_curvature
 from imaml_ext.meta.algorithm import (
     MetaAlgorithm,
     MetaGradient,
@@ -58,7 +57,7 @@ class IMAML(MetaAlgorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss is not None:
-            check_curvature(self.loss, self.curvature)
+            self.loss.check_curvature(self.curvature)
         if not hasattr(self.inner, "lr"):
             self.linear_solver.with_rate(None)
 

@@ -13,7 +13,7 @@ from imaml_ext.batch import Episodes
 from imaml_ext.errors import ConfigTypeError
 from imaml_ext.inner import GradientDescent, InnerResult
 from imaml_ext.inner.unrolled import unroll
-from imaml_ext.losses.protocol import task_rows
+from imaml_ext.losses.loss import task_rows
 from imaml_ext.meta.algorithm import (
     MetaAlgorithm,
     MetaGradient,
