@@ -31,6 +31,8 @@ _ADDED = {
     "run.capture": False,
 }
 
+_NEW_WORDS = {"pullback": "after", "layer": "tensor"}
+
 
 def old_weights(config: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the metadata of an old weights file as a file of today has them."""
@@ -58,8 +60,8 @@ def old_weights(config: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str,
 
 def old_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an old configuration, in its JSON form, as {"inner.steps": value, …}."""
-    given = {f"{group}.{name}": value for group, knobs in config.items() for name, value in knobs.items()}
-    return _ADDED | given
+    groups = {name: knobs for name, knobs in config.items() if isinstance(knobs, Mapping)}
+    return _ADDED | {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
 
 
 def taken(kind: type, knobs: Mapping[str, Any], prefix: str, **given: Any) -> Any:
@@ -79,7 +81,7 @@ def model_from_old(knobs: Mapping[str, Any]) -> TaskModel:
 def algorithm_from_old(knobs: Mapping[str, Any]) -> MetaAlgorithm:
     name, settings = knobs["meta.algorithm"], {"lam": knobs["inner.lam"], "inner": _inner(knobs)}
     if knobs["meta.learn_lam"] != "none":
-        settings["learn"] = {"lam": knobs["meta.learn_lam"].replace("layer", "tensor")}
+        settings["learn"] = {"lam": _NEW_WORDS.get(knobs["meta.learn_lam"], knobs["meta.learn_lam"])}
     if name == "maml":
         settings["checkpoint"] = knobs["meta.checkpoint_steps"]
     elif name == "imaml":
@@ -94,4 +96,6 @@ def algorithm_from_old(knobs: Mapping[str, Any]) -> MetaAlgorithm:
 def _inner(knobs: Mapping[str, Any]) -> InnerSolver:
     if knobs["inner.solver"] == "hessian_free":
         return taken(NewtonCG, knobs, "inner.", linear_solver=CG(max_iterations=knobs["inner.cg_steps"], rtol=0.0))
-    return taken(GradientDescent, knobs, "inner.", proximal=knobs["inner.proximal"].replace("pullback", "after"))
+    return taken(
+        GradientDescent, knobs, "inner.", proximal=_NEW_WORDS.get(knobs["inner.proximal"], knobs["inner.proximal"])
+    )
