@@ -33,26 +33,18 @@ class Conv4(TaskModel):
     cancel. Initial weights are uniform of variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010), the norms' weights
     1, biases 0.
 
-    Raises:
-        ConfigTypeError, ConfigError: a field outside its bounds, images that four max-poolings leave nothing of.
-
     Source: Finn et al., Model-Agnostic Meta-Learning (2017), section 5.2; Vinyals et al. (2016).
     """
 
-    ways: Annotated[int, COUNT] = from_data(5)
-    "Classes per task."
+    ways: Annotated[int, COUNT] = from_data(5)  # Classes per task.
     _: KW_ONLY
-    in_channels: Annotated[int, COUNT] = from_data(1)
-    "Channels of an image."
-    image_size: Annotated[int, COUNT] = from_data(28)
-    "Height and width of an image, in pixels."
-    filters: Annotated[int, COUNT] = 64
-    "Channels of every convolution."
+    in_channels: Annotated[int, COUNT] = from_data(1)  # Channels of an image.
+    image_size: Annotated[int, COUNT] = from_data(28)  # Height and width of an image, in pixels.
+    filters: Annotated[int, COUNT] = 64  # Channels of every convolution.
+    # How images shrink. "stride" (Omniglot): convolutions of stride 2, then the mean over the pixels that remain. "max"
+    # (larger images): 2×2 max-pooling after each batch norm; the linear layer reads all pixels that remain.
     pooling: Literal["stride", "max"] = "stride"
-    """How images shrink. "stride" (Omniglot): convolutions of stride 2, then the mean over the pixels that remain.
-    "max" (larger images): 2×2 max-pooling after each batch norm; the linear layer reads all pixels that remain."""
-    precision: Precision = "float32"
-    "Precision of the products in the convolutions and the linear layer."
+    precision: Precision = "float32"  # Precision of the products in the convolutions and the linear layer.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,22 +27,14 @@ class MLP(TaskModel):
     Parameters `0.weight` [in, out], `0.bias` [out], `1.weight`, …: a weight is stored as the matrix that multiplies a
     row of features from the right. Initial weights: uniform of variance 2 / fan_in (ReLU, He et al. 2015) or
     2 / (fan_in + fan_out) (tanh and the last layer, Glorot and Bengio 2010); biases zero.
-
-    Raises:
-        ConfigTypeError, ConfigError: a field of the wrong type or outside its bounds.
     """
 
-    in_features: Annotated[int, COUNT] = from_data(1)
-    "Numbers in an input."
-    hidden: Annotated[tuple[int, ...], COUNT] = (40, 40)
-    "Widths of the hidden layers; none for a linear model."
-    out_features: Annotated[int, COUNT] = from_data(1)
-    "Numbers in an output."
+    in_features: Annotated[int, COUNT] = from_data(1)  # Numbers in an input.
+    hidden: Annotated[tuple[int, ...], COUNT] = (40, 40)  # Widths of the hidden layers; none for a linear model.
+    out_features: Annotated[int, COUNT] = from_data(1)  # Numbers in an output.
     _: KW_ONLY
-    activation: Literal["relu", "tanh"] = "relu"
-    "The function between the layers."
-    precision: Precision = "float32"
-    "Precision of the layers' products."
+    activation: Literal["relu", "tanh"] = "relu"  # The function between the layers.
+    precision: Precision = "float32"  # Precision of the layers' products.
 
     @property
     def widths(self) -> tuple[int, ...]:

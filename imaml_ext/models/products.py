@@ -15,14 +15,11 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def product(a: Tensor, b: Tensor, precision: str = "float32") -> Tensor:
-    """Multiplies a [B, M, K] and b [B, K, N], float32 where the precision is less than that.
+    """Multiplies a [B, M, K] and b [B, K, N], which must be float32 (else TypeError) where the precision is less.
 
     "float32" is the type of the operands, whichever it is; "tf32" keeps 10 bits of their fraction, "bfloat16" 7. On a
     GPU tensor cores multiply; on the CPU operands are rounded (to nearest, ties to even) and multiplied in float32,
     which shows what the precision does and is no faster.
-
-    Raises:
-        TypeError: operands that are not float32, with a precision of less.
     """
     if precision == "float32":
         return torch.bmm(a, b)

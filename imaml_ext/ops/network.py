@@ -65,11 +65,7 @@ def network_descend_(
 
 
 class NetworkLinearisation:
-    """Holds the loss around params [B, N]: its value, its gradient, and products with its second derivative.
-
-    Attributes:
-        losses: [B]. outputs: [B, S, K]. gradient: [B, N]; none has a graph.
-    """
+    """Holds losses [B], outputs [B, S, K] and gradient [B, N] at params [B, N]; multiplies by the second derivative."""
 
     def __init__(self, params: Tensor, x: Tensor, y: Tensor, network: Network) -> None:
         self._params, self._y, self._network = params.detach().contiguous(), y.contiguous(), network
@@ -78,10 +74,7 @@ class NetworkLinearisation:
         )
 
     def product(self, p: Tensor, rows: slice = slice(None), *, gauss_newton: bool = False) -> Tensor:
-        """Returns H p, or Jᵀ C J p, [k, N] for p [k, N] of the tasks `rows`.
-
-        One pass goes forward along p and one back, over what was stored.
-        """
+        """Returns H p, or Jᵀ C J p, [k, N] for p [k, N] of the tasks `rows`: a pass forward along p and one back."""
         stored, p = (self._params[rows], self._tape[rows], self._y[rows]), p.detach().contiguous()
         return torch.ops.imaml_ext.network_product(*stored, p, self._network, gauss_newton)
 
@@ -92,14 +85,12 @@ class NetworkLinearisation:
 
     @property
     def rows_per_block(self) -> int | None:
-        """How many tasks to solve for at a time so that they stay in the cache and each thread has one.
-
-        None, all of them, on CUDA, where they are to fill the device.
-        """
+        """Tasks to solve for at a time, so that they stay in the cache and each thread has one; None: all, on CUDA."""
         if not self._params.is_cpu:
             return None
         of_a_task = self._tape[0].nbytes + _VECTORS_OF_A_SOLVE * self._params[0].nbytes
-        return max(1, _CACHE_BYTES // (of_a_task * (threads := torch.get_num_threads()))) * threads
+        threads = torch.get_num_threads()
+        return max(1, _CACHE_BYTES // (of_a_task * threads)) * threads
 
 
 def network_losses(params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
