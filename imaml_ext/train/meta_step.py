@@ -70,7 +70,8 @@ def update(
     for value in state.params.values():
         finite = finite & value.isfinite().all()
     learnt = experiment.algorithm.learnt_metrics(state.params)
-    return {**meta.metrics, "gradient_norm": norms["theta"], **learnt}, finite
+    learnt = {f"inner_{name}" if name.startswith("lr") else name: value for name, value in learnt.items()}
+    return {**meta.metrics, "gradient_norm": norms["theta"], **learnt}, finite  # "lr" is the outer rate
 
 
 class EagerStep:
