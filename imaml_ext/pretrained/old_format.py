@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from imaml_ext.data import DataSource
 from imaml_ext.inner import GradientDescent, InnerSolver, NewtonCG
 from imaml_ext.meta import MetaAlgorithm
 from imaml_ext.models import MLP, Conv4, TaskModel
-from imaml_ext.settings import field_types, to_json
+from imaml_ext.settings import to_json
 from imaml_ext.solvers import CG, LinearSolver
 
 FORMAT = "imaml_ext 1"
@@ -66,7 +66,7 @@ def old_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def taken(kind: type, knobs: Mapping[str, Any], prefix: str, **given: Any) -> Any:
     """Returns an object whose fields have the names that the old knobs had."""
-    names = [name for name in field_types(kind) if name not in given and prefix + name in knobs]
+    names = [field.name for field in fields(kind) if field.name not in given and prefix + field.name in knobs]
     return kind(**{name: knobs[prefix + name] for name in names}, **given)
 
 
