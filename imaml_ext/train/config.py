@@ -11,12 +11,10 @@ from typing import Annotated, Any, Literal
 
 from imaml_ext.data import Augmentation, DataSource, Glyphs
 from imaml_ext.errors import ConfigError
-from imaml_ext.inner import NewtonCG
 from imaml_ext.losses import TaskLoss
 from imaml_ext.meta import IMAML, MetaAlgorithm
 from imaml_ext.models import Conv4, TaskModel
 from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Bounds, Settings, leaves
-from imaml_ext.solvers import CG
 
 _TWO = Bounds(at_least=2)
 
@@ -179,42 +177,39 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        conv4, learn = isinstance(self.model, Conv4), self.algorithm.learn
         if not self.classification:
-            without = f"the data set {self.data.kind_name!r}, which has no images"
-            _require(not isinstance(self.model, Conv4), "model", f"'mlp' for {without}", "conv4")
-            for name, value in leaves(self.augment, "augment."):
-                _require(not value, name, f"left out for {without}", value)
-        if self.theta.shared_head:
-            data, learn = self.data.kind_name, self.algorithm.learn
-            expected = f"false for the data set {data!r}, which has no classes"
-            _require(self.classification, "theta.shared_head", expected, True)
+            without = f"for the data set {self.data.kind_name!r}, which has no"
+            self._demand("model", not conv4, f"'mlp' {without} images")
+            self._demand("theta.shared_head", not self.theta.shared_head, f"false {without} classes")
+            for path, value in leaves(self.augment, "augment."):
+                self._demand(path, not value, f"left out {without} images")
+        if "parameter" in learn.values():
             expected = "false where something is learnt per 'parameter', which tells the classes apart"
-            _require("parameter" not in learn.values(), "theta.shared_head", expected, True)
-        if not isinstance(self.model, Conv4):
-            _require(self.theta.feature_scale == 1, "theta.feature_scale", "1 but for conv4", self.theta.feature_scale)
+            self._demand("theta.shared_head", not self.theta.shared_head, expected)
+        self._demand("theta.feature_scale", conv4 or self.theta.feature_scale == 1, "1 but for conv4")
         if self.run.dtype != "float32":
-            expected = f"'float32' with run.dtype {self.run.dtype!r}"
-            _require(self.model.precision == "float32", "model.precision", expected, self.model.precision)
-        if "lam" in self.algorithm.learn:
-            _require(bool(self.algorithm.lam > 0), "algorithm.lam", "positive where it is learnt", self.algorithm.lam)
+            self._demand("model.precision", self.model.precision == "float32", "'float32' with run.dtype 'float64'")
+        self._demand("algorithm.lam", "lam" not in learn or bool(self.algorithm.lam > 0), "positive to be learnt")
         if self.run.capture:
             self._check_capture()
 
     def _check_capture(self) -> None:
         """A CUDA graph holds nothing that waits for the device, and no learning rate that lives on the host."""
-        algorithm, waits = self.algorithm, "with run.capture, which cannot wait for the device"
-        expected = "'adam' with run.capture, whose learning rate can stay on the device"
-        _require(self.outer.optimizer == "adam", "outer.optimizer", expected, self.outer.optimizer)
-        if isinstance(algorithm.inner, NewtonCG):
-            _require(not algorithm.inner.stop_early, "algorithm.inner.stop_early", f"unset {waits}", True)
-        if isinstance(algorithm, IMAML):
-            expected = f"'keep', 'gradient' or 'skip' {waits}"
-            _require(algorithm.on_breakdown != "raise", "algorithm.on_breakdown", expected, algorithm.on_breakdown)
-        for name, each in (("", algorithm), ("inner.", algorithm.inner)):
-            solver = getattr(each, "linear_solver", None)
-            if isinstance(solver, CG):
-                path = f"algorithm.{name}linear_solver.check_every"
-                _require(solver.check_every == 0, path, f"0 {waits}", solver.check_every)
+        waits = "with run.capture, which cannot wait for the device"
+        adam = "'adam' with run.capture, whose learning rate can stay on the device"
+        self._demand("outer.optimizer", self.outer.optimizer == "adam", adam)
+        for path, value in leaves(self.algorithm, "algorithm."):
+            if path.endswith(".stop_early"):
+                self._demand(path, not value, f"unset {waits}")
+            elif path.endswith(".on_breakdown"):
+                self._demand(path, value != "raise", f"'keep', 'gradient' or 'skip' {waits}")
+            elif path.endswith(".check_every"):
+                self._demand(path, value == 0, f"0 {waits}")
+
+    def _demand(self, path: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ConfigError(f"{path} must be {expected}, got {dict(leaves(self))[path]!r}")
 
     @property
     def classification(self) -> bool:
@@ -239,11 +234,6 @@ class TrainConfig(Settings):
             ConfigError: the model does not take such inputs.
         """
         return TaskLoss(self.model.fitted(input_shape, self.outputs), "cross_entropy" if self.classification else "mse")
-
-
-def _require(condition: bool, path: str, expected: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"{path} must be {expected}, got {value!r}")
 
 
 def differences(before: Settings, after: Settings, prefix: str = "") -> dict[str, Any]:

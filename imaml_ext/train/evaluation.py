@@ -207,11 +207,7 @@ def evaluate_pretrained(
     split: str = "test",
     from_scratch: FromScratch | None = None,
 ) -> Evaluation:
-    """Evaluates weights, by name or from a file, on tasks of their own data set.
-
-    Args:
-        changes: of the settings, {path: value}; "tasks.ways" needs weights of classification.
-        from_scratch: judge networks that are trained on each task alone as well.
+    """Evaluates weights, by name or from a file, on tasks of their own data set; arguments as of `evaluate_run`.
 
     Raises:
         WeightsError: there are no such weights, or the file is damaged.

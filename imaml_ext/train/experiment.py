@@ -69,12 +69,7 @@ class Experiment:
         return params | fits  # theta itself is in both
 
     def starting_params(self) -> dict[str, Tensor]:
-        """Reads the meta-parameters that `theta.weights` names, as this model has them; empty where it names none.
-
-        Raises:
-            WeightsError, RunError: there are no such weights, or they are damaged.
-            ConfigError: they are another model's.
-        """
+        """Reads the meta-parameters that `theta.weights` names, as this model has them; empty where it names none."""
         source = self.config.theta.weights
         if source is None:
             return {}
@@ -96,17 +91,12 @@ class Experiment:
         return self.model.layout.share_last_layer_(vector) if self.config.theta.shared_head else vector
 
     def restored(self, saved: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns saved meta-parameters on the device, checked to be what `like` holds.
-
-        Raises:
-            CheckpointError: one is missing, or has another shape or type.
-        """
+        """Returns saved meta-parameters on the device; a CheckpointError says what `like` holds, and they do not."""
         for name, value in like.items():
-            found = saved.get(name)
-            if found is None or found.shape != value.shape or found.dtype != value.dtype:
-                held = "none" if found is None else f"{found.numel()} of {found.dtype}"
-                expected = f"the model has {value.numel()} of {value.dtype}"
-                raise CheckpointError(f"the checkpoint holds other values of {name}: {held}, {expected}")
+            found = saved.get(name, value[:0])
+            if found.shape != value.shape or found.dtype != value.dtype:
+                held = f"{found.numel()} values of {name}, {found.dtype}"
+                raise CheckpointError(f"the checkpoint holds {held}; the model has {value.numel()}, {value.dtype}")
         return {name: saved[name].to(self.device, copy=True) for name in like}
 
     def shots(self, split: str) -> int:
