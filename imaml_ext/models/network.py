@@ -1,8 +1,8 @@
 """The door to the native network ops: a loss whose first and second derivatives are written out by hand.
 
-csrc/network.h says what a network is there: a list of layers, each a product with a weight, a norm, an activation and a
-pooling. On the CPU a task goes through all of its layers at once, so that its activations stay in the processor's
-cache; on CUDA all tasks go through a layer together.
+csrc/network/network.h says what a network is there: a list of layers, each a product with a weight, a norm, an
+activation and a pooling. On the CPU a task goes through all of its layers at once, so that its activations stay in the
+processor's cache; on CUDA all tasks go through a layer together.
 """
 
 from __future__ import annotations

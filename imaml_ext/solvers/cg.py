@@ -19,7 +19,7 @@ BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of th
 
 
 class CGStatus(IntEnum):
-    """How a row ended. The numbers are those of RowStatus in csrc/cg_row.h."""
+    """How a row ended. The numbers are those of RowStatus in csrc/cg/row.h."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
