@@ -467,7 +467,10 @@ def test_images_that_cannot_be_read(tmp_path):
         read_images([], (1, 28, 28))
 
 
-@pytest.mark.parametrize("name", pretrained_names())
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "omniglot-5w1s-gd" else pytest.param(name, marks=pytest.mark.long) for name in pretrained_names()],
+)
 def test_published_weights(name):
     """Their figure, on the data that their card names, to 0.3 points; and the card is theirs."""
     weights = read_weights(name)

@@ -68,13 +68,6 @@ class IMAML(MetaAlgorithm):
         and after (support_loss_before, support_loss), and what else the inner solver tells; inner_gradient_norm
         ‖∇L + λ(φ − θ)‖; solve_residual, relative to ‖v‖; solve_iterations; and the fractions of tasks whose solve broke
         down (negative_curvature, diverged or singular), that are non_finite, and left out (skipped).
-
-        Args:
-            params: theta [N], or all meta-parameters, as `initial` gives them.
-
-        Raises:
-            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
-            SolveError: with `on_breakdown="raise"` only.
         """
         params = self._checked(params)
         problem, theta = self._problem(params), params["theta"]

@@ -56,12 +56,6 @@ class MAML(MetaAlgorithm):
 
         Metrics, means over tasks: query_loss and query_accuracy (classification) after adaptation, support_loss_before;
         and the fractions of tasks that are non_finite, which do not count, and left out (skipped).
-
-        Args:
-            params: theta [N], or all meta-parameters, as `initial` gives them.
-
-        Raises:
-            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
         """
         params = self._checked(params)
         rows, tasks = task_rows(params["theta"], episodes.support, None)
