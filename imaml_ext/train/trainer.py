@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext import __version__
+from imaml_ext._version import __version__
 from imaml_ext.data import Sampler
 from imaml_ext.errors import CheckpointError, ConfigError, Diverged, Interrupted, RunError
 from imaml_ext.files import atomic_write, json_bytes
