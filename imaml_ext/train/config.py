@@ -25,13 +25,10 @@ class Tasks(Settings):
 
     ways: Annotated[int, _TWO] = 5
     """Classes per task (not in regression)."""
-
     shots: Annotated[int, COUNT] = 1
     """Support examples per class; in regression, support points per task."""
-
     train_shots: Annotated[int | None, COUNT] = None
     """The same in training, where it is to differ from the test; unset: tasks.shots."""
-
     queries: Annotated[int, COUNT] = 5
     """Query examples per class; in regression, query points per task."""
 
@@ -42,10 +39,8 @@ class Theta(Settings):
 
     weights: str | None = None
     """Begin with published weights, a file *.safetensors, or the run in a directory; unset: random parameters."""
-
     shared_head: bool = False
     """All classes begin with one and the same vector and bias of the last layer."""
-
     feature_scale: Annotated[float, POSITIVE] = 1.0
     """Factor on the features that the last layer reads, applied once at the beginning (conv4)."""
 
@@ -56,28 +51,20 @@ class Outer(Settings):
 
     steps: Annotated[int, COUNT] = 1000
     """Meta-steps."""
-
     meta_batch: Annotated[int, COUNT] = 8
     """Tasks per meta-step."""
-
     optimizer: Literal["adam", "sgd"] = "adam"
     """Outer optimiser."""
-
     lr: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate of theta."""
-
     learnt_lr: Annotated[float, POSITIVE] = 1e-2
     """Peak learning rate of what is learnt beside theta (of its logarithm); it follows the same schedule."""
-
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rates fall from their peak to 0 over the run."""
-
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Meta-steps over which the learning rates first rise linearly to their peak."""
-
     clip_norm: Annotated[float | None, POSITIVE] = None
     """Largest norm of the meta-gradient; longer ones are scaled down to it. Unset: no limit."""
-
     average: Annotated[float, FRACTION] = 0.0
     """Decay of an exponential average of theta that is evaluated in its place; 0: off."""
 
@@ -92,19 +79,14 @@ class EvaluationSettings(Settings):
 
     tasks: Annotated[int, _TWO] = 600
     """Test tasks at the end of the run."""
-
     meta_batch: Annotated[int, COUNT] = 25
     """Tasks evaluated at a time; it changes the memory needed, not the result."""
-
     inner_steps: Annotated[int | None, NOT_NEGATIVE] = None
     """Inner steps at validation and test; unset: as in training; 0 judges theta itself."""
-
     every: Annotated[int, NOT_NEGATIVE] = 0
     """Meta-steps between validations, on the validation split; 0: never."""
-
     validation_tasks: Annotated[int, _TWO] = 100
     """Tasks per validation, the same ones each time."""
-
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the validation and test tasks, apart from run.seed: every run is tested on the same tasks."""
 
@@ -115,28 +97,20 @@ class RunSettings(Settings):
 
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the initial parameters and of the training tasks."""
-
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU where torch has one, else the CPU."""
-
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of parameters and images."""
-
     capture: bool = False
     """Capture the meta-step as a CUDA graph and replay it (on a GPU only)."""
-
     threads: Annotated[int | None, COUNT] = None
     """CPU threads; unset: torch's own choice. Bit-identical results need the same number."""
-
     log_every: Annotated[int, COUNT] = 20
     """Meta-steps averaged into a line of metrics.jsonl; the device is waited for only there."""
-
     checkpoint_every: Annotated[int, COUNT] = 200
     """Meta-steps between checkpoints."""
-
     keep_checkpoints: Annotated[int, COUNT] = 3
     """Number of newest checkpoints kept."""
-
     tensorboard: bool = True
     """Write TensorBoard events, where tensorboard is installed."""
 
@@ -156,23 +130,15 @@ class TrainConfig(Settings):
 
     data: DataSource = field(default_factory=Glyphs)
     """Data set."""
-
     tasks: Tasks = field(default_factory=Tasks)
-
     augment: Augmentation = field(default_factory=Augmentation)
-
     model: TaskModel = field(default_factory=Conv4)
     """Network that is adapted to each task."""
-
     theta: Theta = field(default_factory=Theta)
-
     algorithm: MetaAlgorithm = field(default_factory=IMAML)
     """How the meta-gradient is computed: implicitly, through the inner steps, to first order, or by Reptile."""
-
     outer: Outer = field(default_factory=Outer)
-
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self) -> None:

@@ -33,7 +33,6 @@ class FromScratch(Settings):
 
     steps: Annotated[int, COUNT]
     """Steps of Adam per task."""
-
     lr: Annotated[float, POSITIVE] = 0.003
     """Learning rate of these steps."""
 

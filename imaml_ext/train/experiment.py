@@ -55,8 +55,7 @@ class Experiment:
             start: what `starting_params` has read; None: it is read here.
 
         Raises:
-            WeightsError, RunError: there are no such weights, or they are damaged.
-            ConfigError: they are another model's.
+            RunError, ConfigError: there are no such weights, they are damaged, or another model's.
         """
         start = self.starting_params() if start is None else start
         start = {name: value.to(self.device, self.dtype, copy=True) for name, value in start.items()}
@@ -107,10 +106,7 @@ class Experiment:
     def sampler(self, split: str, *, tasks: int, seed: int, augmented: bool = False) -> Sampler:
         """Returns a sampler of batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone.
 
-        `augmented`: images are changed as the configuration says for training, if it does.
-
-        Raises:
-            ConfigError: the data set has no such split, or its classes do not allow such tasks.
+        `augmented`: images are changed as the configuration says for training. ConfigError: there are no such tasks.
         """
         config, name, augment = self.config, self.config.data.kind_name, self.config.augment
         if split not in self.dataset.splits:
@@ -151,11 +147,7 @@ def build(config: TrainConfig) -> Experiment:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device that a name stands for; `auto` is a GPU where torch has one, else the CPU.
-
-    Raises:
-        RunError: the name is not a device, or the device is not there.
-    """
+    """Returns the device that a name stands for; `auto` is a GPU where torch has one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

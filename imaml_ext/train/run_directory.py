@@ -59,11 +59,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Creates the directory and holds it for this process alone.
-
-        Raises:
-            RunError: it cannot be created or written to, or another process is training in it.
-        """
+        """Creates the directory and holds it for this process alone; RunError where another is training in it."""
         with explained(f"cannot write to run directory {self.path}"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("w")
@@ -88,11 +84,7 @@ class RecordedRun:
 
 
 def read_config(directory: RunDirectory) -> RecordedRun:
-    """Reads the configuration that a run was started with.
-
-    Raises:
-        RunError: the directory holds no run, or its config.json is damaged or has unknown, missing or wrong settings.
-    """
+    """Reads the configuration that a run was started with; RunError where there is none, or it is damaged."""
     try:
         recorded = json.loads(directory.config.read_text())
         if "preset" in recorded:

@@ -94,7 +94,9 @@ def train(
         state = ranks.on_all(_restore, experiment, saved, start)
         with StopRequest(patient=ranks.size > 1) as stop, RunLogger(directory) as logger:
             ranks.on_first(logger.open, step=state.step, tensorboard=config.run.tensorboard)
-            take_step = ranks.on_all(_meta_step, experiment, train_tasks, state, ranks)
+            take_step: MetaStep = EagerStep(experiment, train_tasks, state, ranks)
+            if config.run.capture:
+                take_step = CapturedStep(experiment, train_tasks, state)
             training = _Training(experiment, state, directory, logger, stop, ranks)
             training.loop(take_step, f"training, {stage}" if stage else "training")
             tested = training.test()
@@ -161,12 +163,6 @@ def _open(
             later.unlink()
     say(f"continuing after step {saved.step}")
     return saved
-
-
-def _meta_step(experiment: Experiment, tasks: Sampler, state: State, ranks: Ranks) -> MetaStep:
-    if experiment.config.run.capture:
-        return CapturedStep(experiment, tasks, state)
-    return EagerStep(experiment, tasks, state, ranks)
 
 
 @dataclass
