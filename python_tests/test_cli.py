@@ -258,7 +258,9 @@ def test_killed_five_times_at_random_and_resumed(tmp_path: Path) -> None:
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_a_signal_saves_and_ends(tmp_path: Path, number: signal.Signals, code: int) -> None:
     knobs = [*SMALL, "--outer.steps", 100_000, "--run.log-every", 5]
     run = tmp_path / "run"

@@ -12,14 +12,14 @@ from training_tools import assert_one_sentence, imaml, small_config
 from imaml_ext.errors import ConfigError
 from imaml_ext.settings import changed
 from imaml_ext.train import FromScratch, build, evaluate_run, train
-from imaml_ext.train.evaluation import evaluate_from_scratch
+from imaml_ext.train import evaluate
 
 
 def test_each_task_is_a_training_run_of_its_own() -> None:
     """The same with torch.optim.Adam, a task at a time."""
     experiment = build(changed(small_config(), {"run.dtype": "float64"}))
     scratch = FromScratch(steps=7, lr=0.01)
-    found = evaluate_from_scratch(experiment, scratch, split="test", tasks=5, seed=3)
+    found = evaluate(experiment, scratch, split="test", tasks=5, seed=3)
     episodes = experiment.sampler("test", tasks=5, seed=3).sample(0)
     losses = []
     for task in range(5):
@@ -35,7 +35,7 @@ def test_each_task_is_a_training_run_of_its_own() -> None:
     assert found.loss_interval == pytest.approx(1.96 * mean.std().item() / 5**0.5, rel=1e-9)
     assert found.inner_steps == 7
     few = build(changed(experiment.config, {"evaluation.meta_batch": 2}))
-    again = evaluate_from_scratch(few, scratch, split="test", tasks=5, seed=3)
+    again = evaluate(few, scratch, split="test", tasks=5, seed=3)
     assert again.loss == pytest.approx(found.loss, rel=1e-12)
 
 

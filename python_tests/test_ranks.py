@@ -118,7 +118,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def job(request: pytest.FixtureRequest, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What every rank of a job of several processes has found; and the job's folder."""
     folder = tmp_path_factory.mktemp(f"job-{request.param}")
@@ -230,7 +230,7 @@ def test_an_error_is_told_once(tmp_path: Path, options: tuple[str, ...], code: i
     assert files_of(tmp_path) == {"mine/thesis.tex": b"years"}
 
 
-@pytest.mark.parametrize("to", ["launcher", "rank 1"])
+@pytest.mark.parametrize("to", ["launcher", pytest.param("rank 1", marks=pytest.mark.long)])
 def test_sigterm_saves_and_a_single_process_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     run = tmp_path / "run"
     options = [*SMALL, "--outer.steps", 100_000, "--run.log-every", 5, "--run.checkpoint-every", 100_000]

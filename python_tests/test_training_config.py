@@ -188,7 +188,7 @@ def test_a_bad_value_is_named(group: type, name: str, value: object) -> None:
             {"model": Conv4(precision="tf32"), "run.dtype": "float64"},
             "model.precision must be 'float32' with run.dtype 'float64', got 'tf32'",
         ),
-        ({"algorithm": MAML(learn={"lam": "global"})}, "algorithm.lam must be positive where it is learnt, got 0.0"),
+        ({"algorithm": MAML(learn={"lam": "global"})}, "algorithm.lam must be positive to be learnt, got 0.0"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:

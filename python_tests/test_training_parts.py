@@ -239,7 +239,7 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError) as caught:
             load_newest(tmp_path)
         assert str(newest) in str(caught.value)
-        assert f"continue from the older {older} with --checkpoint" in str(caught.value)
+        assert f"continue from the older {older} with --from-checkpoint" in str(caught.value)
         for path in (older, tmp_path / "step-00000001.pt"):
             path.write_bytes(b"")
         with pytest.raises(CheckpointError, match="no older checkpoint is usable"):

@@ -312,7 +312,7 @@ def test_a_checkpoint_of_elsewhere_is_refused(tmp_path: Path) -> None:
     train(config, tmp_path / "one")
     train(config, tmp_path / "two")
     foreign = list_checkpoints(tmp_path / "one" / "checkpoints")[-1]
-    with pytest.raises(RunError, match=r"--checkpoint must be one of .*two"):
+    with pytest.raises(RunError, match=r"--from-checkpoint must be one of .*two"):
         train(config, tmp_path / "two", resume=True, checkpoint=foreign)
 
 

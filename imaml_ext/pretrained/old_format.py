@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from imaml_ext.data import DataSource
 from imaml_ext.inner import GradientDescent, InnerSolver, NewtonCG
 from imaml_ext.meta import MetaAlgorithm
 from imaml_ext.models import MLP, Conv4, TaskModel
-from imaml_ext.settings import field_types, to_json
+from imaml_ext.settings import to_json
 from imaml_ext.solvers import CG, LinearSolver
 
 FORMAT = "imaml_ext 1"
@@ -30,6 +30,8 @@ _ADDED = {
     "inner.batch_size": None,
     "run.capture": False,
 }
+
+_NEW_WORDS = {"pullback": "after", "layer": "tensor"}
 
 
 def old_weights(config: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,13 +60,13 @@ def old_weights(config: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str,
 
 def old_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an old configuration, in its JSON form, as {"inner.steps": value, …}."""
-    given = {f"{group}.{name}": value for group, knobs in config.items() for name, value in knobs.items()}
-    return _ADDED | given
+    groups = {name: knobs for name, knobs in config.items() if isinstance(knobs, Mapping)}
+    return _ADDED | {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
 
 
 def taken(kind: type, knobs: Mapping[str, Any], prefix: str, **given: Any) -> Any:
     """Returns an object whose fields have the names that the old knobs had."""
-    names = [name for name in field_types(kind) if name not in given and prefix + name in knobs]
+    names = [field.name for field in fields(kind) if field.name not in given and prefix + field.name in knobs]
     return kind(**{name: knobs[prefix + name] for name in names}, **given)
 
 
@@ -79,7 +81,7 @@ def model_from_old(knobs: Mapping[str, Any]) -> TaskModel:
 def algorithm_from_old(knobs: Mapping[str, Any]) -> MetaAlgorithm:
     name, settings = knobs["meta.algorithm"], {"lam": knobs["inner.lam"], "inner": _inner(knobs)}
     if knobs["meta.learn_lam"] != "none":
-        settings["learn"] = {"lam": knobs["meta.learn_lam"].replace("layer", "tensor")}
+        settings["learn"] = {"lam": _NEW_WORDS.get(knobs["meta.learn_lam"], knobs["meta.learn_lam"])}
     if name == "maml":
         settings["checkpoint"] = knobs["meta.checkpoint_steps"]
     elif name == "imaml":
@@ -94,4 +96,6 @@ def algorithm_from_old(knobs: Mapping[str, Any]) -> MetaAlgorithm:
 def _inner(knobs: Mapping[str, Any]) -> InnerSolver:
     if knobs["inner.solver"] == "hessian_free":
         return taken(NewtonCG, knobs, "inner.", linear_solver=CG(max_iterations=knobs["inner.cg_steps"], rtol=0.0))
-    return taken(GradientDescent, knobs, "inner.", proximal=knobs["inner.proximal"].replace("pullback", "after"))
+    return taken(
+        GradientDescent, knobs, "inner.", proximal=_NEW_WORDS.get(knobs["inner.proximal"], knobs["inner.proximal"])
+    )

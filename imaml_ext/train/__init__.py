@@ -1,4 +1,5 @@
 """Training and evaluation: configurations, recipes, Algorithm 1, run directories and their reports."""
+# ruff: noqa: F401
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from imaml_ext.train.stages import train_recipe
     from imaml_ext.train.trainer import train
 
-# Where each public name lives; loaded when first used, so that what needs no torch does not wait for it.
+# Where the public names live; loaded when first used, so that what needs no torch does not wait for it.
 _HOMES = {
     "imaml_ext.errors": ("CheckpointError", "ConfigError", "Interrupted", "RunError"),
     "imaml_ext.train.config": ("EvaluationSettings", "Outer", "RunSettings", "Tasks", "Theta", "TrainConfig"),
@@ -27,32 +28,7 @@ _HOMES = {
     "imaml_ext.train.trainer": ("train",),
 }
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "Evaluation",
-    "EvaluationSettings",
-    "Experiment",
-    "FromScratch",
-    "Interrupted",
-    "Outer",
-    "Recipe",
-    "RunError",
-    "RunSettings",
-    "Stage",
-    "Tasks",
-    "Theta",
-    "TrainConfig",
-    "build",
-    "evaluate",
-    "evaluate_pretrained",
-    "evaluate_run",
-    "export_run",
-    "load_recipe",
-    "recipe_names",
-    "train",
-    "train_recipe",
-]
+__all__ = [name for names in _HOMES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:

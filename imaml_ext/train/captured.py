@@ -7,8 +7,6 @@ place: the meta-parameters, their averages, the optimiser's moments and the sums
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
@@ -23,27 +21,19 @@ from imaml_ext.train.schedule import average_weight, learning_rate, set_learning
 WARM_UP = 3  # steps before the capture, in which libraries and autograd set up what they keep
 
 
-class StaticTasks(Protocol):
-    """Holds the tasks of a meta-step in buffers that stay where they are."""
+def static_tasks(tasks: Sampler) -> _ImageTasks | _DrawnTasks:
+    """Returns the same tasks as `tasks.sample(step)` gives, to the bit, in buffers that stay where they are.
 
-    def load(self, step: int) -> None:
-        """Fills the buffers with what makes the tasks of meta-step `step`, without waiting for the device."""
-        ...
-
-    def batch(self) -> EpisodeBatch:
-        """Returns the tasks: a function of the buffers alone, of fixed shapes, that never looks at the host."""
-        ...
-
-
-def static_tasks(tasks: Sampler) -> StaticTasks:
-    """Returns the same tasks as `tasks.sample(step)` gives, to the bit."""
+    `load(step)` fills the buffers without waiting for the device; `batch()` is a function of the buffers alone, of
+    fixed shapes, that never looks at the host.
+    """
     if isinstance(tasks, EpisodeSampler) and tasks.augmentation is None:
         return _ImageTasks(tasks)
     return _DrawnTasks(tasks)
 
 
 class _ImageTasks:
-    """Holds row numbers [B, S] and [B, Q] into a table of images that holds every orientation, gathered on the device."""
+    """Holds row numbers [B, S] and [B, Q] of a table of images in every orientation; gathers on the device."""
 
     def __init__(self, sampler: EpisodeSampler) -> None:
         self._sampler = sampler
@@ -89,7 +79,7 @@ class _DrawnTasks:
 
 
 class StaticStep:
-    """Takes a meta-step in two parts: `load` fills the buffers, `run` is a function of the buffers and of the state alone.
+    """Takes a meta-step in two parts: `load` fills buffers, `run` is a function of them and of the state alone.
 
     Run one after the other they do what `EagerStep` does, on any device.
 
@@ -104,6 +94,7 @@ class StaticStep:
         theta = state.params["theta"]
         self._weight = torch.zeros_like(theta[0])  # 1 − d of the average
         self._step = torch.zeros((), dtype=torch.int64, device=theta.device)
+        self._execute = self.run
 
     def load(self) -> None:
         outer, step = self._experiment.config.outer, self.state.step
@@ -132,9 +123,6 @@ class StaticStep:
         self.state.step += 1
         self.state.metrics.count()
 
-    def _execute(self) -> None:
-        self.run()
-
 
 class CapturedStep(StaticStep):
     """A `StaticStep` whose `run` was captured when it was made; a call replays it.
@@ -158,9 +146,6 @@ class CapturedStep(StaticStep):
             with torch.cuda.graph(self._graph, stream=stream):
                 self.run()
         except RuntimeError as error:
-            raise RunError(
-                f"the meta-step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; leave run.capture out"
-            ) from error
-
-    def _execute(self) -> None:
-        self._graph.replay()
+            why = f"{str(error).splitlines()[0]}; leave run.capture out"
+            raise RunError(f"the meta-step cannot be captured as a CUDA graph: {why}") from error
+        self._execute = self._graph.replay

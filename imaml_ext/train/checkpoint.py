@@ -44,10 +44,6 @@ class Checkpoint:
         return self.params | self.averages
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}.pt"
-
-
 def list_checkpoints(directory: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in directory.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
@@ -55,15 +51,10 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes `step-….pt` whole or not at all, then removes all but the newest `keep`.
-
-    Raises:
-        RunError: it cannot be written; the earlier checkpoints are untouched.
-    """
+    """Writes `step-….pt` whole or not at all, then removes all but the newest `keep`."""
     buffer = io.BytesIO()
-    values = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
-    torch.save(values, buffer)
-    path = checkpoint_path(directory, checkpoint.step)
+    torch.save(vars(checkpoint), buffer)
+    path = directory / f"step-{checkpoint.step:08d}.pt"
     atomic_write(path, buffer.getvalue())
     for old in list_checkpoints(directory)[:-keep]:
         old.unlink(missing_ok=True)
@@ -71,11 +62,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Pa
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint onto the CPU, every byte checked against the checksums that the file carries.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, altered, or not a checkpoint of this format.
-    """
+    """Reads a checkpoint onto the CPU; CheckpointError where it is missing, or differs from its checksums."""
     try:
         # torch.load does not look at the checksums of its own zip format.
         with zipfile.ZipFile(path) as archive:
@@ -100,19 +87,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def load_newest(directory: Path) -> Checkpoint | None:
     """Returns the newest checkpoint of a run, None where there is none yet.
 
-    Raises:
-        CheckpointError: the newest one is damaged; the message says which older one could be continued from. Nothing is
-            chosen in its place.
+    Nothing is chosen in place of a damaged one; the error says which older one could be continued from.
     """
     paths = list_checkpoints(directory)
-    if not paths:
-        return None
     try:
-        return load_checkpoint(paths[-1])
+        return load_checkpoint(paths[-1]) if paths else None
     except CheckpointError as error:
         usable = next((path for path in reversed(paths[:-1]) if _is_usable(path)), None)
-        advice = f"continue from the older {usable} with --checkpoint" if usable else "no older checkpoint is usable"
-        raise CheckpointError(f"{error}; {advice}") from error
+        from_older = f"continue from the older {usable} with --from-checkpoint"
+        raise CheckpointError(f"{error}; {from_older if usable else 'no older checkpoint is usable'}") from error
 
 
 def _is_usable(path: Path) -> bool:

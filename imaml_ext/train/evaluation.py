@@ -33,14 +33,13 @@ class FromScratch(Settings):
 
     steps: Annotated[int, COUNT]
     """Steps of Adam per task."""
-
     lr: Annotated[float, POSITIVE] = 0.003
     """Learning rate of these steps."""
 
 
 @dataclass(frozen=True)
 class FirstTasks:
-    """Holds means over the first of an evaluation's tasks, 1,250 query examples of them: enough to know the parameters again.
+    """Holds means over the first of an evaluation's tasks, 1,250 query examples: enough to know the parameters again.
 
     A short evaluation of so many tasks, and of the same seed, has the same.
     """
@@ -78,16 +77,14 @@ class Evaluation:
         return f"{line}\nfrom scratch, {self.from_scratch.inner_steps} steps per task: {self.from_scratch}"
 
     def to_json(self) -> dict[str, Any]:
-        values = dict(vars(self))
-        del values["device"]
-        values["first"] = dict(vars(self.first))
-        baseline = values.pop("from_scratch")
-        return values if baseline is None else values | {"from_scratch": baseline.to_json()}
+        baseline = {} if self.from_scratch is None else {"from_scratch": self.from_scratch.to_json()}
+        values = {name: value for name, value in vars(self).items() if name not in ("device", "from_scratch")}
+        return values | {"first": dict(vars(self.first))} | baseline
 
 
 def evaluate(
     experiment: Experiment,
-    params: Tensor | Mapping[str, Tensor],
+    params: Tensor | Mapping[str, Tensor] | FromScratch,
     *,
     split: str,
     tasks: int,
@@ -95,77 +92,23 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Adapts meta-parameters, all of them or theta [N] alone, to each task's support set; judges them on its query set.
+    """Adapts meta-parameters to each task's support set, and judges the outcome on its query set.
 
     The tasks are a function of (seed, split) alone: neither evaluation.meta_batch nor the device changes them. Several
     ranks take turns at the batches, which leaves the result the same to the bit; `progress` is called on all of them.
 
-    Raises:
-        ConfigError: the data set has no such split, or its classes do not allow such tasks.
-    """
-    return _judge(
-        experiment,
-        lambda _, support: experiment.test_algorithm.adapt(params, support),
-        inner_steps=experiment.config.test_inner_steps,
-        split=split,
-        tasks=tasks,
-        seed=seed,
-        progress=progress,
-        ranks=ranks or Ranks(),
-    )
-
-
-def evaluate_from_scratch(
-    experiment: Experiment,
-    scratch: FromScratch,
-    *,
-    split: str,
-    tasks: int,
-    seed: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Evaluation:
-    """Judges networks that are trained on the support set alone, on the same tasks as `evaluate`.
-
-    Task k begins with the initial parameters of the seed `seed` + k.
+    Args:
+        params: all meta-parameters, or theta [N] alone; or `FromScratch`: task k is then learnt from the initial
+            parameters of the seed `seed` + k.
 
     Raises:
         ConfigError: the data set has no such split, or its classes do not allow such tasks.
     """
-    inner = GradientDescent(steps=scratch.steps, lr=scratch.lr, optimizer="adam")
-
-    def train(first: int, support: Data) -> Tensor:
-        seeds = range(seed + first, seed + first + len(support.x))
-        rows = [experiment.model.init(seed=s, dtype=experiment.dtype, device=experiment.device) for s in seeds]
-        return inner.solve(experiment.loss, torch.stack(rows), support, lam=0.0).phi
-
-    return _judge(
-        experiment,
-        train,
-        inner_steps=scratch.steps,
-        split=split,
-        tasks=tasks,
-        seed=seed,
-        progress=progress,
-        ranks=Ranks(),
-    )
-
-
-def _judge(
-    experiment: Experiment,
-    learn: Callable[[int, Data], Tensor],
-    *,
-    inner_steps: int,
-    split: str,
-    tasks: int,
-    seed: int,
-    progress: Callable[[int], None],
-    ranks: Ranks,
-) -> Evaluation:
-    """Returns losses and accuracies on the query sets of phi [B, N] = learn(number of the first task, support sets)."""
     if tasks < 2:
         raise ConfigError(f"tasks must be at least 2, got {tasks}")
+    config, ranks = experiment.config, ranks or Ranks()
     sampler = experiment.sampler(split, tasks=tasks, seed=seed)
-    batches = math.ceil(tasks / experiment.config.evaluation.meta_batch)
+    batches = math.ceil(tasks / config.evaluation.meta_batch)
     losses = torch.zeros(tasks, dtype=torch.float64, device=experiment.device)
     accuracies = torch.zeros_like(losses)
     for turn in range(0, batches, ranks.size):
@@ -173,28 +116,27 @@ def _judge(
         if batch < batches:
             rows = shard_slice(tasks, (batch, batches))
             episodes = sampler.sample(0, shard=(batch, batches))  # a slice of the one batch of all tasks
-            phi = learn(rows.start, episodes.support)  # [B, N]
+            if isinstance(params, FromScratch):
+                phi = _from_scratch(experiment, params, episodes.support, seed=seed + rows.start)  # [B, N]
+            else:
+                phi = experiment.test_algorithm.adapt(params, episodes.support)  # [B, N]
             with torch.no_grad():
                 outputs = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, …]
                 losses[rows] = experiment.loss.criterion(outputs, episodes.query_y).double()
             if experiment.classification:
                 accuracies[rows] = (outputs.argmax(-1) == episodes.query_y).double().mean(1)
         progress(shard_slice(tasks, (min(turn + ranks.size, batches) - 1, batches)).stop)
-    losses = ranks.sum(losses)  # of zeros, but for the tasks of this rank
+    losses, accuracies = ranks.sum(losses), ranks.sum(accuracies)  # of zeros, but for the tasks of this rank
+    first = min(tasks, math.ceil(_FIRST / (config.tasks.queries * config.outputs)))
     loss, loss_interval = _mean_and_interval(losses)
-    per_task = experiment.config.tasks.queries * (experiment.config.tasks.ways if experiment.classification else 1)
-    first = min(tasks, math.ceil(_FIRST / per_task))
-    accuracy, accuracy_interval, first_accuracy = None, None, None
-    if experiment.classification:
-        accuracies = ranks.sum(accuracies)
-        accuracy, accuracy_interval = _mean_and_interval(accuracies)
-        first_accuracy = accuracies[:first].mean().item()
+    accuracy, accuracy_interval = _mean_and_interval(accuracies) if experiment.classification else (None, None)
+    first_accuracy = accuracies[:first].mean().item() if experiment.classification else None
     return Evaluation(
         split=split,
         tasks=tasks,
         seed=seed,
         shots=experiment.shots(split),
-        inner_steps=inner_steps,
+        inner_steps=params.steps if isinstance(params, FromScratch) else config.test_inner_steps,
         loss=loss,
         loss_interval=loss_interval,
         accuracy=accuracy,
@@ -204,8 +146,16 @@ def _judge(
     )
 
 
+def _from_scratch(experiment: Experiment, scratch: FromScratch, support: Data, *, seed: int) -> Tensor:
+    """phi [B, N] of networks that know nothing but their support sets."""
+    model, seeds = experiment.model, range(seed, seed + len(support.x))
+    rows = [model.init(seed=each, dtype=experiment.dtype, device=experiment.device) for each in seeds]
+    inner = GradientDescent(steps=scratch.steps, lr=scratch.lr, optimizer="adam")
+    return inner.solve(experiment.loss, torch.stack(rows), support, lam=0.0).phi
+
+
 def _mean_and_interval(values: Tensor) -> tuple[float, float]:
-    """Returns the mean over the tasks and 1.96 · std / √n."""
+    """The mean over the tasks and 1.96 · std / √n."""
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(values.numel())
 
 
@@ -222,6 +172,7 @@ def evaluate_run(
     Args:
         path: the run directory, or that of a recipe of several stages, of which the last is evaluated.
         changes: of the run's settings, {path: value}: {"evaluation.tasks": 1000}.
+        from_scratch: judge networks that are trained on each task alone as well.
 
     Raises:
         RunError: the directory holds no run or no checkpoint, or the checkpoint is damaged or of another model.
@@ -229,6 +180,14 @@ def evaluate_run(
     """
     if changes and "tasks.ways" in changes:
         raise ConfigError("ways are of weights: export the run, and evaluate what was exported")
+    experiment, params = open_run(path, changes, checkpoint=checkpoint)
+    return _as_configured(experiment, params, split, from_scratch)
+
+
+def open_run(
+    path: Path, changes: Mapping[str, Any] | None = None, *, checkpoint: Path | None = None
+) -> tuple[Experiment, dict[str, Tensor]]:
+    """Returns the experiment of a run and its newest meta-parameters to be judged; errors as of `evaluate_run`."""
     directory = RunDirectory.of_last_stage(path)
     config = changed(read_config(directory).config, changes or {})
     saved = load_newest(directory.checkpoints) if checkpoint is None else load_checkpoint(checkpoint)
@@ -236,8 +195,8 @@ def evaluate_run(
         raise RunError(f"{directory.path} has no checkpoint yet: nothing to evaluate")
     experiment = build(config)
     like = experiment.algorithm.initial(experiment.model.init(seed=0, dtype=experiment.dtype))
-    params = experiment.restored({name: value.to(experiment.dtype) for name, value in saved.evaluated.items()}, like)
-    return evaluate_as_configured(experiment, params, split=split, from_scratch=from_scratch)
+    saved_params = {name: value.to(experiment.dtype) for name, value in saved.evaluated.items()}
+    return experiment, experiment.restored(saved_params, like)
 
 
 def evaluate_pretrained(
@@ -247,10 +206,7 @@ def evaluate_pretrained(
     split: str = "test",
     from_scratch: FromScratch | None = None,
 ) -> Evaluation:
-    """Evaluates weights, by name or from a file, on tasks of their own data set.
-
-    Args:
-        changes: of the settings, {path: value}; "tasks.ways" needs weights of classification.
+    """Evaluates weights, by name or from a file, on tasks of their own data set; arguments as of `evaluate_run`.
 
     Raises:
         WeightsError: there are no such weights, or the file is damaged.
@@ -260,44 +216,34 @@ def evaluate_pretrained(
     weights = read_weights(source).for_ways(changes.get("tasks.ways"))
     experiment = build(changed(_config_of(weights), changes))
     params = {name: value.to(experiment.device, experiment.dtype) for name, value in weights.params.items()}
-    return evaluate_as_configured(experiment, params, split=split, from_scratch=from_scratch)
+    return _as_configured(experiment, params, split, from_scratch)
 
 
 def _config_of(weights: Weights) -> TrainConfig:
     """The configuration in which weights are evaluated as they were when they were exported."""
-    card, dtype = weights.card, weights.params["theta"].dtype
+    card, double = weights.card, weights.params["theta"].dtype == torch.float64
     return TrainConfig(
-        data=from_json(DataSource, card.data, "data"),
+        data=from_json(DataSource, card.data, "data"),  # type: ignore[type-abstract]
         tasks=from_json(Tasks, card.tasks, "tasks"),
         model=weights.model,
         theta=Theta(shared_head=weights.shared_head),
         algorithm=weights.algorithm,
         evaluation=EvaluationSettings(tasks=card.test["tasks"], seed=card.test["seed"]),
-        run=RunSettings(dtype="float64" if dtype == torch.float64 else "float32"),
+        run=RunSettings(dtype="float64" if double else "float32"),
     )
 
 
-def evaluate_as_configured(
-    experiment: Experiment,
-    params: Tensor | Mapping[str, Tensor],
-    *,
-    split: str,
-    from_scratch: FromScratch | None = None,
+def _as_configured(
+    experiment: Experiment, params: Mapping[str, Tensor], split: str, from_scratch: FromScratch | None
 ) -> Evaluation:
-    """Evaluates as `evaluate` does, with the tasks and the seed that the configuration says, and a progress bar.
+    """Evaluates with the tasks and the seed that the configuration says, and a progress bar."""
+    settings = experiment.config.evaluation
 
-    With `from_scratch`, networks trained on each task alone are judged on the same tasks.
-    """
-    asked = {
-        "split": split,
-        "tasks": experiment.config.evaluation.tasks,
-        "seed": experiment.config.evaluation.seed,
-    }
-    with ProgressBar("evaluating", total=asked["tasks"]) as bar:
-        result = evaluate(experiment, params, **asked, progress=bar.update)
-    if from_scratch is None:
-        return result
-    with ProgressBar("from scratch", total=asked["tasks"]) as bar:
-        return replace(
-            result, from_scratch=evaluate_from_scratch(experiment, from_scratch, **asked, progress=bar.update)
-        )
+    def judged(title: str, params: Mapping[str, Tensor] | FromScratch) -> Evaluation:
+        with ProgressBar(title, total=settings.tasks) as bar:
+            return evaluate(
+                experiment, params, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update
+            )
+
+    result = judged("evaluating", params)
+    return result if from_scratch is None else replace(result, from_scratch=judged("from scratch", from_scratch))

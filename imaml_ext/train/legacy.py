@@ -51,7 +51,8 @@ def config_from_old(values: Mapping[str, Any]) -> TrainConfig:
 def checkpoint_from_old(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of an old checkpoint by the names of today, all but its format."""
     old = dict(values)
-    log_lam, average = old.pop("log_lam"), old.pop("average")
-    params = {"theta": old.pop("theta")} | ({} if log_lam is None else {"log_lam": log_lam})
+    params = {name: old.pop(name, None) for name in ("theta", "log_lam")}
+    params = {name: value for name, value in params.items() if value is not None}
+    average = old.pop("average", None)
     averages = {} if average is None else {"theta": average}
-    return old | {"params": params, "averages": averages, "metrics": old.pop("window")}
+    return old | {"params": params, "averages": averages, "metrics": old.pop("window", {})}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,16 +39,13 @@ class State:
         return [*self.params.values(), *self.averages.values(), *moments, *self.metrics.buffers()]
 
 
-class MetaStep(Protocol):
-    """Takes the meta-step that follows after `state.step` of them, and counts it."""
-
-    def __call__(self) -> None: ...
+MetaStep = Callable[[], None]  # takes the meta-step that follows after `state.step` of them, and counts it
 
 
 def update(
     experiment: Experiment, state: State, meta: MetaGradient, weight: float | Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Takes one step of every meta-parameter and average, at the rates that the optimiser's groups have, without waiting.
+    """Takes one step of every meta-parameter and average, at the rates of the optimiser's groups; nothing waits.
 
     Args:
         weight: 1 − d of θ̄ ← d θ̄ + (1 − d) θ.
@@ -75,8 +72,7 @@ def update(
 
 
 class EagerStep:
-    """Samples this rank's share of B tasks, a function of (seed, step) alone, takes their meta-gradient (Algorithm 2),
-    and of all ranks' mean the step."""
+    """Samples this rank's share of B tasks, takes their meta-gradient (Algorithm 2), and steps by all ranks' mean."""
 
     def __init__(self, experiment: Experiment, tasks: Sampler, state: State, ranks: Ranks) -> None:
         self._experiment, self._tasks, self._state, self._ranks = experiment, tasks, state, ranks

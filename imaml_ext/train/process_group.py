@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imaml_ext.errors import ConfigError, LostRank, ReportedElsewhere, RunError
 from imaml_ext.meta import MetaGradient
-from imaml_ext.train.ranks import Arguments, Ranks, Result
+from imaml_ext.train.ranks import Ranks, Result
 
 # The longest that one rank waits for another: for data that are rendered or downloaded, for a picture that is drawn.
 PATIENCE = timedelta(minutes=10)
@@ -36,12 +36,7 @@ class ProcessGroup(Ranks):
     @classmethod
     @contextlib.contextmanager
     def joined(cls) -> Iterator[ProcessGroup]:
-        """Finds the others, and leaves them at the end.
-
-        Raises:
-            LostRank: they cannot be reached, or one has ended.
-            ReportedElsewhere: one has ended, and another rank says so.
-        """
+        """Finds the others, and leaves them at the end."""
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         with _explained():
             store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
@@ -78,26 +73,17 @@ class ProcessGroup(Ranks):
         if not torch.cuda.is_available() or not (name == "auto" or name.startswith("cuda")):
             return
         if name not in ("auto", "cuda"):
-            raise ConfigError(
-                f"run.device must be 'auto', 'cuda' or 'cpu' in a job of several processes, "
-                f"each of which takes a GPU of its own, got {name!r}"
-            )
+            of_several = "in a job of several processes, each of which takes a GPU of its own"
+            raise ConfigError(f"run.device must be 'auto', 'cuda' or 'cpu' {of_several}, got {name!r}")
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
-            raise RunError(
-                f"each process needs a GPU of its own, and this machine has {there}: start no more than that with "
-                "--nproc-per-node, or train with --run.device cpu"
-            )
+            advice = "start no more than that with --nproc-per-node, or train with --run.device cpu"
+            raise RunError(f"each process needs a GPU of its own, and this machine has {there}: {advice}")
         torch.cuda.set_device(local)
 
-    def first_of_machine(
-        self, action: Callable[Arguments, object], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> None:
-        def act() -> None:
-            if int(os.environ["LOCAL_RANK"]) == 0:
-                action(*args, **kwargs)
-
-        self.on_all(act)
+    def first_of_machine(self, action: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        first = int(os.environ["LOCAL_RANK"]) == 0
+        self.on_all(lambda: action(*args, **kwargs) if first else None)
 
     def check_equal(self, facts: Mapping[str, object]) -> None:
         everyones: list[Mapping[str, object]] = self._gather(dict(facts))
@@ -107,7 +93,7 @@ class ProcessGroup(Ranks):
                     message = f"{name} is {value!r} on rank 0, {others.get(name)!r} on rank {rank}"
                     raise self.reported_once(RunError(f"every process must run the same: {message}"))
 
-    def on_all(self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def on_all(self, action: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         error = None
         try:
             result = action(*args, **kwargs)
@@ -121,23 +107,10 @@ class ProcessGroup(Ranks):
             raise error
         raise ReportedElsewhere(failures[failed])
 
-    def on_first(
-        self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        error = None
-        outcome: list[Any] = [None, None]  # the result; what went wrong
-        if self.first:
-            try:
-                outcome[0] = action(*args, **kwargs)
-            except Exception as caught:
-                error = caught
-                outcome[1] = str(error)
+    def on_first(self, action: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        outcome: list[Any] = [self.on_all(lambda: action(*args, **kwargs) if self.first else None)]
         with _explained():
             dist.broadcast_object_list(outcome, src=0)
-        if error is not None:
-            raise error
-        if outcome[1] is not None:
-            raise ReportedElsewhere(outcome[1])
         return outcome[0]
 
     def reported_once(self, error: Exception) -> Exception:

@@ -6,14 +6,13 @@ What every rank must decide alike goes through one of these methods, and every r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from imaml_ext.meta import MetaGradient
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -39,31 +38,19 @@ class Ranks:
         return self.rank, self.size
 
     def use_device(self, name: str) -> None:
-        """Makes `run.device` mean a device of this rank's own.
+        """Makes `run.device` mean a device of this rank's own; RunError, ConfigError where there is none for it."""
 
-        Raises:
-            ConfigError, RunError: there is none for it.
-        """
-
-    def first_of_machine(
-        self, action: Callable[Arguments, object], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> None:
+    def first_of_machine(self, action: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         """Runs `action(…)` on one rank of each machine, ahead of the others; in a job of one there are no others."""
 
     def check_equal(self, facts: Mapping[str, object]) -> None:
-        """Checks that these are the same on every rank.
+        """Checks that these are the same on every rank; a RunError names the first one that differs."""
 
-        Raises:
-            RunError: they are not; the message names the first one that differs.
-        """
-
-    def on_all(self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def on_all(self, action: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs `action(…)` on every rank; returns the rank's own result or, where it fails on one, raises on all."""
         return action(*args, **kwargs)
 
-    def on_first(
-        self, action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
+    def on_first(self, action: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs `action(…)` on rank 0; returns its result, or raises its error, on every rank."""
         return action(*args, **kwargs)
 
@@ -80,5 +67,5 @@ class Ranks:
         return values
 
     def mean_over_tasks(self, meta: MetaGradient, *, tasks: int) -> MetaGradient:
-        """Returns the meta-gradient and metrics of all ranks' tasks, from those of each rank's `tasks`, at least one."""
+        """Returns the meta-gradient and metrics of all ranks' tasks, from those of each rank's own `tasks`."""
         return meta

@@ -19,11 +19,13 @@ import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imaml_ext.errors import ConfigError
 from imaml_ext.settings import changed
-from imaml_ext.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from imaml_ext.train.config import TrainConfig  # which needs torch; a list of the recipes does not wait for it
 
 _PACKAGE = Path(__file__).parents[1]
 _FOLDER = _PACKAGE / "recipes"

@@ -12,6 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from imaml_ext.data import Dataset, EpisodeBatch, ImageDataset, sample_sheet
@@ -25,7 +26,7 @@ _MOST_WAYS, _MOST_QUERIES, _MOST_SHOTS, _EPISODES = 10, 5, 3, 3
 
 
 def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
-    """Draws `learning_curve.png` from `metrics.jsonl`: accuracy where there is one, loss, and the residual of the solve."""
+    """Draws `learning_curve.png` from `metrics.jsonl`: accuracy if there is one, loss, the residual of the solve."""
     rows = read_metrics(directory.metrics)
     classification = any("query_accuracy" in row for row in rows)
     solved = any("solve_residual" in row for row in rows)
@@ -40,7 +41,7 @@ def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
     if not classification:
         axes["loss"].set_yscale("log")
     if solved:
-        _line(axes["residual"], rows, "solve_residual", "mean over tasks", _TRAIN)
+        axes["residual"].plot(*column(rows, "solve_residual"), color=_TRAIN)
         axes["residual"].set(ylabel="residual of the implicit solve", yscale="log")
     axes[panels[-1]].set_xlabel("meta-step")
     for axis in axes.values():
@@ -61,11 +62,6 @@ def _curve(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, label: 
         axis.errorbar(steps, scale * values, yerr=error, color=_VALIDATION, capsize=2, label="validation tasks")
     axis.set_ylabel(label)
     axis.legend(loc="best", frameon=False)
-
-
-def _line(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str, color: str) -> None:
-    steps, values = column(rows, name)
-    axis.plot(steps, values, color=color, label=label)
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -90,59 +86,49 @@ def draw_episodes(directory: RunDirectory, experiment: Experiment, params: Mappi
     if experiment.classification:
         with torch.no_grad():
             predicted = experiment.loss.outputs(phi, episodes.query_x).argmax(-1)  # [B, Q]
-        figure = _image_episodes(episodes.to(device="cpu"), predicted.cpu(), experiment)
+        figure = _image_episodes(experiment, episodes.to(device="cpu"), predicted.cpu())
     else:
         figure = _regression_episodes(experiment, episodes, phi)
     write_figure(figure, directory.episodes)
 
 
-def _image_episodes(episodes: EpisodeBatch, predicted: Tensor, experiment: Experiment) -> Figure:
+def _image_episodes(experiment: Experiment, episodes: EpisodeBatch, predicted: Tensor) -> Figure:
     """Draws a block of rows per episode: one row per class, its support examples left, its queries right."""
-    tasks, data = experiment.config.tasks, experiment.config.data.kind_name
+    tasks, dataset = experiment.config.tasks, experiment.dataset
     ways, shots, queries = min(tasks.ways, _MOST_WAYS), min(tasks.shots, _MOST_SHOTS), min(tasks.queries, _MOST_QUERIES)
-    columns = shots + queries
-    drawn = isinstance(experiment.dataset, ImageDataset) and experiment.dataset.drawn
-    figure = Figure(
-        figsize=(max(7.0, 0.8 * columns * 1.15), 0.95 * ways * episodes.num_tasks + 1.2), layout="constrained"
-    )
+    inverted = isinstance(dataset, ImageDataset) and dataset.drawn
     right = (predicted == episodes.query_y).double().mean(1)  # [B]
-    heading = f"{data}, {tasks.ways}-way {tasks.shots}-shot: test episodes (classes never trained on)"
-    figure.suptitle(f"{heading}\nbeside each query: the class it was taken for")
-    blocks = figure.subfigures(episodes.num_tasks, 1, squeeze=False)[:, 0]
-    for task, block in enumerate(blocks):
-        block.suptitle(
-            f"episode {task + 1}: {100 * right[task]:.0f} % of {predicted.shape[1]} queries right", fontsize=10
-        )
-        axes = block.subplots(ways, columns + 1, squeeze=False, width_ratios=[1] * shots + [0.35] + [1] * queries)
-        for axis in axes.flat:
-            axis.axis("off")
-        axes[0, 0].set_title("support", fontsize=9)
-        axes[0, shots + 1].set_title("query", fontsize=9)
+    width, height = shots + 0.5 + 1.5 * queries, ways + 0.2
+    figure = Figure(figsize=(max(7.0, width), height * episodes.num_tasks + 1.2), layout="constrained")
+    heading = f"{dataset.name}, {tasks.ways}-way {tasks.shots}-shot: test episodes (classes never trained on)"
+    figure.suptitle(f"{heading}\nleft: support; right: queries, beside each the class it was taken for")
+    for task, axis in enumerate(figure.subplots(episodes.num_tasks, 1, squeeze=False)[:, 0]):
+        title = f"episode {task + 1}: {100 * right[task]:.0f} % of {predicted.shape[1]} queries right"
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
         for way in range(ways):
+            axis.text(-0.7, way, f"{way + 1}", ha="right", va="center")
             for shot in range(shots):
-                _image(axes[way, shot], episodes.support_x[task, way * tasks.shots + shot], drawn)
-            axes[way, 0].text(-0.15, 0.5, f"{way + 1}", transform=axes[way, 0].transAxes, ha="right", va="center")
+                _image(axis, (shot, way), episodes.support_x[task, way * tasks.shots + shot], inverted)
             for query in range(queries):
-                index = way * tasks.queries + query
-                answer = int(predicted[task, index])
-                good = answer == int(episodes.query_y[task, index])
-                axis = axes[way, shots + 1 + query]
-                _image(axis, episodes.query_x[task, index], drawn)
-                color, mark = (_RIGHT, "✓") if good else (_WRONG, "✗")
-                axis.text(
-                    1.04, 0.5, f"{mark}\n{answer + 1}", transform=axis.transAxes, color=color, va="center", fontsize=9
+                x, index = shots + 0.5 + 1.5 * query, way * tasks.queries + query
+                answer, good = (
+                    int(predicted[task, index]),
+                    bool(predicted[task, index] == episodes.query_y[task, index]),
                 )
-                axis.axis("on")
-                axis.set(xticks=[], yticks=[])
-                for spine in axis.spines.values():
-                    spine.set(color=color, linewidth=2)
+                color, mark = (_RIGHT, "✓") if good else (_WRONG, "✗")
+                _image(axis, (x, way), episodes.query_x[task, index], inverted, frame=color)
+                axis.text(x + 0.5, way, f"{mark}\n{answer + 1}", color=color, va="center", fontsize=9)
+        axis.set(xlim=(-1, width), ylim=(height - 0.6, -0.6), aspect="equal")
     return figure
 
 
-def _image(axis: Axes, image: Tensor, drawn: bool) -> None:
-    """Shows an image [C, H, W] in [0, 1]; what is drawn is ink, shown dark on white."""
-    pixels = image.permute(1, 2, 0).float().numpy()  # [H, W, C]
-    axis.imshow(1 - pixels if drawn else pixels, cmap="gray", vmin=0, vmax=1)
+def _image(axis: Axes, place: tuple[float, float], image: Tensor, inverted: bool, frame: str = "none") -> None:
+    """Draws an image [C, H, W] in [0, 1] at its place; what is drawn is ink, shown dark on white."""
+    (x, y), pixels = place, image.permute(1, 2, 0).float().numpy()  # [H, W, C]
+    pixels = 1 - pixels if inverted else pixels
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=(x - 0.45, x + 0.45, y + 0.45, y - 0.45))
+    axis.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=frame, linewidth=2))
 
 
 def _regression_episodes(experiment: Experiment, episodes: EpisodeBatch, phi: Tensor) -> Figure:

@@ -2,57 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
-from types import TracebackType
 from typing import Any
 
 from imaml_ext.train.checkpoint import Checkpoint, save_checkpoint
-from imaml_ext.train.run_directory import MetricsLog, RunDirectory
-from imaml_ext.train.tensorboard import TensorBoard
+from imaml_ext.train.run_directory import MetricsLog, RunDirectory, explained
+
+_GROUPS = {"val_": "validation", "query_": "query", "support_": "support", "solve_": "solver"}  # of TensorBoard
 
 
 class RunLogger:
-    """Writes the log and the checkpoints of a run, on rank 0, which alone calls `open` and what follows it."""
+    """Writes the log and the checkpoints of a run, on rank 0, which alone calls `open` and what follows it.
+
+    Its methods raise RunError where a file cannot be written, or is damaged.
+    """
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
-        self._files = ExitStack()
+        self._log: MetricsLog | None = None
+        self._events: Any = None
 
     def open(self, *, step: int, tensorboard: bool) -> None:
-        """Continues the files behind `step`; what they hold of later steps is dropped.
+        """Continues the files behind `step`; what they hold of later steps is dropped."""
+        self._log = MetricsLog(self._directory.metrics, keep_until_step=step)
+        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        Raises:
-            RunError: a file cannot be written, or is damaged.
-        """
-        log = MetricsLog(self._directory.metrics, keep_until_step=step)
-        self._log = self._files.enter_context(closing(log))
-        self._events = self._files.enter_context(
-            TensorBoard(self._directory.tensorboard, enabled=tensorboard, step=step)
-        )
+            with self._explained():
+                # purge_step hides the events that a killed run wrote behind its last checkpoint.
+                self._events = SummaryWriter(str(self._directory.tensorboard), purge_step=step + 1 if step else None)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Writes a line of metrics.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Writes a line of metrics, and each of them as a TensorBoard scalar over the meta-step."""
+        assert self._log is not None
         self._log.append(row)
-        self._events.add(row)
+        if self._events is None:
+            return
+        with self._explained():
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    group = next((group for prefix, group in _GROUPS.items() if name.startswith(prefix)), "training")
+                    self._events.add_scalar(f"{group}/{name}", value, row["step"])
 
     def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
-        """Writes a checkpoint, after the lines that a run continued from it would continue.
-
-        Raises:
-            RunError: it cannot be written; the earlier ones are untouched.
-        """
+        """Writes a checkpoint, after the lines that a run continued from it would continue."""
+        assert self._log is not None
         self._log.sync()
         save_checkpoint(self._directory.checkpoints, checkpoint, keep=keep)
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(f"cannot write TensorBoard events to {self._directory.tensorboard}")
 
     def __enter__(self) -> RunLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._files.__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._events is not None:
+            # Where there is an error under way, it says what went wrong.
+            with contextlib.suppress(OSError) if error[0] else self._explained():
+                self._events.close()

@@ -12,8 +12,8 @@ from imaml_ext.train.config import TrainConfig, differences
 from imaml_ext.train.job import joined
 from imaml_ext.train.progress import say
 from imaml_ext.train.recipe import Recipe
-from imaml_ext.train.run_directory import RunDirectory, read_config, read_result
-from imaml_ext.train.trainer import check_directory, train
+from imaml_ext.train.run_directory import RunDirectory, check_directory, read_config, read_result
+from imaml_ext.train.trainer import train
 
 
 def train_recipe(
@@ -48,6 +48,7 @@ def train_recipe(
         config = changed(recipe.config, changes)
         return train(config, path, **record, resume=resume, checkpoint=checkpoint)
     places = [path / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, start=1)]
+    result: dict[str, Any] | None = None
     with joined() as ranks:
         configs = ranks.on_first(_planned, recipe, path, places, changes, resume=resume)
         for number, (place, config) in enumerate(zip(places, configs, strict=True), start=1):
@@ -58,7 +59,8 @@ def train_recipe(
                     say(f"{title}, in {place}")
                 result = train(config, place, **record, stage=title, resume=True, checkpoint=checkpoint)
                 checkpoint = None
-        return result
+    assert result is not None
+    return result
 
 
 def _planned(

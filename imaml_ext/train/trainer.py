@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imaml_ext import __version__
+from imaml_ext._version import __version__
 from imaml_ext.data import Sampler
 from imaml_ext.errors import CheckpointError, ConfigError, Diverged, Interrupted, RunError
 from imaml_ext.files import atomic_write, json_bytes
@@ -27,10 +28,22 @@ from imaml_ext.train.meta_step import EagerStep, MetaStep, State
 from imaml_ext.train.metrics import MetricAccumulator
 from imaml_ext.train.progress import ProgressBar, say
 from imaml_ext.train.ranks import Ranks
-from imaml_ext.train.run_directory import RunDirectory, read_config
+from imaml_ext.train.run_directory import RunDirectory, check_directory
 from imaml_ext.train.run_logger import RunLogger
 from imaml_ext.train.schedule import learning_rate, load_optimizer_state, optimizer_state, outer_optimizer
 from imaml_ext.train.signals import StopRequest
+
+_SHOWN = (  # metric, name and scale on the progress bar
+    ("query_loss", "loss", 1, "{:.3f}"),
+    ("query_accuracy", "accuracy", 100, "{:.1f} %"),
+    ("val_accuracy", "validation", 100, "{:.1f} %"),
+    ("solve_residual", "residual", 1, "{:.1e}"),
+    ("lam", "lambda", 1, "{:.3g}"),
+    ("tasks_per_second", "speed", 1, "{:.1f} tasks/s"),
+)
+
+# Settings in which the processes of a job may differ; weights are read by the first alone.
+_OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "run.threads", "theta.weights")
 
 
 def train(
@@ -74,28 +87,27 @@ def train(
         experiment, train_tasks = ranks.on_all(_prepare, config, ranks)
         start = {} if begun else ranks.on_first(_start, experiment)
         ranks.check_equal(_facts(experiment, recipe))
-        stamp = {
-            "recipe": recipe,
-            "config": to_json(config),
-            "environment": environment(experiment.device, ranks.size),
-        }
+        here = environment(experiment.device, ranks.size)
+        stamp = {"recipe": recipe, "config": to_json(config), "environment": here}
         ranks.on_first(run.enter_context, directory.opened())
-        saved = ranks.on_first(_open, directory, stamp, config, resume=resume, checkpoint=checkpoint)
+        saved = ranks.on_first(_open, directory, stamp, config.run.seed, resume, checkpoint)
         state = ranks.on_all(_restore, experiment, saved, start)
         with StopRequest(patient=ranks.size > 1) as stop, RunLogger(directory) as logger:
             ranks.on_first(logger.open, step=state.step, tensorboard=config.run.tensorboard)
-            take_step = ranks.on_all(_meta_step, experiment, train_tasks, state, ranks)
-            _outer_loop(experiment, take_step, state, directory, logger, stop, ranks, stage)
-            tested = _test(experiment, state, stop, ranks)
-            return ranks.on_first(_conclude, experiment, state, directory, *tested, stamp=stamp, command=command)
+            take_step: MetaStep = EagerStep(experiment, train_tasks, state, ranks)
+            if config.run.capture:
+                take_step = CapturedStep(experiment, train_tasks, state)
+            training = _Training(experiment, state, directory, logger, stop, ranks)
+            training.loop(take_step, f"training, {stage}" if stage else "training")
+            tested = training.test()
+            return ranks.on_first(training.conclude, *tested, stamp, command)
 
 
 def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
     """The experiment and its training tasks; all that can be wrong with them is found before anything is written."""
-    if config.outer.meta_batch < ranks.size:
-        raise ConfigError(
-            f"outer.meta_batch must be at least {ranks.size}, a task for every process, got {config.outer.meta_batch}"
-        )
+    needed, tasks = f"at least {ranks.size}, a task for every process", config.outer.meta_batch
+    if tasks < ranks.size:
+        raise ConfigError(f"outer.meta_batch must be {needed}, got {tasks}")
     ranks.use_device(config.run.device)
     experiment = build(config)
     if config.run.capture:
@@ -103,7 +115,7 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
             raise ConfigError(f"run.capture must be left out with several processes, got {ranks.size}")
         if experiment.device.type != "cuda":
             raise ConfigError(f"run.device must be a CUDA device with run.capture, got {config.run.device!r}")
-    train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
+    train_tasks = experiment.sampler("train", tasks=tasks, seed=config.run.seed, augmented=True)
     for split in ("val", "test") if config.evaluation.every else ("test",):
         experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
     return experiment, train_tasks
@@ -128,172 +140,151 @@ def _facts(experiment: Experiment, recipe: str) -> dict[str, object]:
 
 
 def _open(
-    directory: RunDirectory, stamp: dict[str, Any], config: TrainConfig, *, resume: bool, checkpoint: Path | None
+    directory: RunDirectory, stamp: dict[str, Any], seed: int, resume: bool, path: Path | None
 ) -> Checkpoint | None:
     """Begins the run that is in the opened directory, or finds the checkpoint to continue it from."""
-    saved = _load(directory, config, checkpoint) if resume else None
+    saved = None
+    if resume and path is None:
+        saved = load_newest(directory.checkpoints)
+    elif resume and path is not None:
+        if path.resolve().parent != directory.checkpoints.resolve():
+            raise RunError(f"--from-checkpoint must be one of {directory.checkpoints}, got {path}")
+        saved = load_checkpoint(path)
     if not directory.holds_run():
         atomic_write(directory.config, json_bytes(stamp))
-    _drop_checkpoints_after(directory, saved)
-    if saved is not None:
-        say(f"continuing after step {saved.step}")
+    elif saved is None:
+        say(f"{directory.path} has no checkpoint yet: starting from the beginning")
+    if saved is None:
+        return None
+    if saved.seed != seed:
+        raise CheckpointError(f"the checkpoint of step {saved.step} is of seed {saved.seed}, not {seed}")
+    for later in list_checkpoints(directory.checkpoints):  # dropped, as in metrics.jsonl
+        if int(later.stem.removeprefix("step-")) > saved.step:
+            later.unlink()
+    say(f"continuing after step {saved.step}")
     return saved
 
 
-def _meta_step(experiment: Experiment, tasks: Sampler, state: State, ranks: Ranks) -> MetaStep:
-    if experiment.config.run.capture:
-        return CapturedStep(experiment, tasks, state)
-    return EagerStep(experiment, tasks, state, ranks)
+@dataclass
+class _Training:
+    """Takes the steps of a run, validates on the way, and tests at the end."""
 
+    experiment: Experiment
+    state: State
+    directory: RunDirectory
+    logger: RunLogger
+    stop: StopRequest
+    ranks: Ranks
 
-def _outer_loop(
-    experiment: Experiment,
-    take_step: MetaStep,
-    state: State,
-    directory: RunDirectory,
-    logger: RunLogger,
-    stop: StopRequest,
-    ranks: Ranks,
-    stage: str,
-) -> None:
-    config = experiment.config
-    outer, every = config.outer, config.evaluation.every
-    clock = time.perf_counter()
-    steps_timed, seconds_timed = 0, 0.0
-    title = f"training, {stage}" if stage else "training"
-    with ProgressBar(title, total=outer.steps, start=state.step, hidden=not ranks.first) as bar:
-        while state.step < outer.steps:
-            lr = learning_rate(outer, state.step)
-            take_step()
+    def loop(self, take_step: MetaStep, title: str) -> None:
+        """Takes the steps that are left, and reports and saves where it is due."""
+        config, state, ranks = self.experiment.config, self.state, self.ranks
+        outer, every = config.outer, config.evaluation.every
+        clock = time.perf_counter()
+        steps_timed, seconds_timed = 0, 0.0
+        with ProgressBar(title, total=outer.steps, start=state.step, hidden=not ranks.first) as bar:
+            while state.step < outer.steps:
+                lr = learning_rate(outer, state.step)
+                take_step()
 
-            # From here on the host; the device is waited for only where one of these is due.
-            validate = bool(every) and (state.step % every == 0 or state.step == outer.steps)
-            report = validate or state.step % config.run.log_every == 0 or state.step == outer.steps
-            signal = ranks.maximum(stop.signal or 0)
-            save = state.step % config.run.checkpoint_every == 0 or state.step == outer.steps or bool(signal)
-            steps_timed += 1
-            if report or save:
-                bad_step = state.metrics.first_nonfinite_step()
-                if bad_step is not None:
-                    raise ranks.reported_once(_diverged(bad_step, directory))
-                now = time.perf_counter()
-                seconds_timed += now - clock
-                state.seconds += now - clock
-            if report:
-                row: dict[str, Any] = {"step": state.step, "lr": lr, **state.metrics.means()}
-                if validate:
-                    row |= _validation(experiment, state, ranks)
-                row["tasks_per_second"] = steps_timed * outer.meta_batch / seconds_timed
-                row["seconds"] = state.seconds
-                ranks.on_first(logger.add, row)
-                bar.update(state.step, _shown(row))
-                state.metrics.clear()
-                steps_timed, seconds_timed = 0, 0.0
-            else:
-                bar.update(state.step)
-            if save:
-                ranks.on_first(logger.save, _checkpoint(config, state), keep=config.run.keep_checkpoints)
-            if report or save:
-                clock = time.perf_counter()
-            if signal:
-                raise ranks.reported_once(
-                    Interrupted(signal, f"stopped after step {state.step}; continue with --resume")
-                )
+                # From here on the host; the device is waited for only where one of these is due.
+                last = state.step == outer.steps
+                validate = bool(every) and (state.step % every == 0 or last)
+                report = validate or state.step % config.run.log_every == 0 or last
+                signal = ranks.maximum(self.stop.signal or 0)
+                save = state.step % config.run.checkpoint_every == 0 or last or bool(signal)
+                steps_timed += 1
+                if report or save:
+                    self._check_finite()
+                    now = time.perf_counter()
+                    seconds_timed += now - clock
+                    state.seconds += now - clock
+                if report:
+                    row: dict[str, Any] = {"step": state.step, "lr": lr, **state.metrics.means()}
+                    if validate:
+                        row |= self._validation()
+                    row["tasks_per_second"] = steps_timed * outer.meta_batch / seconds_timed
+                    row["seconds"] = state.seconds
+                    ranks.on_first(self.logger.add, row)
+                    state.metrics.clear()
+                    steps_timed, seconds_timed = 0, 0.0
+                bar.update(state.step, _shown(row) if report else None)
+                if save:
+                    ranks.on_first(self.logger.save, _checkpoint(config, state), keep=config.run.keep_checkpoints)
+                if report or save:
+                    clock = time.perf_counter()
+                if signal:
+                    message = f"stopped after step {state.step}; continue with --resume"
+                    raise ranks.reported_once(Interrupted(signal, message))
 
-
-def _validation(experiment: Experiment, state: State, ranks: Ranks) -> dict[str, float | None]:
-    """The same validation tasks each time; nothing of the run depends on the outcome."""
-    settings = experiment.config.evaluation
-    result = evaluate(
-        experiment, state.evaluated, split="val", tasks=settings.validation_tasks, seed=settings.seed, ranks=ranks
-    )
-    if result.accuracy is None:
-        return {"val_loss": result.loss, "val_loss_interval": result.loss_interval}
-    return {
-        "val_loss": result.loss,
-        "val_accuracy": result.accuracy,
-        "val_accuracy_interval": result.accuracy_interval,
-    }
-
-
-def _test(experiment: Experiment, state: State, stop: StopRequest, ranks: Ranks) -> tuple[Evaluation, float]:
-    """Tests on tasks of classes never seen; returns the result, and the seconds it took."""
-    settings = experiment.config.evaluation
-    began = time.perf_counter()
-    with ProgressBar("testing", total=settings.tasks, hidden=not ranks.first) as bar:
-
-        def progress(done: int) -> None:
-            bar.update(done)
-            signal = ranks.maximum(stop.signal or 0)
-            if signal:
-                message = "stopped while testing; the parameters are saved, --resume tests them"
-                raise ranks.reported_once(Interrupted(signal, message))
-
-        tested = evaluate(
-            experiment,
-            state.evaluated,
-            split="test",
-            tasks=settings.tasks,
-            seed=settings.seed,
-            progress=progress,
-            ranks=ranks,
+    def _check_finite(self) -> None:
+        """A meta-gradient that is not finite ends the run before it reaches a file."""
+        bad_step = self.state.metrics.first_nonfinite_step()
+        if bad_step is None:
+            return
+        kept = list_checkpoints(self.directory.checkpoints)
+        where = f"the newest checkpoint, {kept[-1]}, is from before" if kept else "no checkpoint was due before"
+        message = (
+            f"the meta-gradient or the parameters became non-finite at step {bad_step}; {where}; "
+            "a smaller outer.lr or inner.lr, a larger damping or an outer.clip-norm may help"
         )
-    return tested, time.perf_counter() - began
+        raise self.ranks.reported_once(Diverged(message))
 
+    def _validation(self) -> dict[str, float | None]:
+        """The same validation tasks each time; nothing of the run depends on the outcome."""
+        settings = self.experiment.config.evaluation
+        asked = {"split": "val", "tasks": settings.validation_tasks, "seed": settings.seed}
+        result = evaluate(self.experiment, self.state.evaluated, **asked, ranks=self.ranks)  # type: ignore[arg-type]
+        names = ("loss", "loss_interval") if result.accuracy is None else ("loss", "accuracy", "accuracy_interval")
+        return {f"val_{name}": getattr(result, name) for name in names}
 
-def _conclude(
-    experiment: Experiment,
-    state: State,
-    directory: RunDirectory,
-    tested: Evaluation,
-    test_seconds: float,
-    *,
-    stamp: dict[str, Any],
-    command: str,
-) -> dict[str, Any]:
-    """Draws the pictures, writes and tells the result."""
-    result = {
-        "recipe": stamp["recipe"],
-        "command": command,
-        "steps": state.step,
-        "parameters": state.params["theta"].numel(),
-        "test": tested.to_json(),
-        "train_seconds": state.seconds,
-        "test_seconds": test_seconds,
-        "environment": stamp["environment"],
-    }
-    title = stamp["recipe"] or experiment.config.data.kind_name
-    reports.draw_learning_curve(directory, title=f"{title}: {tested}")
-    reports.draw_episodes(directory, experiment, state.evaluated)
-    atomic_write(directory.result, json_bytes(result))
-    say(str(tested))
-    say(f"results are in {directory.path}")
-    return result
+    def test(self) -> tuple[Evaluation, float]:
+        """Tests on tasks of classes never seen; returns the result, and the seconds it took."""
+        settings, began = self.experiment.config.evaluation, time.perf_counter()
+        with ProgressBar("testing", total=settings.tasks, hidden=not self.ranks.first) as bar:
+
+            def progress(done: int) -> None:
+                bar.update(done)
+                signal = self.ranks.maximum(self.stop.signal or 0)
+                if signal:
+                    message = "stopped while testing; the parameters are saved, --resume tests them"
+                    raise self.ranks.reported_once(Interrupted(signal, message))
+
+            tested = evaluate(
+                self.experiment,
+                self.state.evaluated,
+                split="test",
+                tasks=settings.tasks,
+                seed=settings.seed,
+                progress=progress,
+                ranks=self.ranks,
+            )
+        return tested, time.perf_counter() - began
+
+    def conclude(self, tested: Evaluation, seconds: float, stamp: dict[str, Any], command: str) -> dict[str, Any]:
+        """Draws the pictures, writes and tells the result."""
+        experiment, state, directory = self.experiment, self.state, self.directory
+        result = {
+            "recipe": stamp["recipe"],
+            "command": command,
+            "steps": state.step,
+            "parameters": state.params["theta"].numel(),
+            "test": tested.to_json(),
+            "train_seconds": state.seconds,
+            "test_seconds": seconds,
+            "environment": stamp["environment"],
+        }
+        title = stamp["recipe"] or experiment.config.data.kind_name
+        reports.draw_learning_curve(directory, title=f"{title}: {tested}")
+        reports.draw_episodes(directory, experiment, state.evaluated)
+        atomic_write(directory.result, json_bytes(result))
+        say(f"{tested}\nresults are in {directory.path}")
+        return result
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     """The figures of the progress bar."""
-    shown = {"loss": f"{row['query_loss']:.3f}"}
-    if "query_accuracy" in row:
-        shown["accuracy"] = f"{100 * row['query_accuracy']:.1f} %"
-    if "val_accuracy" in row:
-        shown["validation"] = f"{100 * row['val_accuracy']:.1f} %"
-    if "solve_residual" in row:
-        shown["residual"] = f"{row['solve_residual']:.1e}"
-    if "lam" in row:
-        shown["lambda"] = f"{row['lam']:.3g}"
-    shown["speed"] = f"{row['tasks_per_second']:.1f} tasks/s"
-    return shown
-
-
-def _diverged(bad_step: int, directory: RunDirectory) -> Diverged:
-    """A meta-gradient that is not finite ends the run before it reaches a file."""
-    kept = list_checkpoints(directory.checkpoints)
-    where = f"the newest checkpoint, {kept[-1]}, is from before" if kept else "no checkpoint was due before"
-    return Diverged(
-        f"the meta-gradient or the parameters became non-finite at step {bad_step}; {where}; "
-        "a smaller outer.lr or inner.lr, a larger damping or an outer.clip-norm may help"
-    )
+    return {label: form.format(scale * row[name]) for name, label, scale, form in _SHOWN if name in row}
 
 
 def _checkpoint(config: TrainConfig, state: State) -> Checkpoint:
@@ -324,56 +315,3 @@ def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, 
     load_optimizer_state(optimizer, saved.optimizer)
     metrics.load_state(saved.metrics)
     return State(saved.step, params, averages, optimizer, metrics, saved.seconds)
-
-
-def _load(directory: RunDirectory, config: TrainConfig, path: Path | None) -> Checkpoint | None:
-    if path is None:
-        saved = load_newest(directory.checkpoints)
-    elif path.resolve().parent == directory.checkpoints.resolve():
-        saved = load_checkpoint(path)
-    else:
-        raise RunError(f"--checkpoint must be one of {directory.checkpoints}, got {path}")
-    if saved is None and directory.holds_run():
-        say(f"{directory.path} has no checkpoint yet: starting from the beginning")
-    if saved is not None and saved.seed != config.run.seed:
-        raise CheckpointError(f"the checkpoint of step {saved.step} is of seed {saved.seed}, not {config.run.seed}")
-    return saved
-
-
-def _drop_checkpoints_after(directory: RunDirectory, saved: Checkpoint | None) -> None:
-    """Continuing from an older checkpoint, what was recorded behind it is dropped, as in metrics.jsonl."""
-    for path in list_checkpoints(directory.checkpoints):
-        if saved is not None and int(path.stem.removeprefix("step-")) > saved.step:
-            path.unlink()
-
-
-# Settings that a resumed run may set anew: they change where and how it runs, not what comes out.
-_FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation.", "run.")
-_FIXED_OF_RUN = ("run.seed", "run.dtype")
-
-# Settings in which the processes of a job may differ; weights are read by the first alone.
-_OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "run.threads", "theta.weights")
-
-
-def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
-    """Checks that a run writes over no other one, and continues none under other settings.
-
-    Raises:
-        RunError: the directory is not empty, or with `resume` holds something other than a run.
-        ConfigError: with `resume`, its run has other settings.
-    """
-    if directory.is_empty():
-        return
-    if not resume:
-        raise RunError(f"{directory.path} is not empty: continue its run with --resume, or give another --run-dir")
-    if not directory.holds_run():
-        raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
-    recorded, now = (dict(leaves(each)) for each in (read_config(directory).config, config))
-    for name in now | recorded:
-        was, value = recorded.get(name), now.get(name)
-        free = name.startswith(_FREE_ON_RESUME) and name not in _FIXED_OF_RUN
-        if name == "theta.weights" and was and value:  # the same ones, wherever they lie now
-            free = Path(was).name == Path(value).name
-        if value != was and not free:
-            where = f"{name} was {was!r} in {directory.path}, now {value!r}"
-            raise ConfigError(f"a resumed run keeps its settings: {where}")
