@@ -16,15 +16,19 @@ import torch
 from training_tools import assert_one_sentence, imaml
 
 from imaml_ext.data.linear import LinearClosedForm, LinearSampler
-from imaml_ext.reproduce import EXPERIMENTS, cost
-from imaml_ext.reproduce.ablation import RECIPES, STUDIES, ablation_cells
-from imaml_ext.reproduce.cost_cell import CostCell, _cpu_memory, measure
-from imaml_ext.reproduce.omniglot_table import PUBLISHED, table_cells
-from imaml_ext.reproduce.options import ALGORITHMS, Ablation, OmniglotTable, Sinusoid
-from imaml_ext.reproduce.sinusoid import sinusoid_cells
-from imaml_ext.training import experiment as experiment_module
-from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.training.config import knobs
+from imaml_ext.data import Glyphs
+from imaml_ext.inner import GradientDescent, NewtonCG
+from imaml_ext.meta import IMAML
+from imaml_ext.reproduction import EXPERIMENTS, cost
+from imaml_ext.reproduction.ablation import RECIPES, STUDIES, ablation_cells
+from imaml_ext.reproduction.cost_cell import CostCell, _cpu_memory, measure
+from imaml_ext.reproduction.omniglot_table import PUBLISHED, table_cells
+from imaml_ext.reproduction.options import ALGORITHMS, Ablation, OmniglotTable, Sinusoid
+from imaml_ext.reproduction.sinusoid import sinusoid_cells
+from imaml_ext.settings import leaves
+from imaml_ext.solvers import CG
+from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.train.recipe import load_recipe, recipe_summaries
 
 TRIAL = ("--budget", "trial", "--threads", "1", "--device", "cpu")
 
