@@ -64,7 +64,7 @@ class Outer(Settings):
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Meta-steps over which the learning rates first rise linearly to their peak."""
     clip_norm: Annotated[float | None, POSITIVE] = None
-    """Largest norm of the meta-gradient; longer ones are scaled down to it. Unset: no limit."""
+    """Largest norm of a meta-parameter's gradient; longer ones are scaled down to it. Unset: no limit."""
     average: Annotated[float, FRACTION] = 0.0
     """Decay of an exponential average of theta that is evaluated in its place; 0: off."""
 
