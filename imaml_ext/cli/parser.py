@@ -7,12 +7,12 @@ defaults, bounds and help stand in one place.
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import functools
 import inspect
 import operator
+import re
 import sys
 import textwrap
 import types
@@ -39,6 +39,7 @@ T = TypeVar("T")
 _PLAIN = (int, float, bool, str, Path, type(None))
 _FLAT = ("algorithm",)  # a field whose own fields stand on the command line without its name before them
 _SLOT = "class_of_"
+_FIELD = re.compile(r" {4}(\w+): ")
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: str = "", default: T | None = None) -> T:
@@ -169,18 +170,18 @@ def _pairs(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
 
 @functools.cache
 def _field_help(cls: type) -> dict[str, str]:
-    """The string below each field of a class and of its bases."""
+    """The comment beside or above each field of a class and of its bases."""
     texts: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         try:
-            body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+            lines = textwrap.dedent(inspect.getsource(base)).splitlines()
         except OSError:  # a class without a source file
             continue
-        for field, below in pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                texts[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+        above: list[str] = []
+        for line in lines:
+            code, mark, comment = line.partition("#") if line.lstrip().startswith("#") else line.partition("  # ")
+            field = _FIELD.match(code)
+            if field and (mark or above):
+                texts[field[1]] = comment.strip() if mark else " ".join(above)
+            above = [*above, comment.strip()] if mark and not code.strip() else []
     return texts

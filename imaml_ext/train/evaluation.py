@@ -31,10 +31,8 @@ _FIRST = 1250  # query examples
 class FromScratch(Settings):
     """The baseline without meta-learning: each task's network is trained on its support set alone, with Adam."""
 
-    steps: Annotated[int, COUNT]
-    """Steps of Adam per task."""
-    lr: Annotated[float, POSITIVE] = 0.003
-    """Learning rate of these steps."""
+    steps: Annotated[int, COUNT]  # Steps of Adam per task.
+    lr: Annotated[float, POSITIVE] = 0.003  # Learning rate of these steps.
 
 
 @dataclass(frozen=True)
