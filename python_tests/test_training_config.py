@@ -128,7 +128,7 @@ def test_json_must_have_every_setting() -> None:
         (Linear, "condition_number", 0.5),
         (Folder, "image_size", 0),
         (Folder, "val_fraction", 1.0),
-            (Conv4, "filters", 0),
+        (Conv4, "filters", 0),
         (MLP, "hidden", (40, 0)),
         (IMAML, "lam", 0.0),
         (MAML, "lam", -0.1),
@@ -218,14 +218,15 @@ def test_algorithms_and_settings_that_do_not_go_together(make: Any, message: str
 
 
 def test_every_setting_is_explained_once() -> None:
-    """The line under a field is its help on the command line."""
-    tree = ast.parse(inspect.getsource(config_module))
-    groups = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "TrainConfig"]
+    """The comment beside or above a field is its help on the command line."""
+    source = inspect.getsource(config_module)
+    lines = source.splitlines()
+    groups = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name != "TrainConfig"]
     assert len(groups) == 5
     for item in groups:
-        for field, after in zip(item.body, item.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign):
-                assert isinstance(after, ast.Expr), f"{item.name}.{field.target.id} has no help"  # type: ignore[union-attr]
+        for field in (node for node in item.body if isinstance(node, ast.AnnAssign)):
+            beside, above = "  # " in lines[field.lineno - 1], lines[field.lineno - 2].strip().startswith("# ")
+            assert beside != above, f"{item.name}.{ast.unparse(field.target)} has no help, or two"
 
 
 def test_configurations_are_frozen_and_their_settings_are_listed() -> None:
