@@ -21,7 +21,7 @@ _TWO = Bounds(at_least=2)
 
 @dataclass(frozen=True)
 class Tasks(Settings):
-    """What a task is made of."""
+    """Says what a task is made of."""
 
     ways: Annotated[int, _TWO] = 5  # Classes per task (not in regression).
     shots: Annotated[int, COUNT] = 1  # Support examples per class; in regression, support points per task.
@@ -32,7 +32,7 @@ class Tasks(Settings):
 
 @dataclass(frozen=True)
 class Theta(Settings):
-    """The meta-parameters to begin with, and what the classes of a task share of them."""
+    """Says which meta-parameters to begin with, and what the classes of a task share of them."""
 
     # Begin with published weights, a file *.safetensors, or the run in a directory; unset: random parameters.
     weights: str | None = None
@@ -43,7 +43,7 @@ class Theta(Settings):
 
 @dataclass(frozen=True)
 class Outer(Settings):
-    """The outer loop (Algorithm 1)."""
+    """Configures the outer loop (Algorithm 1)."""
 
     steps: Annotated[int, COUNT] = 1000  # Meta-steps.
     meta_batch: Annotated[int, COUNT] = 8  # Tasks per meta-step.
@@ -55,7 +55,7 @@ class Outer(Settings):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     # Meta-steps over which the learning rates first rise linearly to their peak.
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
-    # Largest norm of the meta-gradient; longer ones are scaled down to it. Unset: no limit.
+    # Largest norm of a meta-parameter's gradient; longer ones are scaled down to it. Unset: no limit.
     clip_norm: Annotated[float | None, POSITIVE] = None
     # Decay of an exponential average of theta that is evaluated in its place; 0: off.
     average: Annotated[float, FRACTION] = 0.0
@@ -67,7 +67,7 @@ class Outer(Settings):
 
 @dataclass(frozen=True)
 class EvaluationSettings(Settings):
-    """Validation during training, and the test at the end."""
+    """Configures validation during training, and the test at the end."""
 
     tasks: Annotated[int, _TWO] = 600  # Test tasks at the end of the run.
     meta_batch: Annotated[int, COUNT] = 25  # Tasks evaluated at a time; it changes the memory needed, not the result.
@@ -81,7 +81,7 @@ class EvaluationSettings(Settings):
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
-    """How the run is executed and recorded."""
+    """Says how the run is executed and recorded."""
 
     seed: Annotated[int, NOT_NEGATIVE] = 0  # Seed of the initial parameters and of the training tasks.
     device: str = "auto"  # `cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU where torch has one, else the CPU.
@@ -102,7 +102,7 @@ class RunSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Everything that decides a run; its JSON form is recorded in the run directory.
+    """Holds everything that decides a run; its JSON form is recorded in the run directory.
 
     Raises:
         ConfigTypeError, ConfigError: a setting of the wrong type or outside its range, or settings that do not fit
@@ -140,7 +140,7 @@ class TrainConfig(Settings):
             self._check_capture()
 
     def _check_capture(self) -> None:
-        """A CUDA graph holds nothing that waits for the device, and no learning rate that lives on the host."""
+        """Refuses what a CUDA graph cannot hold: waiting for the device, a learning rate that lives on the host."""
         waits = "with run.capture, which cannot wait for the device"
         adam = "'adam' with run.capture, whose learning rate can stay on the device"
         self._demand("outer.optimizer", self.outer.optimizer == "adam", adam)
