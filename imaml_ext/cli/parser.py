@@ -7,12 +7,12 @@ defaults, bounds and help stand in one place.
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import functools
 import inspect
 import operator
+import re
 import sys
 import textwrap
 import types
@@ -39,6 +39,7 @@ T = TypeVar("T")
 _PLAIN = (int, float, bool, str, Path, type(None))
 _FLAT = ("algorithm",)  # a field whose own fields stand on the command line without its name before them
 _SLOT = "class_of_"
+_FIELD = re.compile(r" {4}(\w+): ")
 
 
 def parse(
@@ -178,15 +179,18 @@ def _pairs(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
 
 @functools.cache
 def _field_help(cls: type) -> dict[str, str]:
-    """The string below each field of a class and of its bases."""
+    """The comment beside or above each field of a class and of its bases."""
     texts: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         try:
-            body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+            lines = textwrap.dedent(inspect.getsource(base)).splitlines()
         except OSError:  # a class without a source file
             continue
-        for field, below in pairwise(body):
-            match field, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    texts[name] = " ".join(text.split())
+        above: list[str] = []
+        for line in lines:
+            code, mark, comment = line.partition("#") if line.lstrip().startswith("#") else line.partition("  # ")
+            field = _FIELD.match(code)
+            if field and (mark or above):
+                texts[field[1]] = comment.strip() if mark else " ".join(above)
+            above = [*above, comment.strip()] if mark and not code.strip() else []
     return texts

@@ -51,11 +51,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes `step-….pt` whole or not at all, then removes all but the newest `keep`.
-
-    Raises:
-        RunError: it cannot be written; the earlier checkpoints are untouched.
-    """
+    """Writes `step-….pt` whole or not at all, then removes all but the newest `keep`."""
     buffer = io.BytesIO()
     torch.save(vars(checkpoint), buffer)
     path = directory / f"step-{checkpoint.step:08d}.pt"
@@ -66,11 +62,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Pa
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint onto the CPU, every byte checked against the checksums that the file carries.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, altered, or not a checkpoint of this format.
-    """
+    """Reads a checkpoint onto the CPU; CheckpointError where it is missing, or differs from its checksums."""
     try:
         # torch.load does not look at the checksums of its own zip format.
         with zipfile.ZipFile(path) as archive:
@@ -95,9 +87,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def load_newest(directory: Path) -> Checkpoint | None:
     """Returns the newest checkpoint of a run, None where there is none yet.
 
-    Raises:
-        CheckpointError: the newest one is damaged; the message says which older one could be continued from. Nothing is
-            chosen in its place.
+    Nothing is chosen in place of a damaged one; the error says which older one could be continued from.
     """
     paths = list_checkpoints(directory)
     try:

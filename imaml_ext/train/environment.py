@@ -11,14 +11,14 @@ from typing import Any
 import numpy
 import torch
 
-import imaml_ext
 from imaml_ext import _native, ops
+from imaml_ext._version import __version__
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Returns versions and hardware as plain JSON values; nothing that names a machine or a user."""
     stamp: dict[str, Any] = {
-        "imaml_ext": imaml_ext.__version__,
+        "imaml_ext": __version__,
         "commit": _source_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,7 +40,7 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 def _source_commit() -> str:
     """Returns the commit that the package is imported from, with a + where its files differ; "" outside a checkout."""
-    package = Path(imaml_ext.__file__).parent
+    package = Path(__file__).parents[1]
     if not (package.parent / ".git").exists():
         return ""
     command = ["git", "-C", str(package), "describe", "--always", "--dirty=+", "--abbrev=12"]

@@ -55,8 +55,7 @@ class Experiment:
             start: what `starting_params` has read; None: it is read here.
 
         Raises:
-            WeightsError, RunError: there are no such weights, or they are damaged.
-            ConfigError: they are another model's.
+            RunError, ConfigError: there are no such weights, they are damaged, or another model's.
         """
         start = self.starting_params() if start is None else start
         start = {name: value.to(self.device, self.dtype, copy=True) for name, value in start.items()}
@@ -69,12 +68,7 @@ class Experiment:
         return params | fits  # theta itself is in both
 
     def starting_params(self) -> dict[str, Tensor]:
-        """Reads the meta-parameters that `theta.weights` names, as this model has them; empty where it names none.
-
-        Raises:
-            WeightsError, RunError: there are no such weights, or they are damaged.
-            ConfigError: they are another model's.
-        """
+        """Reads the meta-parameters that `theta.weights` names, as this model has them; empty where it names none."""
         source = self.config.theta.weights
         if source is None:
             return {}
@@ -96,17 +90,12 @@ class Experiment:
         return self.model.layout.share_last_layer_(vector) if self.config.theta.shared_head else vector
 
     def restored(self, saved: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns saved meta-parameters on the device, checked to be what `like` holds.
-
-        Raises:
-            CheckpointError: one is missing, or has another shape or type.
-        """
+        """Returns saved meta-parameters on the device; a CheckpointError says what `like` holds, and they do not."""
         for name, value in like.items():
-            found = saved.get(name)
-            if found is None or found.shape != value.shape or found.dtype != value.dtype:
-                held = "none" if found is None else f"{found.numel()} of {found.dtype}"
-                expected = f"the model has {value.numel()} of {value.dtype}"
-                raise CheckpointError(f"the checkpoint holds other values of {name}: {held}, {expected}")
+            found = saved.get(name, value[:0])
+            if found.shape != value.shape or found.dtype != value.dtype:
+                held = f"{found.numel()} values of {name}, {found.dtype}"
+                raise CheckpointError(f"the checkpoint holds {held}; the model has {value.numel()}, {value.dtype}")
         return {name: saved[name].to(self.device, copy=True) for name in like}
 
     def shots(self, split: str) -> int:
@@ -117,10 +106,7 @@ class Experiment:
     def sampler(self, split: str, *, tasks: int, seed: int, augmented: bool = False) -> Sampler:
         """Returns a sampler of batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone.
 
-        `augmented`: images are changed as the configuration says for training, if it does.
-
-        Raises:
-            ConfigError: the data set has no such split, or its classes do not allow such tasks.
+        `augmented`: images are changed as the configuration says for training. ConfigError: there are no such tasks.
         """
         config, name, augment = self.config, self.config.data.kind_name, self.config.augment
         if split not in self.dataset.splits:
@@ -161,11 +147,7 @@ def build(config: TrainConfig) -> Experiment:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device that a name stands for; `auto` is a GPU where torch has one, else the CPU.
-
-    Raises:
-        RunError: the name is not a device, or the device is not there.
-    """
+    """Returns the device that a name stands for; `auto` is a GPU where torch has one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -31,12 +31,7 @@ def export_run(run: Path, output: Path, *, commit: str = "") -> Weights:
 
 
 def run_weights(run: Path, *, commit: str = "") -> Weights:
-    """Reads the evaluated meta-parameters of a finished run, or of its last stage, with all that belongs to them.
-
-    Raises:
-        RunError: the directory holds no finished run, or a file in it is damaged.
-        ConfigError, DataError: its data set is not there.
-    """
+    """Reads the evaluated meta-parameters of a finished run, or of its last stage, with all that belongs to them."""
     directory = RunDirectory.of_last_stage(run)
     recorded, result = read_config(directory), read_result(directory)
     if result is None:

@@ -26,7 +26,7 @@ PATIENCE = timedelta(minutes=10)
 
 
 class ProcessGroup(Ranks):
-    """The ranks that torchrun has started; `Ranks` describes the methods."""
+    """Connects the ranks that torchrun has started; `Ranks` describes the methods."""
 
     def __init__(self, rank: int, size: int, store: dist.Store) -> None:
         self.rank = rank
@@ -36,12 +36,7 @@ class ProcessGroup(Ranks):
     @classmethod
     @contextlib.contextmanager
     def joined(cls) -> Iterator[ProcessGroup]:
-        """Finds the others, and leaves them at the end.
-
-        Raises:
-            LostRank: they cannot be reached, or one has ended.
-            ReportedElsewhere: one has ended, and another rank says so.
-        """
+        """Finds the others, and leaves them at the end."""
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         with _explained():
             store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """A job of one process. Each method does here what its description says of all ranks.
+    """Stands for a job of one process; each method does what its description says of all ranks.
 
     `imaml_ext.train.process_group.ProcessGroup` is the job of several; `imaml_ext.train.job.joined` gives either.
 
@@ -38,21 +38,13 @@ class Ranks:
         return self.rank, self.size
 
     def use_device(self, name: str) -> None:
-        """Makes `run.device` mean a device of this rank's own.
-
-        Raises:
-            ConfigError, RunError: there is none for it.
-        """
+        """Makes `run.device` mean a device of this rank's own; RunError, ConfigError where there is none for it."""
 
     def first_of_machine(self, action: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         """Runs `action(…)` on one rank of each machine, ahead of the others; in a job of one there are no others."""
 
     def check_equal(self, facts: Mapping[str, object]) -> None:
-        """Checks that these are the same on every rank.
-
-        Raises:
-            RunError: they are not; the message names the first one that differs.
-        """
+        """Checks that these are the same on every rank; a RunError names the first one that differs."""
 
     def on_all(self, action: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs `action(…)` on every rank; returns the rank's own result or, where it fails on one, raises on all."""

@@ -41,7 +41,7 @@ class RunDirectory:
 
     @classmethod
     def of_last_stage(cls, path: Path) -> RunDirectory:
-        """The run in a directory or, where the stages of a recipe lie in it, that of its last stage so far."""
+        """Returns the run in a directory or, where the stages of a recipe lie in it, that of the last stage so far."""
         numbered = ((entry.name.partition("-")[0], cls(entry)) for entry in path.glob("*-*"))
         stages = {int(number): each for number, each in numbered if number.isdecimal() and each.holds_run()}
         return stages[max(stages)] if stages and not cls(path).holds_run() else cls(path)
@@ -59,11 +59,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Creates the directory and holds it for this process alone.
-
-        Raises:
-            RunError: it cannot be created or written to, or another process is training in it.
-        """
+        """Creates the directory and holds it for this process alone; RunError where another is training in it."""
         with explained(f"cannot write to run directory {self.path}"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("w")
@@ -88,11 +84,7 @@ class RecordedRun:
 
 
 def read_config(directory: RunDirectory) -> RecordedRun:
-    """Reads the configuration that a run was started with.
-
-    Raises:
-        RunError: the directory holds no run, or its config.json is damaged or has unknown, missing or wrong settings.
-    """
+    """Reads the configuration that a run was started with; RunError where there is none, or it is damaged."""
     try:
         recorded = json.loads(directory.config.read_text())
         if "preset" in recorded:

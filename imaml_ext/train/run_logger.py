@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from imaml_ext.train.checkpoint import Checkpoint, save_checkpoint
@@ -59,12 +58,10 @@ class RunLogger:
     def __enter__(self) -> RunLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._log is not None:
             self._log.close()
         if self._events is not None:
             # Where there is an error under way, it says what went wrong.
-            with contextlib.suppress(OSError) if error else self._explained():
+            with contextlib.suppress(OSError) if error[0] else self._explained():
                 self._events.close()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext import __version__
+from imaml_ext._version import __version__
 from imaml_ext.data import Sampler
 from imaml_ext.errors import CheckpointError, ConfigError, Diverged, Interrupted, RunError
 from imaml_ext.files import atomic_write, json_bytes
@@ -90,22 +90,24 @@ def train(
         here = environment(experiment.device, ranks.size)
         stamp = {"recipe": recipe, "config": to_json(config), "environment": here}
         ranks.on_first(run.enter_context, directory.opened())
-        saved = ranks.on_first(_open, directory, stamp, config, resume=resume, checkpoint=checkpoint)
+        saved = ranks.on_first(_open, directory, stamp, config.run.seed, resume, checkpoint)
         state = ranks.on_all(_restore, experiment, saved, start)
         with StopRequest(patient=ranks.size > 1) as stop, RunLogger(directory) as logger:
             ranks.on_first(logger.open, step=state.step, tensorboard=config.run.tensorboard)
-            take_step = ranks.on_all(_meta_step, experiment, train_tasks, state, ranks)
+            take_step: MetaStep = EagerStep(experiment, train_tasks, state, ranks)
+            if config.run.capture:
+                take_step = CapturedStep(experiment, train_tasks, state)
             training = _Training(experiment, state, directory, logger, stop, ranks)
             training.loop(take_step, f"training, {stage}" if stage else "training")
             tested = training.test()
-            return ranks.on_first(_conclude, experiment, state, directory, *tested, stamp=stamp, command=command)
+            return ranks.on_first(training.conclude, *tested, stamp, command)
 
 
 def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
-    """The experiment and its training tasks; all that can be wrong with them is found before anything is written."""
-    if config.outer.meta_batch < ranks.size:
-        expected = f"at least {ranks.size}, a task for every process"
-        raise ConfigError(f"outer.meta_batch must be {expected}, got {config.outer.meta_batch}")
+    """Makes the experiment and its training tasks; finds what is wrong with them before anything is written."""
+    needed, tasks = f"at least {ranks.size}, a task for every process", config.outer.meta_batch
+    if tasks < ranks.size:
+        raise ConfigError(f"outer.meta_batch must be {needed}, got {tasks}")
     ranks.use_device(config.run.device)
     experiment = build(config)
     if config.run.capture:
@@ -113,21 +115,21 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
             raise ConfigError(f"run.capture must be left out with several processes, got {ranks.size}")
         if experiment.device.type != "cuda":
             raise ConfigError(f"run.device must be a CUDA device with run.capture, got {config.run.device!r}")
-    train_tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed, augmented=True)
+    train_tasks = experiment.sampler("train", tasks=tasks, seed=config.run.seed, augmented=True)
     for split in ("val", "test") if config.evaluation.every else ("test",):
         experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
     return experiment, train_tasks
 
 
 def _start(experiment: Experiment) -> dict[str, Tensor]:
-    """The meta-parameters that `theta.weights` names, known to be what the run can begin with."""
+    """Reads the meta-parameters that `theta.weights` names, and checks that the run can begin with them."""
     start = experiment.starting_params()
     experiment.initial_params(start)
     return start
 
 
 def _facts(experiment: Experiment, recipe: str) -> dict[str, object]:
-    """What the processes of a job must have in common; where the data lie is each machine's own affair."""
+    """Lists what the processes of a job must have in common; where the data lie is each machine's own affair."""
     return {
         "the version of imaml_ext": __version__,
         "the version of torch": str(torch.__version__),
@@ -138,22 +140,29 @@ def _facts(experiment: Experiment, recipe: str) -> dict[str, object]:
 
 
 def _open(
-    directory: RunDirectory, stamp: dict[str, Any], config: TrainConfig, *, resume: bool, checkpoint: Path | None
+    directory: RunDirectory, stamp: dict[str, Any], seed: int, resume: bool, path: Path | None
 ) -> Checkpoint | None:
     """Begins the run that is in the opened directory, or finds the checkpoint to continue it from."""
-    saved = _load(directory, config, checkpoint) if resume else None
+    saved = None
+    if resume and path is None:
+        saved = load_newest(directory.checkpoints)
+    elif resume and path is not None:
+        if path.resolve().parent != directory.checkpoints.resolve():
+            raise RunError(f"--from-checkpoint must be one of {directory.checkpoints}, got {path}")
+        saved = load_checkpoint(path)
     if not directory.holds_run():
         atomic_write(directory.config, json_bytes(stamp))
-    _drop_checkpoints_after(directory, saved)
-    if saved is not None:
-        say(f"continuing after step {saved.step}")
+    elif saved is None:
+        say(f"{directory.path} has no checkpoint yet: starting from the beginning")
+    if saved is None:
+        return None
+    if saved.seed != seed:
+        raise CheckpointError(f"the checkpoint of step {saved.step} is of seed {saved.seed}, not {seed}")
+    for later in list_checkpoints(directory.checkpoints):  # dropped, as in metrics.jsonl
+        if int(later.stem.removeprefix("step-")) > saved.step:
+            later.unlink()
+    say(f"continuing after step {saved.step}")
     return saved
-
-
-def _meta_step(experiment: Experiment, tasks: Sampler, state: State, ranks: Ranks) -> MetaStep:
-    if experiment.config.run.capture:
-        return CapturedStep(experiment, tasks, state)
-    return EagerStep(experiment, tasks, state, ranks)
 
 
 @dataclass
@@ -209,7 +218,7 @@ class _Training:
                     raise ranks.reported_once(Interrupted(signal, message))
 
     def _check_finite(self) -> None:
-        """A meta-gradient that is not finite ends the run before it reaches a file."""
+        """Ends the run before a meta-gradient that is not finite reaches a file."""
         bad_step = self.state.metrics.first_nonfinite_step()
         if bad_step is None:
             return
@@ -222,7 +231,7 @@ class _Training:
         raise self.ranks.reported_once(Diverged(message))
 
     def _validation(self) -> dict[str, float | None]:
-        """The same validation tasks each time; nothing of the run depends on the outcome."""
+        """Evaluates on the same validation tasks each time; nothing of the run depends on the outcome."""
         settings = self.experiment.config.evaluation
         asked = {"split": "val", "tasks": settings.validation_tasks, "seed": settings.seed}
         result = evaluate(self.experiment, self.state.evaluated, **asked, ranks=self.ranks)  # type: ignore[arg-type]
@@ -252,39 +261,29 @@ class _Training:
             )
         return tested, time.perf_counter() - began
 
-
-def _conclude(
-    experiment: Experiment,
-    state: State,
-    directory: RunDirectory,
-    tested: Evaluation,
-    test_seconds: float,
-    *,
-    stamp: dict[str, Any],
-    command: str,
-) -> dict[str, Any]:
-    """Draws the pictures, writes and tells the result."""
-    result = {
-        "recipe": stamp["recipe"],
-        "command": command,
-        "steps": state.step,
-        "parameters": state.params["theta"].numel(),
-        "test": tested.to_json(),
-        "train_seconds": state.seconds,
-        "test_seconds": test_seconds,
-        "environment": stamp["environment"],
-    }
-    title = stamp["recipe"] or experiment.config.data.kind_name
-    reports.draw_learning_curve(directory, title=f"{title}: {tested}")
-    reports.draw_episodes(directory, experiment, state.evaluated)
-    atomic_write(directory.result, json_bytes(result))
-    say(str(tested))
-    say(f"results are in {directory.path}")
-    return result
+    def conclude(self, tested: Evaluation, seconds: float, stamp: dict[str, Any], command: str) -> dict[str, Any]:
+        """Draws the pictures, writes and tells the result."""
+        experiment, state, directory = self.experiment, self.state, self.directory
+        result = {
+            "recipe": stamp["recipe"],
+            "command": command,
+            "steps": state.step,
+            "parameters": state.params["theta"].numel(),
+            "test": tested.to_json(),
+            "train_seconds": state.seconds,
+            "test_seconds": seconds,
+            "environment": stamp["environment"],
+        }
+        title = stamp["recipe"] or experiment.config.data.kind_name
+        reports.draw_learning_curve(directory, title=f"{title}: {tested}")
+        reports.draw_episodes(directory, experiment, state.evaluated)
+        atomic_write(directory.result, json_bytes(result))
+        say(f"{tested}\nresults are in {directory.path}")
+        return result
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    """The figures of the progress bar."""
+    """Returns the figures of the progress bar."""
     return {label: form.format(scale * row[name]) for name, label, scale, form in _SHOWN if name in row}
 
 
@@ -302,7 +301,7 @@ def _checkpoint(config: TrainConfig, state: State) -> Checkpoint:
 
 
 def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, Tensor]) -> State:
-    """The state at step 0, or that of a checkpoint."""
+    """Returns the state at step 0, or that of a checkpoint."""
     config = experiment.config
     params = experiment.initial_params(start)
     if saved is not None:
@@ -316,24 +315,3 @@ def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, 
     load_optimizer_state(optimizer, saved.optimizer)
     metrics.load_state(saved.metrics)
     return State(saved.step, params, averages, optimizer, metrics, saved.seconds)
-
-
-def _load(directory: RunDirectory, config: TrainConfig, path: Path | None) -> Checkpoint | None:
-    if path is None:
-        saved = load_newest(directory.checkpoints)
-    elif path.resolve().parent == directory.checkpoints.resolve():
-        saved = load_checkpoint(path)
-    else:
-        raise RunError(f"--from-checkpoint must be one of {directory.checkpoints}, got {path}")
-    if saved is None and directory.holds_run():
-        say(f"{directory.path} has no checkpoint yet: starting from the beginning")
-    if saved is not None and saved.seed != config.run.seed:
-        raise CheckpointError(f"the checkpoint of step {saved.step} is of seed {saved.seed}, not {config.run.seed}")
-    return saved
-
-
-def _drop_checkpoints_after(directory: RunDirectory, saved: Checkpoint | None) -> None:
-    """Continuing from an older checkpoint, what was recorded behind it is dropped, as in metrics.jsonl."""
-    for path in list_checkpoints(directory.checkpoints):
-        if saved is not None and int(path.stem.removeprefix("step-")) > saved.step:
-            path.unlink()
