@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from hessian_free import trained
@@ -21,7 +22,7 @@ from measure import full_precision, write_result
 from torch import Tensor
 
 from imaml_ext.data import EpisodeBatch
-from imaml_ext.models.products import PRECISIONS
+from imaml_ext.models.products import Precision
 from imaml_ext.training import PRESETS
 from imaml_ext.training.config import TrainConfig
 from imaml_ext.training.experiment import Experiment, build
@@ -52,7 +53,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 def measured(config: TrainConfig, theta: Tensor, batch: EpisodeBatch) -> dict[str, dict[str, float]]:
     exact_support, exact = gradients(build(replace(config, run=replace(config.run, dtype="float64"))), theta, batch)
     rows = {}
-    for precision in PRECISIONS:
+    for precision in get_args(Precision):
         experiment = build(replace(config, model=replace(config.model, precision=precision)))
         support, found = gradients(experiment, theta, batch)
         rows[precision] = {

@@ -7,11 +7,12 @@ import sys
 import threading
 
 import pytest
+import reference
 import torch
 from systems import DEVICES, DTYPES, dense, multiply, reflected, solve_directly
 from torch import Tensor
 
-from imaml_ext import Solution, SolveError, SolveStatus, cg, reference
+from imaml_ext import Solution, SolveError, SolveStatus, cg
 
 C, M, NEG, BAD = range(4)
 

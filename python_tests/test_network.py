@@ -11,9 +11,11 @@ from meta_tasks import F64, Data, Episodes, classification
 from torch import Tensor
 from torch.library import opcheck
 
-from imaml_ext import IMAML, cg, ops
-from imaml_ext.meta import GaussNewtonOperator, gauss_newton_operator, hessian_operator
-from imaml_ext.models import MLP, Conv4, TaskLoss, TaskModel, from_module
+from imaml_ext import IMAML, TaskLoss, cg, ops
+from imaml_ext.models import MLP, Conv4, TaskModel, from_module
+from imaml_ext.ops.network import NetworkLinearisation
+
+CURVATURES = ("hessian", "gauss_newton")
 
 # name: model, shape of an example
 MODELS: dict[str, tuple[TaskModel, tuple[int, ...]]] = {
@@ -83,13 +85,11 @@ def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtyp
     assert relative(found.losses, expected.losses) <= of_values
     assert relative(found.outputs, expected.outputs) <= of_values
     assert relative(found.gradient, expected.gradient) <= of_derivatives
-    for operator in (hessian_operator, gauss_newton_operator):
-        mine, theirs = operator(native, params, data), operator(reference, params.double(), wide)
+    for kind in CURVATURES:
+        mine, theirs = native.linearize(params, data, kind), reference.linearize(params.double(), wide, kind)
         assert torch.equal(mine.losses, found.losses)
         assert torch.equal(mine.gradient, found.gradient)
         assert relative(mine(direction), theirs(direction.double())) <= of_derivatives
-    assert isinstance(mine, GaussNewtonOperator)
-    assert isinstance(theirs, GaussNewtonOperator)
     along, product = mine.curvature(direction), mine(direction)  # pᵀGp, [B], and Gp
     assert along.dtype == F64
     # Next to |p| |Gp|: pᵀGp itself is next to nothing where the outputs of two ways move alike along p.
@@ -194,8 +194,8 @@ def test_photographs_of_84_pixels(device: str) -> None:
     direction = torch.randn_like(params)
     for found, expected in zip(native.gradient(params, data), reference.gradient(params, data), strict=True):
         assert relative(found, expected) <= 1e-12
-    for operator in (hessian_operator, gauss_newton_operator):
-        assert relative(*(operator(loss, params, data)(direction) for loss in (native, reference))) <= 1e-12
+    for kind in CURVATURES:
+        assert relative(*(loss.linearize(params, data, kind)(direction) for loss in (native, reference))) <= 1e-12
 
 
 def graph(loss: TaskLoss, params: Tensor, data: Data, weights: Tensor, direction: Tensor) -> list[Tensor]:
@@ -247,11 +247,8 @@ def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str, de
 
     def everything(rows: slice) -> list[Tensor]:
         some = Data(data.x[rows], data.y[rows])
-        hessian, gauss_newton = (
-            operator(loss, params[rows], some)(direction[rows])
-            for operator in (hessian_operator, gauss_newton_operator)
-        )
-        return [*loss.gradient(params[rows], some), hessian, gauss_newton]
+        products = [loss.linearize(params[rows], some, kind)(direction[rows]) for kind in CURVATURES]
+        return [*loss.gradient(params[rows], some), *products]
 
     together = everything(slice(None))
     threads = torch.get_num_threads()
@@ -286,7 +283,7 @@ def test_descent_gives_the_bits_of_its_steps(name: str, device: str) -> None:
 @pytest.mark.cpu_kernels
 def test_models_alone_bring_the_ops_with_them() -> None:
     script = (
-        "import torch; from imaml_ext.models import MLP, TaskData, TaskLoss\n"
+        "import torch; from imaml_ext import MLP, TaskLoss; from imaml_ext.batch import TaskData\n"
         "data = TaskData(torch.rand(1, 3, 2), torch.rand(1, 3, 1)); model = MLP(2, (3,), 1)\n"
         "TaskLoss(model, 'mse').gradient(model.init(seed=0).unsqueeze(0), data)\n"
     )
@@ -297,13 +294,13 @@ def test_models_alone_bring_the_ops_with_them() -> None:
 def test_two_linearisations_at_a_time_keep_apart(device: str) -> None:
     model, criterion, params, data = draw("conv4", 2, 5, F64, device)
     loss, p = TaskLoss(model, criterion, engine="native"), torch.randn_like(params)
-    first = hessian_operator(loss, params, data)
+    first = loss.linearize(params, data)
     expected = first(p)
-    second = hessian_operator(loss, params + 1, data)
+    second = loss.linearize(params + 1, data)
     assert torch.equal(first(p), expected)
     assert not torch.equal(second(p), expected)
     del first, second
-    assert torch.equal(hessian_operator(loss, params, data)(p), expected)
+    assert torch.equal(loss.linearize(params, data)(p), expected)
 
 
 def test_a_broken_task_leaves_its_neighbours_alone(device: str) -> None:
@@ -383,8 +380,8 @@ def test_without_tasks(device: str) -> None:
     params = torch.rand(0, model.num_parameters, device=device)
     loss = TaskLoss(model, "cross_entropy", engine="native")
     assert [list(part.shape) for part in loss.gradient(params, data)] == [[0], [0, 4, 2], [0, model.num_parameters]]
-    linearised = loss.linearise(params, data)
-    assert linearised is not None
+    assert model.network is not None
+    linearised = NetworkLinearisation(params, data.x, data.y, model.network)
     assert linearised.product(params).shape == linearised.product(params, gauss_newton=True).shape == params.shape
     one = torch.ones(1, 1, device=device)
     losses = loss.descend_(params, params.clone(), data, lam=one, lr=one, steps=3)
@@ -418,8 +415,8 @@ def test_every_op_can_be_captured(name: str) -> None:
         phi = theta.clone()
         losses = loss.descend_(phi, theta, data, lam=lam, lr=lr, steps=2)
         assert losses is not None
-        hessian, gauss_newton = (op(loss, phi, data) for op in (hessian_operator, gauss_newton_operator))
-        return [phi, losses, *loss.gradient(phi, data), hessian(p), gauss_newton(p), loss.outputs(phi, data.x)]
+        products = [loss.linearize(phi, data, kind)(p) for kind in CURVATURES]
+        return [phi, losses, *loss.gradient(phi, data), *products, loss.outputs(phi, data.x)]
 
     expected = everything()
     torch.cuda.synchronize()
@@ -471,7 +468,7 @@ def test_products_and_solves_of_some_tasks_alone(device: str) -> None:
     phi = theta.expand(7, -1).contiguous().to(device)
     p = torch.randn_like(phi)
     support = Data(*(side.to(device) for side in episodes.support))
-    for operator in (hessian_operator(loss, phi, support), gauss_newton_operator(loss, phi, support)):
+    for operator in (loss.linearize(phi, support, kind) for kind in CURVATURES):
         whole = operator(p)
         for rows in (slice(0, 2), slice(3, 7), slice(6, 7)):
             assert torch.equal(operator(p[rows], rows), whole[rows])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from imaml_ext.errors import ConfigError
-from imaml_ext.models import MLP, Conv4, TaskLoss
+from imaml_ext.losses import TaskLoss
+from imaml_ext.models import MLP, Conv4
 from imaml_ext.models.products import product, rounded
 from imaml_ext.training import PRESETS
 from imaml_ext.training.config import from_json, to_json, with_knobs

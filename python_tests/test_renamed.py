@@ -6,6 +6,8 @@ from meta_tasks import regression
 
 import imaml_ext
 from imaml_ext import CG, IMAML, MAML, GradientDescent, NewtonCG, Solution, SolveError, SolveStatus, prox_solve
+from imaml_ext.batch import TaskData
+from imaml_ext.losses import TaskLoss
 from imaml_ext.solvers import FixedPoint
 
 
@@ -16,6 +18,8 @@ from imaml_ext.solvers import FixedPoint
         ("solvers", "CGResult", Solution),
         ("solvers", "CGStatus", SolveStatus),
         ("inner", "HessianFree", NewtonCG),
+        ("models", "TaskLoss", TaskLoss),
+        ("models", "TaskData", TaskData),
     ],
 )
 def test_names(module: str, old: str, new: type) -> None:

@@ -25,48 +25,29 @@ from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
 class GradientDescent(InnerSolver):
     """Takes `steps` descent steps on L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ.
 
-    Each setting has its meaning below it. With a `tolerance`, a task whose proximal gradient norm is at most that stays
+    Each setting has its meaning beside it. With a `tolerance`, a task whose proximal gradient norm is at most that stays
     where it is for the remaining steps. With `batch_size`, a step takes the gradient of about that many of a task's S
     examples, the next ones in turn (see `batches`), and `losses` are theirs.
-
-    Raises:
-        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
 
     Source: Algorithm 2 of Rajeswaran et al., arXiv 1909.04630, with the proximal problem of its equation 3.
     """
 
-    steps: Annotated[int, NOT_NEGATIVE] = 16
-    """Gradient steps per task."""
-
-    lr: Annotated[Coefficient, NOT_NEGATIVE] = 0.1
-    """Learning rate of the steps."""
-
+    steps: Annotated[int, NOT_NEGATIVE] = 16  # Gradient steps per task.
+    lr: Annotated[Coefficient, NOT_NEGATIVE] = 0.1  # Learning rate of the steps.
+    # Other rates for parameter tensors by name, * for any letters: `* 0 linear.* 0.1` adapts the last layer alone.
     lr_of: Annotated[dict[str, float], NOT_NEGATIVE] = field(default_factory=dict)
-    """Other rates for parameter tensors by name, * for any letters: `* 0 linear.* 0.1` adapts the last layer alone."""
-
+    # Rule of the steps: plain, torch.optim.SGD's with momentum, or torch.optim.Adam's.
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """Rule of the steps: plain, torch.optim.SGD's with momentum, or torch.optim.Adam's."""
-
-    momentum: Annotated[float, FRACTION] = 0.9
-    """Momentum of the rule `momentum`."""
-
-    nesterov: bool = False
-    """Nesterov's form of the rule `momentum`."""
-
-    betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.999)
-    """Decay rates of the moments of the rule `adam`."""
-
-    eps: Annotated[float, POSITIVE] = 1e-8
-    """Epsilon of the rule `adam`."""
-
+    momentum: Annotated[float, FRACTION] = 0.9  # Momentum of the rule `momentum`.
+    nesterov: bool = False  # Nesterov's form of the rule `momentum`.
+    betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.999)  # Decay rates of the moments of the rule `adam`.
+    eps: Annotated[float, POSITIVE] = 1e-8  # Epsilon of the rule `adam`.
+    # Every step descends on the proximal objective; or plain steps, then one step of the penalty (authors' code).
     proximal: Literal["gradient", "after"] = "gradient"
-    """Every step descends on the proximal objective; or plain steps, then one step of the penalty (authors' code)."""
-
+    # Norm of the proximal gradient at which a task stops; unset: never.
     tolerance: Annotated[float | None, NOT_NEGATIVE] = None
-    """Norm of the proximal gradient at which a task stops; unset: never."""
-
+    # Examples of a task in a step, in turn; unset: its whole support set.
     batch_size: Annotated[int | None, COUNT] = None
-    """Examples of a task in a step, in turn; unset: its whole support set."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

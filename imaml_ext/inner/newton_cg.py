@@ -62,36 +62,22 @@ class NewtonCG(InnerSolver):
     One iteration of conjugate gradients needs no more of the Gauss-Newton matrix than ∇FᵀG∇F = (J∇F)ᵀC(J∇F), which is
     half a product. It is the cheapest step, and the one that goes furthest for its cost where F is far from quadratic.
 
-    Raises:
-        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
-
     Source: Rajeswaran et al., arXiv 1909.04630, section 4 (5 CG steps, a line search on the training loss); Nocedal and
     Wright, Numerical Optimization (2006), algorithm 7.1; Martens, Deep learning via Hessian-free optimization (2010).
     """
 
-    steps: Annotated[int, NOT_NEGATIVE] = 2
-    """Newton steps per task."""
-
+    steps: Annotated[int, NOT_NEGATIVE] = 2  # Newton steps per task.
+    # Solver of the direction.
     linear_solver: LinearSolver = field(default_factory=lambda: CG(max_iterations=5, rtol=0.0))
-    """Solver of the direction."""
-
-    curvature: Literal["hessian", "gauss_newton"] = "hessian"
-    """Matrix of the direction."""
-
-    damping: Annotated[float, NOT_NEGATIVE] = 0.0
-    """delta >= 0, added to lambda in the direction alone."""
-
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"  # Matrix of the direction.
+    damping: Annotated[float, NOT_NEGATIVE] = 0.0  # delta >= 0, added to lambda in the direction alone.
+    # Part c of the decrease promised by the slope that a step must bring.
     armijo: Annotated[float, Bounds(above=0, below=1)] = 1e-4
-    """Part c of the decrease promised by the slope that a step must bring."""
-
+    # How often a step is shortened at most, before the task stays where it is.
     backtracks: Annotated[int, NOT_NEGATIVE] = 10
-    """How often a step is shortened at most, before the task stays where it is."""
-
-    shrink: Annotated[float, Bounds(above=0, below=1)] = 0.5
-    """Factor s by which a step is shortened."""
-
+    shrink: Annotated[float, Bounds(above=0, below=1)] = 0.5  # Factor s by which a step is shortened.
+    # Look at the device after each trial, to stop when every task has its step; unset: on the CPU. Same result.
     stop_early: bool | None = None
-    """Look at the device after each trial, to stop when every task has its step; unset: on the CPU. Same result."""
 
     def solve(
         self,

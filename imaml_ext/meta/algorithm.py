@@ -78,14 +78,11 @@ class MetaAlgorithm(Choice):
 
     _given: dict[str, Any] = field(default_factory=dict, repr=False, metadata={"recorded": False})  # of a LearnableLam
 
+    # Regularisation lambda: how strongly a task's parameters are held at theta; 0 holds them not at all.
     lam: Annotated[Coefficient, NOT_NEGATIVE] = 0.0
-    """Regularisation lambda: how strongly a task's parameters are held at theta; 0 holds them not at all."""
-
-    inner: InnerSolver = field(default_factory=GradientDescent)
-    """Solver of the inner problem."""
-
+    inner: InnerSolver = field(default_factory=GradientDescent)  # Solver of the inner problem.
+    # Learnt beside theta: `lam` or `lr` (inner rates), each `global`, per `tensor` or per `parameter`.
     learn: dict[str, Sharing] = field(default_factory=dict)
-    """Learnt beside theta: `lam` or `lr` (inner rates), each `global`, per `tensor` or per `parameter`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,9 +25,6 @@ class FOMAML(MetaAlgorithm):
 
     A rate η that is learnt has the derivative v ⊙ (φ − θ) / η: of steps whose gradients do not depend on η.
 
-    Raises:
-        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
-
     Source: Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (2017), section 5.2; Nichol, Achiam, Schulman, On
     first-order meta-learning algorithms (2018).
     """
@@ -65,9 +62,6 @@ class Reptile(MetaAlgorithm):
     With the sign of a gradient: an SGD step θ ← θ − ε · mean (θ − φ) is Reptile's θ ← θ + ε · mean (φ − θ), ε the outer
     learning rate. φ is the outcome of training on the support set; the query set is only looked at for the metrics.
     With φ the proximal minimiser, λ (θ − φ) is the gradient of the Moreau envelope of the support loss.
-
-    Raises:
-        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
 
     Source: Nichol, Achiam, Schulman, On first-order meta-learning algorithms (2018), Algorithm 2, batched.
     """

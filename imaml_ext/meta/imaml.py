@@ -33,14 +33,11 @@ class IMAML(MetaAlgorithm):
 
     For every task, φ ≈ argmin L(φ) + ½ λ ‖φ − θ‖², v = ∇Q(φ), (H + Λ + δI) u = v, ∂F/∂θ = mean Λu, and for a λ that is
     learnt ∂F/∂λ = −mean u ⊙ (φ − θ). All tasks go through each stage together; nothing waits for the device (but
-    `on_breakdown="raise"`, which must look). Each setting has its meaning below it; `on_breakdown` is that of
+    `on_breakdown="raise"`, which must look). Each setting has its meaning beside it; `on_breakdown` is that of
     `imaml_ext.meta.implicit_solve`.
 
     Damping is added to the system and not to the inner problem. It shortens u, most along directions of small
     curvature, and keeps early, indefinite Hessians from being inverted.
-
-    Raises:
-        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
 
     Source: Rajeswaran, Finn, Kakade, Levine, Meta-Learning with Implicit Gradients, arXiv 1909.04630, Algorithm 2.
     """
@@ -49,20 +46,14 @@ class IMAML(MetaAlgorithm):
         "lr": "the implicit gradient does not depend on how the inner problem was solved; MAML and FOMAML learn rates"
     }
 
+    # Regularisation lambda > 0: how strongly a task's parameters are held at theta.
     lam: Annotated[Coefficient, POSITIVE] = 2.0
-    """Regularisation lambda > 0: how strongly a task's parameters are held at theta."""
-
-    linear_solver: LinearSolver = field(default_factory=CG)
-    """Solver of the implicit system."""
-
-    damping: Annotated[float, NOT_NEGATIVE] = 0.0
-    """delta >= 0, added to lambda in the implicit system."""
-
+    linear_solver: LinearSolver = field(default_factory=CG)  # Solver of the implicit system.
+    damping: Annotated[float, NOT_NEGATIVE] = 0.0  # delta >= 0, added to lambda in the implicit system.
+    # Matrix of the implicit system: the Hessian, the paper's letter, or Gauss-Newton, which trains stably.
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
-    """Matrix of the implicit system: the Hessian, the paper's letter, or Gauss-Newton, which trains stably."""
-
+    # A task whose solve breaks down gives its last good iterate, its first-order gradient, nothing, or an error.
     on_breakdown: Reaction = "keep"
-    """A task whose solve breaks down gives its last good iterate, its first-order gradient, nothing, or an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,16 +34,13 @@ class MAML(MetaAlgorithm):
     price of one more gradient per step. The loss is to be twice differentiable. `inner` is a `GradientDescent` of any
     rule, without a tolerance; λ = 0 is MAML as published.
 
-    Raises:
-        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
-
     Source: Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (2017). Learnt rates: Li et al., Meta-SGD (2017).
     """
 
     no_derivative: ClassVar[dict[str, str]] = {}
 
+    # Keep the inner iterates alone and compute the rest again in the backward sweep: memory for time.
     checkpoint: bool = False
-    """Keep the inner iterates alone and compute the rest again in the backward sweep: memory for time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

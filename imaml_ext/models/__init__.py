@@ -1,5 +1,6 @@
 """Task models: functions of many tasks at once, with flat parameters."""
 
+from imaml_ext._renamed import old_names
 from imaml_ext.models.conv4 import Conv4
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.mlp import MLP
@@ -13,3 +14,11 @@ __all__ = [
     "TaskModel",
     "from_module",
 ]
+
+__getattr__ = old_names(
+    __name__,
+    {
+        **{name: f"imaml_ext.losses.{name}" for name in ("Criterion", "LossFunction", "TaskLoss")},
+        **{name: f"imaml_ext.batch.{name}" for name in ("Data", "TaskData")},
+    },
+)

@@ -1,89 +1,78 @@
-"""A multi-layer perceptron, all tasks in one batched matrix product a layer."""
+"""A multi-layer perceptron for all tasks at once, with one batched matrix product per layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from imaml_ext.checks import check_int
-from imaml_ext.models.initialise import glorot_bound, he_bound, uniform
+from imaml_ext.models.initialise import glorot_bound, he_bound, uniform_parameters
 from imaml_ext.models.layout import ParameterLayout
-from imaml_ext.ops.network import describe_input, describe_layer
-from imaml_ext.models.products import check_precision
+from imaml_ext.models.products import Precision
 from imaml_ext.models.task_layers import linear
-from imaml_ext.models.task_model import TaskModel, check_inputs
+from imaml_ext.models.task_model import TaskModel, check_inputs, from_data
+from imaml_ext.ops import network as native
+from imaml_ext.settings import COUNT
 
-_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
-
+@dataclass(frozen=True)
 class MLP(TaskModel):
     """Linear layers with a ReLU or tanh between them: inputs [B, S, *] (flattened) to outputs [B, S, out_features].
 
     Parameters `0.weight` [in, out], `0.bias` [out], `1.weight`, …: a weight is stored as the matrix that multiplies a
     row of features from the right. Initial weights: uniform of variance 2 / fan_in (ReLU, He et al. 2015) or
     2 / (fan_in + fan_out) (tanh and the last layer, Glorot and Bengio 2010); biases zero.
-
-    Args:
-        in_features: entries of an example. hidden: widths of the hidden layers, empty for a linear model.
-        out_features: entries of an output. activation: "relu" or "tanh".
-        precision: of the layers' products, "float32", "tf32" or "bfloat16" (`products.product`).
-
-    Raises:
-        TypeError, ValueError: a size below 1, an unknown activation or precision.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden: Sequence[int],
-        out_features: int,
-        *,
-        activation: str = "relu",
-        precision: str = "float32",
-    ) -> None:
-        widths = (in_features, *hidden, out_features)
-        names = ("in_features", *(f"hidden[{i}]" for i in range(len(hidden))), "out_features")
-        for name, width in zip(names, widths, strict=True):
-            check_int(name, width, minimum=1)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
-        self.widths = widths
-        self.activation = activation
-        self.precision = check_precision(precision)
+    in_features: Annotated[int, COUNT] = from_data(1)  # Numbers in an input.
+    hidden: Annotated[tuple[int, ...], COUNT] = (40, 40)  # Widths of the hidden layers; none for a linear model.
+    out_features: Annotated[int, COUNT] = from_data(1)  # Numbers in an output.
+    _: KW_ONLY
+    activation: Literal["relu", "tanh"] = "relu"  # The function between the layers.
+    precision: Precision = "float32"  # Precision of the layers' products.
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features before the first layer and after each."""
+        return (self.in_features, *self.hidden, self.out_features)
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
         shapes: dict[str, tuple[int, ...]] = {}
-        for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            shapes[f"{layer}.weight"] = (fan_in, fan_out)
-            shapes[f"{layer}.bias"] = (fan_out,)
-        self.layout = ParameterLayout.of(shapes)
-        if precision != "float32":
-            return  # the native kernels have no other
-        self.network = describe_input(in_features)
-        for width in hidden:
-            self.network += describe_layer(width, activation=activation)
-        self.network += describe_layer(out_features)
+        for layer, (fan_in, fan_out) in enumerate(pairwise(self.widths)):
+            shapes |= {f"{layer}.weight": (fan_in, fan_out), f"{layer}.bias": (fan_out,)}
+        return ParameterLayout.of(shapes)
+
+    @cached_property
+    def network(self) -> native.Network | None:
+        if self.precision != "float32":
+            return None  # the native kernels have no other
+        hidden = (number for width in self.hidden for number in native.linear(width, self.activation))
+        return (self.in_features, 1, 1, *hidden, *native.linear(self.out_features))
+
+    def fitted(self, input_shape: tuple[int, ...], outputs: int) -> MLP:
+        return replace(self, in_features=math.prod(input_shape), out_features=outputs)
 
     def _initial(self, seed: int) -> dict[str, Tensor]:
-        last = len(self.widths) - 2
-        values = {}
-        for index, (name, shape) in enumerate(zip(self.layout.names, self.layout.shapes, strict=True)):
-            relu_follows = self.activation == "relu" and name != f"{last}.weight"
-            bound = 0.0 if len(shape) == 1 else he_bound(shape[0]) if relu_follows else glorot_bound(*shape)
-            values[name] = uniform(shape, bound, seed=seed, index=index)
-        return values
+        def bound(name: str, shape: torch.Size) -> float:
+            relu_follows = self.activation == "relu" and name != f"{len(self.hidden)}.weight"
+            return 0.0 if len(shape) == 1 else he_bound(shape[0]) if relu_follows else glorot_bound(*shape)
+
+        return uniform_parameters(self.layout, bound, seed=seed)
 
     def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
-        check_inputs(_flattened(inputs), (self.widths[0],), params)
+        check_inputs(_flattened(inputs), (self.in_features,), params)
 
     def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
-        x = _flattened(inputs)
-        p = self.layout.views(params)
-        activation = _ACTIVATIONS[self.activation]
-        for layer in range(len(self.widths) - 1):
+        x, p = _flattened(inputs), self.layout.views(params)
+        for layer in range(len(self.hidden) + 1):
             if layer:
-                x = activation(x)
+                x = torch.relu(x) if self.activation == "relu" else torch.tanh(x)
             x = linear(x, p[f"{layer}.weight"], p[f"{layer}.bias"], precision=self.precision)  # [B, S, out]
         return x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,15 @@ from imaml_ext.models.task_model import TaskModel
 
 
 def from_module(module: nn.Module, *, batch_norm: str = "error") -> TaskModel:
-    """A `TaskModel` that calls `module` with every task's own parameters (`torch.func.functional_call` under `vmap`).
+    """Makes a `TaskModel` of a module that takes a task's inputs [S, *] and returns its outputs [S, *].
 
     The flat row holds the parameters that require a gradient, in the order of `named_parameters()` (shared ones once);
     frozen parameters and buffers are constants, the same for all tasks. `init` returns the values that the module has
     when this is called, whatever the seed; the module itself is neither changed nor kept.
 
-    A module in training mode that changes its own state, or draws random numbers, is not a function of its parameters.
-    Batch norm with running statistics is refused by default; with `batch_norm="task"` it normalises by the task's own
-    batch and keeps no statistics, as few-shot learners do; in evaluation mode (`module.eval()`) it uses the running
-    statistics as constants and is accepted as it is. Dropout must be in evaluation mode.
-
-    Args:
-        module: takes a task's inputs [S, *] and returns its outputs [S, *].
-        batch_norm: "error" or "task".
+    Batch norm with running statistics is no function of the parameters and is refused by default. With
+    `batch_norm="task"` it normalises by the task's own batch, as few-shot learners do; in evaluation mode
+    (`module.eval()`) its statistics are constants. Dropout must be in evaluation mode.
 
     Raises:
         TypeError, ValueError: not a module, no trainable parameter, parameters of several dtypes or devices, a batch
@@ -40,7 +36,7 @@ def from_module(module: nn.Module, *, batch_norm: str = "error") -> TaskModel:
 
 
 def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
-    """A copy without what the algorithms cannot differentiate through."""
+    """Returns a copy without what the algorithms cannot differentiate through."""
     module = copy.deepcopy(module)
     for name, layer in module.named_modules():
         where = f"layer {name!r} ({type(layer).__name__})" if name else f"the module ({type(layer).__name__})"
@@ -62,34 +58,35 @@ def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
 
 
 class ModuleModel(TaskModel):
-    """What `from_module` makes."""
+    """Calls an nn.Module; made by `from_module`."""
 
     def __init__(self, module: nn.Module) -> None:
         trainable = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("module must have at least one parameter that requires a gradient, got none")
-        for what, found in (
-            ("dtype", {str(p.dtype) for p in trainable.values()}),
-            ("device", {str(p.device) for p in trainable.values()}),
-        ):
-            if len(found) > 1:
+        for what in ("dtype", "device"):
+            if len(found := {str(getattr(p, what)) for p in trainable.values()}) > 1:
                 raise ValueError(f"module must have parameters of one {what}, got {', '.join(sorted(found))}")
-        self.layout = ParameterLayout.of({name: p.shape for name, p in trainable.items()})
-        self._module = module.requires_grad_(False)
-        self._values = trainable
+        self._module, self._values = module.requires_grad_(False), trainable
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
+        return ParameterLayout.of({name: p.shape for name, p in self._values.items()})
+
+    def fitted(self, input_shape: tuple[int, ...], outputs: int) -> ModuleModel:
+        """Returns the model itself: a module takes what it was made for."""
+        return self
 
     def _initial(self, seed: int) -> dict[str, Tensor]:
         return self._values
 
     def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
         self.place(params)
-
-        def one_task(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-            return functional_call(self._module, parameters, (x,))
-
-        return vmap(one_task)(self.layout.views(params), inputs)
+        return vmap(lambda parameters, x: functional_call(self._module, parameters, (x,)))(
+            self.layout.views(params), inputs
+        )
 
     def place(self, params: Tensor) -> None:
-        """Puts the module's constants where params are; nothing to do but the first time."""
+        """Puts the module's constants where params are; moves them the first time only."""
         if not torch.compiler.is_compiling():
             self._module.to(params.device, params.dtype)

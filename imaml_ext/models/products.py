@@ -1,37 +1,25 @@
-"""Products of matrices in a chosen precision, closed under differentiation.
+"""Products of matrices in a chosen precision, whose derivatives are such products again.
 
-A product of less than float32 rounds its operands and accumulates in float32, as tensor cores do; the products that its
-derivatives are made of round theirs. All else, norms, activations, criteria and solvers, stays in float32.
+A product of less than float32 rounds its operands and accumulates in float32, as tensor cores do. All else, norms,
+activations, criteria and solvers, stays in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-PRECISIONS = ("float32", "tf32", "bfloat16")
-
-
-def check_precision(precision: str) -> str:
-    """Raises ValueError unless `precision` is one of PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-    return precision
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def product(a: Tensor, b: Tensor, precision: str = "float32") -> Tensor:
-    """a b for a [B, M, K] and b [B, K, N], of float32 where the precision is less than that.
+    """Multiplies a [B, M, K] and b [B, K, N], which must be float32 (else TypeError) where the precision is less.
 
     "float32" is the type of the operands, whichever it is; "tf32" keeps 10 bits of their fraction, "bfloat16" 7. On a
     GPU tensor cores multiply; on the CPU operands are rounded (to nearest, ties to even) and multiplied in float32,
     which shows what the precision does and is no faster.
-
-    Raises:
-        TypeError: operands that are not float32, with a precision of less.
     """
     if precision == "float32":
         return torch.bmm(a, b)
@@ -41,7 +29,7 @@ def product(a: Tensor, b: Tensor, precision: str = "float32") -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """ā = c̄ bᵀ and b̄ = aᵀ c̄ are such products again."""
+    """Has the derivatives ā = c̄ bᵀ and b̄ = aᵀ c̄ of the same precision."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, precision: str) -> Tensor:
@@ -54,8 +42,7 @@ class _Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         needs_a, needs_b, _ = ctx.needs_input_grad
         by_a = product(grad, b.mT, ctx.precision) if needs_a else None
-        by_b = product(a.mT, grad, ctx.precision) if needs_b else None
-        return by_a, by_b, None
+        return by_a, product(a.mT, grad, ctx.precision) if needs_b else None, None
 
 
 def _multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
@@ -63,12 +50,15 @@ def _multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
         return torch.bmm(rounded(a, precision), rounded(b, precision))
     if precision == "bfloat16":
         return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    with _tensor_float32():
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
         return torch.bmm(a, b)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
-    """float32 x with the fraction that a precision has; infinities and NaN as they are."""
+    """Rounds float32 x to the fraction that a precision has; infinities and NaN stay."""
     if precision == "float32":
         return x
     if precision == "bfloat16":
@@ -78,13 +68,3 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     half = (1 << (dropped - 1)) - 1
     nearest = (bits + half + ((bits >> dropped) & 1)) & -(1 << dropped)
     return torch.where(x.isfinite(), nearest.view(torch.float32), x)
-
-
-@contextmanager
-def _tensor_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

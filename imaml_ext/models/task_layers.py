@@ -1,4 +1,4 @@
-"""Layers with parameters of their own for every task, closed under differentiation to second order.
+"""Layers with parameters of their own for every task, whose derivatives can be differentiated again.
 
 Activations are channels-last, [B, S, H, W, C] for B tasks of S images, so that the pixels of a task are the rows of a
 matrix [B, S·H·W, C]: a convolution is one batched matrix product over patches, and no copy stands between layers.
@@ -14,34 +14,18 @@ from torch import Tensor
 from imaml_ext.models.products import product
 
 
-def _patches(x: Tensor, stride: int) -> Tensor:
-    """x [B, S, H, W, C] -> [B, S·H'·W', 9 C]: the 3×3 neighbourhoods, zero-padded by 1, every `stride` pixels."""
-    batch, *_, channels = x.shape
-    padded = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
-    windows = padded.unfold(2, 3, stride).unfold(3, 3, stride)  # [B, S, H', W', C, 3, 3], a view
-    return windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(batch, -1, 9 * channels)
-
-
-def _scatter_patches(patches: Tensor, shape: torch.Size, stride: int) -> Tensor:
-    """The adjoint of `_patches`: every pixel of [B, S, H, W, C] sums what the patches hold of it."""
-    batch, images, height, width, channels = shape
-    rows, cols = (height - 1) // stride + 1, (width - 1) // stride + 1
-    windows = patches.view(batch, images, rows, cols, 3, 3, channels)
-    padded = patches.new_zeros(batch, images, height + 2, width + 2, channels)
-    for i in range(3):
-        for j in range(3):
-            here = padded[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride]
-            here.add_(windows[:, :, :, :, i, j])
-    return padded[:, :, 1:-1, 1:-1]
-
-
 class _Patches(torch.autograd.Function):
-    """Linear, so its derivative is its adjoint and the derivative of that is itself, to any order."""
+    """Takes x [B, S, H, W, C] to the 3×3 neighbourhoods [B, S·H'·W', 9 C], zero-padded by 1, every `stride` pixels.
+
+    It is linear, so its derivative is its adjoint and the derivative of that is itself, to any order.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
         ctx.shape, ctx.stride = x.shape, stride
-        return _patches(x, stride)
+        padded = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
+        windows = padded.unfold(2, 3, stride).unfold(3, 3, stride)  # [B, S, H', W', C, 3, 3], a view
+        return windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(x.shape[0], -1, 9 * x.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -49,10 +33,20 @@ class _Patches(torch.autograd.Function):
 
 
 class _ScatterPatches(torch.autograd.Function):
+    """The adjoint of `_Patches`: every pixel of [B, S, H, W, C] sums what the patches hold of it."""
+
     @staticmethod
     def forward(ctx: Any, patches: Tensor, shape: torch.Size, stride: int) -> Tensor:
         ctx.stride = stride
-        return _scatter_patches(patches, shape, stride)
+        batch, images, height, width, channels = shape
+        rows, cols = (height - 1) // stride + 1, (width - 1) // stride + 1
+        windows = patches.view(batch, images, rows, cols, 3, 3, channels)
+        padded = patches.new_zeros(batch, images, height + 2, width + 2, channels)
+        for i in range(3):
+            for j in range(3):
+                here = padded[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride]
+                here.add_(windows[:, :, :, :, i, j])
+        return padded[:, :, 1:-1, 1:-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -60,10 +54,7 @@ class _ScatterPatches(torch.autograd.Function):
 
 
 def conv3x3(x: Tensor, weight: Tensor, *, stride: int, precision: str = "float32") -> Tensor:
-    """A 3×3 convolution with a weight a task, zero padding 1, no bias.
-
-    Args:
-        x: [B, S, H, W, C]. weight: [B, 3, 3, C, C']. precision: of `product`.
+    """Convolves x [B, S, H, W, C] with a weight per task [B, 3, 3, C, C'], zero padding 1, no bias.
 
     Returns [B, S, ⌈H/stride⌉, ⌈W/stride⌉, C'].
     """
@@ -73,7 +64,7 @@ def conv3x3(x: Tensor, weight: Tensor, *, stride: int, precision: str = "float32
 
 
 class _Standardise(torch.autograd.Function):
-    """x [B, P, C] -> (x − mean) / √(var + ε) over the P rows of a task, and 1 / √(var + ε) [B, 1, C].
+    """Takes x [B, P, C] to (x − mean) / √(var + ε) over the P rows of a task, and 1 / √(var + ε) [B, 1, C].
 
     The second output makes the derivative an expression in outputs alone, which autograd differentiates again:
     x̄ = s · (ȳ − mean ȳ) − y · (s · mean(ȳ y) + s̄ s² / P).
@@ -101,32 +92,19 @@ class _Standardise(torch.autograd.Function):
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """Batch normalisation by the statistics of the task's own batch, in training and in testing alike.
-
-    Args:
-        x: [B, S, H, W, C]. weight, bias: [B, C].
-    """
+    """Normalises x [B, S, H, W, C] by the statistics of the task's own batch, always; weight and bias are [B, C]."""
     y, _ = _Standardise.apply(x.flatten(1, 3), eps)
     return torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1)).view_as(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
-    """x W + b with a weight and a bias a task: [B, S, C] -> [B, S, C'].
-
-    Args:
-        x: [B, S, C]. weight: [B, C, C']. bias: [B, C']. precision: of `product`.
-    """
+    """Returns x W + b [B, S, C'] for x [B, S, C], with a weight [B, C, C'] and a bias [B, C'] per task."""
     if precision == "float32":  # in one pass
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
     return product(x, weight, precision) + bias.unsqueeze(1)
 
 
 def max_pool2x2(x: Tensor) -> Tensor:
-    """The largest of every 2×2 pixels, a last odd row or column left out; equal pixels share the gradient.
-
-    x [B, S, H, W, C] -> [B, S, ⌊H/2⌋, ⌊W/2⌋, C].
-    """
-    batch, images, height, width, channels = x.shape
-    rows, cols = height // 2, width // 2
-    x = x[:, :, : 2 * rows, : 2 * cols].reshape(batch, images, rows, 2, cols, 2, channels)
-    return x.amax(dim=(3, 5))
+    """Returns the largest of every 2×2 pixels: [B, S, H, W, C] -> [B, S, ⌊H/2⌋, ⌊W/2⌋, C]; ties share the gradient."""
+    rows, cols = x.shape[2] // 2, x.shape[3] // 2
+    return x[:, :, : 2 * rows, : 2 * cols].unflatten(3, (cols, 2)).unflatten(2, (rows, 2)).amax(dim=(3, 5))

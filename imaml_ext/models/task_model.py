@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,40 +12,48 @@ from torch import Tensor
 from imaml_ext.checks import check_int
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.ops.network import Network
+from imaml_ext.settings import Choice
 
 
-class TaskModel(ABC):
+class TaskModel(Choice, ABC):
     """outputs [B, S, *] = model(params [B, N], inputs [B, S, *]), row b of the outputs from row b of both alone.
 
-    Differentiable in `params` as often as the algorithms need (twice, for Hessian-vector products). A subclass sets
-    `layout`, gives initial parameters and computes outputs; the arguments it gets have been checked.
+    Differentiable in `params` twice, for Hessian-vector products. A subclass gives the layout and initial values of its
+    parameters and computes outputs; the arguments it gets have been checked.
     """
 
-    layout: ParameterLayout
-    network: Network | None = None  # what the native ops know the model as, if they do
-    precision: str = "float32"  # of its products, where it has a choice (`products.PRECISIONS`)
+    kinds: ClassVar[dict[str, str]] = {"conv4": "imaml_ext.models.conv4.Conv4", "mlp": "imaml_ext.models.mlp.MLP"}
+
+    precision: str = "float32"  # of its products, where it has a choice (`products.Precision`)
+
+    @property
+    @abstractmethod
+    def layout(self) -> ParameterLayout:
+        """Where each parameter lies in a row of `params`; a `cached_property` in every subclass."""
+
+    @property
+    def network(self) -> Network | None:
+        """The description of the model for the native ops, if they know it."""
+        return None
 
     @property
     def num_parameters(self) -> int:
         """N."""
         return self.layout.numel
 
-    def init(self, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """Initial meta-parameters theta [N], the same bits for a seed everywhere.
+    @abstractmethod
+    def fitted(self, input_shape: tuple[int, ...], outputs: int) -> TaskModel:
+        """Returns the same network for examples of this shape and so many outputs; ConfigError if they do not fit."""
 
-        Raises:
-            TypeError, ValueError: `seed` is not an integer of at least 0, `dtype` not a floating-point type.
-        """
+    def init(self, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        """Returns initial meta-parameters theta [N], the same bits for a seed (an integer of at least 0) everywhere."""
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point type, got {dtype}")
         theta = self.layout.flatten(self._initial(check_int("seed", seed, minimum=0)))
         return theta.to(device=device, dtype=dtype)
 
     def __call__(self, params: Tensor, inputs: Tensor) -> Tensor:
-        """Outputs [B, S, *] of every task.
-
-        Args:
-            params: [B, N], a flat row of parameters a task. inputs: [B, S, *], the examples of each task.
+        """Returns outputs [B, S, *] for params [B, N], a flat row per task, and inputs [B, S, *], its examples.
 
         Raises:
             TypeError, ValueError: a shape, dtype or device that does not fit; names the argument.
@@ -57,39 +67,36 @@ class TaskModel(ABC):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if params.dim() != 2 or params.shape[1] != self.num_parameters:
-            raise ValueError(
-                f"params must have shape [B, {self.num_parameters}] (one row of parameters a task), "
-                f"got {list(params.shape)}"
-            )
+            expected = f"[B, {self.num_parameters}] (one row of parameters per task)"
+            raise ValueError(f"params must have shape {expected}, got {list(params.shape)}")
         if not params.is_floating_point():
             raise TypeError(f"params must be a floating-point tensor, got {params.dtype}")
         if inputs.dim() < 2 or inputs.shape[0] != params.shape[0]:
-            raise ValueError(
-                f"inputs must have shape [{params.shape[0]}, S, *] (the examples of each task of params), "
-                f"got {list(inputs.shape)}"
-            )
+            expected = f"[{params.shape[0]}, S, *] (the examples of each task of params)"
+            raise ValueError(f"inputs must have shape {expected}, got {list(inputs.shape)}")
         if inputs.device != params.device:
             raise ValueError(f"inputs must be on the device of params, {params.device}, got {inputs.device}")
         self._check_inputs(params, inputs)
 
-    def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:  # noqa: B027
-        """What a model demands of its inputs beyond that: nothing, unless it says so."""
+    def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
+        """Raises for what a model demands of its inputs beyond that: nothing, unless it says so."""
 
     @abstractmethod
     def _initial(self, seed: int) -> dict[str, Tensor]:
-        """{name: [*shape]} in float64, or in the model's own type."""
+        """Returns {name: [*shape]} in float64, or in the model's own type."""
 
     @abstractmethod
     def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
-        """params [B, N], inputs [B, S, *] -> [B, S, *]."""
+        """Maps params [B, N], inputs [B, S, *] to [B, S, *]."""
+
+
+def from_data(default: int) -> Any:
+    """Declares a field that training sets to what the data has (`fitted`), so that nobody needs to give it."""
+    return field(default=default, metadata={"from_data": True})
 
 
 def check_inputs(inputs: Tensor, example_shape: tuple[int, ...], params: Tensor) -> None:
-    """What a network of fixed input shape demands beyond `TaskModel.__call__`.
-
-    Raises:
-        TypeError, ValueError: inputs are not [B, S, *example_shape] of the type of params.
-    """
+    """Raises TypeError or ValueError unless inputs are [B, S, *example_shape] of the type of params."""
     if tuple(inputs.shape[2:]) != example_shape:
         expected = ", ".join(map(str, ("B", "S", *example_shape)))
         raise ValueError(f"inputs must have shape [{expected}], got {list(inputs.shape)}")

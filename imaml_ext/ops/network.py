@@ -1,8 +1,6 @@
-"""The door to the native network ops: a loss whose first and second derivatives are written out by hand.
+"""The native network ops: a whole network with its loss, whose first and second derivatives are written out by hand.
 
-csrc/network.h says what a network is there: a list of layers, each a product with a weight, a norm, an activation and a
-pooling. On the CPU a task goes through all of its layers at once, so that its activations stay in the processor's
-cache; on CUDA all tasks go through a layer together.
+A network is a list of layers here, each a product with a weight, a norm, an activation and a pooling.
 """
 
 from __future__ import annotations
@@ -13,40 +11,32 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-
 from imaml_ext._native import native
+from imaml_ext.ops.registration import register_fake
 
-Network = tuple[int, ...]  # the int[] of the ops
+Network = tuple[int, ...]  # the int[] of the ops: channels, height and width of an example, then six numbers per layer
 
-NORMS = {"bias": 0, "batch": 1}
-ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}
-POOLS = {"none": 0, "max": 1, "mean": 2}
+_NORMS = {"bias": 0, "batch": 1}
+_ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}
+_POOLS = {"none": 0, "max": 1, "mean": 2}
 
 # What a solve may take of the last-level cache, which others use too; and x, r, p, H p, b and φ of a task.
 _CACHE_BYTES = 16 * 2**20
 _VECTORS_OF_A_SOLVE = 6
 
 
-def describe_input(channels: int, height: int = 1, width: int = 1) -> Network:
-    """The beginning of a description: the shape of an example."""
-    return (channels, height, width)
+def convolution(channels: int, *, stride: int, pool: str) -> Network:
+    """Describes a layer: a 3×3 convolution with zero padding 1, batch norm, ReLU, then a pooling."""
+    return (3, stride, channels, _NORMS["batch"], _ACTIVATIONS["relu"], _POOLS[pool])
 
 
-def describe_layer(
-    channels: int,
-    *,
-    kernel: int = 0,
-    stride: int = 1,
-    norm: str = "bias",
-    activation: str = "identity",
-    pool: str = "none",
-) -> Network:
-    """One layer: `kernel` 3 for a 3×3 convolution with zero padding 1, or 0 for a linear layer over all pixels."""
-    return (kernel, stride, channels, NORMS[norm], ACTIVATIONS[activation], POOLS[pool])
+def linear(channels: int, activation: str = "identity") -> Network:
+    """Describes a layer: the product of all pixels with a weight, a bias, then an activation."""
+    return (0, 1, channels, _NORMS["bias"], _ACTIVATIONS[activation], _POOLS["none"])
 
 
 def supports(params: Tensor) -> bool:
-    """Whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func."""
+    """Tells whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func."""
     return (
         (params.is_cpu or (params.is_cuda and native().with_cuda))
         and params.dtype in (torch.float32, torch.float64)
@@ -55,60 +45,47 @@ def supports(params: Tensor) -> bool:
 
 
 def network_outputs(params: Tensor, x: Tensor, network: Network) -> Tensor:
-    """Outputs [B, S, K] without a graph."""
+    """Returns outputs [B, S, K] without a graph."""
     return torch.ops.imaml_ext.network_outputs(params.detach().contiguous(), x.contiguous(), network)
 
 
 def network_gradient(params: Tensor, x: Tensor, y: Tensor, network: Network) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B], outputs [B, S, K] and every task's own gradient [B, N], without a graph."""
+    """Returns losses [B], outputs [B, S, K] and every task's own gradient [B, N], without a graph."""
     return torch.ops.imaml_ext.network_gradient(params.detach().contiguous(), x.contiguous(), y.contiguous(), network)
 
 
 def network_descend_(
     phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: Network, steps: int
 ) -> Tensor:
-    """`steps` proximal gradient steps on phi [B, N] in place, and the losses [steps, B] before each.
+    """Takes `steps` proximal gradient steps on phi [B, N] in place; returns the losses [steps, B] before each.
 
-    theta: [1 or B, N]; lam, lr: [1 or B, 1 or N].
+    theta is [1 or B, N], lam and lr are [1 or B, 1 or N].
     """
     return torch.ops.imaml_ext.network_descend_(phi, theta, lam, lr, x.contiguous(), y.contiguous(), network, steps)
 
 
 class NetworkLinearisation:
-    """The loss around params [B, N]: its value, its gradient, and products with its second derivative.
-
-    Attributes:
-        losses: [B]. outputs: [B, S, K]. gradient: [B, N]; none has a graph.
-    """
+    """Holds losses [B], outputs [B, S, K] and gradient [B, N] at params [B, N]; multiplies by the second derivative."""
 
     def __init__(self, params: Tensor, x: Tensor, y: Tensor, network: Network) -> None:
-        self._params = params.detach().contiguous()
-        self._y = y.contiguous()
-        self._network = network
+        self._params, self._y, self._network = params.detach().contiguous(), y.contiguous(), network
         self.losses, self.outputs, self.gradient, self._tape = torch.ops.imaml_ext.network_linearise(
             self._params, x.contiguous(), self._y, network
         )
 
     def product(self, p: Tensor, rows: slice = slice(None), *, gauss_newton: bool = False) -> Tensor:
-        """H p, or Jᵀ C J p, [B, N] for p [B, N]: one pass forward along p and one back, over what was stored.
-
-        With `rows`, of some tasks alone: [k, N] for p [k, N].
-        """
-        return torch.ops.imaml_ext.network_product(
-            self._params[rows], self._tape[rows], self._y[rows], p.detach().contiguous(), self._network, gauss_newton
-        )
+        """Returns H p, or Jᵀ C J p, [k, N] for p [k, N] of the tasks `rows`: a pass forward along p and one back."""
+        stored, p = (self._params[rows], self._tape[rows], self._y[rows]), p.detach().contiguous()
+        return torch.ops.imaml_ext.network_product(*stored, p, self._network, gauss_newton)
 
     def curvature(self, p: Tensor) -> Tensor:
-        """pᵀ Jᵀ C J p [B] float64 for p [B, N]: the pass forward alone, half of a product."""
-        return torch.ops.imaml_ext.network_curvature(
-            self._params, self._tape, self._y, p.detach().contiguous(), self._network
-        )
+        """Returns pᵀ Jᵀ C J p [B] float64 for p [B, N], by the pass forward alone, half of a product."""
+        p = p.detach().contiguous()
+        return torch.ops.imaml_ext.network_curvature(self._params, self._tape, self._y, p, self._network)
 
     @property
     def rows_per_block(self) -> int | None:
-        """So many tasks at a time that a solve of theirs stays in the cache, and each thread has one at least; None for
-        all of them, on CUDA, where they are to fill the device.
-        """
+        """Tasks to solve for at a time, so that they stay in the cache and each thread has one; None: all, on CUDA."""
         if not self._params.is_cpu:
             return None
         of_a_task = self._tape[0].nbytes + _VECTORS_OF_A_SOLVE * self._params[0].nbytes
@@ -117,12 +94,12 @@ class NetworkLinearisation:
 
 
 def network_losses(params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
-    """Losses [B], twice differentiable in params [B, N]."""
+    """Returns losses [B], twice differentiable in params [B, N]."""
     return _Losses.apply(params, x, y, network)
 
 
 class _Losses(torch.autograd.Function):
-    """The gradient comes with the losses, in one pass; a graph of it is made where one is asked for."""
+    """Computes the gradient with the losses, in one pass; makes a graph of it only when asked."""
 
     @staticmethod
     def forward(ctx: Any, params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
@@ -138,35 +115,32 @@ class _Losses(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """w ∇L [B, N] for weights w [B]; its derivative is the product with the Hessian."""
+    """Computes w ∇L [B, N] for weights w [B]; its derivative is the product with the Hessian."""
 
     @staticmethod
     def forward(
         ctx: Any, params: Tensor, weights: Tensor, x: Tensor, y: Tensor, gradient: Tensor, network: Network
     ) -> Tensor:
         ctx.save_for_backward(params, weights, x, y, gradient)
-        ctx.network = network
-        ctx.linearisation = None
+        ctx.network, ctx.linearisation = network, None
         return weights.unsqueeze(1) * gradient
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         params, weights, x, y, gradient = ctx.saved_tensors
         needs_params, needs_weights, *_ = ctx.needs_input_grad
-        by_params = by_weights = None
+        by_params = None
         if needs_params:
             if ctx.linearisation is None:  # once, however many products follow
                 ctx.linearisation = NetworkLinearisation(params, x, y, ctx.network)
             by_params = ctx.linearisation.product(weights.unsqueeze(1) * u)
             if torch.is_grad_enabled():
                 by_params = _Last.apply(by_params, params, weights, u)
-        if needs_weights:
-            by_weights = (gradient * u).sum(1)
-        return by_params, by_weights, None, None, None, None
+        return by_params, (gradient * u).sum(1) if needs_weights else None, None, None, None, None
 
 
 class _Last(torch.autograd.Function):
-    """A second derivative, for which there is no third: an error, where autograd by itself would take it for zero."""
+    """Refuses a third derivative, which autograd by itself would take for zero."""
 
     @staticmethod
     def forward(ctx: Any, product: Tensor, *depends_on: Tensor) -> Tensor:
@@ -177,3 +151,27 @@ class _Last(torch.autograd.Function):
         raise RuntimeError(
             "the native engine of TaskLoss differentiates twice; for higher derivatives give it engine='torch'"
         )
+
+
+# --- what torch.compile needs to know -------------------------------------------------------------------------------
+
+
+def _fake_outputs(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
+    return params.new_empty((*x.shape[:2], network[-4]))
+
+
+def _fake_gradient(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return params.new_empty(x.shape[:1]), _fake_outputs(params, x, network), torch.empty_like(params)
+
+
+def _fake_linearise(params: Tensor, x: Tensor, y: Tensor, network: list[int]) -> tuple[Tensor, ...]:
+    size = native().network_tape_size(network, x.shape[1], params.element_size())
+    return *_fake_gradient(params, x, y, network), params.new_empty((x.shape[0], size), dtype=torch.uint8)
+
+
+register_fake("network_outputs", _fake_outputs)
+register_fake("network_gradient", _fake_gradient)
+register_fake("network_descend_", lambda phi, theta, lam, lr, x, y, network, steps: phi.new_empty((steps, len(phi))))
+register_fake("network_linearise", _fake_linearise)
+register_fake("network_product", lambda params, tape, y, p, network, gauss_newton: torch.empty_like(p))
+register_fake("network_curvature", lambda params, tape, y, p, network: p.new_empty(len(p), dtype=torch.float64))

@@ -22,17 +22,11 @@ BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of th
 class CG(LinearSolver):
     """Conjugate gradients, for symmetric positive definite matrices; what it does, `imaml_ext.cg` says."""
 
-    max_iterations: Annotated[int, COUNT] = 5
-    """Largest number of products with the matrix."""
-
-    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5
-    """Relative residual at which a task's solve stops."""
-
-    atol: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Absolute residual at which a task's solve stops."""
-
+    max_iterations: Annotated[int, COUNT] = 5  # Largest number of products with the matrix.
+    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
+    atol: Annotated[float, NOT_NEGATIVE] = 0.0  # Absolute residual at which a task's solve stops.
+    # Iterations between two looks at whether all tasks are done; 0: never look, and never wait for the device.
     check_every: Annotated[int, NOT_NEGATIVE] = 0
-    """Iterations between two looks at whether all tasks are done; 0: never look, and never wait for the device."""
 
     def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
         return cg(operator, b, shift=shift, rows_per_block=getattr(operator, "rows_per_block", None), **vars(self))

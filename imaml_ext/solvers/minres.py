@@ -25,9 +25,6 @@ class MINRES(LinearSolver):
     rounding has driven it away from the recurrence, the row begins again from x. A row is SINGULAR where the residual
     has become a null vector of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖: x then solves the least-squares problem.
 
-    Raises:
-        ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
-
     Source: Paige and Saunders, Solution of sparse indefinite systems of linear equations (1975). Why a residual must be
     measured: Sleijpen, van der Vorst, Modersitzki, Differences in the effects of rounding errors in Krylov solvers
     for symmetric indefinite linear systems (2000).
@@ -35,14 +32,10 @@ class MINRES(LinearSolver):
 
     breakdown: ClassVar[SolveStatus] = SolveStatus.SINGULAR
 
+    # Largest number of products with the matrix, those that measure a residual included.
     max_iterations: Annotated[int, COUNT] = 5
-    """Largest number of products with the matrix, those that measure a residual included."""
-
-    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5
-    """Relative residual at which a task's solve stops."""
-
-    atol: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Absolute residual at which a task's solve stops."""
+    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
+    atol: Annotated[float, NOT_NEGATIVE] = 0.0  # Absolute residual at which a task's solve stops.
 
     def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
         check_arguments(operator, b, None, None)

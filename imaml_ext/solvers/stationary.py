@@ -23,11 +23,8 @@ class Neumann(LinearSolver):
 
     breakdown: ClassVar[SolveStatus] = SolveStatus.DIVERGED
 
-    max_iterations: Annotated[int, COUNT] = 5
-    """Number of products with the matrix."""
-
-    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5
-    """Relative residual at which a task's solve stops."""
+    max_iterations: Annotated[int, COUNT] = 5  # Number of products with the matrix.
+    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
 
     def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
         shift = as_coefficient(shift, "shift", b).detach()
@@ -45,14 +42,10 @@ class FixedPoint(LinearSolver):
 
     breakdown: ClassVar[SolveStatus] = SolveStatus.DIVERGED
 
+    # Step size alpha; unset: the learning rate of the inner gradient descent.
     lr: Annotated[Coefficient | None, POSITIVE] = None
-    """Step size alpha; unset: the learning rate of the inner gradient descent."""
-
-    max_iterations: Annotated[int, COUNT] = 5
-    """Number of products with the matrix."""
-
-    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5
-    """Relative residual at which a task's solve stops."""
+    max_iterations: Annotated[int, COUNT] = 5  # Number of products with the matrix.
+    rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
 
     def with_rate(self, lr: Coefficient | None) -> FixedPoint:
         if self.lr is not None:
