@@ -18,19 +18,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 INTRODUCTION = """\
 # Benchmarks
 
-`python benchmarks/render.py` makes this page from `benchmarks/results/`. Each section names the command that measures it again.
+`python benchmarks/render.py` makes this page from `benchmarks/results/`. Each section names the command that measures
+it again.
 
-All contestants of a table take turns in one process, on the machine that the section names. Every figure is a median over these
-rounds, and ratios are medians of the ratios within a round. Nothing is timed before results have been compared.
+All contestants of a table take turns in one process, on the machine that the section names. Every figure is a median
+over these rounds, and ratios are medians of the ratios within a round. Nothing is timed before results have been
+compared.
 
 ## What a meta-step is here
 
-A meta-step adapts every task and takes the query gradient. Conjugate gradients on (H + (λ + δ) I) u = v follow, with a fixed number
-of products with the Hessian. The mean of λu and one Adam step end it. Loading of data is left out. The network is Conv4 with stride 2
-on 28×28 images, in float32.
+A meta-step adapts every task and takes the query gradient. Conjugate gradients on (H + (λ + δ) I) u = v follow, with a
+fixed number of products with the Hessian. The mean of λu and one Adam step end it. Loading of data is left out. The
+network is Conv4 with stride 2 on 28×28 images, in float32.
 
-All contestants compute the same meta-gradient from the same θ and the same tasks. They use the algorithm of the paper's public code:
-plain gradient steps, then one step of the penalty towards θ, λ = 2, δ = 22. `benchmarks/peers.py` says how each is called:
+All contestants compute the same meta-gradient from the same θ and the same tasks. They use the algorithm of the paper's
+public code: plain gradient steps, then one step of the penalty towards θ, λ = 2, δ = 22. `benchmarks/peers.py` says how
+each is called:
 
 | name | what it is |
 |---|---|
@@ -43,12 +46,13 @@ plain gradient steps, then one step of the penalty towards θ, λ = 2, δ = 22. 
 | TorchOpt | `ImplicitMetaGradientModule` with `solve_cg`; a loop over tasks |
 | JAX | the whole meta-step jitted, tasks by `vmap`, H by `jax.linearize` |
 
-"Off by" is the relative distance of the meta-gradient from that of a float64 calculation. It is 1e-4 at most, on tasks for which it
-does not hang on the rounding of one activation.
+"Off by" is the relative distance of the meta-gradient from that of a float64 calculation. It is 1e-4 at most, on tasks
+for which it does not hang on the rounding of one activation.
 
-"Of sgemm" is the rate of the arithmetic in convolutions and linear layers, as a share of what a large float32 `torch.mm` reaches in
-the same rounds. `benchmarks/meta_step.py` counts this arithmetic. The share can be above 100 %: pixels of the padding are counted and
-not computed, and the `torch.mm` of some builds does without AVX-512 where a processor has it.
+"Of sgemm" is the rate of the arithmetic in convolutions and linear layers, as a share of what a large float32
+`torch.mm` reaches in the same rounds. `benchmarks/meta_step.py` counts this arithmetic. The share can be above 100 %:
+pixels of the padding are counted and not computed, and the `torch.mm` of some builds does without AVX-512 where a
+processor has it.
 """
 
 
@@ -144,7 +148,8 @@ def _scaling(result: dict[str, Any]) -> str:
         if "deviation_from_linear" in measured:
             most = measured["points"][-1]["value"]
             parts.append(
-                f"From 4 tasks on, the time per task is within {measured['deviation_from_linear']:.1%} of that at {most}."
+                f"From 4 tasks on, the time per task is within {measured['deviation_from_linear']:.1%} of that at "
+                f"{most}."
                 "\n"
             )
     if "training" in result:
