@@ -97,9 +97,9 @@ def test_values_stay_in_their_bounds() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crop_padding": -1}, "crop_padding must be zero or positive, got -1"),
-        ({"brightness": 1.5}, r"brightness must be in \[0, 1\], got 1.5"),
-        ({"contrast": float("nan")}, r"contrast must be in \[0, 1\], got nan"),
+        ({"crop_padding": -1}, "crop_padding must be at least 0, got -1"),
+        ({"brightness": 1.5}, r"brightness must be at least 0 and at most 1, got 1.5"),
+        ({"contrast": float("nan")}, r"contrast must be finite, got nan"),
     ],
 )
 def test_settings_are_checked(settings: dict, message: str) -> None:

@@ -306,11 +306,11 @@ def test_gathering_needs_the_batch_and_little_more(rotations: int) -> None:
     [
         ({"ways": 38}, "ways must not exceed the 37 classes"),
         ({"shots": 10, "queries": 11}, r"shots \+ queries must not exceed the 20 drawings a class has, got 10 \+ 11"),
-        ({"ways": 0}, "ways must be positive, got 0"),
-        ({"shots": -1}, "shots must be positive, got -1"),
-        ({"queries": 0}, "queries must be positive"),
-        ({"meta_batch": 0}, "meta_batch must be positive"),
-        ({"seed": -3}, "seed must be zero or positive"),
+        ({"ways": 0}, "ways must be at least 1, got 0"),
+        ({"shots": -1}, "shots must be at least 1, got -1"),
+        ({"queries": 0}, "queries must be at least 1"),
+        ({"meta_batch": 0}, "meta_batch must be at least 1"),
+        ({"seed": -3}, "seed must be at least 0"),
     ],
 )
 def test_sampler_refuses_wrong_numbers(changes: dict[str, int], message: str) -> None:
@@ -340,7 +340,7 @@ def test_sampler_refuses_wrong_shards(shard: tuple[int, int], message: str) -> N
 
 
 def test_sampler_refuses_negative_step() -> None:
-    with pytest.raises(ValueError, match="step must be zero or positive, got -1"):
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         make_sampler().sample(-1)
 
 
@@ -480,13 +480,13 @@ def test_linear_closed_form_is_the_derivative_of_the_solved_problem(scale: float
     [
         ({"shots": 2}, "shots must be at least features = 3, got 2"),
         ({"queries": 1}, "queries must be at least features"),
-        ({"condition_number": 0.5}, "condition_number must be a finite number of at least 1"),
+        ({"condition_number": 0.5}, "condition_number must be at least 1"),
         ({"condition_number": float("nan")}, "condition_number"),
         ({"features": 1}, "condition_number must be 1 where features = 1"),
         ({"eigenvalues": 1}, "eigenvalues must be at least 2, got 1"),
         ({"eigenvalues": 4}, "eigenvalues must not exceed features = 3, got 4"),
         ({"noise": -1.0}, "noise must be"),
-        ({"meta_batch": 0}, "meta_batch must be positive"),
+        ({"meta_batch": 0}, "meta_batch must be at least 1"),
     ],
 )
 def test_linear_refuses(changes: dict[str, float], message: str) -> None:

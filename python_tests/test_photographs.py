@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imaml_ext.data import ImageDataset, cifar_split, load_dataset, load_mini_imagenet, pictures, summary
+from imaml_ext.data import Folder, ImageDataset, MiniImageNet, cifar_split, load_dataset, pictures, summary
 from imaml_ext.data.cifar import class_names
-from imaml_ext.data.folder import load_folder
 from imaml_ext.data.mini_imagenet import NUM_CLASSES
 from imaml_ext.data.pickles import load_pickle
 from imaml_ext.errors import DataError
@@ -113,7 +112,7 @@ def class_name(number: int) -> str:
 
 
 def write_cache_files(folder: Path) -> None:
-    """Two images a class; rows are dealt out in turn, not one class after another."""
+    """Two images per class; rows are dealt out in turn, not one class after another."""
     for split, numbers in mini_classes().items():
         images = np.zeros((2 * len(numbers), 84, 84, 3), np.uint8)
         rows = {}
@@ -167,7 +166,7 @@ def test_mini_imagenet_is_the_same_from_every_form(form: str, tmp_path: Path) ->
     place = tmp_path / "data" / ("mini-imagenet" if form in ("cache", "tree") else ".")
     place.mkdir(parents=True)
     FORMS[form](place)
-    found = load_mini_imagenet(root=tmp_path / "data", cache_dir=tmp_path / "cache")
+    found = MiniImageNet(root=tmp_path / "data", cache_dir=tmp_path / "cache").read()
     assert found.images.shape == (200, 84, 84, 3)
     assert found.names == tuple(class_name(n) for n in range(100))
     assert found.counts.tolist() == [2] * 100
@@ -188,7 +187,7 @@ def test_mini_imagenet_dataset(tmp_path: Path) -> None:
     assert sorted(both[:20, 0, 0, 0].round().int().tolist()) == mini_classes()["test"]
     assert torch.equal(both[:20, 0], both[20:, 0])  # the same classes,
     assert ((both[:20, 1, 5, 5] - both[20:, 1, 5, 5]).abs().round() == 10).all()  # other images
-    assert "2 images a class of the published 600: results do not compare" in summary(dataset)
+    assert "2 images per class of the published 600: results do not compare" in summary(dataset)
     with pytest.raises(ValueError, match=r"shots \+ queries must not exceed the 2 drawings a class has, got 1 \+ 2"):
         dataset.sampler("test", ways=5, shots=1, queries=2, meta_batch=1, seed=0)
 
@@ -196,20 +195,20 @@ def test_mini_imagenet_dataset(tmp_path: Path) -> None:
 def test_pictures_are_packed_once_and_a_changed_one_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_csv_files(tmp_path)
     cache = tmp_path / "cache"
-    first = load_mini_imagenet(root=tmp_path, cache_dir=cache)
+    first = MiniImageNet(root=tmp_path, cache_dir=cache).read()
     (packed,) = (cache / "pictures").iterdir()
 
     def unexpected(*args: object) -> np.ndarray:
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "_read_picture", unexpected)
-        assert np.array_equal(load_mini_imagenet(root=tmp_path, cache_dir=cache).images, first.images)
+        patch.setattr(pictures, "open_picture", unexpected)
+        assert np.array_equal(MiniImageNet(root=tmp_path, cache_dir=cache).read().images, first.images)
         packed.write_bytes(packed.read_bytes()[:1000])  # a damaged cache is not believed
         with pytest.raises(AssertionError, match="read again"):
-            load_mini_imagenet(root=tmp_path, cache_dir=cache)
+            MiniImageNet(root=tmp_path, cache_dir=cache).read()
     save_picture(tmp_path / "images" / f"{class_name(3)}00000001.png", 77, 1)
-    again = load_mini_imagenet(root=tmp_path, cache_dir=cache)
+    again = MiniImageNet(root=tmp_path, cache_dir=cache).read()
     assert (again.images[7, ..., 0] == 77).all()
 
 
@@ -254,7 +253,7 @@ def _rewrite(folder: Path, name: str, **changes: object) -> None:
         (
             "category",
             lambda f: _rewrite(f, "miniImageNet_category_split_val.pickle", labels=[64] * 31),
-            r"'labels' must hold one label an image \(32\), got 31",
+            r"'labels' must hold one label per image \(32\), got 31",
         ),
         ("csv", lambda f: _without(f, "test.csv"), "test.csv is missing"),
         ("csv", lambda f: (f / "val.csv").write_text("name,class\n"), "must begin with the line 'filename,label'"),
@@ -276,13 +275,13 @@ def test_spoilt_mini_imagenet(form: str, spoil, message: str, tmp_path: Path) ->
     FORMS[form](tmp_path / "data")
     spoil(tmp_path / "data")
     with pytest.raises(DataError, match=message):
-        load_mini_imagenet(root=tmp_path / "data", cache_dir=tmp_path / "cache")
+        MiniImageNet(root=tmp_path / "data", cache_dir=tmp_path / "cache").read()
     assert not (tmp_path / "cache").exists()
 
 
 def test_missing_mini_imagenet_says_what_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"root .* holds neither mini-imagenet-cache-train.pkl, .* nor train/; give"):
-        load_mini_imagenet(root=tmp_path)
+        MiniImageNet(root=tmp_path).read()
 
 
 # ---- CIFAR-FS and FC100 ---------------------------------------------------------------------------------------------
@@ -326,7 +325,7 @@ def test_real_cifar(name: str) -> None:
     assert dataset.input_shape == (3, 32, 32)
     test = dataset.images("test")
     assert (test.num_classes, test.num_drawings) == (20, 100)
-    assert "100 images a class of the published 600: results do not compare" in summary(dataset)
+    assert "100 images per class of the published 600: results do not compare" in summary(dataset)
     with np.load(root / "cifar100" / "cifar100_100_per_class.npz") as packed:
         where = np.nonzero(packed["fine_label"] == list(class_names()).index(test.name(3)))[0]
         expected = torch.from_numpy(packed["images"][where[[0, 99]]]).permute(0, 3, 1, 2).float() / 255
@@ -378,12 +377,12 @@ def test_cifar_from_the_published_files(tmp_path: Path) -> None:
         (
             "train",
             {"data": np.zeros((5, 3072), np.uint8), "fine_labels": [0] * 4},
-            "'fine_labels' must hold one integer an image, of which there are 5",
+            "'fine_labels' must hold one integer per image, of which there are 5",
         ),
         (
             "train",
             {"data": np.zeros((5, 3072), np.uint8), "fine_labels": [0, 1, 2, 3, 100]},
-            "must hold one label from 0 to 99 an image",
+            "must hold one label from 0 to 99 per image",
         ),
     ],
 )
@@ -408,14 +407,14 @@ def test_spoilt_packed_cifar(tmp_path: Path) -> None:
         "class_names": np.array(class_names()),
     }
     np.savez(path, **arrays)
-    assert load_dataset("cifar-fs", root=tmp_path).rows()[0]["images of a class"] == 1
+    assert load_dataset("cifar-fs", root=tmp_path).rows()[0]["images per class"] == 1
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"is damaged or not an \.npz archive"):
         load_dataset("cifar-fs", root=tmp_path)
     for change, message in (
         ({"class_names": np.array(class_names()[::-1])}, "does not name the 100 classes"),
         ({"fine_label": np.zeros(100, np.uint8)}, "holds no image of the class 'aquarium_fish'"),
-        ({"fine_label": np.zeros(99, np.uint8)}, "must hold one label from 0 to 99 an image, of which it has 100"),
+        ({"fine_label": np.zeros(99, np.uint8)}, "must hold one label from 0 to 99 per image, of which it has 100"),
         ({"images": np.zeros((100, 3072), np.uint8)}, r"'images' must be uint8 \(any, 32, 32, 3\)"),
     ):
         np.savez(path, **(arrays | change))
@@ -440,7 +439,7 @@ def test_cifar_is_downloaded_through_torchvision(tmp_path: Path, monkeypatch: py
     with pytest.raises(DataError, match=r"CIFAR-100 was not found: root .* holds neither cifar-100-python/ nor"):
         load_dataset("cifar-fs", root=tmp_path)
     for _ in range(2):
-        assert load_dataset("cifar-fs", root=tmp_path, download=True).rows()[0]["images of a class"] == 2
+        assert load_dataset("cifar-fs", root=tmp_path, download=True).rows()[0]["images per class"] == 2
     assert asked == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
@@ -491,23 +490,25 @@ def test_folder_split_follows_its_rule(tmp_path: Path) -> None:
 
     write_folder(tmp_path, COUNTS)
     ranked = sorted(COUNTS, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    found = load_folder(tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0.3, test_fraction=0.1)
+    found = Folder(
+        root=tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0.3, test_fraction=0.1
+    ).read()
     names = {split: {found.names[i] for i in members} for split, members in found.splits.items()}
     assert names == {"train": set(ranked[:6]), "val": set(ranked[6:9]), "test": set(ranked[9:])}
-    found = load_folder(tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0, test_fraction=0.5)
+    found = Folder(root=tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0, test_fraction=0.5).read()
     assert {split: members.size for split, members in found.splits.items()} == {"train": 5, "test": 5}
     with pytest.raises(
         DataError, match=r"holds 10 classes, which leaves none for 'test' with val_fraction = 0\.16 and"
     ):
-        load_folder(tmp_path, test_fraction=0.02)
-    with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
-        load_folder(tmp_path, val_fraction=1.5)
+        Folder(root=tmp_path, test_fraction=0.02).read()
+    with pytest.raises(ValueError, match=r"val_fraction must be at least 0 and below 1, got 1.5"):
+        Folder(root=tmp_path, val_fraction=1.5).read()
 
 
 def test_folder_with_splits_of_its_own(tmp_path: Path) -> None:
     for split, counts in {"train": {"a": 2, "b": 3}, "test": {"c": 4}}.items():
         write_folder(tmp_path / split, counts)
-    found = load_folder(tmp_path, cache_dir=tmp_path / "cache", image_size=8, greyscale=True)
+    found = Folder(root=tmp_path, cache_dir=tmp_path / "cache", image_size=8, greyscale=True).read()
     assert found.images.shape == (9, 8, 8)
     assert found.images[1].tolist() == [[round(10 * 0.587 + 50 * 0.114)] * 8] * 8  # luma of (0, 10, 50)
     assert {split: [found.names[i] for i in m] for split, m in found.splits.items()} == {
@@ -516,19 +517,19 @@ def test_folder_with_splits_of_its_own(tmp_path: Path) -> None:
     }
     write_folder(tmp_path / "val", {"a": 2})
     with pytest.raises(DataError, match="class 'a' is in val and in another split"):
-        load_folder(tmp_path, cache_dir=tmp_path / "cache")
+        Folder(root=tmp_path, cache_dir=tmp_path / "cache").read()
     for picture in (tmp_path / "test" / "c").iterdir():
         picture.unlink()
     with pytest.raises(DataError, match="class 'c' has no pictures"):
-        load_folder(tmp_path, cache_dir=tmp_path / "cache")
+        Folder(root=tmp_path, cache_dir=tmp_path / "cache").read()
 
 
 def test_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="root must be given: a folder that holds one folder of pictures a class"):
+    with pytest.raises(ValueError, match="root must be given: a folder that holds one folder of pictures per class"):
         load_dataset("folder")
     with pytest.raises(DataError, match="is not a folder"):
         load_dataset("folder", root=tmp_path / "nowhere")
-    with pytest.raises(DataError, match="must hold one folder of pictures a class, found none"):
+    with pytest.raises(DataError, match="must hold one folder of pictures per class, found none"):
         load_dataset("folder", root=tmp_path)
     write_folder(tmp_path / "train", {"a": 1})
     with pytest.raises(DataError, match="test/ is missing"):

@@ -1,50 +1,56 @@
 """Tasks to learn from: episodes, their samplers, and the data sets they come from."""
 
+from imaml_ext.batch import EpisodeBatch
+from imaml_ext.data.augment import Augmentation
+from imaml_ext.data.baseline import nearest_neighbour_accuracy
+from imaml_ext.data.cifar import FC100, CifarFS, cifar_split
+from imaml_ext.data.class_images import ClassImages
+from imaml_ext.data.datasets import Dataset, ImageDataset, Sampler
+from imaml_ext.data.episodes import EpisodeIndices, EpisodeSampler
+from imaml_ext.data.folder import Folder
+from imaml_ext.data.glyphs import Glyphs, glyph_split, load_glyphs
+from imaml_ext.data.linear import Linear, LinearClosedForm, LinearSampler
+from imaml_ext.data.mini_imagenet import MiniImageNet
+from imaml_ext.data.omniglot import Omniglot, load_omniglot, omniglot_split
+from imaml_ext.data.pictures import LabelledImages, open_picture
+from imaml_ext.data.sheets import image_grid, sample_sheet, summary
+from imaml_ext.data.sinusoid import Sinusoid, SinusoidSampler
+from imaml_ext.data.source import DataSource, dataset_options, load_dataset
 from imaml_ext.errors import DataError
 
-from .augment import Augmentation
-from .baseline import nearest_neighbour_accuracy
-from .cifar import cifar_split, load_cifar
-from .class_images import ClassImages
-from .datasets import Dataset, ImageDataset, Sampler
-from .episodes import EpisodeBatch, EpisodeIndices, EpisodeSampler
-from .folder import load_folder
-from .glyphs import glyph_split, load_glyphs
-from .linear import LinearClosedForm, LinearSampler
-from .mini_imagenet import load_mini_imagenet
-from .omniglot import load_omniglot, omniglot_split
-from .pictures import LabelledImages
-from .registry import DATASETS, dataset_options, load_dataset
-from .sheets import image_grid, sample_sheet, summary
-from .sinusoid import SinusoidSampler
-
 __all__ = [
-    "DATASETS",
+    "FC100",
     "Augmentation",
+    "CifarFS",
     "ClassImages",
     "DataError",
+    "DataSource",
     "Dataset",
     "EpisodeBatch",
     "EpisodeIndices",
     "EpisodeSampler",
+    "Folder",
+    "Glyphs",
     "ImageDataset",
     "LabelledImages",
+    "Linear",
     "LinearClosedForm",
     "LinearSampler",
+    "MiniImageNet",
+    "Omniglot",
     "Sampler",
+    "Sinusoid",
     "SinusoidSampler",
     "cifar_split",
     "dataset_options",
     "glyph_split",
     "image_grid",
-    "load_cifar",
     "load_dataset",
-    "load_folder",
     "load_glyphs",
-    "load_mini_imagenet",
     "load_omniglot",
     "nearest_neighbour_accuracy",
     "omniglot_split",
+    "open_picture",
     "sample_sheet",
     "summary",
 ]

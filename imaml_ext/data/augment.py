@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.checks import check_int
 from imaml_ext.rng import uniform
+from imaml_ext.settings import NOT_NEGATIVE, Bounds, Settings
+
+_CHANGE = Bounds(at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """What is done to each image of a task, support and query alike; each image draws for itself.
+class Augmentation(Settings):
+    """Random changes to the images of a task, support and query alike; each image draws for itself.
 
-    Args:
-        flip: every other image, at random, is mirrored left to right.
-        crop_padding: the image is shifted by up to so many pixels in each direction; what is uncovered is 0.
-        brightness: x ← f x with f uniform in [1 − brightness, 1 + brightness], and likewise below.
-        contrast: x ← m + f (x − m), m the mean of the image's luma.
-        saturation: x ← y + f (x − y), y the luma of the pixel.
+    Brightness is x ← f x, contrast x ← m + f (x − m) with m the mean of the image's luma, and saturation
+    x ← y + f (x − y) with y the luma of the pixel; f is uniform in [1 − change, 1 + change], and values outside [0, 1]
+    are set to the nearer bound.
 
-    Each of the last three ends with values outside [0, 1] set to the nearer bound.
-
-    Raises TypeError or ValueError that name the argument.
+    Raises:
+        ConfigTypeError (a TypeError), ConfigError (a ValueError): an argument of the wrong type or outside its range.
     """
 
-    WORDS = 6  # random words an image
+    WORDS: ClassVar[int] = 6  # random words per image
 
     flip: bool = False
-    crop_padding: int = 0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
+    "Mirror every other image left to right."
 
-    def __post_init__(self) -> None:
-        check_int("crop_padding", self.crop_padding, minimum=0)
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+    crop_padding: Annotated[int, NOT_NEGATIVE] = 0
+    "Shift each image by up to so many pixels in each direction; what is uncovered is black."
+
+    brightness: Annotated[float, _CHANGE] = 0.0
+    "Multiply each image by a random factor in 1 - brightness .. 1 + brightness."
+
+    contrast: Annotated[float, _CHANGE] = 0.0
+    "Likewise the differences from the image's mean."
+
+    saturation: Annotated[float, _CHANGE] = 0.0
+    "Likewise the differences of colours from grey."
 
     def check_images(self, image_shape: tuple[int, int, int]) -> None:
         """Raises ValueError where images (C, H, W) cannot be changed so."""
@@ -51,7 +53,7 @@ class Augmentation:
             raise ValueError(f"crop_padding must be below the {height} × {width} pixels, got {self.crop_padding}")
 
     def __call__(self, images: Tensor, words: np.ndarray) -> Tensor:
-        """images [n, C, H, W] in [0, 1], words uint64 [n, WORDS] -> [n, C, H, W] in [0, 1]; on the images' device."""
+        """Changes images [n, C, H, W] in [0, 1] by words uint64 [n, WORDS]; the result is like the images."""
         draws = uniform(words)  # [n, WORDS]: flip, down, right, brightness, contrast, saturation
         if self.flip or self.crop_padding:
             mirrored = (draws[:, 0] < 0.5) & self.flip
@@ -78,7 +80,7 @@ class Augmentation:
         ]
 
     def _colour(self, images: Tensor, factors: Tensor) -> Tensor:
-        """factors [n, 3, 1, 1, 1]."""
+        """Changes brightness, contrast and saturation by factors [n, 3, 1, 1, 1]."""
         if self.brightness:
             images = (images * factors[:, 0]).clamp_(0, 1)
         if self.contrast:
@@ -92,7 +94,7 @@ class Augmentation:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """[n, C, H, W] -> [n, 1, H, W]."""
+    """Returns the luma [n, 1, H, W] of images [n, C, H, W]."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from imaml_ext.checks import check_int
-
-from .episodes import EpisodeSampler
+from imaml_ext.data.episodes import EpisodeSampler
 
 
 def nearest_neighbour_accuracy(sampler: EpisodeSampler, *, tasks: int) -> tuple[float, float]:
     """Accuracy (0 to 1) of giving each query image the label of the support image at the least Euclidean distance.
 
-    Returns the mean over at least ``tasks`` tasks (whole batches from step 0) and 1.96 standard errors of it.
+    Returns the mean over at least `tasks` tasks (whole batches from step 0) and 1.96 standard errors of it.
     """
     tasks = check_int("tasks", tasks, minimum=2)
     accuracies = []

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from imaml_ext.errors import DataError
+from imaml_ext.errors import DataError, WriteError
+from imaml_ext.files import atomic_write
+
+Expected = Mapping[str, tuple[str, tuple[int | None, ...]]]  # array -> (dtype kind or name, shape with None = any)
 
 
-def default_cache_dir() -> Path:
-    """``$IMAML_CACHE``, else ``$XDG_CACHE_HOME/imaml_ext``, else ``~/.cache/imaml_ext``."""
-    if os.environ.get("IMAML_CACHE"):
-        return Path(os.environ["IMAML_CACHE"]).expanduser()
+def shipped_text(name: str) -> str:
+    """Reads a table that ships with the data sets."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def cache_folder(cache_dir: Path | str | None) -> Path:
+    """Returns `cache_dir`, else `$IMAML_CACHE`, `$XDG_CACHE_HOME/imaml_ext` or `~/.cache/imaml_ext`."""
+    if given := cache_dir or os.environ.get("IMAML_CACHE"):
+        return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "imaml_ext"
 
 
-def cache_folder(cache_dir: Path | str | None) -> Path:
-    """``cache_dir``, or the default."""
-    return Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-
-
 def data_folder(root: Path | str | None, cache: Path) -> tuple[Path, str]:
-    """Where a data set's own files are looked for, and what says so: ``root``, else ``$IMAML_DATA_ROOT``, else the
+    """Finds where a data set's own files are looked for, and what says so: `root`, else `$IMAML_DATA_ROOT`, else the
     cache."""
     if root is not None:
         return Path(root).expanduser(), "root"
@@ -37,35 +41,58 @@ def data_folder(root: Path | str | None, cache: Path) -> tuple[Path, str]:
     return cache, "the cache"
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a compressed .npz under a temporary name and rename it: a reader sees the whole file or none.
+def not_found(what: str, holds: str, where: Path, origin: str, *, download: bool) -> DataError:
+    """Says where a data set was looked for; `holds`: what would have been one, and whether it can be downloaded."""
+    state = f"holds neither {holds}" if where.is_dir() else "is not a folder"
+    way = ", or pass download=True to fetch it through torchvision" if download else ""
+    return DataError(
+        f"{what} was not found: {origin} {where} {state}; "
+        f"give the folder that has it as root or in IMAML_DATA_ROOT{way}"
+    )
 
-    Raises DataError where the folder cannot be written.
+
+def cached_arrays(
+    path: Path, expected: Expected, make: Callable[[], Mapping[str, np.ndarray]]
+) -> Mapping[str, np.ndarray]:
+    """Reads the arrays of a cache file; where it is missing or damaged, they are made and saved.
+
+    Raises:
+        DataError: the cache cannot be written, or as `make` does.
     """
-    temporary: Path | None = None
+    if path.is_file():
+        try:
+            return load_arrays(path, expected)
+        except DataError:
+            path.unlink(missing_ok=True)  # damaged; it holds nothing that is not made again below
+    arrays = make()
+    save_arrays(path, arrays)
+    return arrays
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a compressed .npz: a reader sees the whole file or none.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    np.savez_compressed(content, **dict(arrays))  # type: ignore[arg-type]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
+        atomic_write(path, content.getvalue())
+    except (OSError, WriteError) as error:
+        cause = error.__cause__ if isinstance(error, WriteError) else error
         raise DataError(
-            f"the data cache {path} could not be written ({error.strerror or error}); "
+            f"the data cache {path} could not be written ({getattr(cause, 'strerror', None) or cause}); "
             "set IMAML_CACHE to a folder with space that you may write to"
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
-def load_arrays(path: Path, expected: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz, checked: ``expected`` maps a name to (dtype kind or name, shape with None = any).
+def load_arrays(path: Path, expected: Expected) -> dict[str, np.ndarray]:
+    """Reads the named arrays of an .npz, and checks them.
 
-    Raises DataError where the file is missing, truncated, or an array is absent or of another dtype or shape.
+    Raises:
+        DataError: the file is missing or truncated, or an array is absent or of another dtype or shape.
     """
     arrays: dict[str, np.ndarray] = {}
     try:

@@ -2,33 +2,35 @@
 
 CIFAR-FS (Bertinetto et al., ICLR 2019) splits the classes at random, 64 / 16 / 20. FC100 (Oreshkin et al., NeurIPS
 2018) splits them by superclass, 60 / 20 / 20, so that test classes are unlike training classes. Both splits are fixed
-lists in ``cifar_splits.json``.
+lists in `cifar_splits.json`.
 
 The images are read from whichever of these a root folder holds, the first that is found:
 
-- ``cifar-100-python/``, the files ``train``, ``test`` and ``meta`` as published, which torchvision downloads: 600
-  images a class from both;
-- ``cifar100_100_per_class.npz``: ``images`` uint8 [n, 32, 32, 3], ``fine_label``, ``class_names``.
+- `cifar-100-python/`, the files `train`, `test` and `meta` as published, which torchvision downloads: 600
+  images per class from both;
+- `cifar100_100_per_class.npz`: `images` uint8 [n, 32, 32, 3], `fine_label`, `class_names`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
+from imaml_ext.data.cache import cache_folder, data_folder, load_arrays, not_found, shipped_text
+from imaml_ext.data.datasets import Dataset
+from imaml_ext.data.download import download_through_torchvision
+from imaml_ext.data.pickles import load_pickle
+from imaml_ext.data.pictures import LabelledImages
+from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
 
-from .cache import cache_folder, data_folder, load_arrays
-from .download import download_through_torchvision
-from .pickles import load_pickle
-from .pictures import LabelledImages
-
 SIZE = 32
-IMAGES_A_CLASS = 600  # of the whole data set
+IMAGES_PER_CLASS = 600  # of the whole data set
 _BATCHES = "cifar-100-python"
 _PACKED = "cifar100_100_per_class.npz"
 _PLACES = (".", "cifar100", "cifar-100")
@@ -41,17 +43,17 @@ _PACKED_ARRAYS: dict[str, tuple[str, tuple[int | None, ...]]] = {
 
 @functools.cache
 def _split_file() -> dict[str, dict[str, list[str]]]:
-    return json.loads(resources.files(__package__).joinpath("cifar_splits.json").read_text(encoding="utf-8"))
+    return json.loads(shipped_text("cifar_splits.json"))
 
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-    """The 100 classes in the order of CIFAR-100's labels, which is that of their names."""
+    """Lists the 100 classes in the order of CIFAR-100's labels, which is that of their names."""
     return tuple(sorted(name for members in _split_file()["superclasses"].values() for name in members))
 
 
 def cifar_split(name: str) -> dict[str, np.ndarray]:
-    """Indices into ``class_names()`` of "train", "val" and "test"; ``name``: "cifar-fs" or "fc100"."""
+    """Returns the indices into `class_names()` of "train", "val" and "test"; `name`: "cifar-fs" or "fc100"."""
     table = _split_file()
     splits = {
         split: members
@@ -62,49 +64,74 @@ def cifar_split(name: str) -> dict[str, np.ndarray]:
     return {split: np.array(sorted(map(class_names().index, members))) for split, members in splits.items()}
 
 
-def load_cifar(
-    name: str, *, root: Path | str | None = None, cache_dir: Path | str | None = None, download: bool = False
-) -> LabelledImages:
-    """CIFAR-100 in the splits of "cifar-fs" or "fc100", images uint8 [n, 32, 32, 3].
+@dataclass(frozen=True, kw_only=True)
+class _Cifar(FileSource):
+    """CIFAR-100 in some splits."""
 
-    ``root``: a folder that holds one of the forms above, or the parent of one; by default ``$IMAML_DATA_ROOT``, else
-    the cache. ``download=True`` fetches ``cifar-100-python`` through torchvision into ``root`` where it has none, or an
-    incomplete one.
+    download: bool = False
+    "Download the data set through torchvision when it is not under the root."
 
-    Raises DataError where nothing is found, or what is found is incomplete, damaged or of the wrong format.
-    """
-    where, origin = data_folder(root, cache_folder(cache_dir))
-    folders = [where / place for place in _PLACES]
-    batches = next((folder / _BATCHES for folder in folders if (folder / _BATCHES).is_dir()), None)
-    if download and (batches is None or not all((batches / file).is_file() for file in ("train", "test", "meta"))):
-        download_through_torchvision(
-            "CIFAR-100",
-            where,
-            lambda datasets: [datasets.CIFAR100(str(where), train=train, download=True) for train in (True, False)],
-            by_hand="cifar-100-python/ (cs.toronto.edu/~kriz/cifar.html)",
-        )
-        batches = where / _BATCHES
-    packed = next((folder / _PACKED for folder in folders if (folder / _PACKED).is_file()), None)
-    if batches is not None:
-        source, (images, labels) = batches, _read_batches(batches)
-    elif packed is not None:
-        source, (images, labels) = packed, _read_packed(packed)
-    else:
-        state = f"holds neither {_BATCHES}/ nor {_PACKED}" if where.is_dir() else "is not a folder"
-        raise DataError(
-            f"CIFAR-100 was not found: {origin} {where} {state}; give the folder that has it as root or in "
-            "IMAML_DATA_ROOT, or pass download=True to fetch it through torchvision"
-        )
-    if labels.size != len(images) or labels.size == 0 or not 0 <= labels.min() <= labels.max() < 100:
-        raise DataError(f"{source} must hold one label from 0 to 99 an image, of which it has {len(images)}")
-    counts = np.bincount(labels, minlength=100)
-    if counts.min() == 0:
-        raise DataError(f"{source} holds no image of the class {class_names()[int(counts.argmin())]!r}")
-    return LabelledImages(images[np.argsort(labels, kind="stable")], class_names(), counts, cifar_split(name))
+    name: ClassVar[str]
+    description: ClassVar[str]
+
+    def load(self) -> Dataset:
+        return self.read().dataset(self.name, self.description, published=IMAGES_PER_CLASS)
+
+    def read(self) -> LabelledImages:
+        """Reads CIFAR-100, images uint8 [n, 32, 32, 3], and its splits.
+
+        `root` is a folder that holds one of the forms above, or the parent of one. `download=True` fetches
+        `cifar-100-python` through torchvision into `root` where it has none, or an incomplete one.
+
+        Raises:
+            DataError: nothing is found, or what is found is incomplete, damaged or of the wrong format.
+        """
+        where, origin = data_folder(self.root, cache_folder(self.cache_dir))
+        folders = [where / place for place in _PLACES]
+        batches = next((folder / _BATCHES for folder in folders if (folder / _BATCHES).is_dir()), None)
+        complete = batches is not None and all((batches / file).is_file() for file in ("train", "test", "meta"))
+        if self.download and not complete:
+            download_through_torchvision(
+                "CIFAR-100",
+                where,
+                lambda datasets: [datasets.CIFAR100(str(where), train=train, download=True) for train in (True, False)],
+                by_hand="cifar-100-python/ (cs.toronto.edu/~kriz/cifar.html)",
+            )
+            batches = where / _BATCHES
+        packed = next((folder / _PACKED for folder in folders if (folder / _PACKED).is_file()), None)
+        if batches is not None:
+            source, (images, labels) = batches, _read_batches(batches)
+        elif packed is not None:
+            source, (images, labels) = packed, _read_packed(packed)
+        else:
+            raise not_found("CIFAR-100", f"{_BATCHES}/ nor {_PACKED}", where, origin, download=True)
+        if labels.size != len(images) or labels.size == 0 or not 0 <= labels.min() <= labels.max() < 100:
+            raise DataError(f"{source} must hold one label from 0 to 99 per image, of which it has {len(images)}")
+        counts = np.bincount(labels, minlength=100)
+        if counts.min() == 0:
+            raise DataError(f"{source} holds no image of the class {class_names()[int(counts.argmin())]!r}")
+        images = images[np.argsort(labels, kind="stable")]
+        return LabelledImages(images, class_names(), counts, cifar_split(self.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CifarFS(_Cifar):
+    """CIFAR-FS: the classes of CIFAR-100 split at random."""
+
+    name: ClassVar[str] = "cifar-fs"
+    description: ClassVar[str] = "CIFAR-FS, the classes of CIFAR-100, 32×32 in colour"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FC100(_Cifar):
+    """FC100: the classes of CIFAR-100 split by superclass."""
+
+    name: ClassVar[str] = "fc100"
+    description: ClassVar[str] = "FC100, CIFAR-100 split by superclass, 32×32 in colour"
 
 
 def _read_batches(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n, 32, 32, 3] and labels [n] of the published files."""
+    """Reads images [n, 32, 32, 3] and labels [n] of the published files."""
     _check_names(folder / "meta", load_pickle(folder / "meta", "fine_label_names")["fine_label_names"])
     images, labels = [], []
     for path in (folder / "train", folder / "test"):
@@ -116,7 +143,7 @@ def _read_batches(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         images.append(data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))
         labels.append(np.asarray(content["fine_labels"]))
         if labels[-1].shape != data.shape[:1] or labels[-1].dtype.kind not in "iu":
-            raise DataError(f"{path}: 'fine_labels' must hold one integer an image, of which there are {len(data)}")
+            raise DataError(f"{path}: 'fine_labels' must hold one integer per image, of which there are {len(data)}")
     return np.concatenate(images), np.concatenate(labels)
 
 

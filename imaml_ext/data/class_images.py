@@ -14,15 +14,15 @@ class ClassImages:
 
     A class is a character in one of up to four orientations: rotated by 0, 90, 180 or 270 degrees counter-clockwise, a
     character makes new classes (usual for Omniglot since Santoro et al. 2016). Rotated images are not stored; pixels
-    are permuted when a batch is gathered. With ``rotations = 4`` the class id is 4 · (position of the character) +
+    are permuted when a batch is gathered. With `rotations = 4` the class id is 4 · (position of the character) +
     quarter turns.
 
     Args:
-        images: uint8 [characters, drawings, H, W] or [characters, drawings, H, W, C]; with ``counts`` one character
+        images: uint8 [characters, drawings, H, W] or [characters, drawings, H, W, C]; with `counts` one character
             after another, [sum of counts, H, W] or [sum of counts, H, W, C].
         counts: how many drawings each character has, where that differs: int [characters].
-        names: one name a character of ``images``; numbers where omitted.
-        characters: which characters of ``images`` belong (indices; all by default). Several splits share one tensor.
+        names: one name a character of `images`; numbers where omitted.
+        characters: which characters of `images` belong (indices; all by default). Several splits share one tensor.
         rotations: 1 or 4; 4 needs square images.
         orientations: bool [len(characters), rotations]: which orientations are classes. By default all. Where a
             character turned by some angle looks like itself or another one, that orientation is left out.
@@ -163,6 +163,12 @@ class ClassImages:
 
 
 def unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [rows, H, W] or [rows, H, W, C] as ``dtype`` [rows, C, H, W], values in [0, 1]."""
+    """uint8 [rows, H, W] or [rows, H, W, C] as `dtype` [rows, C, H, W], values in [0, 1]."""
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
     return torch.empty(images.shape, dtype=dtype, device=images.device).copy_(images).div_(255)
+
+
+def number_range(counts: np.ndarray) -> str:
+    """Writes the range of some counts, such as "600", or "20 to 35"."""
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

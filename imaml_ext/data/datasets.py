@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from imaml_ext.checks import check_int
-
-from .augment import Augmentation
-from .class_images import ClassImages
-from .episodes import EpisodeBatch, EpisodeSampler
-from .linear import LinearSampler
-from .pictures import number_range
-from .sinusoid import SinusoidSampler
+from imaml_ext.batch import EpisodeBatch
+from imaml_ext.data.augment import Augmentation
+from imaml_ext.data.class_images import ClassImages, number_range
+from imaml_ext.data.episodes import EpisodeSampler
 
 
 class Sampler(Protocol):
@@ -30,8 +26,11 @@ class Sampler(Protocol):
 class Dataset(ABC):
     """A source of tasks with named splits.
 
-    Attributes: name; kind, "classification" or "regression"; description, one line; splits, the names ``sampler``
-    accepts.
+    Attributes:
+        name: as `load_dataset` knows it.
+        kind: what its tasks are.
+        description: one line.
+        splits: the names that `sampler` accepts.
     """
 
     name: str
@@ -42,14 +41,13 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example: (C, H, W) of an image, (features,) in regression."""
+        """The shape of one example: (C, H, W) of an image, (features,) in regression."""
 
-    @abstractmethod
     def sampler(
         self,
         split: str,
         *,
-        ways: int | None,
+        ways: int | None = None,
         shots: int,
         queries: int,
         meta_batch: int,
@@ -58,28 +56,46 @@ class Dataset(ABC):
         dtype: torch.dtype = torch.float32,
         augmentation: Augmentation | None = None,
     ) -> Sampler:
-        """Tasks of one split; the split's name is the random stream. ``ways`` and ``augmentation``, of training images,
-        are None in regression.
+        """Makes a sampler of the tasks of one split; the split's name is its random stream.
 
-        Raises ValueError for an unknown split, or numbers that the data cannot fill.
+        Args:
+            ways: classes per task; None in regression.
+            shots, queries: support and query examples per class; in regression, per task.
+            meta_batch: tasks per step.
+            seed: what the tasks depend on beside the split and the step.
+            device, dtype: of the tensors.
+            augmentation: random changes to the images; None in regression.
+
+        Raises:
+            ValueError, TypeError: an unknown split, or numbers that the data cannot fill.
         """
+        self._check_split(split)
+        sizes = {"shots": shots, "queries": queries, "meta_batch": meta_batch, "seed": seed, "dtype": dtype}
+        return self._sampler(split, ways=ways, augmentation=augmentation, device=device, **sizes)
 
     @abstractmethod
-    def rows(self) -> list[dict[str, str | int]]:
-        """One entry a split for a table: its name and what it holds."""
+    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
+        """Makes the sampler of a split that there is; `sizes` are the other arguments of `sampler`."""
 
     def _check_split(self, split: str) -> None:
         if split not in self.splits:
             raise ValueError(f"split of {self.name} must be one of {', '.join(map(repr, self.splits))}, got {split!r}")
 
+    @abstractmethod
+    def rows(self) -> list[dict[str, str | int]]:
+        """Describes each split for a table: its name and what it holds."""
+
 
 class ImageDataset(Dataset):
-    """Classification tasks from images; all splits share one uint8 image tensor, of which one copy a device is kept.
+    """Classification tasks from images; all splits share one uint8 image tensor, of which each device keeps one copy.
 
-    ``drawn``: classes are characters, ink = 1, which pictures show dark on white; otherwise images are photographs.
+    Args:
+        parts: the classes of each split.
+        notes: what each split holds, in words.
+        drawn: classes are characters, ink = 1, which pictures show dark on white; otherwise images are photographs.
     """
 
-    kind: Literal["classification", "regression"] = "classification"
+    kind = "classification"
 
     def __init__(
         self, name: str, description: str, parts: Mapping[str, ClassImages], notes: Mapping[str, str], *, drawn: bool
@@ -97,7 +113,7 @@ class ImageDataset(Dataset):
         return next(iter(self._parts.values())).image_shape
 
     def images(self, split: str, *, device: torch.device | str | None = None) -> ClassImages:
-        """The classes of a split, their images on ``device``."""
+        """Returns the classes of a split, their images on `device`."""
         self._check_split(split)
         part = self._parts[split]
         if device is None:
@@ -111,30 +127,9 @@ class ImageDataset(Dataset):
             self._on_device[where] = part.images.to(where)
         return part.with_images(self._on_device[where])
 
-    def sampler(
-        self,
-        split: str,
-        *,
-        ways: int | None,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        augmentation: Augmentation | None = None,
-    ) -> EpisodeSampler:
-        return EpisodeSampler(
-            self.images(split, device=device),
-            ways=check_int("ways", ways, minimum=1),
-            shots=shots,
-            queries=queries,
-            meta_batch=meta_batch,
-            seed=seed,
-            stream=split,
-            dtype=dtype,
-            augmentation=augmentation,
-        )
+    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> EpisodeSampler:
+        images = self.images(split, device=device)
+        return EpisodeSampler(images, ways=ways, augmentation=augmentation, stream=split, **sizes)
 
     def rows(self) -> list[dict[str, str | int]]:
         return [
@@ -142,94 +137,41 @@ class ImageDataset(Dataset):
                 "split": split,
                 **({"characters": part.num_characters} if self.drawn else {}),
                 "classes": part.num_classes,
-                "images of a class": part.num_drawings or number_range(part.drawings),
+                "images per class": part.num_drawings or number_range(part.drawings),
                 "what": self._notes.get(split, ""),
             }
             for split, part in self._parts.items()
         ]
 
 
-class SinusoidDataset(Dataset):
-    """Sinusoid regression; the splits are independent streams of tasks from one distribution."""
+class RegressionDataset(Dataset):
+    """Regression tasks that are made, not stored; the splits are independent streams of tasks from one distribution.
 
-    name = "sinusoid"
-    kind: Literal["classification", "regression"] = "regression"
-    description = "regression of A·sin(x − p), A in [0.1, 5], p in [0, π], x in [−5, 5] (Finn et al. 2017)"
-    splits = ("train", "val", "test")
-    input_shape = (1,)
+    Args:
+        sampler_class: makes the sampler of a stream from `stream` and the sizes that `sampler` takes.
+    """
 
-    def sampler(
-        self,
-        split: str,
-        *,
-        ways: int | None = None,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        augmentation: Augmentation | None = None,
-    ) -> SinusoidSampler:
-        self._check_split(split)
-        _regression(self.name, ways, augmentation)
-        return SinusoidSampler(
-            shots=shots, queries=queries, meta_batch=meta_batch, seed=seed, stream=split, device=device, dtype=dtype
-        )
-
-    def rows(self) -> list[dict[str, str | int]]:
-        return [{"split": split, "what": "an unlimited stream of tasks"} for split in self.splits]
-
-
-class LinearDataset(Dataset):
-    """Linear regression with a closed form; the splits are independent streams of tasks from one distribution."""
-
-    name = "linear"
-    kind: Literal["classification", "regression"] = "regression"
+    kind = "regression"
     splits = ("train", "val", "test")
 
-    def __init__(self, *, features: int, condition_number: float, noise: float) -> None:
-        self.features, self.condition_number, self.noise = features, condition_number, noise
-        self.description = f"linear regression on {features} features, XᵀX of condition number {condition_number:g}"
+    def __init__(
+        self, name: str, description: str, input_shape: tuple[int, ...], sampler_class: Callable[..., Sampler]
+    ) -> None:
+        self.name = name
+        self.description = description
+        self._input_shape = input_shape
+        self._sampler_class = sampler_class
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        return (self.features,)
+        return self._input_shape
 
-    def sampler(
-        self,
-        split: str,
-        *,
-        ways: int | None = None,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        augmentation: Augmentation | None = None,
-    ) -> LinearSampler:
-        self._check_split(split)
-        _regression(self.name, ways, augmentation)
-        return LinearSampler(
-            features=self.features,
-            shots=shots,
-            queries=queries,
-            meta_batch=meta_batch,
-            seed=seed,
-            condition_number=self.condition_number,
-            noise=self.noise,
-            stream=split,
-            device=device,
-            dtype=dtype,
-        )
+    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
+        if ways is not None:
+            raise ValueError(f"ways must be None for {self.name}, which is regression, got {ways}")
+        if augmentation is not None:
+            raise ValueError(f"augmentation must be None for {self.name}, which has no images")
+        return self._sampler_class(stream=split, device=device, **sizes)
 
     def rows(self) -> list[dict[str, str | int]]:
         return [{"split": split, "what": "an unlimited stream of tasks"} for split in self.splits]
-
-
-def _regression(name: str, ways: int | None, augmentation: Augmentation | None) -> None:
-    if ways is not None:
-        raise ValueError(f"ways must be None for {name}, which is regression, got {ways}")
-    if augmentation is not None:
-        raise ValueError(f"augmentation must be None for {name}, which has no images")

@@ -10,9 +10,9 @@ from imaml_ext.errors import DataError
 
 
 def download_through_torchvision(what: str, where: Path, fetch: Callable[[Any], object], *, by_hand: str) -> None:
-    """Call ``fetch`` with the module torchvision.datasets, to put the data set ``what`` into the folder ``where``.
+    """Call `fetch` with the module torchvision.datasets, to put the data set `what` into the folder `where`.
 
-    ``by_hand``: what a user can put there instead. Raises DataError where torchvision cannot be imported, or fails.
+    `by_hand`: what a user can put there instead. Raises DataError where torchvision cannot be imported, or fails.
     """
     try:
         from torchvision import datasets

@@ -1,13 +1,13 @@
 """Episodes (few-shot tasks) and the sampler that makes them from a set of images.
 
-A task of N ways and K shots: N distinct classes; of each, K drawings to learn from (support) and some other drawings to
-be judged by (query). A meta-step takes a batch of B tasks. Which tasks is a function of (seed, stream, step) alone, so
-that resuming a run, or splitting the batch over processes, changes no task.
+A task of N ways and K shots has N distinct classes; of each, K drawings to learn from (support) and some others to be
+judged by (query). A meta-step takes a batch of B tasks. Which tasks is a function of (seed, stream, step) alone:
+resuming a run, or splitting the batch over processes, changes no task.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from imaml_ext.batch import EpisodeBatch, shard_slice
 from imaml_ext.checks import check_int
+from imaml_ext.data.augment import Augmentation
+from imaml_ext.data.class_images import ClassImages
 from imaml_ext.rng import choose_distinct, random_words
-
-from .augment import Augmentation
-from .class_images import ClassImages
 
 
 def class_labels(tasks: int, ways: int, each: int, device: torch.device) -> Tensor:
-    """int64 [tasks, ways · each]: example i of a task has label ⌊i / each⌋."""
+    """Returns int64 [tasks, ways · each]: example i of a task has label ⌊i / each⌋."""
     return torch.arange(ways, device=device).repeat_interleave(each, output_size=ways * each).repeat(tasks, 1)
 
 
@@ -35,26 +34,36 @@ class EpisodeIndices:
     query: np.ndarray
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TaskSampler:
-    """What the samplers share: their sizes, checked, and the words that the tasks of a meta-step are drawn from.
+    """The sizes that all samplers share, checked, and the words that the tasks of a meta-step are drawn from.
 
-    Args: as of the samplers. Raises TypeError or ValueError that name the argument.
+    Args:
+        shots, queries: support and query examples, per class or per task.
+        meta_batch: tasks per step.
+        seed, stream: what the tasks depend on beside the step; give each use (train, val, test) a stream of its own.
+        device, dtype: of the tensors; dtype is a floating-point type.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, or a number that is not positive.
     """
 
-    def __init__(
-        self, *, shots: int, queries: int, meta_batch: int, seed: int, stream: str, dtype: torch.dtype
-    ) -> None:
-        self.shots = check_int("shots", shots, minimum=1)
-        self.queries = check_int("queries", queries, minimum=1)
-        self.meta_batch = check_int("meta_batch", meta_batch, minimum=1)
-        self.seed = check_int("seed", seed, minimum=0)
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type, got {dtype}")
-        self.stream = stream
-        self.dtype = dtype
+    shots: int
+    queries: int
+    meta_batch: int
+    seed: int
+    stream: str = "train"
+    device: torch.device | str | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("shots", 1), ("queries", 1), ("meta_batch", 1), ("seed", 0)):
+            setattr(self, name, check_int(name, getattr(self, name), minimum=minimum))
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point type, got {self.dtype}")
 
     def _words(self, step: int, shard: tuple[int, int] | None, each: int, *, stream: str) -> np.ndarray:
-        """``each`` random words for every task of meta-step ``step`` (of the slice ``shard``): uint64 [B, each]."""
+        """Draws `each` random words for every task of meta-step `step` (of the slice `shard`): uint64 [B, each]."""
         tasks = shard_slice(self.meta_batch, shard)
         return random_words(
             seed=self.seed,
@@ -66,42 +75,34 @@ class TaskSampler:
         )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class EpisodeSampler(TaskSampler):
     """Few-shot classification tasks out of a set of images.
 
-    ``sample(step)`` is a function of (seed, stream, step) alone: the same tasks in every process and on every machine.
+    `sample(step)` is a function of (seed, stream, step) alone: the same tasks in every process and on every machine.
     Within a task classes are distinct, and no drawing is in both support and query. Both sets are ordered by class:
     example i of the support has label ⌊i / shots⌋.
 
     Args:
         images: the classes to draw from.
-        ways, shots, queries: classes a task; support and query images a class.
-        meta_batch: tasks a step.
-        seed, stream: what the tasks depend on beside the step; give each use (train, val, test) a stream of its own.
-        device: where episodes are made; the uint8 images are kept there.
-        dtype: floating-point type of the images.
+        ways: classes per task; shots and queries are images per class.
         augmentation: random changes to every image, a function of (seed, stream, step) too.
+        device: where episodes are made, and the uint8 images are kept; by default where they are.
+        Others: see `TaskSampler`.
 
-    Raises ValueError where a number is not positive, ``ways`` exceeds the classes, ``shots + queries`` the drawings of
-    a class, or images cannot be augmented so.
+    Raises:
+        TypeError, ValueError: see `TaskSampler`; `ways` exceeds the classes, `shots + queries` the drawings of a class,
+            or images cannot be augmented so.
     """
 
-    def __init__(
-        self,
-        images: ClassImages,
-        *,
-        ways: int,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        stream: str = "train",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        augmentation: Augmentation | None = None,
-    ) -> None:
-        super().__init__(shots=shots, queries=queries, meta_batch=meta_batch, seed=seed, stream=stream, dtype=dtype)
-        self.ways = check_int("ways", ways, minimum=1)
+    images: ClassImages = field(kw_only=False)
+    ways: int
+    augmentation: Augmentation | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        images = self.images
+        self.ways = check_int("ways", self.ways, minimum=1)
         if self.ways > images.num_classes:
             raise ValueError(f"ways must not exceed the {images.num_classes} classes there are, got {self.ways}")
         smallest = int(images.drawings.argmin())
@@ -111,13 +112,13 @@ class EpisodeSampler(TaskSampler):
                 f"shots + queries must not exceed the {images.drawings[smallest]} drawings {whose}, "
                 f"got {self.shots} + {self.queries}"
             )
-        if augmentation is not None:
-            augmentation.check_images(images.image_shape)
-        self.images = images if device is None else images.to(device)
-        self.augmentation = augmentation
+        if self.augmentation is not None:
+            self.augmentation.check_images(images.image_shape)
+        self.images = images if self.device is None else images.to(self.device)
+        self.device = self.images.device
 
     def indices(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeIndices:
-        """Classes and drawings of meta-step ``step`` (of the slice ``shard = (rank, world_size)`` of its tasks)."""
+        """Chooses classes and drawings of meta-step `step` (of the slice `shard = (rank, world_size)` of its tasks)."""
         each = self.shots + self.queries
         words = self._words(step, shard, self.ways * (1 + each), stream=self.stream)
         classes = choose_distinct(words[:, : self.ways], self.images.num_classes)  # [B, ways]
@@ -126,7 +127,7 @@ class EpisodeSampler(TaskSampler):
         return EpisodeIndices(classes, drawings[..., : self.shots], drawings[..., self.shots :])
 
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
-        """Episodes of meta-step ``step``; with ``shard = (rank, world_size)`` only that process's slice is made.
+        """Makes the episodes of meta-step `step`; with `shard = (rank, world_size)` only that process's slice is made.
 
         Returns support_x [B, ways · shots, C, H, W] and query_x [B, ways · queries, C, H, W] in [0, 1], and int64
         labels.
@@ -149,7 +150,7 @@ class EpisodeSampler(TaskSampler):
     def _augment(
         self, augmentation: Augmentation, support_x: Tensor, query_x: Tensor, step: int, shard: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
-        """Each image has words of its own, apart from those that chose it."""
+        """Changes each image by words of its own, apart from those that chose it."""
         (tasks, shown), asked = support_x.shape[:2], query_x.shape[1]
         words = self._words(step, shard, (shown + asked) * augmentation.WORDS, stream=f"{self.stream}/augmentation")
         words = words.reshape(tasks, shown + asked, augmentation.WORDS)

@@ -1,11 +1,11 @@
-"""Makes ``glyphs.json``, the fixed list of the classes of glyphs: ``python -m imaml_ext.data.glyph_table``.
+"""Makes `glyphs.json`, the fixed list of the classes of glyphs: `python -m imaml_ext.data.glyph_table`.
 
 The list ships with the package; this is how it came about, and how to change it.
 
 - Candidates: letters, digits and symbols of the blocks below that a base face has. Precomposed accented letters
   (Unicode decomposes them) are left out: they differ from their base by a few pixels. So are Braille, Ogham, box
   drawing, arrows and the like, whose members differ by tiny marks or are bars.
-- Each is drawn undistorted in its base face, blurred, and compared by cosine. Pairs above ``MERGE`` are one class,
+- Each is drawn undistorted in its base face, blurred, and compared by cosine. Pairs above `MERGE` are one class,
   and so are chains of such pairs. A class belongs to the first script of the list that has a member in it: training
   scripts come first.
 - A face draws a class only if its picture is nearer to that class's base picture than to any other class's.
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .glyphs import RADIUS, font_folder
-from .raster import FontFile, draw, transform
+from imaml_ext.data.glyphs import RADIUS, font_folder
+from imaml_ext.data.raster import FontFile, draw, transform
 
 MERGE = 0.95
 FACES = (
@@ -72,7 +72,7 @@ _CATEGORIES = ("Lu", "Ll", "Lo", "Nd", "Sm", "So")
 
 
 def build_table(folder: Path) -> dict[str, object]:
-    """The content of ``glyphs.json`` for the font files in ``folder``."""
+    """The content of `glyphs.json` for the font files in `folder`."""
     fonts = [FontFile(folder / name) for name in FACES]
     base_order = [FACES.index(name) for name in BASE_FACES]
     candidates: list[tuple[int, int]] = []  # (script, code point)

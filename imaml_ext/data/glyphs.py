@@ -10,7 +10,7 @@ for test. The nearest support image, pixel by pixel, is right on 72.4 ± 0.7 % o
 91.1 ± 0.5 % at 5-way 5-shot and on 52.1 ± 0.4 % at 20-way 1-shot (Omniglot, 1200/423: 45.1, 66.6 and 25.0): glyphs is
 the easier of the two.
 
-Which classes there are, and which faces draw them, is a fixed list in ``glyphs.json`` (made by ``glyph_table.py``).
+Which classes there are, and which faces draw them, is a fixed list in `glyphs.json` (made by `glyph_table.py`).
 Everything is drawn in integer arithmetic from the outlines, so the bytes are the same on every machine as long as the
 font files are: those of matplotlib 3.5 to 3.11 (DejaVu 2.37, STIX 1.1) were compared and are the same.
 """
@@ -23,20 +23,20 @@ import json
 import unicodedata
 import warnings
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from imaml_ext.data.cache import cache_folder, cached_arrays, shipped_text
+from imaml_ext.data.class_images import ClassImages
+from imaml_ext.data.datasets import Dataset, ImageDataset
+from imaml_ext.data.raster import SIZE, SUB, FontFile, draw, transform
+from imaml_ext.data.source import CachedSource
 from imaml_ext.errors import DataError
-
-from .cache import cache_folder, load_arrays, save_arrays
-from .raster import SIZE, SUB, FontFile, draw, transform
+from imaml_ext.rng import philox_words
 
 NUM_DRAWERS = 20
-GLYPHS_DESCRIPTION = (
-    "glyphs, characters of many scripts drawn from matplotlib's fonts, 20 drawings each, 28×28, split by script"
-)
 
 _SEED = 0x676C79706873
 RADIUS = 10 * SUB  # the longer side of a character is 20 pixels before distortion
@@ -44,10 +44,43 @@ _MATRIX_SPREAD = (13, 22, 22, 13)  # percent of RADIUS: entries xx, xy, yx, yy o
 _SHIFT_SPREAD = 3 * SUB // 2  # each centre is off by up to 1.5 pixels
 
 
+@dataclass(frozen=True, kw_only=True)
+class Glyphs(CachedSource):
+    """Glyphs: characters of many scripts, drawn from font files."""
+
+    rotations: bool = True
+    "In training, a character in each of four orientations is a class of its own."
+
+    def load(self) -> Dataset:
+        split = glyph_split()
+        images = torch.from_numpy(load_glyphs(cache_dir=self.cache_dir))
+        parts = {}
+        for part, members in split.items():
+            turns = members.orientations if self.rotations else None
+            parts[part] = ClassImages(
+                images,
+                names=members.names,
+                characters=members.indices,
+                rotations=1 if turns is None else 4,
+                orientations=turns,
+            )
+        description = (
+            "characters of many scripts drawn from matplotlib's fonts, 20 drawings each, 28×28, split by script"
+        )
+        notes = {part: ", ".join(members.scripts) for part, members in split.items()}
+        return ImageDataset("glyphs", f"glyphs, {description}", parts, notes, drawn=True)
+
+
 @dataclass(frozen=True)
 class GlyphClass:
-    """code_point: what is drawn; faces: which font files draw it; orientations: which quarter turns are classes of
-    their own; look_alikes: the other code points that are this class."""
+    """A class of characters that look alike.
+
+    Attributes:
+        code_point: what is drawn.
+        faces: which font files draw it.
+        orientations: which quarter turns are classes of their own.
+        look_alikes: the other code points that are this class.
+    """
 
     script: str
     split: str
@@ -63,7 +96,7 @@ class GlyphClass:
 
 @dataclass(frozen=True)
 class GlyphTable:
-    """fonts: (file name, SHA-256) of each face; classes in the order of the images."""
+    """The fonts, (file name, SHA-256) of each face, and the classes in the order of the images."""
 
     fonts: tuple[tuple[str, str], ...]
     classes: tuple[GlyphClass, ...]
@@ -72,8 +105,14 @@ class GlyphTable:
 
 @dataclass(frozen=True)
 class GlyphSplit:
-    """indices [n] of a split's classes; their names; its scripts; orientations bool [n, 4], None where turns make no
-    classes."""
+    """The classes of a split.
+
+    Attributes:
+        indices: of its classes, [n].
+        names: of all classes.
+        scripts: its scripts.
+        orientations: bool [n, 4]; None where turns make no classes.
+    """
 
     indices: np.ndarray
     names: tuple[str, ...]
@@ -83,8 +122,8 @@ class GlyphSplit:
 
 @functools.cache
 def glyph_table() -> GlyphTable:
-    """The fixed list of classes that the package ships."""
-    text = resources.files(__package__).joinpath("glyphs.json").read_text(encoding="utf-8")
+    """Reads the fixed list of classes that the package ships."""
+    text = shipped_text("glyphs.json")
     table = json.loads(text)
     classes = [
         GlyphClass(
@@ -103,7 +142,7 @@ def glyph_table() -> GlyphTable:
 
 
 def glyph_split() -> dict[str, GlyphSplit]:
-    """The splits "train", "val" and "test".
+    """Returns the splits "train", "val" and "test".
 
     Only training has orientations: turned, a character of the others may look like another one.
     """
@@ -121,11 +160,13 @@ def glyph_split() -> dict[str, GlyphSplit]:
 
 
 def load_glyphs(*, cache_dir: Path | str | None = None) -> np.ndarray:
-    """All drawings, uint8 [classes, 20, 28, 28], ink = 255; drawn at the first call (seconds), then read from the
-    cache.
+    """Returns all drawings, uint8 [classes, 20, 28, 28], ink = 255; drawn at the first call (seconds), then cached.
 
-    Raises DataError where matplotlib or a font file is missing, or the cache cannot be written. Warns where font files
-    differ from those the list was made with: the pictures then differ too, and accuracies do not compare.
+    Warns where font files differ from those the list was made with: the pictures then differ too, and accuracies do not
+    compare.
+
+    Raises:
+        DataError: matplotlib or a font file is missing, or the cache cannot be written.
     """
     table = glyph_table()
     folder = font_folder()
@@ -141,18 +182,11 @@ def load_glyphs(*, cache_dir: Path | str | None = None) -> np.ndarray:
     key = hashlib.sha256("\n".join([table.digest, constants, *hashes]).encode()).hexdigest()[:16]
     path = cache_folder(cache_dir) / "glyphs" / f"glyphs-{key}.npz"
     shape = (len(table.classes), NUM_DRAWERS, SIZE, SIZE)
-    if path.is_file():
-        try:
-            return load_arrays(path, {"images": ("uint8", shape)})["images"]
-        except DataError:
-            path.unlink(missing_ok=True)  # damaged; it holds nothing that is not drawn again below
-    images = render_glyphs(table, folder)
-    save_arrays(path, {"images": images})
-    return images
+    return cached_arrays(path, {"images": ("uint8", shape)}, lambda: {"images": render_glyphs(table, folder)})["images"]
 
 
 def font_folder() -> Path:
-    """Where matplotlib keeps its font files. Raises DataError where matplotlib is missing."""
+    """Returns where matplotlib keeps its font files; raises DataError where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -161,7 +195,7 @@ def font_folder() -> Path:
 
 
 def render_glyphs(table: GlyphTable, folder: Path) -> np.ndarray:
-    """Draw every class of the table: uint8 [classes, 20, 28, 28]."""
+    """Draws every class of the table: uint8 [classes, 20, 28, 28]."""
     fonts = [_open_font(folder / name) for name, _ in table.fonts]
     images = np.empty((len(table.classes), NUM_DRAWERS, SIZE, SIZE), dtype=np.uint8)
     for number, glyph in enumerate(table.classes):
@@ -179,12 +213,12 @@ def render_glyphs(table: GlyphTable, folder: Path) -> np.ndarray:
 
 
 def draw_distorted(outlines: list[np.ndarray], code_point: int) -> np.ndarray:
-    """The 20 drawings of a character: uint8 [20, 28, 28]. Faces take turns in random order; distortions are random too.
+    """Makes the 20 drawings of a character: uint8 [20, 28, 28].
 
-    Both are drawn by Philox counters of the code point, so that a class does not depend on which others there are.
+    Faces take turns in random order, under random distortions. Both are drawn by Philox counters of the code point: a
+    class does not depend on which others there are.
     """
-    bits = np.random.Philox(key=np.array([_SEED, 0], np.uint64), counter=np.array([0, code_point, 0, 0], np.uint64))
-    raw = bits.random_raw(NUM_DRAWERS * 8).reshape(NUM_DRAWERS, 8)
+    raw = philox_words((_SEED, 0), NUM_DRAWERS * 8, (0, code_point, 0, 0)).reshape(NUM_DRAWERS, 8)
     order = np.argsort(raw[: len(outlines), 7], kind="stable")
     spread = [RADIUS * percent // 100 for percent in _MATRIX_SPREAD] + [_SHIFT_SPREAD] * 2
     noise = [_symmetric(raw[:, i], limit) for i, limit in enumerate(spread)]  # six times int64 [20]
@@ -198,7 +232,7 @@ def draw_distorted(outlines: list[np.ndarray], code_point: int) -> np.ndarray:
 
 
 def _symmetric(words: np.ndarray, limit: int) -> np.ndarray:
-    """Whole numbers from −limit to limit, uniformly."""
+    """Turns words into whole numbers from −limit to limit, uniformly."""
     return (((words >> np.uint64(32)) * np.uint64(2 * limit + 1)) >> np.uint64(32)).astype(np.int64) - limit
 
 

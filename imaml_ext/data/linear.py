@@ -9,79 +9,93 @@ With the loss L(φ) = (scale/S) Σ_s (x_s·φ − y_s)² everything is quadratic
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.batch import Data
-from imaml_ext.checks import check_int
+from imaml_ext.batch import Data, EpisodeBatch
+from imaml_ext.checks import check_int, check_number
+from imaml_ext.data.datasets import Dataset, RegressionDataset
+from imaml_ext.data.episodes import TaskSampler
+from imaml_ext.data.source import DataSource
 from imaml_ext.rng import normal, random_words
+from imaml_ext.settings import COUNT, NOT_NEGATIVE, Bounds
 
-from .episodes import EpisodeBatch, TaskSampler
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(DataSource):
+    """Linear regression whose meta-gradient has a closed form."""
+
+    kind_of_task: ClassVar[Literal["classification", "regression"]] = "regression"
+
+    features: Annotated[int, COUNT] = 20
+    "Inputs of a regression task."
+
+    condition_number: Annotated[float, Bounds(at_least=1)] = 10.0
+    "Condition number of the regression problems."
+
+    noise: Annotated[float, NOT_NEGATIVE] = 0.1
+    "Standard deviation of the noise on the targets."
+
+    def load(self) -> Dataset:
+        conditioning = f"XᵀX of condition number {self.condition_number:g}"
+        description = f"linear regression on {self.features} features, {conditioning}"
+        sampler_class = functools.partial(LinearSampler, **vars(self))
+        return RegressionDataset("linear", description, (self.features,), sampler_class)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LinearSampler(TaskSampler):
-    """Linear regression tasks of chosen conditioning; ``sample(step)`` is a function of (seed, stream, step) alone.
+    """Linear regression tasks of chosen conditioning; `sample(step)` is a function of (seed, stream, step) alone.
 
     Support and query inputs have XᵀX/S = R diag(s) Rᵀ with s spaced logarithmically from 1/condition_number to 1, in as
     many distinct values as asked for, and a random rotation R for each task and side; the true weights w_b are standard
     normal around a centre common to all tasks of the seed.
 
     Args:
-        features: inputs of a task, at least 1.
-        shots, queries: points a task, each at least ``features`` (or XᵀX would be singular).
-        meta_batch: tasks a step.
+        features: inputs per task, at least 1.
+        shots, queries: points per task, each at least `features` (or XᵀX would be singular).
         condition_number: largest over smallest eigenvalue of XᵀX/S, at least 1.
-        eigenvalues: distinct eigenvalues of XᵀX/S, at least 2 and at most ``features``, whose number is the default;
+        eigenvalues: distinct eigenvalues of XᵀX/S, at least 2 and at most `features`, whose number is the default;
             conjugate gradients end after as many steps.
         noise: standard deviation of what is added to y.
-        device, dtype: of the tensors returned; float64, as closed forms are compared to.
+        dtype: of the tensors; by default float64, as closed forms are compared to.
+        Others: see `TaskSampler`.
 
-    Raises ValueError that names the argument.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        features: int,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        condition_number: float = 10.0,
-        eigenvalues: int | None = None,
-        noise: float = 0.1,
-        stream: str = "train",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        super().__init__(shots=shots, queries=queries, meta_batch=meta_batch, seed=seed, stream=stream, dtype=dtype)
-        self.features = check_int("features", features, minimum=1)
-        for name, points in (("shots", self.shots), ("queries", self.queries)):
-            if points < self.features:
-                raise ValueError(f"{name} must be at least features = {self.features}, got {points}")
-        if not (np.isfinite(condition_number) and condition_number >= 1):
-            raise ValueError(f"condition_number must be a finite number of at least 1, got {condition_number}")
-        if self.features == 1 and condition_number != 1:
-            raise ValueError(f"condition_number must be 1 where features = 1, got {condition_number}")
-        if eigenvalues is not None and check_int("eigenvalues", eigenvalues, minimum=2) > self.features:
-            raise ValueError(f"eigenvalues must not exceed features = {self.features}, got {eigenvalues}")
-        if not (np.isfinite(noise) and noise >= 0):
-            raise ValueError(f"noise must be a finite number of at least 0, got {noise}")
-        self.condition_number = float(condition_number)
-        self.eigenvalues = self.features if eigenvalues is None else eigenvalues
-        self.noise = float(noise)
-        self.device = torch.device(device) if device is not None else torch.device("cpu")
+    features: int
+    condition_number: float = 10.0
+    eigenvalues: int | None = None
+    noise: float = 0.1
+    dtype: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.features = check_int("features", self.features, minimum=1)
+        for name in ("shots", "queries"):
+            if getattr(self, name) < self.features:
+                raise ValueError(f"{name} must be at least features = {self.features}, got {getattr(self, name)}")
+        self.condition_number = check_number("condition_number", self.condition_number, at_least=1)
+        self.noise = check_number("noise", self.noise, at_least=0)
+        if self.features == 1 and self.condition_number != 1:
+            raise ValueError(f"condition_number must be 1 where features = 1, got {self.condition_number}")
+        if self.eigenvalues is not None and check_int("eigenvalues", self.eigenvalues, minimum=2) > self.features:
+            raise ValueError(f"eigenvalues must not exceed features = {self.features}, got {self.eigenvalues}")
 
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
-        """Episodes with x [B, points, features] and y [B, points, 1]."""
+        """Makes episodes with x [B, points, features] and y [B, points, 1]."""
         support_x, support_y, query_x, query_y, _ = self._arrays(step, shard)
         return EpisodeBatch(*(self._tensor(a) for a in (support_x, support_y, query_x, query_y)))
 
     def weights(self, step: int, *, shard: tuple[int, int] | None = None) -> Tensor:
-        """The true weights w of the tasks, [B, features]."""
+        """Returns the true weights w of the tasks, [B, features]."""
         return self._tensor(self._arrays(step, shard)[4])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -89,6 +103,8 @@ class LinearSampler(TaskSampler):
 
     def _arrays(self, step: int, shard: tuple[int, int] | None) -> tuple[np.ndarray, ...]:
         d = self.features
+        distinct = self.eigenvalues or d
+        level = np.arange(d) * distinct // d  # 0 … distinct − 1
         # The centre is that of the seed, whatever the step and the task.
         words = random_words(
             seed=self.seed, stream=self._stream("centre"), step=0, first_task=0, num_tasks=1, words_per_task=d + d % 2
@@ -101,15 +117,14 @@ class LinearSampler(TaskSampler):
             noise = self._normal(f"{side}/noise", step, shard, (points,))
             columns, _ = np.linalg.qr(gaussian)  # [B, points, d], orthonormal columns
             rotation, _ = np.linalg.qr(turn)  # [B, d, d]
-            level = np.arange(d) * self.eigenvalues // d  # 0 … eigenvalues − 1
-            spread = self.condition_number ** np.linspace(-0.5, 0.0, self.eigenvalues)[level]  # singular values
+            spread = self.condition_number ** np.linspace(-0.5, 0.0, distinct)[level]  # singular values
             x = np.sqrt(points) * (columns * spread) @ rotation.transpose(0, 2, 1)
             y = x @ weights[..., None] + self.noise * noise[..., None]
             sides += [x, y]
         return (*sides, weights)
 
     def _normal(self, what: str, step: int, shard: tuple[int, int] | None, shape: tuple[int, ...]) -> np.ndarray:
-        """Standard normal numbers of every task of the slice, [B, …]."""
+        """Draws standard normal numbers for every task of the slice, [B, …]."""
         size = int(np.prod(shape))
         words = self._words(step, shard, size + size % 2, stream=self._stream(what))
         return normal(words)[:, :size].reshape(-1, *shape)
@@ -122,28 +137,28 @@ class LinearSampler(TaskSampler):
 class LinearClosedForm:
     """Exact inner solutions and meta-gradients of a batch of linear regression tasks.
 
-    ``scale`` fixes the loss, L(φ) = (scale/S) Σ_s (x_s·φ − y_s)²: 1 for the mean squared error, ½ for half of it.
+    `scale` fixes the loss, L(φ) = (scale/S) Σ_s (x_s·φ − y_s)²: 1 for the mean squared error, ½ for half of it.
     """
 
     batch: EpisodeBatch
     scale: float = 1.0
 
     def hessian(self, side: Data) -> Tensor:
-        """H = 2·scale·XᵀX/S, [B, d, d]."""
+        """Returns H = 2·scale·XᵀX/S, [B, d, d]."""
         return 2 * self.scale * side.x.mT @ side.x / side.x.shape[1]
 
     def moment(self, side: Data) -> Tensor:
-        """2·scale·Xᵀy/S, [B, d]: the gradient of the loss is H φ − moment."""
+        """Returns 2·scale·Xᵀy/S, [B, d]: the gradient of the loss is H φ − moment."""
         return 2 * self.scale * (side.x.mT @ side.y).squeeze(-1) / side.x.shape[1]
 
     def solution(self, theta: Tensor, lam: float | Tensor) -> Tensor:
-        """φ* [B, d] of the proximal problem. theta [d]; lam > 0: a number or [d]."""
+        """Returns φ* [B, d] of the proximal problem. theta [d]; lam > 0: a number or [d]."""
         prox = torch.as_tensor(lam, dtype=theta.dtype, device=theta.device).expand_as(theta)
         system = self.hessian(self.batch.support) + torch.diag(prox)
         return torch.linalg.solve(system, self.moment(self.batch.support) + prox * theta)
 
     def meta_gradient(self, theta: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
-        """∂F/∂θ [d] and ∂F/∂λ [d] (one entry a parameter; their sum is the derivative by a scalar λ)."""
+        """Returns ∂F/∂θ [d] and ∂F/∂λ [d] (one entry per parameter; their sum is the derivative by a scalar λ)."""
         prox = torch.as_tensor(lam, dtype=theta.dtype, device=theta.device).expand_as(theta)
         phi = self.solution(theta, lam)
         query = self.batch.query

@@ -3,10 +3,10 @@ classes to train on, 16 for validation and 20 for testing (Ravi and Larochelle, 
 
 It is read from whichever of these a root folder holds, the first that is found:
 
-- ``mini-imagenet-cache-{train,val,test}.pkl``: ``image_data`` uint8 [n, 84, 84, 3], ``class_dict`` class -> rows;
-- ``miniImageNet_category_split_{train_phase_train,val,test}.pickle``: ``data`` uint8 [n, 84, 84, 3], ``labels``;
-- ``train.csv``, ``val.csv``, ``test.csv`` with the columns filename and label, and all pictures in ``images/``;
-- ``train/<class>/``, ``val/<class>/``, ``test/<class>/`` with .jpg or .png pictures.
+- `mini-imagenet-cache-{train,val,test}.pkl`: `image_data` uint8 [n, 84, 84, 3], `class_dict` class -> rows;
+- `miniImageNet_category_split_{train_phase_train,val,test}.pickle`: `data` uint8 [n, 84, 84, 3], `labels`;
+- `train.csv`, `val.csv`, `test.csv` with the columns filename and label, and all pictures in `images/`;
+- `train/<class>/`, `val/<class>/`, `test/<class>/` with .jpg or .png pictures.
 
 Pictures are scaled to 84×84 by a Lanczos filter and packed once into the cache.
 """
@@ -15,48 +15,55 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from imaml_ext.data.cache import cache_folder, data_folder, not_found
+from imaml_ext.data.datasets import Dataset
+from imaml_ext.data.pickles import load_pickle
+from imaml_ext.data.pictures import SPLITS, LabelledImages, load_classes, load_split_tree
+from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
-
-from .cache import cache_folder, data_folder
-from .pickles import load_pickle
-from .pictures import SPLITS, LabelledImages, load_classes, load_split_tree
 
 SIZE = 84
 NUM_CLASSES = {"train": 64, "val": 16, "test": 20}
-IMAGES_A_CLASS = 600  # of the whole data set
+IMAGES_PER_CLASS = 600  # of the whole data set
 _PLACES = (".", "mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet")
 _SplitClasses = tuple[np.ndarray, dict[str, np.ndarray]]  # images uint8 [n, 84, 84, 3], class -> its rows
 
 
-def load_mini_imagenet(*, root: Path | str | None = None, cache_dir: Path | str | None = None) -> LabelledImages:
-    """All photographs, uint8 [n, 84, 84, 3], and the classes of each split.
+@dataclass(frozen=True, kw_only=True)
+class MiniImageNet(FileSource):
+    """mini-ImageNet: photographs of 100 classes."""
 
-    ``root``: a folder that holds one of the forms above, or the parent of one; by default ``$IMAML_DATA_ROOT``, else
-    the cache.
+    def load(self) -> Dataset:
+        description = "mini-ImageNet, 100 classes, 84×84 in colour"
+        return self.read().dataset("mini-imagenet", description, published=IMAGES_PER_CLASS)
 
-    Raises DataError where nothing is found, or what is found is incomplete, damaged or of the wrong format.
-    """
-    cache = cache_folder(cache_dir)
-    where, origin = data_folder(root, cache)
-    for files, read in _FORMS:
-        for folder in (where / place for place in _PLACES):
-            if any((folder / file).exists() for file in files):
-                for file in files:
-                    if not (folder / file).exists():
-                        raise DataError(f"mini-ImageNet in {folder} is incomplete: {file} is missing")
-                found = read(folder, cache)
-                _check(folder, found)
-                return found
-    raise DataError(
-        f"mini-ImageNet was not found: {origin} {where} holds neither mini-imagenet-cache-train.pkl, "
-        "miniImageNet_category_split_train_phase_train.pickle, train.csv nor train/; give the folder that has it as "
-        "root or in IMAML_DATA_ROOT"
-    )
+    def read(self) -> LabelledImages:
+        """Reads all photographs, uint8 [n, 84, 84, 3], and the classes of each split.
+
+        `root` is a folder that holds one of the forms above, or the parent of one.
+
+        Raises:
+            DataError: nothing is found, or what is found is incomplete, damaged or of the wrong format.
+        """
+        cache = cache_folder(self.cache_dir)
+        where, origin = data_folder(self.root, cache)
+        for files, read in _FORMS:
+            for folder in (where / place for place in _PLACES):
+                if any((folder / file).exists() for file in files):
+                    for file in files:
+                        if not (folder / file).exists():
+                            raise DataError(f"mini-ImageNet in {folder} is incomplete: {file} is missing")
+                    found = read(folder, cache)
+                    _check(folder, found)
+                    return found
+        holds = f"{_CACHE_FILES[0]}, {_CATEGORY_FILES[0]}, train.csv nor train/"
+        raise not_found("mini-ImageNet", holds, where, origin, download=False)
 
 
 def _check(folder: Path, found: LabelledImages) -> None:
@@ -83,7 +90,7 @@ def _read_category_files(folder: Path, cache: Path) -> LabelledImages:
         content = load_pickle(path, "data", "labels")
         images, labels = _images(path, "data", content), _integers(path, "labels", content["labels"])
         if labels.size != len(images):
-            raise DataError(f"{path}: 'labels' must hold one label an image ({len(images)}), got {labels.size}")
+            raise DataError(f"{path}: 'labels' must hold one label per image ({len(images)}), got {labels.size}")
         names = content.get("catname2label")
         known = {label: _text(name) for name, label in names.items()} if isinstance(names, dict) else {}
         # Where classes have no names, numbers may begin at 0 in each file: they are told apart by their split.
@@ -95,7 +102,7 @@ def _read_category_files(folder: Path, cache: Path) -> LabelledImages:
 
 
 def _join(folder: Path, files: tuple[str, ...], read: Callable[[Path, str], _SplitClasses]) -> LabelledImages:
-    """The files of the three splits, each put in order of its classes, as one array."""
+    """Joins the files of the three splits, each put in order of its classes."""
     splits: dict[str, np.ndarray] = {}
     names: list[str] = []
     counts: list[int] = []
@@ -145,7 +152,7 @@ def _read_csv_files(folder: Path, cache: Path) -> LabelledImages:
 
 
 def _read_csv(path: Path) -> list[tuple[str, str]]:
-    """(filename, label) of every row."""
+    """Returns (filename, label) of every row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if row]

@@ -3,16 +3,16 @@ ink = 255.
 
 It is read from whichever of these a root folder holds:
 
-- a packed file ``omniglot28.npz`` (``images`` uint8 [32460, 28, 28], rows ordered by subset, alphabet, character,
+- a packed file `omniglot28.npz` (`images` uint8 [32460, 28, 28], rows ordered by subset, alphabet, character,
   drawer);
-- the tree that torchvision unpacks: ``images_background/<Alphabet>/characterNN/*.png`` and ``images_evaluation/…``,
+- the tree that torchvision unpacks: `images_background/<Alphabet>/characterNN/*.png` and `images_evaluation/…`,
   105×105 in black on white. It is reduced by a Lanczos filter and packed once into the cache.
 
-Which characters are trained on is a fixed list in ``omniglot_splits.json``:
+Which characters are trained on is a fixed list in `omniglot_splits.json`:
 
-- ``"1200/423"``, the paper's sizes: the 1,623 names ``<Alphabet>/characterNN`` in ascending order of their SHA-256; the
-  first 1,200 train, the last 423 test. With ``validation = v`` the last v of the 1,200 are validation instead.
-- ``"vinyals"``: 1,028 train, 172 validation, 423 test (Vinyals et al., *Matching Networks*, NeurIPS 2016).
+- `"1200/423"`, the paper's sizes: the 1,623 names `<Alphabet>/characterNN` in ascending order of their SHA-256; the
+  first 1,200 train, the last 423 test. With `validation = v` the last v of the 1,200 are validation instead.
+- `"vinyals"`: 1,028 train, 172 validation, 423 test (Vinyals et al., *Matching Networks*, NeurIPS 2016).
 
 As usual the four orientations of a character are four classes, in training and in testing.
 """
@@ -22,22 +22,36 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 
+from imaml_ext.data.cache import (
+    Expected,
+    cache_folder,
+    cached_arrays,
+    data_folder,
+    load_arrays,
+    not_found,
+    shipped_text,
+)
+from imaml_ext.data.class_images import ClassImages
+from imaml_ext.data.datasets import Dataset, ImageDataset
+from imaml_ext.data.download import download_through_torchvision
+from imaml_ext.data.pictures import open_picture, shrink
+from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
-
-from .cache import cache_folder, data_folder, load_arrays, save_arrays
-from .download import download_through_torchvision
+from imaml_ext.settings import NOT_NEGATIVE
 
 PROTOCOLS = ("1200/423", "vinyals")
 NUM_CHARACTERS = 1623
 NUM_DRAWERS = 20
 SUBSETS = {"images_background": 964, "images_evaluation": 659}  # folder -> characters
 _PACKED = "omniglot28.npz"
-_PACKED_ARRAYS: dict[str, tuple[str, tuple[int | None, ...]]] = {
+_PACKED_ARRAYS: Expected = {
     "images": ("uint8", (NUM_CHARACTERS * NUM_DRAWERS, 28, 28)),
     "alphabet": ("u", (NUM_CHARACTERS * NUM_DRAWERS,)),
     "character": ("u", (NUM_CHARACTERS * NUM_DRAWERS,)),
@@ -46,13 +60,46 @@ _PACKED_ARRAYS: dict[str, tuple[str, tuple[int | None, ...]]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Omniglot(FileSource):
+    """Omniglot: 1,623 handwritten characters."""
+
+    download: bool = False
+    "Download the data set through torchvision when it is not under the root."
+
+    split_protocol: Literal["1200/423", "vinyals"] = "1200/423"
+    "1,200 characters to train on and 423 to test, or Vinyals' 1,028 / 172 / 423 with validation."
+
+    validation: Annotated[int, NOT_NEGATIVE] = 0
+    "Characters of the protocol 1200/423 that are held out of the 1,200 for validation."
+
+    rotations: bool = True
+    "A character in each of four orientations is a class of its own."
+
+    def load(self) -> Dataset:
+        split = omniglot_split(self.split_protocol, validation=self.validation)
+        drawings = load_omniglot(root=self.root, cache_dir=self.cache_dir, download=self.download)
+        images, names, turns = torch.from_numpy(drawings), character_names(), 4 if self.rotations else 1
+        turned = ", four orientations each" if self.rotations else ""
+        return ImageDataset(
+            "omniglot",
+            f"Omniglot, 1,623 handwritten characters × 20 drawers, 28×28, split {self.split_protocol}",
+            {
+                part: ClassImages(images, names=names, characters=members, rotations=turns)
+                for part, members in split.items()
+            },
+            {part: f"{members.size:,} characters{turned}" for part, members in split.items()},
+            drawn=True,
+        )
+
+
 @functools.cache
 def _split_file() -> dict[str, dict[str, dict[str, str]]]:
-    return json.loads(resources.files(__package__).joinpath("omniglot_splits.json").read_text(encoding="utf-8"))
+    return json.loads(shipped_text("omniglot_splits.json"))
 
 
 def character_names() -> tuple[str, ...]:
-    """The 1,623 names ``<Alphabet>/characterNN``: background alphabets, then evaluation alphabets, each in order of
+    """Lists the 1,623 names `<Alphabet>/characterNN`: background alphabets, then evaluation alphabets, each in order of
     name."""
     alphabets = _split_file()["vinyals"]
     return tuple(
@@ -64,10 +111,12 @@ def character_names() -> tuple[str, ...]:
 
 
 def omniglot_split(protocol: str = "1200/423", *, validation: int = 0) -> dict[str, np.ndarray]:
-    """Indices into ``character_names()`` of each split: {"train", "test"} and "val" where there is one.
+    """Returns the indices into `character_names()` of each split: {"train", "test"} and "val" where there is one.
 
-    ``validation`` characters of the 1,200 are held out as "val" (protocol "1200/423" only; Vinyals' has its own 172).
-    Raises ValueError that names the argument.
+    `validation` characters of the 1,200 are held out as "val" (protocol "1200/423" only; Vinyals' has its own 172).
+
+    Raises:
+        ValueError: an unknown protocol, or a number of characters that it cannot hold out.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"split_protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
@@ -89,20 +138,21 @@ def omniglot_split(protocol: str = "1200/423", *, validation: int = 0) -> dict[s
 
 
 def name_rank(name: str) -> str:
-    """What the "1200/423" protocol orders characters by: a shuffle that needs no random generator."""
+    """Gives the key that the "1200/423" protocol orders by: a shuffle that needs no random generator."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 
 def load_omniglot(
     *, root: Path | str | None = None, cache_dir: Path | str | None = None, download: bool = False
 ) -> np.ndarray:
-    """All drawings, uint8 [1623, 20, 28, 28], ink = 255, characters in the order of ``character_names()``.
+    """Reads all drawings, uint8 [1623, 20, 28, 28], ink = 255, characters in the order of `character_names()`.
 
-    ``root``: a folder that holds the packed file or torchvision's tree, or the parent of one; by default
-    ``$IMAML_DATA_ROOT``, else the cache. ``download=True`` fetches the drawings through torchvision into ``root``
+    `root`: a folder that holds the packed file or torchvision's tree, or the parent of one; by default
+    `$IMAML_DATA_ROOT`, else the cache. `download=True` fetches the drawings through torchvision into `root`
     where it holds none, or a tree that an interrupted download left incomplete.
 
-    Raises DataError where nothing is found, or what is found is incomplete, truncated or of the wrong format.
+    Raises:
+        DataError: nothing is found, or what is found is incomplete, truncated or of the wrong format.
     """
     cache = cache_folder(cache_dir)
     where, origin = data_folder(root, cache)
@@ -111,16 +161,12 @@ def load_omniglot(
         _download(where)
         found = _find(where)
     if found is None:
-        state = "holds neither omniglot28.npz nor images_background/" if where.is_dir() else "is not a folder"
-        raise DataError(
-            f"Omniglot was not found: {origin} {where} {state}; give the folder that has it as root or in "
-            "IMAML_DATA_ROOT, or pass download=True to fetch it through torchvision"
-        )
+        raise not_found("Omniglot", f"{_PACKED} nor images_background/", where, origin, download=True)
     return _load_packed(found) if found.is_file() else _load_tree(found, cache)
 
 
 def _find(where: Path) -> Path | None:
-    """The packed file, or the folder that holds images_background, in ``where`` or a usual folder below it."""
+    """Finds the packed file, or the folder that holds images_background, in `where` or a usual folder below it."""
     folders = [where, where / "omniglot", where / "omniglot-py", where / "omniglot" / "omniglot-py"]
     for folder in folders:
         if (folder / _PACKED).is_file():
@@ -159,37 +205,32 @@ def _load_packed(path: Path) -> np.ndarray:
 
 
 def _load_tree(folder: Path, cache: Path) -> np.ndarray:
-    """Read torchvision's tree, or the file packed from it earlier: the file's name carries sizes and times of the
+    """Reads torchvision's tree, or the file packed from it earlier: the file's name carries sizes and times of the
     drawings."""
     drawings = _list_tree(folder)
     state = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8)
     for path in drawings:
         stat = path.stat()
         state.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    packed = cache / "omniglot-packed" / f"omniglot28-{state.hexdigest()}.npz"
-    if packed.is_file():
-        try:
-            return _load_packed(packed)
-        except DataError:
-            packed.unlink(missing_ok=True)  # damaged; it holds nothing that is not read from the tree again below
-    images = np.stack([_read_drawing(path) for path in drawings])  # [32460, 28, 28]
-    names = [name.rsplit("/character", 1) for name in character_names()]
-    alphabet_names = list(dict.fromkeys(alphabet for alphabet, _ in names))
-    save_arrays(
-        packed,
-        {
-            "images": images,
+
+    def read() -> dict[str, np.ndarray]:
+        names = [name.rsplit("/character", 1) for name in character_names()]
+        alphabet_names = list(dict.fromkeys(alphabet for alphabet, _ in names))
+        return {
+            "images": np.stack([_read_drawing(path) for path in drawings]),  # [32460, 28, 28]
             "alphabet": np.repeat([alphabet_names.index(a) for a, _ in names], NUM_DRAWERS).astype(np.uint8),
             "character": np.repeat([int(n) for _, n in names], NUM_DRAWERS).astype(np.uint8),
             "drawer": np.tile(np.arange(1, NUM_DRAWERS + 1, dtype=np.uint8), NUM_CHARACTERS),
             "alphabet_names": np.array(alphabet_names),
-        },
-    )
+        }
+
+    packed = cache / "omniglot-packed" / f"omniglot28-{state.hexdigest()}.npz"
+    images = cached_arrays(packed, _PACKED_ARRAYS, read)["images"]
     return images.reshape(NUM_CHARACTERS, NUM_DRAWERS, 28, 28)
 
 
 def _list_tree(folder: Path) -> list[Path]:
-    """The 32,460 drawings in order of ``character_names()`` and drawer."""
+    """Lists the 32,460 drawings in order of `character_names()` and drawer."""
     subset_of = {a: f"images_{subset}" for subset, alphabets in _split_file()["vinyals"].items() for a in alphabets}
     drawings: list[Path] = []
     for name in character_names():
@@ -205,19 +246,11 @@ def _list_tree(folder: Path) -> list[Path]:
 
 
 def _read_drawing(path: Path) -> np.ndarray:
-    """One drawing as uint8 [28, 28], ink = 255."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError("reading Omniglot's .png drawings needs Pillow: pip install pillow") from error
-    try:
-        with Image.open(path) as file:
-            drawing = file.convert("L")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} is damaged or not a picture ({error}); download Omniglot again") from error
+    """Reads one drawing as uint8 [28, 28], ink = 255."""
+    drawing = open_picture(path, "L")
     if drawing.size != (105, 105):
         raise DataError(f"{path} must be 105 × 105 pixels, got {drawing.size[0]} × {drawing.size[1]}")
-    return 255 - np.asarray(drawing.resize((28, 28), Image.Resampling.LANCZOS))
+    return 255 - shrink(drawing, 28)
 
 
 def _download(where: Path) -> None:

@@ -14,7 +14,7 @@ from imaml_ext.errors import DataError
 
 
 def load_pickle(path: Path, *keys: str) -> dict[str, Any]:
-    """The dictionary in a pickle file, written by Python 2 or 3, with keys as text; it has ``keys``, perhaps others.
+    """The dictionary in a pickle file, written by Python 2 or 3, with keys as text; it has `keys`, perhaps others.
 
     A pickle may name any function to be called. Only what makes arrays, numbers, text and plain containers is admitted
     here.

@@ -6,10 +6,9 @@ import numpy as np
 from torch import Tensor
 
 from imaml_ext.checks import check_int
+from imaml_ext.data.datasets import Dataset, ImageDataset
+from imaml_ext.data.episodes import EpisodeSampler
 from imaml_ext.errors import DataError
-
-from .datasets import Dataset, ImageDataset
-from .episodes import EpisodeSampler
 
 
 def summary(dataset: Dataset) -> str:
@@ -35,7 +34,7 @@ def image_grid(images: Tensor | np.ndarray, *, columns: int, padding: int = 2, b
     Args: images [n, C, H, W] or [n, H, W], values in [0, 1] (or uint8, 0 to 255); columns: images in a line;
     padding: pixels between.
     Returns float32 [rows·(H + padding) + padding, columns·(W + padding) + padding, C], C dropped where it is 1.
-    Raises ValueError for a wrong shape or non-positive ``columns``.
+    Raises ValueError for a wrong shape or non-positive `columns`.
     """
     columns = check_int("columns", columns, minimum=1)
     padding = check_int("padding", padding, minimum=0)
@@ -59,7 +58,7 @@ def image_grid(images: Tensor | np.ndarray, *, columns: int, padding: int = 2, b
 
 
 def sample_sheet(dataset: Dataset, split: str, *, classes: int = 10, drawings: int = 10, seed: int = 0) -> np.ndarray:
-    """A picture of a split: one line a class, chosen by ``seed``, with its first drawings; ink dark on white,
+    """A picture of a split: one line a class, chosen by `seed`, with its first drawings; ink dark on white,
     photographs as they are.
 
     Returns float32 in [0, 1], [height, width] or [height, width, C]. Raises DataError for data that has no images.

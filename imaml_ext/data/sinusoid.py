@@ -3,52 +3,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import numpy as np
 import torch
 
+from imaml_ext.batch import EpisodeBatch
+from imaml_ext.data.datasets import Dataset, RegressionDataset
+from imaml_ext.data.episodes import TaskSampler
+from imaml_ext.data.source import DataSource
 from imaml_ext.rng import uniform
 
-from .episodes import EpisodeBatch, TaskSampler
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoid(DataSource):
+    """Sinusoid regression."""
+
+    kind_of_task: ClassVar[Literal["classification", "regression"]] = "regression"
+
+    def load(self) -> Dataset:
+        description = "regression of A·sin(x − p), A in [0.1, 5], p in [0, π], x in [−5, 5] (Finn et al. 2017)"
+        return RegressionDataset("sinusoid", description, (1,), SinusoidSampler)
 
 
 class SinusoidSampler(TaskSampler):
     """Tasks y = A sin(x − p) with amplitude A ~ U[0.1, 5], phase p ~ U[0, π] (radians) and inputs x ~ U[−5, 5].
 
-    ``sample(step)`` is a function of (seed, stream, step) alone. Support and query inputs are independent draws.
-
-    Args: shots, queries: points a task; meta_batch: tasks a step; device, dtype: of the tensors returned.
-    Raises ValueError where a number is not positive.
+    `sample(step)` is a function of (seed, stream, step) alone. Support and query inputs are independent draws; shots
+    and queries are points per task. Arguments and errors: see `TaskSampler`.
     """
 
     AMPLITUDE = (0.1, 5.0)
     PHASE = (0.0, np.pi)
     INPUT = (-5.0, 5.0)
 
-    def __init__(
-        self,
-        *,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        stream: str = "train",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(shots=shots, queries=queries, meta_batch=meta_batch, seed=seed, stream=stream, dtype=dtype)
-        self.device = torch.device(device) if device is not None else torch.device("cpu")
-
     def _uniform(self, step: int, shard: tuple[int, int] | None) -> np.ndarray:
         each = 2 + self.shots + self.queries
         return uniform(self._words(step, shard, each, stream=f"sinusoid/{self.stream}"))
 
     def parameters(self, step: int, *, shard: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Amplitude [B] and phase [B] (radians) of the tasks of a meta-step, float64."""
+        """Returns amplitude [B] and phase [B] (radians) of the tasks of a meta-step, float64."""
         u = self._uniform(step, shard)
         return _scale(u[:, 0], self.AMPLITUDE), _scale(u[:, 1], self.PHASE)
 
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
-        """Episodes with x and y of shape [B, shots, 1] (support) and [B, queries, 1] (query)."""
+        """Makes episodes with x and y of shape [B, shots, 1] (support) and [B, queries, 1] (query)."""
         u = self._uniform(step, shard)
         amplitude, phase = _scale(u[:, 0:1], self.AMPLITUDE), _scale(u[:, 1:2], self.PHASE)  # [B, 1]
         x = _scale(u[:, 2:], self.INPUT)  # [B, shots + queries]
