@@ -7,6 +7,7 @@ that a page takes seconds.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 import shlex
 import sys
@@ -155,6 +156,7 @@ def test_command_lines_are_understood(
 ) -> None:
     """Each is parsed by the command's own parser, with something in the place of every placeholder."""
     from imaml_ext import cli
+    from imaml_ext.cli import parser
     from imaml_ext.train.job import joined
 
     monkeypatch.chdir(tmp_path)
@@ -168,14 +170,16 @@ def test_command_lines_are_understood(
     if command in ("COMMAND", "--help"):
         return
     assert command in cli.COMMANDS, f"{name_of(page)}: {line}"
-    module = importlib.import_module(f"imaml_ext.cli.{command}")
-    parse = module.parse
+    parse = parser.parse
 
     def stop(*args: object, **keywords: object) -> None:
         parse(*args, **keywords)
         raise Understood
 
-    monkeypatch.setattr(module, "parse", stop)
+    for found in pkgutil.iter_modules(cli.__path__, "imaml_ext.cli."):
+        if hasattr(importlib.import_module(found.name), "parse"):
+            monkeypatch.setattr(f"{found.name}.parse", stop)
+    module = importlib.import_module(f"imaml_ext.cli.{command}")
     with joined() as ranks, pytest.raises((Understood, SystemExit)) as ended:
         module.run(arguments, ranks)
     if isinstance(ended.value, SystemExit):
