@@ -1,11 +1,13 @@
-# make train   installs what is needed, compiles, and meta-trains a few-shot learner on a built-in data set
-# make test    installs what is needed, compiles, and runs every test and check
+# make train      installs what is needed, compiles, and meta-trains a few-shot learner on a built-in data set
+# make test       installs what is needed, compiles, and runs the everyday tests and the checks
+# make test-all   runs the rest, which takes longer: the Python tests marked `long`, the C++ tests, the CUDA kernels run
+#                 by the CPU under the Python tests of their ops, and the C++ tests again under sanitizers
 #
-# Both use the active virtual or conda environment, else they make .venv. Variables:
+# All of them use the active virtual or conda environment, else they make .venv. Variables:
 #   TORCH=torch==2.13.0   the torch to have (default: whichever is installed, else the index's newest)
 #   TRAIN=glyphs-5w1s     the preset that `make train` trains; ARGS="--run.seed 1" goes to `imaml train`
 #   PYTHON=python3        the Python (3.10 or later) that makes the environment; VENV=.venv, where
-#   SANITIZE=address,undefined   sanitizers for the C++ tests
+#   SANITIZE=address,undefined   the sanitizers; empty: none
 #   CPP_CUDA=1            the CUDA sources in the C++ library too (the extension has them wherever it can)
 #   IMAML_EXT_CUDA=auto|0|1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS   as for `pip install`
 SHELL := /bin/bash
@@ -17,7 +19,7 @@ TORCH ?= torch
 TRAIN ?= glyphs-5w1s
 ARGS ?=
 PYTHON ?= python3
-SANITIZE ?=
+SANITIZE ?= address,undefined
 CPP_CUDA ?= 0
 VENV ?= $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 BIN := $(abspath $(VENV))/bin
@@ -27,10 +29,9 @@ export PATH := $(BIN):$(PATH)
 # A record of what was set up, so that a second call repeats nothing.
 STATE := build/setup
 BUILD_INPUTS := setup.py pyproject.toml imaml_ext/_build.py imaml_ext/_version.py $(shell find csrc -type f)
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
-CMAKE_BUILD := build/cmake$(if $(SANITIZE),-sanitize)
+CPP_FILES := $(shell find csrc cpp_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install train test test-cpp test-python lint format clean FORCE
+.PHONY: help install train test test-all test-python test-long test-cpp test-sanitize lint format clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -40,7 +41,8 @@ install: $(STATE)/for-use
 train: $(STATE)/for-use
 	$(BIN)/imaml train $(TRAIN) --resume $(ARGS)
 
-test: test-cpp test-python lint
+test: test-python lint
+test-all: test-long test-cpp test-sanitize
 
 # --- setting up ---------------------------------------------------------------------------------------------------------
 
@@ -69,17 +71,32 @@ $(STATE)/for-use $(STATE)/for-test: $(STATE)/torch $(BUILD_INPUTS)
 
 # --- checks -------------------------------------------------------------------------------------------------------------
 
-# csrc/ as a C++ library, with its own tests; and the CUDA kernels, run by the CPU, under the Python tests of their ops.
-# Little optimised, but for these: compiling is what takes long.
-test-cpp: $(STATE)/for-test
-	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython3_EXECUTABLE=$(BIN)/python \
-	  -DIMAML_EXT_CUDA=$(CPP_CUDA) -DIMAML_EXT_SANITIZE=$(SANITIZE) -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
-	cmake --build $(CMAKE_BUILD)
-	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel 2
-
 # Two at a time, a thread each: most tests wait for processes that they start, or are too small for two threads.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 12
+
 test-python: $(STATE)/for-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 12
+	$(PYTEST) -m 'not long'
+
+test-long: $(STATE)/for-test
+	$(PYTEST) -m long
+
+# csrc/ as a C++ library, with its tests; and the CUDA kernels, run by the CPU, under the Python tests of their ops.
+# Little optimised, but for these: compiling is what takes long.
+CMAKE = cmake -S . -G Ninja -DPython3_EXECUTABLE=$(BIN)/python -DIMAML_EXT_CUDA=$(CPP_CUDA) \
+  -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
+
+test-cpp: $(STATE)/for-test
+	$(CMAKE) -B build/cmake
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure --parallel 2
+
+# The C++ tests alone: the CUDA kernels' threads have stacks of their own, which the sanitizers would have to know of.
+test-sanitize: $(STATE)/for-test
+ifneq ($(SANITIZE),)
+	$(CMAKE) -B build/cmake-sanitize -DIMAML_EXT_SANITIZE=$(SANITIZE)
+	cmake --build build/cmake-sanitize
+	ctest --test-dir build/cmake-sanitize --output-on-failure --parallel 2
+endif
 
 lint: $(STATE)/for-test
 	ruff check .

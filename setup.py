@@ -26,8 +26,7 @@ def load_build_support():
 
 
 def sources(pattern: str) -> list[str]:
-    found = (path.relative_to(ROOT) for path in ROOT.joinpath("csrc").glob(pattern))
-    return sorted(path.as_posix() for path in found if "tests" not in path.parts)
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.joinpath("csrc").glob(pattern))
 
 
 def native_extension() -> dict:
@@ -69,7 +68,7 @@ def native_extension() -> dict:
         cxx.append("-fopenmp")
     macros, files, extension = [], sources("**/*.cpp"), CppExtension
     if decision.build:
-        macros, files, extension = [("IMAML_EXT_WITH_CUDA", None)], files + sources("cuda/*.cu"), CUDAExtension
+        macros, files, extension = [("IMAML_EXT_WITH_CUDA", None)], files + sources("**/*.cu"), CUDAExtension
 
     class BuildWithRecord(BuildExtension):
         """Leaves beside the extension a record of how it was built, for `imaml doctor`."""

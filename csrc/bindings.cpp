@@ -4,9 +4,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "cg_solver.h"
-#include "cpu/capability.h"
-#include "network.h"
+#include "cg/solver.h"
+#include "common/cpu/capability.h"
+#include "network/network.h"
 
 namespace py = pybind11;
 
@@ -16,7 +16,7 @@ namespace {
 // loop runs without the GIL; it is held only in here, and an exception raised by the callable comes out of the loop as
 // the same exception.
 imaml_ext::RowOperator row_operator(const py::object& callable, const char* name, bool in_blocks) {
-  return [callable = callable.ptr(), name, in_blocks](const at::Tensor& argument, imaml_ext::Rows rows) {
+  return [callable = callable.ptr(), name, in_blocks](const at::Tensor& argument, imaml_ext::RowRange rows) {
     py::gil_scoped_acquire gil;
     const auto function = py::reinterpret_borrow<py::object>(callable);
     const py::object result =

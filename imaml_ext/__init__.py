@@ -36,32 +36,17 @@ __all__ = [
     "prox_solve",
 ]
 
-# Where each public name lives; loaded when first used, so that `imaml --help` does not wait for torch.
-_HOMES = {
-    "SolveError": "errors",
-    "Solution": "solvers",
-    "SolveStatus": "solvers",
-    "CG": "solvers",
-    "Conv4": "models",
-    "FOMAML": "meta",
-    "GradientDescent": "inner",
-    "NewtonCG": "inner",
-    "IMAML": "meta",
-    "MAML": "meta",
-    "MLP": "models",
-    "NativeUnavailableError": "errors",
-    "Reptile": "meta",
-    "TaskLoss": "losses",
-    "cg": "solvers",
-    "from_module": "models",
-    "prox_solve": "meta",
-}
+_ROOMS = ("errors", "solvers", "models", "losses", "inner", "meta")  # each imports those before it
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    """Finds a public name when it is first used, so that `imaml --help` does not wait for torch."""
+    if name in __all__:
+        for room in _ROOMS:
+            module = importlib.import_module(f"{__name__}.{room}")
+            if name in module.__dict__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

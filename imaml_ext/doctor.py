@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import platform
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from imaml_ext import _build, _native
 from imaml_ext._version import __version__
+from imaml_ext.errors import DataError
 
 _REBUILD = "build it again against this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
 _OK, _NOTE, _BAD = "ok", "--", "!!"
@@ -43,7 +43,7 @@ def doctor() -> int:
     record = build_record()
     _versions(report)
     _extension(report, record)
-    _use(report, record)
+    _processors(report, record)
     _packages(report)
     _data(report)
     print("\nEverything that training needs works." if report.healthy else "\nPut right what is marked !! first.")
@@ -51,7 +51,7 @@ def doctor() -> int:
 
 
 def build_record() -> dict[str, Any] | None:
-    """What setup.py wrote beside the extension when it was built; None where there is no such record."""
+    """Returns what setup.py wrote beside the extension when it was built; None where there is no such record."""
     try:
         record = json.loads((Path(_build.__file__).parent / "_build_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -60,7 +60,7 @@ def build_record() -> dict[str, Any] | None:
 
 
 def architecture_serves(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX" runs on a GPU of this compute capability."""
+    """Tells whether code for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX" runs on this compute capability."""
     for architecture in architectures.replace(" ", ";").split(";"):
         number, _, ptx = architecture.partition("+")
         major, _, minor = number.rstrip("af").partition(".")
@@ -115,84 +115,70 @@ def _extension(report: _Report, record: dict[str, Any] | None) -> None:
         advice="" if same else f"torch is now {torch.__version__}; {_REBUILD}",
     )
     if torch.version.cuda and not record["cuda"] and record["requested"] != "0":
-        try:
-            decision = _build.decide_for_torch()
-        except _build.BuildError as error:
-            report.line("CUDA now", str(error), state=_NOTE)
-            return
-        if decision.build:
-            report.line("CUDA now", f"a build today would be {decision}", state=_NOTE, advice=_REBUILD)
-        else:
+        _cuda_now(report)
+
+
+def _cuda_now(report: _Report) -> None:
+    """Prints what a build today would do for CUDA, where the one that is there has none."""
+    try:
+        decision = _build.decide_for_torch()
+    except _build.BuildError as error:
+        finding, advice = str(error), ""
+    else:
+        finding, advice = f"a build today would be {decision}", _REBUILD
+        if not decision.build:
+            finding = f"still not possible: {decision.reason}"
             advice = f"install nvcc of CUDA {torch.version.cuda} or set CUDA_HOME, then {_REBUILD}"
-            report.line("CUDA now", f"still not possible: {decision.reason}", state=_NOTE, advice=advice)
+    report.line("CUDA now", finding, state=_NOTE, advice=advice)
 
 
-def _use(report: _Report, record: dict[str, Any] | None) -> None:
+def _processors(report: _Report, record: dict[str, Any] | None) -> None:
     report.section("Can use")
     if _native.error is None:
         report.line("instructions", str(_native.native().cpu_capability()))
     wanted = os.environ.get("OMP_NUM_THREADS")
-    report.line(
-        "threads",
-        f"{torch.get_num_threads()} of {os.cpu_count()} processors"
-        + (f" (OMP_NUM_THREADS={wanted})" if wanted else ""),
-    )
-    backends = _backends()
+    limit = f" (OMP_NUM_THREADS={wanted})" if wanted else ""
+    report.line("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors{limit}")
+    known = {"gloo": "is_gloo_available", "NCCL": "is_nccl_available"}
+    job = torch.distributed
+    backends = [name for name, test in known.items() if job.is_available() and getattr(job, test)()]
     report.line("torchrun", f"over {', '.join(backends)}" if backends else "no", state=_OK if backends else _NOTE)
-    if not torch.cuda.is_available():
-        why = "torch sees none" if torch.version.cuda else "torch is a build without CUDA"
-        advice = (
-            "nvidia-smi tells whether the driver does" if torch.version.cuda else "for a GPU, install a torch with CUDA"
-        )
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            _gpu(report, index, record)
+    else:
+        why, advice = "torch sees none", "nvidia-smi tells whether the driver does"
+        if not torch.version.cuda:
+            why, advice = "torch is a build without CUDA", "for a GPU, install a torch with CUDA"
         report.line("GPU", f"none: {why}", state=_NOTE, advice=advice)
-        return
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = (properties.major, properties.minor)
-        number = "{}.{}".format(*capability)
-        finding = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {number}"
-        if record is not None and not record["cuda"]:
-            finding, state, advice = finding + ": the extension has no CUDA code", _NOTE, "see above"
-        elif record is not None and not architecture_serves(record["cuda_architectures"], capability):
-            state, advice = _BAD, f"build again with TORCH_CUDA_ARCH_LIST={number}"
-            finding += f": not served by code for {record['cuda_architectures']}"
-        else:
-            state, advice = _OK, ""
-        report.line(f"GPU {index}", finding, state=state, advice=advice)
 
 
-def _backends() -> list[str]:
-    """What processes of a job can talk over."""
-    if not torch.distributed.is_available():
-        return []
-    known = {"gloo": torch.distributed.is_gloo_available, "NCCL": torch.distributed.is_nccl_available}
-    return [name for name, available in known.items() if available()]
+def _gpu(report: _Report, index: int, record: dict[str, Any] | None) -> None:
+    gpu = torch.cuda.get_device_properties(index)
+    finding = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+    state, advice = _OK, ""
+    if record is not None and not record["cuda"]:
+        finding, state, advice = finding + ": the extension has no CUDA code", _NOTE, "see above"
+    elif record is not None and not architecture_serves(record["cuda_architectures"], (gpu.major, gpu.minor)):
+        finding += f": not served by code for {record['cuda_architectures']}"
+        state, advice = _BAD, f"build again with TORCH_CUDA_ARCH_LIST={gpu.major}.{gpu.minor}"
+    report.line(f"GPU {index}", finding, state=state, advice=advice)
 
 
 def _packages(report: _Report) -> None:
     report.section("Optional packages")
-    for name, use, extra in (
-        ("torchvision", "to download Omniglot", "vision"),
-        ("tensorboard", "to write TensorBoard events", "tensorboard"),
-    ):
+    uses = {"torchvision": ("to download Omniglot", "vision"), "tensorboard": ("to write its events", "tensorboard")}
+    for name, (use, extra) in uses.items():
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                _broken(report, name, error)
-            else:
-                advice = f"{use}: pip install 'imaml-ext[{extra}]'"
-                report.line(name, "not installed", state=_NOTE, advice=advice)
-        except Exception as error:  # a torchvision built for another torch fails with RuntimeError or OSError
-            _broken(report, name, error)
-        else:
             report.line(name, version(name))
-
-
-def _broken(report: _Report, name: str, error: Exception) -> None:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    advice = f"install the {name} that belongs to torch {torch.__version__}; only what needs it is affected"
-    report.line(name, f"installed, but cannot be imported: {reason}", state=_NOTE, advice=advice)
+        except Exception as error:  # a torchvision built for another torch fails with RuntimeError or OSError
+            finding, advice = "not installed", f"{use}: pip install 'imaml-ext[{extra}]'"
+            if not (isinstance(error, ModuleNotFoundError) and error.name == name):
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                finding = f"installed, but cannot be imported: {reason}"
+                advice = f"install the {name} that belongs to torch {torch.__version__}; only what needs it is affected"
+            report.line(name, finding, state=_NOTE, advice=advice)
 
 
 def _data(report: _Report) -> None:
@@ -201,16 +187,9 @@ def _data(report: _Report) -> None:
     report.section("Data")
     root = os.environ.get("IMAML_DATA_ROOT")
     report.line("IMAML_DATA_ROOT", root or "not set", state=_OK if root else _NOTE)
-    _load(report, "glyphs", load_glyphs, missing=_BAD)
-    _load(report, "omniglot", load_omniglot, missing=_BAD if root else _NOTE)
-
-
-def _load(report: _Report, name: str, load: Callable[[], Any], *, missing: str) -> None:
-    from imaml_ext.errors import DataError
-
-    try:
-        classes, drawings = load().shape[:2]
-    except DataError as error:
-        report.line(name, str(error), state=missing)
-    else:
-        report.line(name, f"{classes:,} classes of {drawings} drawings")
+    for name, load, missing in (("glyphs", load_glyphs, _BAD), ("omniglot", load_omniglot, _BAD if root else _NOTE)):
+        try:
+            classes, drawings = load().shape[:2]
+            report.line(name, f"{classes:,} classes of {drawings} drawings")
+        except DataError as error:
+            report.line(name, str(error), state=missing)

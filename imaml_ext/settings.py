@@ -7,7 +7,8 @@ A field is written once, in the class that uses it:
         steps: Annotated[int, Bounds(at_least=0)] = 16  # Steps per task.
 
 Making an object checks the type and the bounds of every field. The command line is generated from the classes: the
-comment beside or above a field is its help. `to_json` and `from_json` write and read them. A `Choice` is a setting that stands for one of several classes.
+comment beside or above a field is its help. `to_json` and `from_json` write and read them. A `Choice` is a setting that
+stands for one of several classes.
 """
 
 from __future__ import annotations

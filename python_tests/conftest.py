@@ -5,9 +5,10 @@ test draws the same then, alone or among others.
 
 Tests marked `cuda` run where there is a CUDA device and an extension built for it, and say elsewhere why not.
 
-`--native FILE` tests that compiled part in place of the installed one: csrc/tests/cuda_on_cpu makes such files, in
-which the CUDA kernels, run by the CPU, are the ops of CPU tensors. Tests marked `cpu_kernels` are about csrc/cpu or
-about the installed file, and say nothing of such a one; `many_iterations` are left out there unless asked for.
+`--native FILE` tests that compiled part in place of the installed one: cpp_tests/cuda_on_cpu makes such files, in
+which the CUDA kernels, run by the CPU, are the ops of CPU tensors. Tests marked `cpu_kernels` are about the CPU's
+kernels or about the installed file, and say nothing of such a one; `many_iterations` are left out there unless asked
+for.
 """
 
 from __future__ import annotations

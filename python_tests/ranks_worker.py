@@ -11,39 +11,49 @@ from typing import Any
 import torch
 from training_tools import small_config
 
-from imaml_ext.training import InnerConfig, MetaConfig, TrainConfig, build, evaluate, train
-from imaml_ext.training.ranks import Ranks, joined
+from imaml_ext.inner import GradientDescent, NewtonCG
+from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm, Reptile
+from imaml_ext.settings import changed
+from imaml_ext.train import TrainConfig, build, evaluate, train
+from imaml_ext.train.job import joined
+from imaml_ext.train.ranks import Ranks
 
 TASKS = 5  # over 2 ranks: 2 and 3; over 4: 1, 1, 1 and 2
 
-# name: (knobs of meta, knobs of inner); in float64
-ALGORITHMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "imaml": ({"curvature": "gauss_newton"}, {}),
-    "imaml, lambda learnt": ({"curvature": "gauss_newton", "learn_lam": "layer"}, {}),
-    "imaml, a task left out": ({"curvature": "gauss_newton"}, {}),
-    "maml": ({"algorithm": "maml"}, {"lam": 0.0}),
-    "maml, lambda learnt": ({"algorithm": "maml", "learn_lam": "global"}, {}),
-    "fomaml": ({"algorithm": "fomaml"}, {"lam": 0.0}),
-    "reptile": ({"algorithm": "reptile"}, {"lam": 0.0}),
-    "hessian-free": ({"curvature": "gauss_newton"}, {"solver": "hessian_free", "steps": 2}),
+_INNER = GradientDescent(steps=3, lr=0.02)
+_IMAML = IMAML(lam=1.0, inner=_INNER, curvature="gauss_newton")
+
+ALGORITHMS: dict[str, MetaAlgorithm] = {  # in float64
+    "imaml": _IMAML,
+    "imaml, lambda learnt": replace(_IMAML, learn={"lam": "tensor"}),
+    "imaml, a task left out": _IMAML,
+    "maml": MAML(inner=_INNER),
+    "maml, lambda and rates learnt": MAML(lam=1.0, inner=_INNER, learn={"lam": "global", "lr": "tensor"}),
+    "fomaml": FOMAML(inner=_INNER),
+    "reptile": Reptile(inner=_INNER),
+    "newton-cg": replace(_IMAML, inner=NewtonCG(steps=2, curvature="gauss_newton")),
 }
 
 
 def config_of(name: str) -> TrainConfig:
-    meta, inner = ALGORITHMS[name]
-    config = small_config(meta_batch=TASKS)
-    inner_config = InnerConfig(**{"lam": 1.0, "steps": 3, "lr": 0.02, **inner})
-    return replace(config, meta=MetaConfig(**meta), inner=inner_config, run=replace(config.run, dtype="float64"))
+    changes = {"algorithm": ALGORITHMS[name], "run.dtype": "float64"}
+    return changed(small_config(meta_batch=TASKS), changes)
 
 
 def trained_config(steps: int = 200) -> TrainConfig:
     """Smooth and damped: rounding differences grow little."""
-    config = small_config(steps=steps, meta_batch=TASKS, lr=3e-3, average=0.9, lam_lr=0.01)
-    run = replace(config.run, checkpoint_every=100)
-    evaluation = replace(config.evaluation, every=100, validation_tasks=10, meta_batch=3)
-    meta = MetaConfig(curvature="gauss_newton", damping=1.0, learn_lam="layer")
-    model = replace(config.model, activation="tanh")
-    return replace(config, model=model, meta=meta, run=run, evaluation=evaluation)
+    return changed(
+        small_config(steps=steps, meta_batch=TASKS, lr=3e-3, average=0.9, learnt_lr=0.01),
+        {
+            "model.activation": "tanh",
+            "algorithm.damping": 1.0,
+            "algorithm.learn": {"lam": "tensor"},
+            "evaluation.every": 100,
+            "evaluation.validation_tasks": 10,
+            "evaluation.meta_batch": 3,
+            "run.checkpoint_every": 100,
+        },
+    )
 
 
 def meta_gradient(name: str, ranks: Ranks) -> dict[str, Any]:
@@ -52,17 +62,16 @@ def meta_gradient(name: str, ranks: Ranks) -> dict[str, Any]:
     episodes = experiment.sampler("train", tasks=TASKS, seed=0).sample(7, shard=ranks.shard)
     if name == "imaml, a task left out" and ranks.first:
         episodes.support_y[0] = float("nan")  # over 4 ranks the only task of one of them
-    meta = experiment.algorithm.meta_gradient(experiment.initial_theta(), episodes)
+    meta = experiment.algorithm.meta_gradient(experiment.initial_params(), episodes)
     return vars(ranks.mean_over_tasks(meta, tasks=episodes.num_tasks))
 
 
 def evaluation(ranks: Ranks) -> dict[str, Any]:
     """20 tasks, 3 at a time: a number of batches that neither 2 nor 4 ranks divide."""
-    config = small_config()
-    experiment = build(replace(config, evaluation=replace(config.evaluation, meta_batch=3)))
+    experiment = build(changed(small_config(), {"evaluation.meta_batch": 3}))
     told: list[int] = []
-    theta = experiment.initial_theta()
-    result = evaluate(experiment, theta, split="test", tasks=20, seed=0, progress=told.append, ranks=ranks)
+    params = experiment.initial_params()
+    result = evaluate(experiment, params, split="test", tasks=20, seed=0, progress=told.append, ranks=ranks)
     assert told == sorted(told)
     assert told[-1] == 20
     return result.to_json()
@@ -87,10 +96,10 @@ def main(folder: Path) -> None:
         found = {
             "meta": {name: meta_gradient(name, ranks) for name in ALGORITHMS},
             "evaluation": evaluation(ranks),
-            "greatest": ranks.greatest(ranks.rank * 10),
+            "maximum": ranks.maximum(ranks.rank * 10),
             "failures": {
                 "first": failure(lambda: ranks.on_first(_only_on, 0, ranks)),
-                "one": failure(lambda: ranks.together(_only_on, 1, ranks)),
+                "one": failure(lambda: ranks.on_all(_only_on, 1, ranks)),
                 "settings": failure(lambda: train(small_config(lr=0.1 * (1 + ranks.rank)), folder / "none")),
                 "tasks": failure(lambda: train(small_config(meta_batch=1), folder / "none")),
             },

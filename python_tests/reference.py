@@ -1,6 +1,6 @@
 """The oracle: what the native ops compute, in plain PyTorch, step for step with the same iteration counts.
 
-Used by the tests on every device; slow, and clear. Row decisions follow csrc/cg_row.h, all rows at once under masks.
+Used by the tests on every device; slow, and clear. Row decisions follow csrc/cg/row.h, all rows at once under masks.
 """
 
 from __future__ import annotations

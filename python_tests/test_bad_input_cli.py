@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_tools import SMALL, assert_one_sentence, files_of, imaml, imaml_process
 
-from imaml_ext.training.run_directory import read_metrics
+from imaml_ext.train.run_directory import read_metrics
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,19 @@ from imaml_ext.training.run_directory import read_metrics
     [
         (["train", "sinusoid-5shot", "--outer.learning-rate", "1"], ["Unrecognized options: --outer.learning-rate"]),
         (["train", "sinusoid-5shot", "--outer.lr", "fast"], ["--outer.lr", "fast"]),
-        (["train", "sinusoid-5shot", "--outer.lr", "-1"], ["outer.lr must be a positive number, got -1.0"]),
+        (["train", "sinusoid-5shot", "--outer.lr", "-1"], ["Outer.lr must be above 0, got -1.0"]),
         (["train", "sinusoid-5shot", "--outer.schedule", "stairs"], ["stairs", "cosine"]),
         (["train", "omniglot-6w1s"], ["omniglot-6w1s", "omniglot-5w1s"]),
+        (["train", "sinusoid-5shot", "--lam", "-1"], ["IMAML.lam must be above 0, got -1.0"]),
+        (["train", "sinusoid-5shot", "--inner", "newton"], ["newton", "newton_cg"]),
+        (["train", "sinusoid-5shot", "--learn", "lam"], ["--learn", "a name and a value"]),
+        (["train", "glyphs-5w1s", "--data", "sinusoid"], ["model must be 'mlp' for the data set 'sinusoid'"]),
+        (["train", "omniglot-6w1s", "--help"], ["omniglot-6w1s", "omniglot-5w1s"]),
         (["train"], ["glyphs-5w1s"]),
         (["fly"], ["fly", "train"]),
         (["data", "imagenet"], ["imagenet", "omniglot"]),
         (["data"], ["glyphs", "cifar-fs"]),
+        (["data", "glyphs", "--greyscale"], ["Unrecognized options: --greyscale"]),
         (["evaluate", "run", "--from-scratch"], ["--from-scratch"]),
     ],
 )
@@ -46,14 +52,14 @@ def test_a_command_that_cannot_be_understood_exits_with_2(
 @pytest.mark.parametrize(("ways", "split"), [(6000, "train"), (200, "test")])
 def test_ways_larger_than_the_classes(tmp_path: Path, ways: int, split: str) -> None:
     """Of any split that the run will need, before anything is trained."""
-    knobs = ["--data.ways", ways, "--evaluation.every", 0, "--run-dir", tmp_path / "run"]
+    knobs = ["--tasks.ways", ways, "--evaluation.every", 0, "--run-dir", tmp_path / "run"]
     process = imaml("train", "glyphs-5w1s", *knobs)
     assert_one_sentence(process, f"split '{split}': ways must not exceed", str(ways))
     assert not (tmp_path / "run").exists()
 
 
 def test_shots_and_queries_larger_than_the_drawings(tmp_path: Path) -> None:
-    process = imaml("train", "glyphs-5w1s", "--data.queries", 1000, "--run-dir", tmp_path / "run")
+    process = imaml("train", "glyphs-5w1s", "--tasks.queries", 1000, "--run-dir", tmp_path / "run")
     assert_one_sentence(process, "shots + queries must not exceed")
     assert not (tmp_path / "run").exists()
 

@@ -11,25 +11,41 @@ import pytest
 import torch
 from training_tools import small_config
 
-from imaml_ext.data import Augmentation, ClassImages, EpisodeSampler, Sampler, SinusoidSampler
+from imaml_ext.data import Augmentation, ClassImages, EpisodeSampler, Glyphs, Sampler, SinusoidSampler
 from imaml_ext.errors import ConfigError, RunError
-from imaml_ext.meta import LearnableLam
-from imaml_ext.training import TrainConfig, build, train, trainer
-from imaml_ext.training.captured import CapturedStep, StaticStep, static_tasks
-from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.training.experiment import Experiment
-from imaml_ext.training.meta_step import EagerStep, State
-from imaml_ext.training.ranks import Ranks
-from imaml_ext.training.run_directory import read_metrics
-from imaml_ext.training.schedule import outer_optimizer
-from imaml_ext.training.window import Window
+from imaml_ext.inner import GradientDescent, NewtonCG
+from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
+from imaml_ext.meta.learnt_lam import LearntLam
+from imaml_ext.settings import changed
+from imaml_ext.solvers import CG, Neumann
+from imaml_ext.train import Tasks, TrainConfig, build, train, trainer
+from imaml_ext.train.captured import CapturedStep, StaticStep, static_tasks
+from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.train.experiment import Experiment
+from imaml_ext.train.meta_step import EagerStep, State
+from imaml_ext.train.metrics import MetricAccumulator
+from imaml_ext.train.ranks import Ranks
+from imaml_ext.train.run_directory import read_metrics
+from imaml_ext.train.schedule import outer_optimizer
+
+_INNER = GradientDescent(steps=3, lr=0.02)
+_IMAML = IMAML(lam=1.0, inner=_INNER, curvature="gauss_newton")
+_ALGORITHMS = {
+    "imaml": _IMAML,
+    "maml": MAML(lam=1.0, inner=_INNER),
+    "fomaml": FOMAML(lam=1.0, inner=_INNER),
+    "reptile": Reptile(lam=1.0, inner=_INNER),
+    "lam": replace(_IMAML, learn={"lam": "tensor"}),
+    "lr": MAML(lam=1.0, inner=_INNER, learn={"lr": "parameter"}),
+    "neumann": replace(_IMAML, linear_solver=Neumann()),
+}
+_GLYPHS = {"data": Glyphs(), "tasks": Tasks(ways=3, shots=1, queries=2)}
 
 
 def _config(**changes: object) -> TrainConfig:
-    """Every part of a step at once: a schedule, clipping, an average, weight decay; float64, for equal numbers."""
-    config = small_config(clip_norm=0.5, average=0.8, weight_decay=0.01, warmup_steps=3)
-    run = replace(config.run, dtype="float64")
-    return replace(config, run=run, **changes)
+    """Every part of a step at once: a schedule, clipping, an average; float64, for equal numbers."""
+    config = small_config(clip_norm=0.5, average=0.8, warmup_steps=3)
+    return changed(config, {"run.dtype": "float64", **changes})
 
 
 def _images() -> ClassImages:
@@ -68,51 +84,37 @@ def test_static_tasks_are_the_sampler_s_in_buffers_that_stay(index: int) -> None
 
 def _begin(config: TrainConfig, *, static: bool) -> tuple[Experiment, Sampler, State]:
     experiment = build(config)
-    theta = experiment.initial_theta()
-    log_lam = None if experiment.lam is None else experiment.lam.log
-    optimizer = outer_optimizer(config.outer, theta, log_lam, static=static)
-    average = theta.clone() if config.outer.average else None
-    state = State(0, theta, optimizer, average, experiment.lam, Window(experiment.device), 0.0)
+    params = experiment.initial_params()
+    optimizer = outer_optimizer(config.outer, params, static=static)
+    averages = {"theta": params["theta"].clone()} if config.outer.average else {}
+    state = State(0, params, averages, optimizer, MetricAccumulator(experiment.device), 0.0)
     return experiment, experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed), state
 
 
 def _assert_same(ours: State, expected: State) -> None:
     assert ours.step == expected.step
-    assert ours.window.means() == expected.window.means()
+    assert ours.metrics.means() == expected.metrics.means()
     for a, b in zip(ours.tensors(), expected.tensors(), strict=True):
         assert torch.equal(a, b)
 
 
-_ALGORITHMS = {
-    "imaml": {},
-    "maml": {"algorithm": "maml"},
-    "fomaml": {"algorithm": "fomaml"},
-    "reptile": {"algorithm": "reptile"},
-    "lam": {"learn_lam": "layer"},
-    "neumann": {"solver": "neumann"},
-}
-
-
 @pytest.mark.parametrize("name", list(_ALGORITHMS))
 def test_a_static_step_does_what_the_ordinary_one_does(name: str) -> None:
-    config = _config()
-    config = replace(config, meta=replace(config.meta, **_ALGORITHMS[name]))
+    config = _config(algorithm=_ALGORITHMS[name])
     experiment, tasks, expected = _begin(config, static=False)
     plain = EagerStep(experiment, tasks, expected, Ranks())
     experiment, tasks, ours = _begin(config, static=True)
     static = StaticStep(experiment, tasks, ours)
-    start = ours.theta.clone()
+    start = {name: value.clone() for name, value in ours.params.items()}
     for _ in range(4):
         plain()
         static()
-    assert not torch.equal(ours.theta, start)
+    assert not any(torch.equal(value, start[name]) for name, value in ours.params.items())
     _assert_same(ours, expected)
 
 
 def test_a_static_step_learns_from_images_as_the_ordinary_one_does() -> None:
-    config = _config()
-    data = replace(config.data, name="glyphs", ways=3, shots=1, queries=2)
-    config = replace(config, data=data)
+    config = _config(**_GLYPHS)
     experiment, tasks, expected = _begin(config, static=False)
     assert isinstance(tasks, EpisodeSampler)
     plain = EagerStep(experiment, tasks, expected, Ranks())
@@ -126,8 +128,7 @@ def test_a_static_step_learns_from_images_as_the_ordinary_one_does() -> None:
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_rehearsal_leaves_no_trace(steps_before: int) -> None:
-    config = _config()
-    config = replace(config, meta=replace(config.meta, learn_lam="global"))
+    config = _config(**{"algorithm.learn": {"lam": "global"}})
     experiment, tasks, expected = _begin(config, static=True)
     plain = StaticStep(experiment, tasks, expected)
     experiment, tasks, ours = _begin(config, static=True)
@@ -148,37 +149,41 @@ def test_the_first_step_that_is_not_finite_is_remembered() -> None:
     experiment, tasks, state = _begin(_config(), static=True)
     step = StaticStep(experiment, tasks, state)
     step()
-    assert state.window.first_nonfinite_step() is None
-    state.theta[0] = math.nan
+    assert state.metrics.first_nonfinite_step() is None
+    state.params["theta"][0] = math.nan
     step()
     step()
-    assert state.window.first_nonfinite_step() == 2
+    assert state.metrics.first_nonfinite_step() == 2
 
 
 @pytest.mark.parametrize(
-    ("group", "knobs", "message"),
+    ("changes", "message"),
     [
-        ("outer", {"optimizer": "sgd"}, "outer.optimizer must be 'adam' with run.capture.* got 'sgd'"),
+        ({"outer.optimizer": "sgd"}, "outer.optimizer must be 'adam' with run.capture.* got 'sgd'"),
         (
-            "meta",
-            {"negative_curvature": "raise"},
-            "meta.negative-curvature must be 'keep', 'gradient' or 'skip' with run.capture.* got 'raise'",
+            {"algorithm.on_breakdown": "raise"},
+            "algorithm.on_breakdown must be 'keep', 'gradient' or 'skip' with run.capture.* got 'raise'",
+        ),
+        (
+            {"algorithm.linear_solver": CG(check_every=2)},
+            "algorithm.linear_solver.check_every must be 0 with run.capture.* got 2",
+        ),
+        (
+            {"algorithm.inner": NewtonCG(stop_early=True)},
+            "algorithm.inner.stop_early must be unset with run.capture.* got True",
         ),
     ],
 )
-def test_what_cannot_be_captured_is_refused(group: str, knobs: dict[str, object], message: str) -> None:
-    config = _config()
-    run = replace(config.run, capture=True, device="cuda")
+def test_what_cannot_be_captured_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        replace(config, run=run, **{group: replace(getattr(config, group), **knobs)})
+        changed(_config(), {**changes, "run.device": "cuda", "run.capture": True})
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_without_a_gpu_nothing_is_written(device: str, tmp_path: Path) -> None:
     if device == "auto" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    config = _config()
-    config = replace(config, run=replace(config.run, capture=True, device=device))
+    config = _config(**{"run.capture": True, "run.device": device})
     with pytest.raises(ConfigError, match=f"run.device must be a CUDA device with run.capture, got '{device}'"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -188,32 +193,28 @@ def test_several_processes_are_refused() -> None:
     class Two(Ranks):
         size = 2
 
-    config = _config()
-    config = replace(config, run=replace(config.run, capture=True))
+    config = _config(**{"run.capture": True})
     with pytest.raises(ConfigError, match=r"run.capture must be left out with several processes, got 2"):
-        trainer._prepare(config, Two(), begun=False)
+        trainer._prepare(config, Two())
 
 
 def _on_cuda(config: TrainConfig, *, capture: bool) -> TrainConfig:
-    return replace(config, run=replace(config.run, device="cuda", capture=capture))
+    return changed(config, {"run.device": "cuda", "run.capture": capture})
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("data", ["sinusoid", "glyphs"])
 @pytest.mark.parametrize("name", list(_ALGORITHMS))
 def test_captured_training_ends_where_eager_training_ends(data: str, name: str, tmp_path: Path) -> None:
-    config = _config()
-    config = replace(config, meta=replace(config.meta, **_ALGORITHMS[name]))
-    if data == "glyphs":
-        config = replace(config, data=replace(config.data, name="glyphs", ways=3, shots=1, queries=2))
+    config = _config(algorithm=_ALGORITHMS[name], **(_GLYPHS if data == "glyphs" else {}))
     ends, rows = [], []
     for capture in (False, True):
         path = tmp_path / str(capture)
         train(_on_cuda(config, capture=capture), path)
         ends.append(load_checkpoint(list_checkpoints(path / "checkpoints")[-1]))
         rows.append(read_metrics(path / "metrics.jsonl"))
-    torch.testing.assert_close(ends[1].theta, ends[0].theta, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(ends[1].average, ends[0].average, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ends[1].params, ends[0].params, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ends[1].averages, ends[0].averages, rtol=1e-7, atol=1e-9)
     for ours, expected in zip(rows[1], rows[0], strict=True):
         for key in ("query_loss", "gradient_norm", "lr"):
             assert ours[key] == pytest.approx(expected[key], rel=1e-6)
@@ -231,13 +232,13 @@ def test_captured_training_can_be_resumed_either_way(tmp_path: Path) -> None:
         train(_on_cuda(config, capture=capture), path, resume=True, checkpoint=early)
         resumed = load_checkpoint(list_checkpoints(path / "checkpoints")[-1])
         assert resumed.step == expected.step
-        torch.testing.assert_close(resumed.theta, expected.theta, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(resumed.params, expected.params, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.cuda
-def test_a_replay_waits_for_nothing_and_a_hessian_free_solver_is_captured_too() -> None:
+def test_a_replay_waits_for_nothing_and_newton_cg_is_captured_too() -> None:
     config = _on_cuda(_config(), capture=True)
-    config = replace(config, inner=replace(config.inner, solver="hessian_free", steps=1))
+    config = changed(config, {"algorithm.inner": NewtonCG(steps=1, curvature="gauss_newton")})
     experiment, tasks, ours = _begin(config, static=True)
     captured = CapturedStep(experiment, tasks, ours)
     experiment, tasks, expected = _begin(config, static=True)
@@ -247,7 +248,7 @@ def test_a_replay_waits_for_nothing_and_a_hessian_free_solver_is_captured_too() 
         static()
     for a, b in zip(ours.tensors(), expected.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
-    glyphs = replace(config, data=replace(config.data, name="glyphs", ways=3, shots=1, queries=2))
+    glyphs = changed(config, _GLYPHS)
     captured = CapturedStep(*_begin(glyphs, static=True))
     captured()
     torch.cuda.synchronize()
@@ -260,15 +261,14 @@ def test_a_replay_waits_for_nothing_and_a_hessian_free_solver_is_captured_too() 
 
 @pytest.mark.cuda
 def test_a_step_that_looks_at_the_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _config()
-    config = replace(config, meta=replace(config.meta, learn_lam="global"))
+    config = _config(**{"algorithm.learn": {"lam": "global"}})
     begun = _begin(_on_cuda(config, capture=True), static=True)
-    gather = LearnableLam.gather
+    gradient = LearntLam.gradient
 
-    def looks(lam: LearnableLam, by_parameter: torch.Tensor) -> torch.Tensor:
+    def looks(lam: LearntLam, rho: torch.Tensor, by_parameter: torch.Tensor) -> torch.Tensor:
         assert math.isfinite(float(by_parameter.sum()))
-        return gather(lam, by_parameter)
+        return gradient(lam, rho, by_parameter)
 
-    monkeypatch.setattr(LearnableLam, "gather", looks)
+    monkeypatch.setattr(LearntLam, "gradient", looks)
     with pytest.raises(RunError, match=r"cannot be captured as a CUDA graph: .*; leave run.capture out"):
         CapturedStep(*begun)

@@ -6,33 +6,185 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from training_tools import SMALL, assert_one_sentence, environment, fastest_step, imaml, imaml_command, imaml_process
 
-from imaml_ext.training import PRESETS
-from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.training.run_directory import read_metrics
+from imaml_ext.cli import COMMANDS
+from imaml_ext.cli.train import RECIPES
+from imaml_ext.cli.train_options import training_options
+from imaml_ext.data import DataSource, Sinusoid
+from imaml_ext.inner import GradientDescent, NewtonCG
+from imaml_ext.meta import MAML
+from imaml_ext.models import MLP
+from imaml_ext.reproduction import EXPERIMENTS
+from imaml_ext.solvers import MINRES, Neumann
+from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.train.config import TrainConfig
+from imaml_ext.train.recipe import load_recipe
+from imaml_ext.train.run_directory import read_metrics
 
 
 def _theta(run: Path) -> torch.Tensor:
-    return load_checkpoint(list_checkpoints(run / "checkpoints")[-1]).theta
+    return load_checkpoint(list_checkpoints(run / "checkpoints")[-1]).params["theta"]
 
 
-def test_help_lists_commands_presets_and_knobs() -> None:
+def _help(*arguments: object) -> str:
+    shown = imaml(*arguments, "--help")
+    assert shown.returncode == 0, shown.stderr
+    return " ".join(shown.stdout.replace("│", " ").split())
+
+
+def test_help_lists_commands_recipes_and_settings() -> None:
     top = imaml_process("--help")
     assert top.returncode == 0
-    assert all(command in top.stdout for command in ("train", "evaluate", "data", "doctor"))
-    presets = imaml("train", "--help")
-    assert presets.returncode == 0
-    assert all(name in presets.stdout for name in PRESETS)
-    knobs = imaml("train", "glyphs-5w1s", "--help")
-    assert knobs.returncode == 0
-    assert "--outer.lr" in knobs.stdout
-    assert "Peak outer learning rate." in knobs.stdout
+    assert all(f"  {name} " in top.stdout and summary in top.stdout for name, summary in COMMANDS.items())
+    recipes = imaml_process("train", "--help")
+    assert recipes.returncode == 0
+    names = [path.stem.replace("_", "-") for path in RECIPES.glob("[a-z]*.py")]
+    assert len(names) == 13
+    assert all(f"  {name} " in recipes.stdout for name in names)
+    assert "on the built-in glyphs" in recipes.stdout
+    settings = _help("train", "glyphs-5w1s")
+    for words in (
+        "5-way 1-shot on the built-in glyphs",
+        "Accuracy: 96.7 ± 0.3 %",
+        "--data {glyphs,omniglot,mini-imagenet,cifar-fs,fc100,folder,sinusoid,linear}",
+        "--algorithm {imaml,maml,fomaml,reptile}",
+        "--inner {gradient_descent,newton_cg}",
+        "--linear-solver {cg,neumann,fixed_point,minres}",
+        "--outer.lr FLOAT",
+        "(default: 0.003)",
+        "--lam FLOAT",
+        "--learn [NAME VALUE ...]",
+    ):
+        assert words in settings, words
+    for hidden in ("--model.ways", "--model.in-channels", "--loss"):  # the data decide them, or nobody
+        assert hidden not in settings
+    assert all(f"  {name} " in imaml("reproduce", "--help").stdout for name in EXPERIMENTS)
+    assert all(f"  {name} " in imaml("data", "--help").stdout for name in DataSource.kinds)
+
+
+def test_the_help_of_training_fits_a_screen() -> None:
+    lines = imaml("train", "--help").stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_help_of_every_command_is_shown() -> None:
+    assert "--pretrained" in _help("evaluate")
+    assert "--commit" in _help("export")
+    assert "--condition-numbers" in _help("reproduce", "exactness")
+    assert "--root" in _help("data", "omniglot")
+    assert "versions" in _help("doctor")
+
+
+@pytest.mark.parametrize("statement", ["from imaml_ext.cli import main; main(['--help'])", "import imaml_ext"])
+def test_what_must_be_quick_imports_no_torch(statement: str) -> None:
+    check = "import sys; assert not {'torch', 'numpy', 'tyro', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"{statement}; {check}"], env=environment(), check=True, capture_output=True)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    for arguments in (("--help",), ("train", "--help"), ("train", "glyphs-5w1s", "--help"), ("data", "glyphs")):
+        process = subprocess.Popen(
+            imaml_command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        _, stderr = process.communicate(timeout=600)
+        assert process.returncode == 0
+        assert stderr == ""
+
+
+class TestSlots:
+    """What `imaml train` makes of a command line."""
+
+    @staticmethod
+    def _config(recipe: str, *arguments: str) -> TrainConfig:
+        return training_options(recipe, load_recipe(recipe).config, list(arguments)).config
+
+    def test_a_class_is_chosen_and_takes_what_both_have(self) -> None:
+        config = self._config("glyphs-5w1s", "--inner", "newton_cg", "--inner.linear-solver.max-iterations=3")
+        inner = config.algorithm.inner
+        assert inner == NewtonCG(steps=5, linear_solver=replace(NewtonCG().linear_solver, max_iterations=3))
+        assert config.algorithm.lam == 0.1
+        solved = self._config("glyphs-5w1s", "--linear-solver=neumann", "--linear-solver.max-iterations", "7")
+        assert solved.algorithm.linear_solver == Neumann(max_iterations=7)
+        nested = self._config("glyphs-5w1s", "--inner.linear-solver", "minres", "--inner", "newton_cg")
+        assert isinstance(nested.algorithm.inner.linear_solver, MINRES)
+
+    def test_classes_that_belong_together_are_chosen_together(self) -> None:
+        config = self._config("glyphs-5w1s", "--data", "sinusoid", "--model", "mlp", "--model.hidden", "8", "8")
+        assert (config.data, config.model) == (Sinusoid(), MLP(hidden=(8, 8)))
+
+    def test_another_algorithm(self) -> None:
+        config = self._config("glyphs-5w1s", "--algorithm", "maml", "--checkpoint", "--learn", "lam", "tensor")
+        expected = MAML(lam=0.1, inner=GradientDescent(steps=5, lr=0.4), checkpoint=True, learn={"lam": "tensor"})
+        assert config.algorithm == expected
+        assert self._config("glyphs-5w1s", "--inner.lr-of", "linear.*", "0.5").algorithm.inner.lr_of == {
+            "linear.*": 0.5
+        }
+
+    def test_nothing_given_changes_nothing(self) -> None:
+        for name in ("glyphs-5w1s", "sinusoid-5shot"):
+            assert self._config(name) == load_recipe(name).config
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("--inner.lam 0.5", "--lam 0.5"),
+            ("--inner.lam=0.5", "--lam 0.5"),
+            ("--data.ways 3 --data.shots 2 --data.queries=4", "--tasks.ways 3 --tasks.shots 2 --tasks.queries 4"),
+            ("--data.name sinusoid --model.name mlp", "--data sinusoid --model mlp"),
+            ("--meta.cg-steps 2 --meta.damping 1", "--linear-solver.max-iterations 2 --damping 1"),
+            ("--meta.solver neumann", "--linear-solver neumann"),
+            ("--meta.negative-curvature skip", "--on-breakdown skip"),
+            ("--meta.algorithm maml --meta.checkpoint-steps", "--algorithm maml --checkpoint"),
+            ("--meta.learn-lam layer --outer.lam-lr 0.1", "--learn lam tensor --outer.learnt-lr 0.1"),
+            ("--meta.learn-lam none", "--learn"),
+            (
+                "--inner.solver hessian_free --inner.cg-steps 2",
+                "--inner newton_cg --inner.linear-solver.max-iterations 2",
+            ),
+            ("--inner.solver=hessian_free", "--inner newton_cg"),
+            ("--inner.proximal pullback", "--inner.proximal after"),
+            ("--model.head shared --model.weights x", "--theta.shared-head --theta.weights x"),
+            ("--resume --checkpoint a.pt", "--resume --from-checkpoint a.pt"),
+        ],
+    )
+    def test_old_names_are_understood(self, capsys: pytest.CaptureFixture[str], old: str, new: str) -> None:
+        config = load_recipe("glyphs-5w1s").config
+        before = training_options("glyphs-5w1s", config, old.split())
+        warned = capsys.readouterr().err
+        after = training_options("glyphs-5w1s", config, new.split())
+        assert capsys.readouterr().err == ""
+        assert before == after
+        flags = [word.partition("=")[0] for word in old.split() if word.startswith("--") and word != "--resume"]
+        assert [line.split()[3] for line in warned.splitlines()] == flags
+
+
+def test_a_recipe_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "my_sine.py").write_text(
+        '"""Sine waves of mine.\n\nCommand: imaml train my_sine.py\n"""\n'
+        "from imaml_ext.recipes import sinusoid_5shot\n"
+        "from imaml_ext.settings import changed\n"
+        "from imaml_ext.train.recipe import Recipe\n"
+        'recipe = Recipe(changed(sinusoid_5shot.recipe.config, {"outer.steps": 3}))\n'
+    )
+    assert "Sine waves of mine." in _help("train", tmp_path / "my_sine.py")
+    done = imaml("train", tmp_path / "my_sine.py", *SMALL, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["recipe"], result["steps"]) == ("my-sine", 3)
+    assert_one_sentence(imaml("train", tmp_path / "none.py"), "none.py")
+    (tmp_path / "empty.py").write_text("")
+    assert_one_sentence(imaml("train", tmp_path / "empty.py"), "recipe")
 
 
 def test_train_evaluate_resume(tmp_path: Path) -> None:
@@ -41,7 +193,7 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     assert trained.returncode == 0, trained.stderr
     assert "test mean squared error" in trained.stderr
     result = json.loads((run / "result.json").read_text())
-    assert result["preset"] == "sinusoid-5shot"
+    assert result["recipe"] == "sinusoid-5shot"
     assert result["command"].startswith("imaml train sinusoid-5shot --outer.steps 8")
 
     output = tmp_path / "evaluated.json"
@@ -54,12 +206,12 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     assert evaluated["command"] == f"imaml evaluate {run} --output {output}"
     assert evaluated["environment"] == result["environment"]
 
-    again = imaml("train", "sinusoid-5shot", "--run-dir", run, "--resume")  # its own settings, not the preset's
+    again = imaml("train", "sinusoid-5shot", "--run-dir", run, "--resume")  # its own settings, not the recipe's
     assert again.returncode == 0, again.stderr
     assert json.loads((run / "result.json").read_text())["steps"] == 8
 
     other = imaml("train", "sinusoid-10shot", "--run-dir", run, "--resume")
-    assert_one_sentence(other, "holds a run of the preset 'sinusoid-5shot', not of 'sinusoid-10shot'")
+    assert_one_sentence(other, "holds a run of the recipe 'sinusoid-5shot', not of 'sinusoid-10shot'")
     changed = imaml("train", "sinusoid-5shot", "--run-dir", run, "--resume", "--outer.lr", 0.5)
     assert_one_sentence(changed, "a resumed run keeps its settings: outer.lr was")
 
@@ -106,7 +258,9 @@ def test_killed_five_times_at_random_and_resumed(tmp_path: Path) -> None:
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_a_signal_saves_and_ends(tmp_path: Path, number: signal.Signals, code: int) -> None:
     knobs = [*SMALL, "--outer.steps", 100_000, "--run.log-every", 5]
     run = tmp_path / "run"
@@ -161,7 +315,6 @@ def test_data_describes_a_folder_of_pictures(tmp_path: Path) -> None:
     refused = imaml("data", "folder", *options, "--val-fraction", 0.01)
     assert_one_sentence(refused, "holds 6 classes, which leaves none for 'val'")
     assert_one_sentence(imaml("data", "folder"), "root must be given")
-    assert_one_sentence(imaml("data", "glyphs", "--greyscale"), "data.greyscale must be left out for the data set 'gly")
 
 
 def test_doctor() -> None:

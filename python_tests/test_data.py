@@ -197,6 +197,7 @@ def real_tree(real_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     return folder
 
 
+@pytest.mark.long
 def test_tree_gives_the_packed_drawings_and_is_packed_once(
     real_root: Path, real_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

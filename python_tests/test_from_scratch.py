@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,16 @@ import torch
 from training_tools import assert_one_sentence, imaml, small_config
 
 from imaml_ext.errors import ConfigError
-from imaml_ext.training import build, train
-from imaml_ext.training.config import FromScratch
-from imaml_ext.training.evaluation import evaluate_from_scratch, evaluate_run
+from imaml_ext.settings import changed
+from imaml_ext.train import FromScratch, build, evaluate_run, train
+from imaml_ext.train import evaluate
 
 
 def test_each_task_is_a_training_run_of_its_own() -> None:
     """The same with torch.optim.Adam, a task at a time."""
-    experiment = build(replace(small_config(), run=replace(small_config().run, dtype="float64")))
+    experiment = build(changed(small_config(), {"run.dtype": "float64"}))
     scratch = FromScratch(steps=7, lr=0.01)
-    found = evaluate_from_scratch(experiment, scratch, split="test", tasks=5, seed=3)
+    found = evaluate(experiment, scratch, split="test", tasks=5, seed=3)
     episodes = experiment.sampler("test", tasks=5, seed=3).sample(0)
     losses = []
     for task in range(5):
@@ -35,8 +34,8 @@ def test_each_task_is_a_training_run_of_its_own() -> None:
     assert found.loss == pytest.approx(mean.mean().item(), rel=1e-9)
     assert found.loss_interval == pytest.approx(1.96 * mean.std().item() / 5**0.5, rel=1e-9)
     assert found.inner_steps == 7
-    few = build(replace(experiment.config, evaluation=replace(experiment.config.evaluation, meta_batch=2)))
-    again = evaluate_from_scratch(few, scratch, split="test", tasks=5, seed=3)
+    few = build(changed(experiment.config, {"evaluation.meta_batch": 2}))
+    again = evaluate(few, scratch, split="test", tasks=5, seed=3)
     assert again.loss == pytest.approx(found.loss, rel=1e-12)
 
 
@@ -47,7 +46,7 @@ def test_it_stands_beside_the_result_of_a_run(tmp_path: Path) -> None:
     assert printed.returncode == 0, printed.stderr
     first, second = printed.stdout.splitlines()
     assert first.startswith("test mean squared error")
-    assert second.startswith("from scratch, 6 steps a task: test mean squared error")
+    assert second.startswith("from scratch, 6 steps per task: test mean squared error")
     written = json.loads(output.read_text())
     baseline = written.pop("from_scratch")
     del written["command"], written["environment"]
@@ -56,9 +55,9 @@ def test_it_stands_beside_the_result_of_a_run(tmp_path: Path) -> None:
     assert baseline["seed"] == written["seed"]
     assert f"{baseline['loss']:.4f}" in second
     assert baseline == evaluate_run(run, from_scratch=FromScratch(6, 0.02)).to_json()["from_scratch"]
-    assert_one_sentence(imaml("evaluate", run, "--from-scratch", 0), "from-scratch must be an integer >= 1, got 0")
+    assert_one_sentence(imaml("evaluate", run, "--from-scratch", 0), "FromScratch.steps must be at least 1, got 0")
 
 
 def test_its_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"scratch-lr must be a positive number, got 0\.0"):
+    with pytest.raises(ConfigError, match=r"FromScratch.lr must be above 0, got 0\.0"):
         FromScratch(steps=1, lr=0.0)

@@ -542,6 +542,7 @@ def test_errors_name_the_argument() -> None:
             call()
 
 
+@pytest.mark.long
 def test_a_compiled_gradient_is_the_eager_one():
     from imaml_ext import GradientDescent
 

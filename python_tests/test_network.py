@@ -99,7 +99,7 @@ def test_equals_autograd(name: str, tasks: int, examples: int, dtype: torch.dtyp
 
 
 def described(params: Tensor, x: Tensor, network: list[int]) -> Tensor:
-    """Outputs [S, K] of one task, for params [N] and x [S, C, H, W], as csrc/network.h has it."""
+    """Outputs [S, K] of one task, for params [N] and x [S, C, H, W], as csrc/network/network.h has it."""
     used = 0
 
     def take(*shape: int) -> Tensor:

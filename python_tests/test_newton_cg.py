@@ -335,7 +335,7 @@ def _known_family(tasks: int, *, points: int, prior: float, noise: float) -> tup
     return sides[0], sides[1]
 
 
-@pytest.mark.parametrize("start", [0.05, 10.0])
+@pytest.mark.parametrize("start", [pytest.param(0.05, marks=pytest.mark.long), 10.0])
 def test_a_learnable_lambda_recovers_the_best_one(start: float) -> None:
     """Gaussian prior and noise: the best regulariser of (1/S) ‖Xφ − y‖² is that of the posterior mean, 2σ²/(S τ²)."""
     prior, noise, points = 0.8, 0.9, 6

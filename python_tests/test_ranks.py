@@ -19,11 +19,12 @@ import ranks_worker
 import torch
 from training_tools import SMALL, environment, fastest_step, files_of, small_config
 
-from imaml_ext.training import build, train
-from imaml_ext.training import trainer as trainer_module
-from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.training.ranks import Ranks, joined
-from imaml_ext.training.run_directory import read_metrics
+from imaml_ext.errors import Interrupted
+from imaml_ext.train import build, train
+from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.train.job import joined
+from imaml_ext.train.ranks import Ranks
+from imaml_ext.train.run_directory import RunDirectory, read_config, read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is a build without distributed")
 
@@ -117,7 +118,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def job(request: pytest.FixtureRequest, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What every rank of a job of several processes has found; and the job's folder."""
     folder = tmp_path_factory.mktemp(f"job-{request.param}")
@@ -132,19 +133,17 @@ def test_the_meta_gradient_is_that_of_one_process(job: Any, name: str) -> None:
     alone = ranks_worker.meta_gradient(name, Ranks())
     for found in job[0]:
         meta = found["meta"][name]
-        close(meta["gradient"], alone["gradient"], rtol=1e-6, atol=1e-12)
+        assert meta["gradients"].keys() == alone["gradients"].keys()
+        for parameter, value in alone["gradients"].items():
+            close(meta["gradients"][parameter], value, rtol=1e-6, atol=1e-12)
+            assert torch.equal(meta["gradients"][parameter], job[0][0]["meta"][name]["gradients"][parameter])
         assert int(meta["counted"]) == int(alone["counted"])
         assert meta["metrics"].keys() == alone["metrics"].keys()
         for metric, value in alone["metrics"].items():
             close(meta["metrics"][metric].double(), value.double(), rtol=1e-6, atol=1e-12)
-        if alone["lam_gradient"] is None:
-            assert meta["lam_gradient"] is None
-        else:
-            close(meta["lam_gradient"], alone["lam_gradient"], rtol=1e-6, atol=1e-12)
-        assert torch.equal(meta["gradient"], job[0][0]["meta"][name]["gradient"])
     counts = int(alone["counted"])
     assert counts == ranks_worker.TASKS - ("left out" in name)
-    assert alone["gradient"].isfinite().all()
+    assert all(value.isfinite().all() for value in alone["gradients"].values())
 
 
 def test_the_evaluation_is_that_of_one_process_to_the_bit(job: Any) -> None:
@@ -154,9 +153,11 @@ def test_the_evaluation_is_that_of_one_process_to_the_bit(job: Any) -> None:
 
 def test_two_hundred_steps_agree_with_one_process(job: Any, alone: Path) -> None:
     one, several = final(alone / "straight"), final(job[1] / "straight")
-    for name in ("theta", "average", "log_lam"):
-        close(several[name], one[name], rtol=1e-4, atol=1e-4)
-    assert not torch.equal(one["theta"], build(ranks_worker.trained_config()).initial_theta())
+    for kind, names in (("params", ["theta", "log_lam"]), ("averages", ["theta"])):
+        assert list(several[kind]) == list(one[kind]) == names
+        for name in names:
+            close(several[kind][name], one[kind][name], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(one["params"]["theta"], build(ranks_worker.trained_config()).initial_params()["theta"])
     for mine, theirs in zip(rows(job[1] / "straight"), rows(alone / "straight"), strict=True):
         assert mine.keys() == theirs.keys()
         assert mine["step"] == theirs["step"]
@@ -170,7 +171,8 @@ def test_two_hundred_steps_agree_with_one_process(job: Any, alone: Path) -> None
 
 def test_a_run_of_one_process_is_resumed_by_several(job: Any, alone: Path) -> None:
     assert final(job[1] / "of-one-process")["step"] == 200
-    close(final(job[1] / "of-one-process")["theta"], final(alone / "straight")["theta"], rtol=1e-4, atol=1e-4)
+    ours, expected = (final(path)["params"] for path in (job[1] / "of-one-process", alone / "straight"))
+    close(ours, expected, rtol=1e-4, atol=1e-4)
     steps = [row["step"] for row in rows(job[1] / "of-one-process")]
     assert steps == [row["step"] for row in rows(alone / "straight")]
 
@@ -178,7 +180,7 @@ def test_a_run_of_one_process_is_resumed_by_several(job: Any, alone: Path) -> No
 def test_every_rank_decides_alike(job: Any) -> None:
     found, folder = job
     size = len(found)
-    assert [each["greatest"] for each in found] == [10 * (size - 1)] * size
+    assert [each["maximum"] for each in found] == [10 * (size - 1)] * size
     assert [each["on first"] for each in found] == [0] * size
     failures = {name: [each["failures"][name] for each in found] for name in found[0]["failures"]}
     assert [kind for kind, _ in failures["first"]] == ["ValueError"] + ["ReportedElsewhere"] * (size - 1)
@@ -187,7 +189,7 @@ def test_every_rank_decides_alike(job: Any) -> None:
     message = "every process must run the same: outer.lr is 0.1 on rank 0, 0.2 on rank 1"
     assert {words for _, words in failures["settings"]} == {message}
     assert [kind for kind, _ in failures["settings"]] == ["RunError"] + ["ReportedElsewhere"] * (size - 1)
-    message = f"outer.meta-batch must be at least {size}, a task for every process, got 1"
+    message = f"outer.meta_batch must be at least {size}, a task for every process, got 1"
     assert {words for _, words in failures["tasks"]} == {message}
     assert not (folder / "none").exists()
 
@@ -202,25 +204,25 @@ def test_one_process_is_left_as_it_is() -> None:
     with joined() as ranks:
         assert type(ranks) is Ranks
         meta = ranks_worker.meta_gradient("imaml", ranks)
-    assert "imaml_ext.training.process_group" not in sys.modules
+    assert "imaml_ext.train.process_group" not in sys.modules
     experiment = build(ranks_worker.config_of("imaml"))
     episodes = experiment.sampler("train", tasks=ranks_worker.TASKS, seed=0).sample(7)
-    expected = experiment.algorithm.meta_gradient(experiment.initial_theta(), episodes)
-    assert torch.equal(meta["gradient"], expected.gradient)
+    expected = experiment.algorithm.meta_gradient(experiment.initial_params(), episodes)
+    assert torch.equal(meta["gradients"]["theta"], expected.gradient)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "code", "words"),
+    ("options", "code", "words"),
     [
         (("--run-dir", "{mine}"), 1, "is not empty: continue its run with --resume, or give another --run-dir"),
         (("--outer.lr", "fast", "--run-dir", "{run}"), 2, "Error parsing --outer.lr"),
     ],
 )
-def test_an_error_is_told_once(tmp_path: Path, knobs: tuple[str, ...], code: int, words: str) -> None:
+def test_an_error_is_told_once(tmp_path: Path, options: tuple[str, ...], code: int, words: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
     places = {"mine": tmp_path / "mine", "run": tmp_path / "run"}
-    given = [knob.format(**places) for knob in knobs]
+    given = [option.format(**places) for option in options]
     process = ended(torchrun(2, "-m", "imaml_ext", "train", "sinusoid-5shot", *SMALL, *given))
     assert process.returncode != 0
     assert process.stderr.count(words) == 1, process.stderr
@@ -228,11 +230,11 @@ def test_an_error_is_told_once(tmp_path: Path, knobs: tuple[str, ...], code: int
     assert files_of(tmp_path) == {"mine/thesis.tex": b"years"}
 
 
-@pytest.mark.parametrize("to", ["launcher", "rank 1"])
+@pytest.mark.parametrize("to", ["launcher", pytest.param("rank 1", marks=pytest.mark.long)])
 def test_sigterm_saves_and_a_single_process_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     run = tmp_path / "run"
-    knobs = [*SMALL, "--outer.steps", 100_000, "--run.log-every", 5, "--run.checkpoint-every", 100_000]
-    job = torchrun(2, "-m", "imaml_ext", "train", "sinusoid-5shot", *knobs, "--run-dir", run)
+    options = [*SMALL, "--outer.steps", 100_000, "--run.log-every", 5, "--run.checkpoint-every", 100_000]
+    job = torchrun(2, "-m", "imaml_ext", "train", "sinusoid-5shot", *options, "--run-dir", run)
     wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) >= 2, job)
     os.kill(job.pid if to == "launcher" else ranks_of(job)[1], signal.SIGTERM)
     process = ended(job)
@@ -243,26 +245,25 @@ def test_sigterm_saves_and_a_single_process_resumes(tmp_path: Path, monkeypatch:
     assert not list(run.rglob("*.tmp"))
 
     recorded = json.loads((run / "config.json").read_text())
-    config = trainer_module.read_config(trainer_module.RunDirectory(run)).config
+    config = read_config(RunDirectory(run)).config
     assert recorded["environment"]["processes"] == 2
-    experiment = build(config)
-    theta = experiment.initial_theta()
-    monkeypatch.setattr(Ranks, "greatest", lambda self, number: signal.SIGINT)  # after one more step
-    with pytest.raises(trainer_module.Interrupted):
-        train(config, run, preset="sinusoid-5shot", resume=True)
+    theta = build(config).initial_params()["theta"]
+    monkeypatch.setattr(Ranks, "maximum", lambda self, number: signal.SIGINT)  # after one more step
+    with pytest.raises(Interrupted):
+        train(config, run, recipe="sinusoid-5shot", resume=True)
     resumed = final(run)
     assert resumed["step"] == saved.step + 1
-    assert not torch.equal(resumed["theta"], theta)
+    assert not torch.equal(resumed["params"]["theta"], theta)
 
 
 @pytest.mark.long
 def test_killed_ten_times_at_random(tmp_path: Path) -> None:
     """SIGKILL to either rank, at any moment; nine times the launcher starts the job anew, and then gives up."""
     steps, kills = 500, 10
-    knobs = [*SMALL, "--outer.steps", steps, "--run.log-every", 7, "--run.checkpoint-every", 10]
+    options = [*SMALL, "--outer.steps", steps, "--run.log-every", 7, "--run.checkpoint-every", 10]
 
     def start(name: str, restarts: int = 0) -> subprocess.Popen[str]:
-        program = ["-m", "imaml_ext", "train", "sinusoid-5shot", *knobs, "--run-dir", tmp_path / name, "--resume"]
+        program = ["-m", "imaml_ext", "train", "sinusoid-5shot", *options, "--run-dir", tmp_path / name, "--resume"]
         return torchrun(2, *program, restarts=restarts)
 
     process = ended(start("straight"))
@@ -297,7 +298,7 @@ def test_killed_ten_times_at_random(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     straight, resumed = final(tmp_path / "straight"), final(tmp_path / "killed")
     assert resumed["step"] == steps
-    assert torch.equal(straight["theta"], resumed["theta"])
+    assert torch.equal(straight["params"]["theta"], resumed["params"]["theta"])
     for name, value in straight["optimizer"]["state"][0].items():
         assert torch.equal(value, resumed["optimizer"]["state"][0][name]), name
     assert rows(tmp_path / "straight") == rows(tmp_path / "killed")

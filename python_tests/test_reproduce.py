@@ -295,6 +295,7 @@ def test_sinusoid(tmp_path: Path) -> None:
     assert adaptation["functions"]["after"]["y"][0] != adaptation["functions"]["after"]["y"][1]
 
 
+@pytest.mark.long
 def test_table_interrupted_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(output: Path, *more: object) -> Any:
         return imaml("reproduce", "omniglot-table", "--data", "glyphs", "--output-dir", output, *TRIAL, *more)

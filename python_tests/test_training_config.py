@@ -1,234 +1,237 @@
-"""Configurations: validation, JSON round trip, presets."""
+"""Configurations: what goes together, and their JSON form."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imaml_ext.data import Augmentation, Folder, Linear, Omniglot, Sinusoid
 from imaml_ext.errors import ConfigError
-from imaml_ext.training import (
-    PRESETS,
-    DataConfig,
-    EvaluationConfig,
-    InnerConfig,
-    MetaConfig,
-    ModelConfig,
-    OuterConfig,
-    RunConfig,
+from imaml_ext.inner import GradientDescent, NewtonCG
+from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
+from imaml_ext.models import MLP, Conv4
+from imaml_ext.settings import changed, from_json, leaves, to_json
+from imaml_ext.solvers import FixedPoint, Neumann
+from imaml_ext.train import (
+    EvaluationSettings,
+    Outer,
+    RunSettings,
+    Tasks,
+    Theta,
     TrainConfig,
+    load_recipe,
+    recipe_names,
 )
-from imaml_ext.training.config import from_json, knobs, to_json, with_knobs
+from imaml_ext.train import config as config_module
+from imaml_ext.train.config import differences
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json(name: str) -> None:
-    config = PRESETS[name].config
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_survive_json(name: str) -> None:
+    config = load_recipe(name).config
     assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_every_kind_of_knob_survives_json() -> None:
+def test_every_kind_of_setting_survives_json() -> None:
     config = TrainConfig(
-        data=DataConfig(root=Path("somewhere/data"), download=True, split_protocol="vinyals"),
-        model=ModelConfig(hidden=()),
-        outer=OuterConfig(clip_norm=10.0, betas=(0.5, 0.9)),
-        evaluation=EvaluationConfig(inner_steps=32),
-        run=RunConfig(threads=2),
+        data=Omniglot(root=Path("somewhere/data"), download=True, split_protocol="vinyals"),
+        model=MLP(hidden=()),
+        algorithm=MAML(
+            inner=GradientDescent(optimizer="adam", betas=(0.5, 0.9), lr_of={"linear.*": 0.3}), learn={"lr": "tensor"}
+        ),
+        outer=Outer(clip_norm=10.0),
+        evaluation=EvaluationSettings(inner_steps=32),
+        run=RunSettings(threads=2),
     )
     back = from_json(TrainConfig, json.loads(json.dumps(to_json(config))))
     assert back == config
+    assert isinstance(back.data, Omniglot)
     assert isinstance(back.data.root, Path)
-    assert isinstance(back.outer.betas, tuple)
+    assert isinstance(back.algorithm.inner, GradientDescent)
+    assert isinstance(back.algorithm.inner.betas, tuple)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("outer.learning_rate", 1.0, "unknown knob outer.learning_rate"),
-        ("extra", {}, "unknown knob extra"),
-        ("outer.lr", "fast", "outer.lr must be a number, got 'fast'"),
-        ("outer.lr", True, "outer.lr must be a number, got True"),
-        ("outer.steps", 10.5, "outer.steps must be an integer, got 10.5"),
-        ("outer.steps", True, "outer.steps must be an integer, got True"),
-        ("outer.betas", [0.9], "outer.betas must be a list of 2 values"),
-        ("outer.schedule", "stairs", "outer.schedule must be one of 'constant', 'linear', 'cosine', got 'stairs'"),
-        ("data.download", 1, "data.download must be true or false, got 1"),
-        ("data.root", 7, "data.root must be a path, got 7"),
-        ("model.hidden", 40, "model.hidden must be a list, got 40"),
+        ("outer.learning_rate", 1.0, "unknown setting outer.learning_rate"),
+        ("extra", {}, "unknown setting extra"),
+        ("outer.lr", "fast", "Outer.lr must be a number, got 'fast'"),
+        ("outer.lr", True, "Outer.lr must be a number, got True"),
+        ("outer.steps", 10.5, "Outer.steps must be an integer, got 10.5"),
+        ("outer.schedule", "stairs", "Outer.schedule must be one of 'constant', 'linear', 'cosine', got 'stairs'"),
+        ("run.capture", 1, "RunSettings.capture must be true or false, got 1"),
+        ("data.cache_dir", 7, "Glyphs.cache_dir must be a path, got 7"),
+        ("model.kind", "transformer", "task model must be one of 'conv4', 'mlp', got 'transformer'"),
+        ("algorithm.inner.steps", -1, "GradientDescent.steps must be at least 0, got -1"),
         ("run", [], "run must be a JSON object"),
-        ("outer.steps", 0, "outer.steps must be an integer >= 1, got 0"),
+        ("outer.steps", 0, "Outer.steps must be at least 1, got 0"),
     ],
 )
 def test_json_is_read_strictly(path: str, value: object, message: str) -> None:
     values = to_json(TrainConfig())
-    *groups, knob = path.split(".")
+    *groups, name = path.split(".")
     target = values
     for group in groups:
         target = target[group]
-    target[knob] = value
-    with pytest.raises(ConfigError) as caught:
+    target[name] = value
+    with pytest.raises((ConfigError, TypeError)) as caught:
         from_json(TrainConfig, values)
     assert message in str(caught.value)
 
 
-def test_knobs_are_set_by_name() -> None:
-    config = with_knobs(TrainConfig(), {"outer.lr": 0.5, "outer.steps": 7, "meta.algorithm": "reptile"})
-    expected = dict(knobs(TrainConfig())) | {"outer.lr": 0.5, "outer.steps": 7, "meta.algorithm": "reptile"}
-    assert dict(knobs(config)) == expected
+def test_settings_are_set_by_path() -> None:
+    changes = {"outer.lr": 0.5, "outer.steps": 7, "algorithm": Reptile(), "algorithm.inner.steps": 3}
+    config = changed(TrainConfig(), changes)
+    assert config == dataclasses.replace(
+        TrainConfig(), outer=Outer(lr=0.5, steps=7), algorithm=Reptile(inner=GradientDescent(steps=3))
+    )
     for values, message in (
-        ({"outer.learning_rate": 1.0}, "unknown knob outer.learning_rate"),
-        ({"outer": 1.0}, "unknown knob outer"),
-        ({"meta.algorithm": "newton"}, "meta.algorithm must be one of"),
-        ({"inner.lam": 0.0}, "inner.lam must be a positive number"),  # with meta.algorithm imaml
+        ({"outer.learning_rate": 1.0}, r"there is no setting outer\.learning_rate"),
+        ({"algorithm.lam": 0.0}, r"lam must be above 0"),  # of IMAML
     ):
         with pytest.raises(ConfigError, match=message):
-            with_knobs(TrainConfig(), values)
+            changed(TrainConfig(), values)
 
 
-def test_json_must_have_every_knob() -> None:
+def test_differences_are_the_changes() -> None:
+    before = TrainConfig()
+    changes = {"outer.lr": 0.5, "algorithm.inner.lr": 0.3, "data": Omniglot(rotations=False), "theta.weights": "mine"}
+    after = changed(before, changes)
+    assert differences(before, after) == changes
+    assert changed(before, differences(before, after)) == after
+    assert differences(before, before) == {}
+    assert differences(before, changed(before, {"algorithm": MAML()})) == {"algorithm": MAML()}
+
+
+def test_json_must_have_every_setting() -> None:
     values = to_json(TrainConfig())
-    del values["inner"]["lam"]
-    with pytest.raises(ConfigError, match=r"knob inner\.lam is missing"):
+    del values["algorithm"]["lam"]
+    with pytest.raises(ConfigError, match=r"setting algorithm\.lam is missing"):
         from_json(TrainConfig, values)
 
 
-def test_runs_of_before_there_were_photographs_are_read() -> None:
-    values = to_json(TrainConfig())
-    del values["augment"]
-    for knob in ("image_size", "greyscale", "val_fraction", "test_fraction"):
-        del values["data"][knob]
-    assert from_json(TrainConfig, values) == TrainConfig()
-
-
 @pytest.mark.parametrize(
-    ("group", "knob", "value"),
+    ("group", "name", "value"),
     [
-        (DataConfig, "ways", 1),
-        (DataConfig, "shots", 0),
-        (DataConfig, "train_shots", 0),
-        (DataConfig, "queries", 0),
-        (DataConfig, "noise", -0.1),
-        (DataConfig, "condition_number", 0.5),
-        (DataConfig, "image_size", 0),
-        (DataConfig, "val_fraction", 1.0),
-        (DataConfig, "test_fraction", 0.9),  # 0.16 are for validation
-        (ModelConfig, "filters", 0),
-        (ModelConfig, "hidden", (40, 0)),
-        (InnerConfig, "lam", -0.1),
-        (InnerConfig, "lam", float("nan")),
-        (InnerConfig, "steps", 0),
-        (InnerConfig, "lr", -0.1),
-        (InnerConfig, "momentum", 1.0),
-        (InnerConfig, "cg_steps", 0),
-        (InnerConfig, "damping", -1.0),
-        (InnerConfig, "backtracks", -1),
-        (MetaConfig, "cg_steps", 0),
-        (MetaConfig, "damping", -1.0),
-        (MetaConfig, "solver_lr", 0.0),
-        (InnerConfig, "betas", (1.0, 0.9)),
-        (InnerConfig, "batch_size", 0),
-        (OuterConfig, "lr", float("inf")),
-        (OuterConfig, "lam_lr", 0.0),
-        (OuterConfig, "betas", (0.9, 1.0)),
-        (OuterConfig, "warmup_steps", -1),
-        (OuterConfig, "clip_norm", 0.0),
-        (OuterConfig, "final_lr_fraction", 1.5),
-        (OuterConfig, "average", 1.0),
-        (EvaluationConfig, "tasks", 1),
-        (EvaluationConfig, "inner_steps", -1),
-        (RunConfig, "seed", -1),
-        (RunConfig, "threads", 0),
-        (RunConfig, "log_every", 0),
-        (RunConfig, "keep_checkpoints", 0),
+        (Tasks, "ways", 1),
+        (Tasks, "shots", 0),
+        (Tasks, "train_shots", 0),
+        (Tasks, "queries", 0),
+        (Linear, "noise", -0.1),
+        (Linear, "condition_number", 0.5),
+        (Folder, "image_size", 0),
+        (Folder, "val_fraction", 1.0),
+            (Conv4, "filters", 0),
+        (MLP, "hidden", (40, 0)),
+        (IMAML, "lam", 0.0),
+        (MAML, "lam", -0.1),
+        (IMAML, "lam", float("nan")),
+        (IMAML, "damping", -1.0),
+        (GradientDescent, "steps", -1),
+        (GradientDescent, "lr", -0.1),
+        (GradientDescent, "momentum", 1.0),
+        (GradientDescent, "betas", (1.0, 0.9)),
+        (GradientDescent, "batch_size", 0),
+        (NewtonCG, "damping", -1.0),
+        (NewtonCG, "backtracks", -1),
+        (Neumann, "max_iterations", 0),
+        (FixedPoint, "lr", 0.0),
+        (Theta, "feature_scale", 0.0),
+        (Outer, "lr", float("inf")),
+        (Outer, "learnt_lr", 0.0),
+        (Outer, "warmup_steps", -1),
+        (Outer, "clip_norm", 0.0),
+        (Outer, "average", 1.0),
+        (EvaluationSettings, "tasks", 1),
+        (EvaluationSettings, "inner_steps", -1),
+        (RunSettings, "seed", -1),
+        (RunSettings, "device", ""),
+        (RunSettings, "threads", 0),
+        (RunSettings, "log_every", 0),
+        (RunSettings, "keep_checkpoints", 0),
     ],
 )
-def test_a_bad_value_is_named(group: type, knob: str, value: object) -> None:
+def test_a_bad_value_is_named(group: type, name: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
-        group(**{knob: value})
+        group(**{name: value})
     message = str(caught.value)
-    assert knob.replace("_", "-") in message
-    assert f"got {value!r}" in message
+    assert f"{group.__name__}.{name}" in message
+    assert "got " in message
     assert "\n" not in message
 
 
-def test_knobs_that_contradict_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"outer.warmup-steps must be smaller than outer.steps"):
-        OuterConfig(steps=10, warmup_steps=10)
-    with pytest.raises(ConfigError, match=r"model.name must be 'mlp' for the data set 'sinusoid'"):
-        TrainConfig(data=DataConfig(name="sinusoid"), model=ModelConfig(name="conv4"))
-    with pytest.raises(ConfigError, match=r"model.head must be 'own' for the data set 'sinusoid', which has no"):
-        TrainConfig(data=DataConfig(name="sinusoid"), model=ModelConfig(name="mlp", head="shared"))
-    with pytest.raises(ConfigError, match=r"model.head must be 'own' with meta.learn-lam 'parameter', which tells"):
-        TrainConfig(model=ModelConfig(head="shared"), meta=MetaConfig(learn_lam="parameter"))
-    with pytest.raises(ConfigError, match=r"model.feature-scale must be left out for mlp, got 2.0"):
-        ModelConfig(name="mlp", feature_scale=2.0)
-
-
 @pytest.mark.parametrize(
-    ("meta", "inner", "message"),
+    ("changes", "message"),
     [
-        ({"algorithm": "imaml"}, {"lam": 0.0}, "inner.lam must be a positive number with meta.algorithm 'imaml'"),
+        ({"data": Sinusoid()}, "model must be 'mlp' for the data set 'sinusoid', which has no images, got 'conv4'"),
         (
-            {"algorithm": "maml", "learn_lam": "global"},
-            {"lam": 0.0},
-            "inner.lam must be a positive number to be learnt",
-        ),
-        ({"algorithm": "maml", "solver": "neumann"}, {}, "meta.solver must be left out with meta.algorithm 'maml'"),
-        ({"checkpoint_steps": True}, {}, "meta.checkpoint-steps must be left out with meta.algorithm 'imaml'"),
-        ({"solver_lr": 0.1}, {}, "meta.solver-lr must be left out with meta.solver 'cg'"),
-        (
-            {"algorithm": "maml"},
-            {"solver": "hessian_free"},
-            "meta.algorithm must be 'imaml', 'fomaml' or 'reptile' with",
+            {"model": MLP(), "theta": Theta(shared_head=True), "data": Sinusoid()},
+            "theta.shared_head must be false for the data set 'sinusoid', which has no classes, got True",
         ),
         (
-            {"solver": "fixed_point"},
-            {"solver": "hessian_free"},
-            "meta.solver-lr must be given for the solver 'fixed_po",
+            {"theta.shared_head": True, "algorithm": MAML(lam=1.0, learn={"lam": "parameter"})},
+            "theta.shared_head must be false where something is learnt per 'parameter', which tells the classes apart",
         ),
-        ({"algorithm": "reptile", "learn_lam": "layer"}, {}, "meta.learn-lam must be 'none' with meta.algorithm 'rep"),
-        ({"algorithm": "fomaml", "learn_lam": "layer"}, {}, "meta.learn-lam must be 'none' with meta.algorithm 'fom"),
+        ({"model": MLP(), "theta": Theta(feature_scale=2.0)}, "theta.feature_scale must be 1 but for conv4, got 2.0"),
+        (
+            {"model": MLP(), "augment": Augmentation(flip=True), "data": Sinusoid()},
+            "augment.flip must be left out for the data set 'sinusoid', which has no images, got True",
+        ),
+        (
+            {"model": Conv4(precision="tf32"), "run.dtype": "float64"},
+            "model.precision must be 'float32' with run.dtype 'float64', got 'tf32'",
+        ),
+        ({"algorithm": MAML(learn={"lam": "global"})}, "algorithm.lam must be positive to be learnt, got 0.0"),
     ],
 )
-def test_algorithms_and_knobs_that_do_not_go_together(
-    meta: dict[str, Any], inner: dict[str, Any], message: str
-) -> None:
+def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        TrainConfig(meta=MetaConfig(**meta), inner=InnerConfig(**inner))
+        changed(TrainConfig(), changes)
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("knob", "value"), [("optimizer", "adam"), ("proximal", "pullback"), ("batch_size", 5)])
-def test_hessian_free_has_no_descent_rule(knob: str, value: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"inner\.{knob.replace('_', '-')} must be left out with inner\.solver 'hessian_free'"
-    ):
-        InnerConfig(solver="hessian_free", **{knob: value})
+def test_warm_up_ends_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"Outer.warmup_steps must be smaller than steps \(10\), got 10"):
+        Outer(steps=10, warmup_steps=10)
 
 
-def test_every_knob_is_explained_once() -> None:
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MAML(inner=NewtonCG()), "MAML.inner must be GradientDescent, whose steps are differentiated"),
+        (lambda: IMAML(inner=NewtonCG(), linear_solver=FixedPoint()), "lr must be given"),
+        (lambda: Reptile(learn={"lam": "tensor"}), "Reptile cannot learn lam"),
+        (lambda: FOMAML(learn={"lam": "tensor"}), "FOMAML cannot learn lam"),
+    ],
+)
+def test_algorithms_and_settings_that_do_not_go_together(make: Any, message: str) -> None:
+    with pytest.raises((ConfigError, TypeError)) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+def test_every_setting_is_explained_once() -> None:
     """The line under a field is its help on the command line."""
-    import ast
-    import inspect
-
-    import imaml_ext.training.config as module
-
-    tree = ast.parse(inspect.getsource(module))
-    for item in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
-        if item.name == "TrainConfig":
-            continue
+    tree = ast.parse(inspect.getsource(config_module))
+    groups = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "TrainConfig"]
+    assert len(groups) == 5
+    for item in groups:
         for field, after in zip(item.body, item.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), f"{item.name}.{field.target.id} has no help"  # type: ignore[union-attr]
 
 
-def test_configurations_are_frozen_and_their_knobs_are_listed() -> None:
+def test_configurations_are_frozen_and_their_settings_are_listed() -> None:
     config = TrainConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.outer.lr = 1.0  # type: ignore[misc]
-    names = [name for name, _ in knobs(config)]
+    names = [name for name, _ in leaves(config)]
     assert len(names) == len(set(names))
-    assert {"data.ways", "outer.lr", "run.seed"} <= set(names)
+    assert {"data", "tasks.ways", "algorithm.inner.steps", "outer.lr", "run.seed"} <= set(names)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from imaml_ext.training import PRESETS
-from imaml_ext.training.config import TrainConfig, knobs
+from imaml_ext.cli.train import CHAINS, RECIPES
+from imaml_ext.settings import Choice, Settings
+from imaml_ext.train.config import TrainConfig
+from imaml_ext.train.recipe import load_recipe, recipe_summaries
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,14 +49,36 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_presets_and_knobs_that_are_named_exist() -> None:
-    names = {name.replace("_", "-") for name, _ in knobs(TrainConfig())}
-    groups = "|".join(sorted({name.split(".")[0] for name in names}))
+def _flags(settings: Settings, prefix: str = "") -> Iterator[str]:
+    """Every option that some choice of classes has, without its dashes."""
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value, name = getattr(settings, field.name), prefix + field.name.replace("_", "-")
+        yield name
+        if isinstance(value, Settings):
+            below = prefix if field.name == "algorithm" else f"{name}."
+            kinds = [value.kind(kind)() for kind in value.kinds] if isinstance(value, Choice) else [value]
+            for kind in kinds:
+                yield from _flags(kind, below)
+
+
+def test_recipes_and_settings_that_are_named_exist() -> None:
+    flags = {*_flags(TrainConfig())}
+    groups = "|".join(sorted({flag.split(".")[0] for flag in flags if "." in flag}))
+    recipes = recipe_summaries((RECIPES, CHAINS))
+    named = set()
     for page in PAGES:
         text = page.read_text()
-        for knob in re.findall(rf"[`-]({groups})\.([a-z_-]+)`", text):
-            assert ".".join(knob).replace("_", "-").replace(".no-", ".") in names, f"{page.name}: {knob}"
-        for preset in re.findall(r"`((?:glyphs|omniglot|mini-imagenet|cifar-fs|fc100|sinusoid)-\w+)`", text):
-            assert preset in PRESETS, f"{page.name}: {preset}"
-    table = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in table for name in PRESETS)
+        for flag in re.findall(r"--([a-z-]+\.[a-z.-]*[a-z])", text) + re.findall(rf"`((?:{groups})\.[a-z.-]+)`", text):
+            assert flag.replace(".no-", ".") in flags, f"{page.name}: {flag}"
+        for recipe in re.findall(r"`((?:glyphs|omniglot|mini-imagenet|cifar-fs|fc100|sinusoid)-\w[\w-]*)`", text):
+            assert recipe in recipes, f"{page.name}: {recipe}"
+            named.add(recipe)
+    assert named >= recipe_summaries((RECIPES,)).keys()
+
+
+def test_the_heads_of_recipes_name_themselves_and_the_weights() -> None:
+    for folder in (RECIPES, CHAINS):
+        for name in recipe_summaries((folder,)):
+            head = load_recipe(name, (folder,)).description
+            assert f"Command: imaml train {name}" in head
+            assert len(head.splitlines()[0]) <= 100, name

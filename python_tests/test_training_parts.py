@@ -12,10 +12,11 @@ import torch
 
 from imaml_ext.errors import CheckpointError, RunError
 from imaml_ext.files import atomic_write, json_bytes
-from imaml_ext.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
-from imaml_ext.training.config import OuterConfig
-from imaml_ext.training.run_directory import MetricsLog, RunDirectory, read_metrics
-from imaml_ext.training.schedule import (
+from imaml_ext.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from imaml_ext.train.config import Outer
+from imaml_ext.train.metrics import MetricAccumulator
+from imaml_ext.train.run_directory import MetricsLog, RunDirectory, read_metrics
+from imaml_ext.train.schedule import (
     average_weight,
     learning_rate,
     load_optimizer_state,
@@ -23,36 +24,38 @@ from imaml_ext.training.schedule import (
     outer_optimizer,
     set_learning_rate,
 )
-from imaml_ext.training.window import Window
 
 
 def test_schedules() -> None:
-    constant = OuterConfig(steps=10, lr=0.5, warmup_steps=4)
+    constant = Outer(steps=10, lr=0.5, warmup_steps=4)
     assert [learning_rate(constant, step) for step in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
-    linear = OuterConfig(steps=10, lr=1.0, schedule="linear", final_lr_fraction=0.5)
-    assert [learning_rate(linear, step) for step in range(10)] == pytest.approx([1 - 0.05 * step for step in range(10)])
-    cosine = OuterConfig(steps=12, lr=2.0, schedule="cosine", warmup_steps=4, final_lr_fraction=0.1)
+    linear = Outer(steps=10, lr=1.0, schedule="linear")
+    assert [learning_rate(linear, step) for step in range(10)] == pytest.approx([1 - 0.1 * step for step in range(10)])
+    cosine = Outer(steps=12, lr=2.0, schedule="cosine", warmup_steps=4)
     assert learning_rate(cosine, 4) == 2.0
-    assert learning_rate(cosine, 8) == pytest.approx(2.0 * 0.55)
-    expected = 2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert learning_rate(cosine, 11) == pytest.approx(expected)
+    assert learning_rate(cosine, 8) == pytest.approx(2.0 * 0.5)
+    assert learning_rate(cosine, 11) == pytest.approx(1 + math.cos(math.pi * 7 / 8))
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_outer_optimizer_follows_its_knobs(name: str) -> None:
-    outer = OuterConfig(optimizer=name, lr=0.1, momentum=0.5, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.01)  # type: ignore[arg-type]
-    theta, gradient = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])
-    optimizer = outer_optimizer(outer, theta)
-    start = theta.clone()
-    theta.grad = gradient.clone()
+def test_outer_optimizer_follows_its_settings(name: str) -> None:
+    outer = Outer(optimizer=name, lr=0.1, learnt_lr=0.3)  # type: ignore[arg-type]
+    params = {"theta": torch.tensor([1.0, -2.0]), "log_lam": torch.tensor([0.5]), "log_lr": torch.tensor([0.2, 0.1])}
+    gradients = {"theta": torch.tensor([3.0, 4.0]), "log_lam": torch.tensor([-2.0]), "log_lr": torch.tensor([1.0, 5.0])}
+    start = {key: value.clone() for key, value in params.items()}
+    optimizer = outer_optimizer(outer, params)
+    set_learning_rate(optimizer, outer, 0.05)  # half of the peak, of every rate
+    for key, value in params.items():
+        value.grad = gradients[key].clone()
     optimizer.step()
-    decayed = gradient + 0.01 * start
-    step = decayed / (decayed.abs() + 1e-3) if name == "adam" else decayed  # Adam's first step, bias-corrected
-    torch.testing.assert_close(theta, start - 0.1 * step)
+    for key, value in params.items():
+        rate = 0.05 if key == "theta" else 0.15
+        step = gradients[key].sign() if name == "adam" else gradients[key]  # Adam's first step, bias-corrected
+        torch.testing.assert_close(value, start[key] - rate * step)
 
 
 def test_the_average_forgets_faster_at_first() -> None:
-    outer = OuterConfig(steps=100, average=0.9)
+    outer = Outer(steps=100, average=0.9)
     assert [average_weight(outer, step) for step in (0, 1)] == pytest.approx([9 / 11, 9 / 12])
     assert average_weight(outer, 99) == pytest.approx(0.1)
 
@@ -60,34 +63,34 @@ def test_the_average_forgets_faster_at_first() -> None:
 @pytest.mark.parametrize("before", [False, True])
 def test_an_optimiser_continues_static_or_not_whichever_it_was(before: bool) -> None:
     """The same numbers, and the same checkpoint, whether learning rates stand in tensors or not."""
-    outer = OuterConfig(lr=0.1, lam_lr=0.3, weight_decay=0.01)
+    outer = Outer(lr=0.1, learnt_lr=0.3)
     gradients = torch.randn(6, 5, dtype=torch.float64)
 
-    def steps(optimizer: torch.optim.Optimizer, theta: torch.Tensor, log_lam: torch.Tensor, numbers: range) -> None:
+    def steps(optimizer: torch.optim.Optimizer, params: dict[str, torch.Tensor], numbers: range) -> None:
         for step in numbers:
             set_learning_rate(optimizer, outer, 0.1 / (1 + step))
-            theta.grad, log_lam.grad = gradients[step, :4].clone(), gradients[step, 4:].clone()
+            params["theta"].grad, params["log_lam"].grad = gradients[step, :4].clone(), gradients[step, 4:].clone()
             optimizer.step()
 
-    def parameters() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.arange(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    def parameters() -> dict[str, torch.Tensor]:
+        return {"theta": torch.arange(4, dtype=torch.float64), "log_lam": torch.zeros(1, dtype=torch.float64)}
 
     whole = parameters()
-    plain = outer_optimizer(outer, *whole)
-    steps(plain, *whole, range(6))
+    plain = outer_optimizer(outer, whole)
+    steps(plain, whole, range(6))
 
     first = parameters()
-    optimizer = outer_optimizer(outer, *first, static=before)
-    steps(optimizer, *first, range(3))
+    optimizer = outer_optimizer(outer, first, static=before)
+    steps(optimizer, first, range(3))
     saved = optimizer_state(optimizer)
     assert [type(group["lr"]) for group in saved["param_groups"]] == [float, float]
-    second = tuple(value.clone() for value in first)
-    after = outer_optimizer(outer, *second, static=not before)
+    second = {name: value.clone() for name, value in first.items()}
+    after = outer_optimizer(outer, second, static=not before)
     load_optimizer_state(after, saved)
-    steps(after, *second, range(3, 6))
+    steps(after, second, range(3, 6))
     assert isinstance(after.param_groups[1]["lr"], torch.Tensor) != before
-    for ours, expected in zip(second, whole, strict=True):
-        assert torch.equal(ours, expected)
+    for name, expected in whole.items():
+        assert torch.equal(second[name], expected)
     groups = [optimizer_state(each)["param_groups"] for each in (plain, after)]
     assert groups[0] == groups[1]
 
@@ -161,8 +164,9 @@ def _checkpoint(step: int, size: int = 1000) -> Checkpoint:
     optimizer = torch.optim.Adam([theta.clone()])
     optimizer.param_groups[0]["params"][0].grad = theta
     optimizer.step()
-    window = {"steps": torch.tensor(2), "sum loss": torch.tensor(0.5, dtype=torch.float64)}
-    return Checkpoint(step, 7, {"outer": {"lr": 0.1}}, theta, None, optimizer.state_dict(), window, 1.5)
+    sums = {"steps": torch.tensor(2), "sum loss": torch.tensor(0.5, dtype=torch.float64)}
+    params = {"theta": theta, "log_lam": torch.full((2,), 0.5)}
+    return Checkpoint(step, 7, {"outer": {"lr": 0.1}}, params, {"theta": -theta}, optimizer.state_dict(), sums, 1.5)
 
 
 class TestCheckpoints:
@@ -170,13 +174,15 @@ class TestCheckpoints:
         saved = _checkpoint(3)
         path = save_checkpoint(tmp_path, saved, keep=2)
         plain = torch.load(path, weights_only=True)  # as anyone would read it
-        assert torch.equal(plain["theta"], saved.theta)
+        assert torch.equal(plain["params"]["theta"], saved.params["theta"])
         assert (plain["step"], plain["seed"], plain["config"]) == (3, 7, {"outer": {"lr": 0.1}})
         loaded = load_checkpoint(path)
-        assert torch.equal(loaded.theta, saved.theta)
+        assert torch.equal(loaded.params["theta"], saved.params["theta"])
+        assert torch.equal(loaded.evaluated["theta"], -saved.params["theta"])
+        assert torch.equal(loaded.evaluated["log_lam"], saved.params["log_lam"])
         state, expected = loaded.optimizer["state"][0], saved.optimizer["state"][0]
         assert all(torch.equal(state[name], expected[name]) for name in expected)
-        assert loaded.window == saved.window
+        assert loaded.metrics == saved.metrics
         assert loaded.seconds == 1.5
 
     def test_keeps_the_newest(self, tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ class TestCheckpoints:
             except CheckpointError as error:
                 messages.append(str(error))
             else:  # a byte of padding between the records of the archive
-                assert torch.equal(loaded.theta, saved.theta)
+                assert torch.equal(loaded.params["theta"], saved.params["theta"])
                 assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], saved.optimizer["state"][0]["exp_avg"])
         assert len(messages) > 100
         assert all(str(path) in message and "\n" not in message for message in messages)
@@ -213,7 +219,7 @@ class TestCheckpoints:
 
     def test_not_a_checkpoint(self, tmp_path: Path) -> None:
         torch.save({"theta": torch.zeros(3)}, tmp_path / "step-00000001.pt")
-        with pytest.raises(CheckpointError, match="is not a training checkpoint of format 2"):
+        with pytest.raises(CheckpointError, match="is not a training checkpoint of format 3"):
             load_checkpoint(tmp_path / "step-00000001.pt")
         with pytest.raises(CheckpointError, match="does not exist"):
             load_checkpoint(tmp_path / "step-00000002.pt")
@@ -233,7 +239,7 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError) as caught:
             load_newest(tmp_path)
         assert str(newest) in str(caught.value)
-        assert f"continue from the older {older} with --checkpoint" in str(caught.value)
+        assert f"continue from the older {older} with --from-checkpoint" in str(caught.value)
         for path in (older, tmp_path / "step-00000001.pt"):
             path.write_bytes(b"")
         with pytest.raises(CheckpointError, match="no older checkpoint is usable"):
@@ -277,21 +283,21 @@ class TestRunDirectory:
         assert not directory.is_empty()
 
 
-def test_window_means_and_state() -> None:
-    window = Window(torch.device("cpu"))
+def test_means_of_metrics_and_their_state() -> None:
+    metrics = MetricAccumulator(torch.device("cpu"))
     yes, no = torch.tensor(True), torch.tensor(False)
 
-    def add(each: Window, loss: float, step: int | torch.Tensor, finite: torch.Tensor) -> None:
+    def add(each: MetricAccumulator, loss: float, step: int | torch.Tensor, finite: torch.Tensor) -> None:
         each.add({"loss": torch.tensor(loss)}, step=step, finite=finite)
         each.count()
 
-    assert window.means() == {}
-    add(window, 1.0, 1, yes)
-    add(window, 4.0, torch.tensor(2), yes)
-    assert window.means() == {"loss": 2.5}
-    other = Window(torch.device("cpu"))
-    other.load_state(window.state())
-    for each in (window, other):
+    assert metrics.means() == {}
+    add(metrics, 1.0, 1, yes)
+    add(metrics, 4.0, torch.tensor(2), yes)
+    assert metrics.means() == {"loss": 2.5}
+    other = MetricAccumulator(torch.device("cpu"))
+    other.load_state(metrics.state())
+    for each in (metrics, other):
         add(each, 1.0, torch.tensor(3), no)
         add(each, math.nan, 4, no)
         assert each.first_nonfinite_step() == 3

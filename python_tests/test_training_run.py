@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -15,14 +14,28 @@ import pytest
 import torch
 from training_tools import files_of, small_config
 
+from imaml_ext.data import Glyphs, Omniglot
 from imaml_ext.errors import CheckpointError, ConfigError, Interrupted, RunError
-from imaml_ext.training import TrainConfig, build, evaluate, train
-from imaml_ext.training import experiment as experiment_module
-from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.training.config import DataConfig, InnerConfig, ModelConfig, RunConfig, from_json
-from imaml_ext.training.evaluation import EvaluationOverrides, evaluate_run
-from imaml_ext.training.run_directory import read_metrics
-from imaml_ext.training.schedule import learning_rate
+from imaml_ext.inner import GradientDescent, NewtonCG
+from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm, Reptile
+from imaml_ext.models import Conv4
+from imaml_ext.settings import changed, from_json
+from imaml_ext.solvers import FixedPoint, Neumann
+from imaml_ext.train import (
+    EvaluationSettings,
+    Outer,
+    RunSettings,
+    Tasks,
+    Theta,
+    TrainConfig,
+    build,
+    evaluate,
+    evaluate_run,
+    train,
+)
+from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.train.run_directory import read_metrics
+from imaml_ext.train.schedule import learning_rate
 
 _TIMES = {"seconds", "tasks_per_second"}
 
@@ -41,14 +54,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(step: int, action: Any) -> None:
         calls = 0
 
-        class Patched(experiment_module.IMAML):  # type: ignore[misc]
-            def meta_gradient(self, theta: torch.Tensor, episodes: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                gradient = super().meta_gradient(theta, episodes)
-                return action(gradient) if calls == step else gradient
+        original = IMAML.meta_gradient
 
-        monkeypatch.setattr(experiment_module, "IMAML", Patched)
+        def patched(self: IMAML, params: Any, episodes: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            gradient = original(self, params, episodes)
+            return action(gradient) if calls == step else gradient
+
+        monkeypatch.setattr(IMAML, "meta_gradient", patched)
 
     return install
 
@@ -68,9 +82,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
-    config = small_config()
-    config = replace(config, evaluation=replace(config.evaluation, every=6, validation_tasks=10))
-    result = train(config, tmp_path / "run", preset="mine", command="imaml train mine")
+    config = changed(small_config(), {"evaluation.every": 6, "evaluation.validation_tasks": 10})
+    result = train(config, tmp_path / "run", recipe="mine", command="imaml train mine")
 
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert from_json(TrainConfig, recorded["config"]) == config
@@ -99,7 +112,7 @@ def test_the_outer_step_is_the_one_configured(tmp_path: Path) -> None:
     config = small_config(steps=3, optimizer="sgd", lr=0.5, clip_norm=0.1, schedule="linear", average=0.5)
     train(config, tmp_path / "run")
     experiment = build(config)
-    theta, sampler = experiment.initial_theta(), experiment.sampler("train", tasks=4, seed=0)
+    theta, sampler = experiment.initial_params()["theta"], experiment.sampler("train", tasks=4, seed=0)
     average = theta.clone()
     for step in range(3):
         gradient = experiment.algorithm.meta_gradient(theta, sampler.sample(step)).gradient
@@ -108,15 +121,15 @@ def test_the_outer_step_is_the_one_configured(tmp_path: Path) -> None:
         decay = min(0.5, (2 + step) / (11 + step))
         average = decay * average + (1 - decay) * theta
     final = _final(tmp_path / "run")
-    torch.testing.assert_close(final["theta"], theta, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(final["average"], average, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(final["theta"], experiment.initial_theta())
+    torch.testing.assert_close(final["params"], {"theta": theta}, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final["averages"], {"theta": average}, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(final["params"]["theta"], experiment.initial_params()["theta"])
 
 
 def test_resuming_changes_no_bit(tmp_path: Path, at_step: Any) -> None:
     """Stopped at steps 3, 8 and 11 of 12: none of them at a line of the log or at a regular checkpoint."""
     config = small_config(average=0.9, clip_norm=1.0)
-    config = replace(config, evaluation=replace(config.evaluation, every=6, validation_tasks=10))
+    config = changed(config, {"evaluation.every": 6, "evaluation.validation_tasks": 10})
     train(config, tmp_path / "straight")
     for calls in (3, 5, 3):
         at_step(calls, _stop)
@@ -128,30 +141,26 @@ def test_resuming_changes_no_bit(tmp_path: Path, at_step: Any) -> None:
 
     straight, stopped = _final(tmp_path / "straight"), _final(tmp_path / "stopped")
     assert stopped["step"] == 12
-    assert torch.equal(straight["theta"], stopped["theta"])
-    assert torch.equal(straight["average"], stopped["average"])
+    assert torch.equal(straight["params"]["theta"], stopped["params"]["theta"])
+    assert torch.equal(straight["averages"]["theta"], stopped["averages"]["theta"])
     for name, value in straight["optimizer"]["state"][0].items():
         assert torch.equal(value, stopped["optimizer"]["state"][0][name]), name
     assert _rows(tmp_path / "straight") == _rows(tmp_path / "stopped")
     assert json.loads((tmp_path / "straight" / "result.json").read_text())["test"] == result["test"]
 
 
-def _with(config: TrainConfig, **groups: dict[str, Any]) -> TrainConfig:
-    """The configuration with some knobs of some groups set."""
-    return replace(config, **{name: replace(getattr(config, name), **knobs) for name, knobs in groups.items()})
-
-
-@pytest.mark.parametrize("sharing", ["global", "layer", "parameter"])
+@pytest.mark.parametrize("sharing", ["global", "tensor", "parameter"])
 def test_a_learnt_lambda_resumes_with_the_same_bits_and_is_used_at_evaluation(
     tmp_path: Path, at_step: Any, sharing: str
 ) -> None:
-    config = _with(small_config(lam_lr=0.1), meta={"learn_lam": sharing})
+    config = changed(small_config(learnt_lr=0.1), {"algorithm.learn": {"lam": sharing}})
     straight = train(config, tmp_path / "straight")
     at_step(7, _stop)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "stopped")
     stopped = train(config, tmp_path / "stopped", resume=True)
-    ends = [_final(tmp_path / name) for name in ("straight", "stopped")]
+    ends = [_final(tmp_path / name)["params"] for name in ("straight", "stopped")]
+    assert list(ends[0]) == ["theta", "log_lam"]
     assert torch.equal(ends[0]["theta"], ends[1]["theta"])
     assert torch.equal(ends[0]["log_lam"], ends[1]["log_lam"])
     assert _rows(tmp_path / "straight") == _rows(tmp_path / "stopped")
@@ -159,64 +168,74 @@ def test_a_learnt_lambda_resumes_with_the_same_bits_and_is_used_at_evaluation(
 
     log_lam = ends[0]["log_lam"]
     assert (log_lam != 0).double().mean() > 0.5  # λ was 1; those of dead units stay
-    assert len(log_lam) == {"global": 1, "layer": 6, "parameter": 97}[sharing]
+    assert len(log_lam) == {"global": 1, "tensor": 6, "parameter": 97}[sharing]
     rows = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     assert rows[-1]["lam"] == pytest.approx(float(log_lam.exp().mean()), rel=0.05)
     experiment = build(config)
     theta = ends[0]["theta"]
-    with_first = evaluate(experiment, theta, split="test", tasks=20, seed=0).loss
+    begun = {"theta": theta, "log_lam": experiment.initial_params()["log_lam"]}
+    with_first = evaluate(experiment, begun, split="test", tasks=20, seed=0).loss
     assert with_first != straight["test"]["loss"]
-    fixed = build(_with(small_config(), inner={"lam": 5.0}))
+    fixed = build(changed(small_config(), {"algorithm.lam": 5.0}))
     assert evaluate(fixed, theta, split="test", tasks=20, seed=0).loss != with_first
 
 
-def test_log_lambda_takes_the_step_configured(tmp_path: Path) -> None:
-    """SGD on log λ at its own rate and the schedule of θ, against the line that defines it."""
-    config = _with(
-        small_config(steps=2, optimizer="sgd", lr=0.5, lam_lr=0.2, schedule="linear", weight_decay=0.1),
-        meta={"learn_lam": "layer"},
-    )
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        IMAML(lam=1.0, inner=GradientDescent(steps=3, lr=0.02), learn={"lam": "tensor"}),
+        MAML(lam=1.0, inner=GradientDescent(steps=3, lr=0.02), learn={"lam": "global", "lr": "tensor"}),
+    ],
+)
+def test_what_is_learnt_takes_the_step_configured(tmp_path: Path, algorithm: MetaAlgorithm) -> None:
+    """SGD on logarithms at their own rate and the schedule of θ, against the line that defines it."""
+    config = small_config(steps=2, optimizer="sgd", lr=0.5, learnt_lr=0.2, schedule="linear")
+    config = changed(config, {"algorithm": algorithm})
     train(config, tmp_path / "run")
     experiment = build(config)
-    theta, sampler = experiment.initial_theta(), experiment.sampler("train", tasks=4, seed=0)
-    lam = experiment.lam
-    assert lam is not None
+    params, sampler = experiment.initial_params(), experiment.sampler("train", tasks=4, seed=0)
+    start = {name: value.clone() for name, value in params.items()}
+    assert len(params) == 1 + len(algorithm.learn)
     for step in range(2):
-        meta = experiment.algorithm.meta_gradient(theta, sampler.sample(step))
-        rate = 1 - step / 2
-        theta = theta - 0.5 * rate * (meta.gradient + 0.1 * theta)
-        with torch.no_grad():
-            lam.log -= 0.2 * rate * lam.values * meta.lam_gradient
-    final = _final(tmp_path / "run")
-    torch.testing.assert_close(final["theta"], theta, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(final["log_lam"], lam.log.detach(), rtol=1e-5, atol=1e-7)
+        meta = experiment.algorithm.meta_gradient(params, sampler.sample(step))
+        for name in params:
+            rate = (0.5 if name == "theta" else 0.2) * (1 - step / 2)
+            params[name] = params[name] - rate * meta.gradients[name]
+    torch.testing.assert_close(_final(tmp_path / "run")["params"], params, rtol=1e-5, atol=1e-6)
+    assert not any(torch.equal(value, start[name]) for name, value in params.items())
+
+
+_DESCENT = GradientDescent(steps=3, lr=0.02)
 
 
 @pytest.mark.parametrize(
-    ("meta", "inner"),
+    "algorithm",
     [
-        ({"algorithm": "maml"}, {"lam": 0.0}),
-        ({"algorithm": "maml", "checkpoint_steps": True, "learn_lam": "layer"}, {"optimizer": "adam"}),
-        ({"algorithm": "fomaml"}, {"lam": 0.0, "optimizer": "momentum"}),
-        ({"algorithm": "reptile"}, {"lam": 0.0}),
-        ({}, {"solver": "hessian_free", "steps": 2}),
-        ({"algorithm": "reptile"}, {"solver": "hessian_free", "steps": 1, "curvature": "hessian"}),
-        ({"solver": "neumann", "damping": 5.0}, {}),
-        ({"solver": "fixed_point"}, {"proximal": "pullback"}),
+        MAML(inner=_DESCENT),
+        MAML(lam=1.0, inner=replace(_DESCENT, optimizer="adam"), checkpoint=True, learn={"lam": "tensor"}),
+        FOMAML(inner=replace(_DESCENT, optimizer="momentum"), learn={"lr": "global"}),
+        Reptile(inner=_DESCENT),
+        IMAML(lam=1.0, inner=NewtonCG(steps=2, curvature="gauss_newton"), curvature="gauss_newton"),
+        Reptile(lam=1.0, inner=NewtonCG(steps=1)),
+        IMAML(lam=1.0, inner=_DESCENT, linear_solver=Neumann(), damping=5.0, curvature="gauss_newton"),
+        IMAML(lam=1.0, inner=replace(_DESCENT, proximal="after"), linear_solver=FixedPoint(), curvature="gauss_newton"),
     ],
 )
-def test_every_algorithm_trains(tmp_path: Path, meta: dict[str, Any], inner: dict[str, Any]) -> None:
-    config = _with(small_config(steps=4), meta=meta, inner=inner)
+def test_every_algorithm_trains(tmp_path: Path, algorithm: MetaAlgorithm) -> None:
+    config = changed(small_config(steps=4), {"algorithm": algorithm})
     result = train(config, tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["skipped"] == 0
     assert rows[-1]["query_loss"] > 0
     assert result["test"]["loss"] > 0
-    assert not torch.equal(_final(tmp_path / "run")["theta"], build(config).initial_theta())
-    solved = meta.get("algorithm", "imaml") == "imaml"
-    assert ("solve_residual" in rows[-1]) == solved
-    assert ("diverged" in rows[-1]) == (meta.get("solver", "cg") != "cg")
-    assert ("newton_step_size" in rows[-1]) == (inner.get("solver") == "hessian_free")
+    assert not torch.equal(_final(tmp_path / "run")["params"]["theta"], build(config).initial_params()["theta"])
+    solver = getattr(algorithm, "linear_solver", None)
+    assert ("solve_residual" in rows[-1]) == (solver is not None)
+    assert ("diverged" in rows[-1]) == isinstance(solver, Neumann | FixedPoint)
+    assert ("newton_step_size" in rows[-1]) == isinstance(algorithm.inner, NewtonCG)
+    assert ("lam" in rows[-1]) == ("lam" in algorithm.learn)
+    assert ("inner_lr" in rows[-1]) == ("lr" in algorithm.learn)
+    assert rows[-1]["lr"] == learning_rate(config.outer, 3)  # of theta
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
 
@@ -227,7 +246,7 @@ def test_a_finished_run_is_only_tested_again(tmp_path: Path) -> None:
     again = train(config, tmp_path / "run", resume=True)
     assert again["test"] == first["test"]
     assert files_of(tmp_path / "run" / "checkpoints") == before
-    more = replace(config, evaluation=replace(config.evaluation, tasks=30))  # may be set anew
+    more = changed(config, {"evaluation.tasks": 30})  # may be set anew
     assert train(more, tmp_path / "run", resume=True)["test"]["tasks"] == 30
 
 
@@ -239,7 +258,7 @@ def test_a_run_is_not_written_over(tmp_path: Path) -> None:
         train(config, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"a resumed run keeps its settings: outer.lr was 0.01 in .*run, now 0.5"):
         train(small_config(steps=4, lr=0.5), tmp_path / "run", resume=True)
-    other_seed = replace(config, run=replace(config.run, seed=1))
+    other_seed = changed(config, {"run.seed": 1})
     with pytest.raises(ConfigError, match=r"run.seed was 0 in .*run, now 1"):
         train(other_seed, tmp_path / "run", resume=True)
     assert files_of(tmp_path / "run") == before
@@ -253,7 +272,7 @@ def test_a_run_is_not_written_over(tmp_path: Path) -> None:
 
 def test_a_non_finite_meta_gradient_ends_the_run(tmp_path: Path, at_step: Any) -> None:
     def poison(meta: Any) -> Any:
-        return dataclasses.replace(meta, gradient=meta.gradient * torch.tensor(float("nan")))
+        return replace(meta, gradients={"theta": meta.gradient * torch.tensor(float("nan"))})
 
     at_step(7, poison)
     with pytest.raises(
@@ -262,7 +281,7 @@ def test_a_non_finite_meta_gradient_ends_the_run(tmp_path: Path, at_step: Any) -
         train(small_config(), tmp_path / "run")
     final = _final(tmp_path / "run")
     assert final["step"] == 5
-    assert final["theta"].isfinite().all()
+    assert final["params"]["theta"].isfinite().all()
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4]
 
 
@@ -282,7 +301,8 @@ def test_a_damaged_checkpoint_is_named_and_not_passed_over(tmp_path: Path, at_st
         evaluate_run(tmp_path / "run")
 
     train(config, tmp_path / "run", resume=True, checkpoint=older)
-    assert torch.equal(_final(tmp_path / "run")["theta"], _final(tmp_path / "straight")["theta"])
+    ends = [_final(tmp_path / name)["params"]["theta"] for name in ("run", "straight")]
+    assert torch.equal(*ends)
     assert _rows(tmp_path / "run") == _rows(tmp_path / "straight")
     assert not newest.exists()
 
@@ -292,7 +312,7 @@ def test_a_checkpoint_of_elsewhere_is_refused(tmp_path: Path) -> None:
     train(config, tmp_path / "one")
     train(config, tmp_path / "two")
     foreign = list_checkpoints(tmp_path / "one" / "checkpoints")[-1]
-    with pytest.raises(RunError, match=r"--checkpoint must be one of .*two"):
+    with pytest.raises(RunError, match=r"--from-checkpoint must be one of .*two"):
         train(config, tmp_path / "two", resume=True, checkpoint=foreign)
 
 
@@ -301,21 +321,18 @@ class TestEvaluation:
         config = small_config()
         results = []
         for meta_batch in (20, 7, 1):
-            experiment = build(replace(config, evaluation=replace(config.evaluation, meta_batch=meta_batch)))
-            results.append(evaluate(experiment, experiment.initial_theta(), split="test", tasks=20, seed=3))
+            experiment = build(changed(config, {"evaluation.meta_batch": meta_batch}))
+            results.append(evaluate(experiment, experiment.initial_params(), split="test", tasks=20, seed=3))
         assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
         assert results[0].loss == pytest.approx(results[2].loss, rel=1e-6)
         assert results[0].loss_interval == pytest.approx(results[1].loss_interval, rel=1e-5)
 
     def test_the_first_tasks_are_those_of_a_shorter_evaluation(self) -> None:
-        images = DataConfig(name="glyphs", ways=3, shots=1, queries=4)
-        regression = small_config()
-        for config, number in (
-            (replace(regression, data=replace(regression.data, queries=11)), 114),  # of 1,250 query examples together
-            (replace(regression, data=images, model=ModelConfig(filters=4)), 105),
-        ):
+        images = {"data": Glyphs(), "model": Conv4(filters=4), "tasks": Tasks(ways=3, shots=1, queries=4)}
+        for changes, number in (({"tasks.queries": 11}, 114), (images, 105)):  # of 1,250 query examples together
+            config = changed(small_config(), changes)
             experiment = build(config)
-            theta = experiment.initial_theta()
+            theta = experiment.initial_params()["theta"]
             long, short = (evaluate(experiment, theta, split="test", tasks=n, seed=3) for n in (130, number))
             assert long.first.tasks == short.tasks == number
             assert long.first.loss == pytest.approx(short.loss, rel=1e-6)
@@ -325,7 +342,7 @@ class TestEvaluation:
     def test_the_interval_is_the_one_stated(self) -> None:
         config = small_config()
         experiment = build(config)
-        theta = experiment.initial_theta()
+        theta = experiment.initial_params()["theta"]
         episodes = experiment.sampler("test", tasks=20, seed=0).sample(0)
         phi = experiment.algorithm.adapt(theta, episodes.support)
         losses = experiment.loss(phi, episodes.query).detach().double()
@@ -336,7 +353,7 @@ class TestEvaluation:
 
     def test_splits_and_seeds_are_different_tasks(self) -> None:
         experiment = build(small_config())
-        theta = experiment.initial_theta()
+        theta = experiment.initial_params()["theta"]
         losses = {
             evaluate(experiment, theta, split=split, tasks=10, seed=seed).loss
             for split in ("train", "val", "test")
@@ -349,9 +366,9 @@ class TestEvaluation:
         assert evaluate_run(tmp_path / "run").to_json() == result["test"]
         first = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
         assert evaluate_run(tmp_path / "run", checkpoint=first).loss != result["test"]["loss"]
-        assert evaluate_run(tmp_path / "run", EvaluationOverrides(inner_steps=1)).inner_steps == 1
+        assert evaluate_run(tmp_path / "run", {"evaluation.inner_steps": 1}).inner_steps == 1
         for split in ("train", "test"):
-            fewer = evaluate_run(tmp_path / "run", EvaluationOverrides(shots=2), split=split)
+            fewer = evaluate_run(tmp_path / "run", {"tasks.shots": 2, "tasks.train_shots": None}, split=split)
             as_trained = evaluate_run(tmp_path / "run", split=split)
             assert (fewer.shots, as_trained.shots) == (2, 5)
             assert fewer.loss != as_trained.loss
@@ -361,20 +378,13 @@ class TestEvaluation:
     def test_unknown_split(self) -> None:
         experiment = build(small_config())
         with pytest.raises(ConfigError, match="has no split 'holdout'; there are: train, val, test"):
-            evaluate(experiment, experiment.initial_theta(), split="holdout", tasks=10, seed=0)
+            evaluate(experiment, experiment.initial_params()["theta"], split="holdout", tasks=10, seed=0)
 
 
 def test_validation_needs_a_validation_split(tmp_path: Path) -> None:
     if not os.environ.get("IMAML_DATA_ROOT"):
         pytest.skip("IMAML_DATA_ROOT is not set: no Omniglot")
-    from imaml_ext.training import PRESETS
-
-    config = PRESETS["omniglot-5w1s"].config
-    config = replace(
-        config,
-        data=replace(config.data, validation=0, split_protocol="1200/423", cache_dir=tmp_path / "cache"),
-        evaluation=replace(config.evaluation, every=10),
-    )
+    config = TrainConfig(data=Omniglot(cache_dir=tmp_path / "cache"), evaluation=EvaluationSettings(every=10))
     with pytest.raises(ConfigError, match="has no split 'val'"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -382,30 +392,29 @@ def test_validation_needs_a_validation_split(tmp_path: Path) -> None:
 
 def test_images_resume_with_all_threads(tmp_path: Path, at_step: Any) -> None:
     """Conv4 on glyphs, with whatever number of threads torch has chosen."""
-    from imaml_ext.training import DataConfig, EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig
-
     config = TrainConfig(
-        data=DataConfig(name="glyphs", ways=3, shots=1, queries=2),
-        model=ModelConfig(name="conv4", filters=8),
-        inner=InnerConfig(steps=3),
-        outer=OuterConfig(steps=6, meta_batch=4),
-        evaluation=EvaluationConfig(tasks=12),
-        run=RunConfig(device="cpu", tensorboard=False),
+        data=Glyphs(),
+        tasks=Tasks(ways=3, shots=1, queries=2),
+        model=Conv4(filters=8),
+        algorithm=IMAML(inner=GradientDescent(steps=3), curvature="gauss_newton"),
+        outer=Outer(steps=6, meta_batch=4),
+        evaluation=EvaluationSettings(tasks=12),
+        run=RunSettings(device="cpu", tensorboard=False),
     )
     straight = train(config, tmp_path / "straight")
     at_step(4, _stop)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "stopped")
     stopped = train(config, tmp_path / "stopped", resume=True)
-    assert torch.equal(_final(tmp_path / "straight")["theta"], _final(tmp_path / "stopped")["theta"])
+    ends = [_final(tmp_path / name)["params"]["theta"] for name in ("straight", "stopped")]
+    assert torch.equal(*ends)
     assert straight["test"] == stopped["test"]
     assert 0 <= straight["test"]["accuracy"] <= 1
     assert (tmp_path / "stopped" / "episodes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_shots_of_training_and_of_the_test() -> None:
-    config = small_config()
-    experiment = build(replace(config, data=replace(config.data, shots=5, train_shots=7)))
+    experiment = build(changed(small_config(), {"tasks.shots": 5, "tasks.train_shots": 7}))
     shots = {
         split: experiment.sampler(split, tasks=2, seed=0).sample(0).support_x.shape[1] for split in ("train", "test")
     }
@@ -413,27 +422,28 @@ def test_shots_of_training_and_of_the_test() -> None:
 
 
 def test_theta_itself_is_judged_with_no_inner_steps() -> None:
-    config = small_config()
-    experiment = build(replace(config, evaluation=replace(config.evaluation, inner_steps=0)))
-    theta = experiment.initial_theta()
+    experiment = build(changed(small_config(), {"evaluation.inner_steps": 0}))
+    theta = experiment.initial_params()["theta"]
     episodes = experiment.sampler("test", tasks=20, seed=0).sample(0)
     result = evaluate(experiment, theta, split="test", tasks=20, seed=0)
     assert result.inner_steps == 0
     assert result.loss == pytest.approx(experiment.loss(theta.expand(20, -1), episodes.query).mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("head", ["own", "shared"])
-def test_with_a_shared_head_the_order_of_the_classes_says_nothing(head: str) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_with_a_shared_head_the_order_of_the_classes_says_nothing(shared: bool) -> None:
     """Numbering every task's classes otherwise leaves the meta-gradient; with a head of their own it does not."""
     seed = torch.seed() % 2**31
     config = TrainConfig(
-        data=DataConfig(name="glyphs", ways=4, shots=2, queries=3),
-        model=ModelConfig(name="conv4", filters=6, head=head),  # type: ignore[arg-type]
-        inner=InnerConfig(lam=0.5, steps=3, lr=0.1),
-        run=RunConfig(device="cpu", dtype="float64", seed=seed),
+        data=Glyphs(),
+        tasks=Tasks(ways=4, shots=2, queries=3),
+        model=Conv4(filters=6),
+        theta=Theta(shared_head=shared),
+        algorithm=IMAML(lam=0.5, inner=GradientDescent(steps=3, lr=0.1), curvature="gauss_newton"),
+        run=RunSettings(device="cpu", dtype="float64", seed=seed),
     )
     experiment = build(config)
-    theta = experiment.initial_theta()
+    theta = experiment.initial_params()["theta"]
     episodes = experiment.sampler("train", tasks=3, seed=seed).sample(0)
     order = torch.stack([torch.randperm(4) for _ in range(3)])  # [B, ways]
     order[0] = torch.tensor([1, 2, 3, 0])  # not the old one
@@ -446,7 +456,7 @@ def test_with_a_shared_head_the_order_of_the_classes_says_nothing(head: str) -> 
         experiment.shared_(experiment.algorithm.meta_gradient(theta, tasks).gradient)
         for tasks in (episodes, renumbered)
     )
-    if head == "shared":
+    if shared:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     else:
         assert not torch.allclose(one, other, rtol=1e-3)

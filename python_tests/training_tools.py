@@ -16,18 +16,14 @@ import torch
 
 import imaml_ext
 from imaml_ext.cli import main
-from imaml_ext.training import (
-    DataConfig,
-    EvaluationConfig,
-    InnerConfig,
-    ModelConfig,
-    OuterConfig,
-    RunConfig,
-    TrainConfig,
-)
-from imaml_ext.training.run_directory import read_metrics
+from imaml_ext.data import Sinusoid
+from imaml_ext.inner import GradientDescent
+from imaml_ext.meta import IMAML
+from imaml_ext.models import MLP
+from imaml_ext.train import EvaluationSettings, Outer, RunSettings, Tasks, TrainConfig
+from imaml_ext.train.run_directory import read_metrics
 
-# The knobs that turn a sinusoid preset into a run of a second or two.
+# The options that turn a sinusoid recipe into a run of a second or two.
 SMALL = [
     *("--model.hidden", "8", "8"),
     *("--inner.steps", "3"),
@@ -43,12 +39,13 @@ SMALL = [
 def small_config(**outer: object) -> TrainConfig:
     """The same as a configuration, 12 meta-steps long."""
     return TrainConfig(
-        data=DataConfig(name="sinusoid", shots=5, queries=5),
-        model=ModelConfig(name="mlp", hidden=(8, 8)),
-        inner=InnerConfig(lam=1.0, steps=3, lr=0.02),
-        outer=replace(OuterConfig(steps=12, meta_batch=4, lr=1e-2, schedule="cosine"), **outer),
-        evaluation=EvaluationConfig(tasks=20),
-        run=RunConfig(device="cpu", log_every=4, checkpoint_every=5, tensorboard=False),
+        data=Sinusoid(),
+        tasks=Tasks(shots=5, queries=5),
+        model=MLP(hidden=(8, 8)),
+        algorithm=IMAML(lam=1.0, inner=GradientDescent(steps=3, lr=0.02), curvature="gauss_newton"),
+        outer=replace(Outer(steps=12, meta_batch=4, lr=1e-2, schedule="cosine"), **outer),
+        evaluation=EvaluationSettings(tasks=20),
+        run=RunSettings(device="cpu", log_every=4, checkpoint_every=5, tensorboard=False),
     )
 
 
@@ -105,7 +102,7 @@ def imaml_process(*arguments: object, limit_file_size: int | None = None) -> sub
 
 
 def fastest_step(run: Path) -> float:
-    """Seconds a meta-step in the fastest stretch of a run's log: what a step takes at least on this machine."""
+    """Seconds per meta-step in the fastest stretch of a run's log: what a step takes at least on this machine."""
     times = [(row["step"], row["seconds"]) for row in read_metrics(run / "metrics.jsonl")]
     return min((after - before) / (last - first) for (first, before), (last, after) in pairwise(times))
 

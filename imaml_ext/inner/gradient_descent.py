@@ -13,8 +13,8 @@ from torch import Tensor
 from imaml_ext import _renamed, ops
 from imaml_ext.batch import TaskData
 from imaml_ext.errors import ConfigError
-from imaml_ext.inner.solver import InnerResult, InnerSolver, measured, proximal_norm, start
-from imaml_ext.losses.protocol import Loss, LossFunction, as_loss
+from imaml_ext.inner.solver import InnerResult, InnerSolver, proximal_norm
+from imaml_ext.losses.loss import Loss
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.ops import Coefficient
 from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
@@ -25,7 +25,7 @@ from imaml_ext.settings import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
 class GradientDescent(InnerSolver):
     """Takes `steps` descent steps on L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ.
 
-    Each setting has its meaning beside it. With a `tolerance`, a task whose proximal gradient norm is at most that stays
+    Settings have their meaning beside them. With a `tolerance`, a task whose proximal gradient norm is that small stays
     where it is for the remaining steps. With `batch_size`, a step takes the gradient of about that many of a task's S
     examples, the next ones in turn (see `batches`), and `losses` are theirs.
 
@@ -88,24 +88,8 @@ class GradientDescent(InnerSolver):
             raise ConfigError("GradientDescent.lr_of must be empty for a function, whose parameters have no names")
         return _rates(self.lr, tuple(self.lr_of.items()), loss.layout, like.dtype, like.device)
 
-    def solve(
-        self,
-        loss: Loss | LossFunction,
-        theta: Tensor,
-        data: Any,
-        *,
-        lam: Coefficient,
-        num_tasks: int | None = None,
-        measure: bool = False,
-    ) -> InnerResult:
-        """Descends; see `InnerSolver.solve`.
-
-        Raises:
-            TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
-            NativeUnavailableError: the compiled part is missing.
-        """
-        loss, batches = as_loss(loss), self.batches(data)
-        phi, center, lam = start(theta, data, lam, num_tasks)
+    def _minimise(self, loss: Loss, phi: Tensor, center: Tensor, data: Any, lam: Tensor) -> InnerResult:
+        batches = self.batches(data)
         lr = ops.as_coefficient(self.rate(loss, phi), "lr", phi).detach()
         lam_of_steps = torch.zeros_like(lam) if self.proximal == "after" else lam
         losses = None  # [steps, B]
@@ -116,7 +100,7 @@ class GradientDescent(InnerSolver):
             losses, taken = self._descend_(loss, phi, center, batches, lam_of_steps, lr)
         if self.proximal == "after":  # φ ← φ − η λ (φ − θ)
             ops.prox_sgd_step_(phi, torch.zeros_like(phi), center, lam, lr)
-        return InnerResult(phi, losses, taken, *measured(loss, phi, data, center, lam, measure))
+        return InnerResult(phi, losses, taken)
 
     def _descend_(
         self, loss: Loss, phi: Tensor, center: Tensor, batches: list[Any], lam: Tensor, lr: Tensor
@@ -158,17 +142,3 @@ def _rates(
         rates |= dict.fromkeys(named, rate)
     each = torch.tensor([rates[name] for name in layout.names], dtype=dtype)
     return each.repeat_interleave(torch.tensor(layout.sizes)).unsqueeze(0).to(device)
-
-
-def gradient_descent(
-    loss: Loss | LossFunction,
-    theta: Tensor,
-    data: Any,
-    *,
-    lam: Coefficient,
-    num_tasks: int | None = None,
-    measure: bool = False,
-    **settings: Any,
-) -> InnerResult:
-    """Returns `GradientDescent(**settings).solve(loss, theta, data, …)`."""
-    return GradientDescent(**settings).solve(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from imaml_ext import _renamed, ops
-from imaml_ext.inner.solver import InnerResult, InnerSolver, measured, start
+from imaml_ext.inner.solver import InnerResult, InnerSolver
 from imaml_ext.losses.curvature import CurvatureOperator
-from imaml_ext.losses.protocol import Loss, LossFunction, as_loss, check_curvature
-from imaml_ext.ops import Coefficient
+from imaml_ext.losses.loss import Loss
 from imaml_ext.settings import NOT_NEGATIVE, Bounds
 from imaml_ext.solvers import CG, LinearSolver, SolveStatus
 
@@ -79,25 +78,8 @@ class NewtonCG(InnerSolver):
     # Look at the device after each trial, to stop when every task has its step; unset: on the CPU. Same result.
     stop_early: bool | None = None
 
-    def solve(
-        self,
-        loss: Loss | LossFunction,
-        theta: Tensor,
-        data: Any,
-        *,
-        lam: Coefficient,
-        num_tasks: int | None = None,
-        measure: bool = False,
-    ) -> NewtonResult:
-        """Takes the steps; see `InnerSolver.solve`.
-
-        Raises:
-            TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
-            NativeUnavailableError: the compiled part is missing.
-        """
-        loss = as_loss(loss)
-        check_curvature(loss, self.curvature)
-        phi, center, lam = start(theta, data, lam, num_tasks)
+    def _minimise(self, loss: Loss, phi: Tensor, center: Tensor, data: Any, lam: Tensor) -> NewtonResult:
+        loss.check_curvature(self.curvature)
 
         def objective(phi: Tensor) -> tuple[Tensor, Tensor]:
             """L and F of every task, [B]."""
@@ -126,9 +108,8 @@ class NewtonCG(InnerSolver):
             phi = _moved(phi, direction, step_sizes[step])
         objectives[self.steps] = objective(phi)[1] if here is None else here[1]
 
-        taken = (step_sizes > 0).sum(0)
-        ends = measured(loss, phi, data, center, lam, measure)
-        return NewtonResult(phi, losses, taken, *ends, objectives, step_sizes, negative_curvature)
+        found = {"objectives": objectives, "step_sizes": step_sizes, "negative_curvature": negative_curvature}
+        return NewtonResult(phi, losses, (step_sizes > 0).sum(0), **found)
 
     def _direction(self, operator: CurvatureOperator, gradient: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """d [B, N] with (H + shift) d ≈ −∇F, and where the solver met non-positive curvature, [B]."""
@@ -194,17 +175,3 @@ def _moved(phi: Tensor, direction: Tensor, t: Tensor) -> Tensor:
     """φ + t d, and φ itself where t = 0, whatever d is."""
     t = t.to(phi.dtype).unsqueeze(1)
     return torch.where(t > 0, torch.addcmul(phi, direction, t), phi)
-
-
-def newton_cg(
-    loss: Loss | LossFunction,
-    theta: Tensor,
-    data: Any,
-    *,
-    lam: Coefficient,
-    num_tasks: int | None = None,
-    measure: bool = False,
-    **settings: Any,
-) -> NewtonResult:
-    """Returns `NewtonCG(**settings).solve(loss, theta, data, …)`."""
-    return NewtonCG(**settings).solve(loss, theta, data, lam=lam, num_tasks=num_tasks, measure=measure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imaml_ext import ops
 from imaml_ext.checks import check_number
-from imaml_ext.losses.protocol import Loss, LossFunction, task_rows
+from imaml_ext.losses.loss import Loss, LossFunction, as_loss, task_rows
 from imaml_ext.ops import Coefficient
 from imaml_ext.settings import Choice
 
@@ -53,7 +53,6 @@ class InnerSolver(Choice):
     }
     steps: int
 
-    @abstractmethod
     def solve(
         self,
         loss: Loss | LossFunction,
@@ -76,31 +75,30 @@ class InnerSolver(Choice):
 
         Raises:
             TypeError, ValueError: an argument, or what the loss returned, of the wrong type, dtype, shape or device.
+            NativeUnavailableError: the compiled part is missing.
         """
+        loss = as_loss(loss)
+        if not isinstance(lam, Tensor):
+            check_number("lam", lam, at_least=0)
+        rows, tasks = task_rows(theta, data, num_tasks)
+        center = rows.detach().contiguous()  # [1 or B, N]
+        phi = center.expand(tasks, -1).clone(memory_format=torch.contiguous_format)
+        coefficient = ops.as_coefficient(lam, "lam", phi).detach()  # [1 or B, 1 or N]
+        result = self._minimise(loss, phi, center, data, coefficient)
+        if not measure:
+            return result
+        losses, _, grad = loss.gradient(result.phi, data)
+        return replace(
+            result, final_loss=losses, final_gradient_norm=proximal_norm(grad, result.phi, center, coefficient)
+        )
+
+    @abstractmethod
+    def _minimise(self, loss: Loss, phi: Tensor, center: Tensor, data: Any, lam: Tensor) -> InnerResult:
+        """From phi = θ [B, N], which may be changed in place; center: θ [1 or B, N], lam: [1 or B, 1 or N]."""
 
     def rate(self, loss: Loss, like: Tensor) -> Coefficient | None:
         """Returns the step size for parameters `like` [B, N] of this loss; None where the solver has none."""
         return None
-
-
-def start(theta: Tensor, data: Any, lam: Coefficient, num_tasks: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns φ = θ [B, N] to work on, θ as [1 or B, N] and λ as [1 or B, 1 or N], all without a graph."""
-    if not isinstance(lam, Tensor):
-        check_number("lam", lam, at_least=0)
-    rows, tasks = task_rows(theta, data, num_tasks)
-    center = rows.detach().contiguous()
-    phi = center.expand(tasks, -1).clone(memory_format=torch.contiguous_format)
-    return phi, center, ops.as_coefficient(lam, "lam", phi).detach()
-
-
-def measured(
-    loss: Loss, phi: Tensor, data: Any, theta: Tensor, lam: Tensor, measure: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Returns L(φ) and ‖∇L(φ) + λ (φ − θ)‖ of every task, [B] each; None unless they are to be measured."""
-    if not measure:
-        return None, None
-    losses, _, grad = loss.gradient(phi, data)
-    return losses, proximal_norm(grad, phi, theta, lam)
 
 
 def proximal_norm(grad: Tensor, phi: Tensor, theta: Tensor, lam: Tensor) -> Tensor:

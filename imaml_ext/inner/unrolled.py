@@ -10,8 +10,8 @@ from torch import Tensor
 
 from imaml_ext import ops
 from imaml_ext.inner.gradient_descent import GradientDescent
-from imaml_ext.losses.gradients import task_gradient
-from imaml_ext.losses.protocol import Loss
+from imaml_ext.losses.curvature import task_gradient
+from imaml_ext.losses.loss import Loss
 
 State = tuple[Tensor, ...]  # φ, then the moments that the optimiser keeps, all [B, N]
 

@@ -2,7 +2,7 @@
 
 from imaml_ext.losses.criteria import Criterion
 from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator
-from imaml_ext.losses.protocol import FunctionLoss, Loss, LossFunction, LossGradient, as_loss
+from imaml_ext.losses.loss import FunctionLoss, Loss, LossFunction, LossGradient, as_loss
 from imaml_ext.losses.task_loss import TaskLoss
 
 __all__ = [

@@ -2,87 +2,98 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from imaml_ext.losses.gradients import task_gradient, vector_jacobian
 from imaml_ext.ops.network import NetworkLinearisation
 
 ALL = slice(None)
 
 
-class CurvatureOperator(Protocol):
+class CurvatureOperator(ABC):
     """p [B, N] -> H p [B, N], row b from row b alone; with what linearising at phi has found on the way.
 
     Attributes:
         kind: "hessian" or "gauss_newton". losses: [B] support losses at phi. gradient: [B, N] their gradients.
         rows_per_block: how many rows at a time a solver does best with; None: all. With a number the operator also
             multiplies some rows alone, p [k, N] and the slice of the B rows that they are.
+
+    Raises:
+        TypeError, ValueError: a vector does not have the shape, dtype and device of phi, or of those rows of it.
     """
 
     kind: str
     losses: Tensor
     gradient: Tensor
-    rows_per_block: int | None
+    rows_per_block: int | None = None
 
-    def __call__(self, p: Tensor, rows: slice = ...) -> Tensor: ...
+    def __init__(self, phi: Tensor) -> None:
+        if phi.dim() != 2:
+            raise ValueError(f"phi must have shape [B, N] (one row per task), got {list(phi.shape)}")
+        self._phi = phi.detach().requires_grad_()
+
+    def __call__(self, p: Tensor, rows: slice = ALL) -> Tensor:
+        self._check(p, self._phi[rows])
+        return self._product(p, rows)
 
     def curvature(self, p: Tensor) -> Tensor:
         """Returns pᵀ H p of every task, [B] float64, at the least price that there is."""
-        ...
+        return _dot(p, self(p))
+
+    @abstractmethod
+    def _product(self, p: Tensor, rows: slice) -> Tensor: ...
+
+    @staticmethod
+    def _check(p: Tensor, phi: Tensor) -> None:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p must be a tensor, got {type(p).__name__}")
+        if p.shape != phi.shape:
+            raise ValueError(f"p must have the shape of phi, {list(phi.shape)}, got {list(p.shape)}")
+        if p.dtype != phi.dtype or p.device != phi.device:
+            raise ValueError(f"p must be {phi.dtype} on {phi.device} as phi is, got {p.dtype} on {p.device}")
 
 
-class NativeCurvature:
-    """Either curvature by the native engine: one pass over what the gradient has stored. It lives as the operator does.
-
-    Raises:
-        ValueError: a vector does not have the shape of phi, or of the rows of it that it is for.
-    """
+class NativeCurvature(CurvatureOperator):
+    """Either curvature by the native engine: one pass over what the gradient has stored."""
 
     def __init__(self, linearisation: NetworkLinearisation, phi: Tensor, kind: str) -> None:
-        self._native, self._phi, self.kind = linearisation, phi, kind
+        super().__init__(phi)
+        self._native, self.kind = linearisation, kind
         self.losses, self.gradient = linearisation.losses, linearisation.gradient
         self.rows_per_block = linearisation.rows_per_block
 
-    def __call__(self, p: Tensor, rows: slice = ALL) -> Tensor:
-        _check_vector(p, self._phi[rows])
+    def _product(self, p: Tensor, rows: slice) -> Tensor:
         return self._native.product(p, rows, gauss_newton=self.kind == "gauss_newton")
 
     def curvature(self, p: Tensor) -> Tensor:
-        """Returns pᵀ G p as (J p)ᵀ C (J p): half of a product, as nothing goes back."""
-        _check_vector(p, self._phi)
-        return _dot(p, self(p)) if self.kind == "hessian" else self._native.curvature(p)
+        """Returns pᵀ H p; pᵀ G p is (J p)ᵀ C (J p), half of a product, as nothing goes back."""
+        if self.kind == "hessian":
+            return super().curvature(p)
+        self._check(p, self._phi)
+        return self._native.curvature(p)
 
 
-class HessianOperator:
-    """H_b = ∇²L_b(φ_b): the gradient is built once, with its graph; a product differentiates that graph only.
-
-    Raises:
-        ValueError: a vector does not have the shape of phi.
-    """
+class HessianOperator(CurvatureOperator):
+    """H_b = ∇²L_b(φ_b): the gradient is built once, with its graph; a product differentiates that graph only."""
 
     kind = "hessian"
-    rows_per_block = None
 
     def __init__(self, loss: Callable[[Tensor, Any], Tensor], phi: Tensor, data: Any) -> None:
-        self._params = _leaf(phi)
+        super().__init__(phi)
         with torch.enable_grad():
-            losses = loss(self._params, data)
-            self._gradient = task_gradient(losses, self._params, create_graph=True)
+            losses = loss(self._phi, data)
+            self._gradient = task_gradient(losses, self._phi, create_graph=True)
         self.losses, self.gradient = losses.detach(), self._gradient.detach()
 
-    def __call__(self, p: Tensor, rows: slice = ALL) -> Tensor:
-        _check_vector(p, self._params)
-        return vector_jacobian(self._gradient, self._params, p)
-
-    def curvature(self, p: Tensor) -> Tensor:
-        return _dot(p, self(p))
+    def _product(self, p: Tensor, rows: slice) -> Tensor:
+        return vector_jacobian(self._gradient, self._phi, p)
 
 
-class GaussNewtonOperator:
+class GaussNewtonOperator(CurvatureOperator):
     """G_b = J_bᵀ C_b J_b, J the Jacobian of the outputs in the parameters, C the criterion's Hessian in the outputs.
 
     Positive semi-definite where the criterion is convex in the outputs, as cross-entropy and squared error are, and
@@ -92,34 +103,29 @@ class GaussNewtonOperator:
     Args:
         outputs: params [B, N] -> outputs [B, S, *]. criterion: outputs -> losses [B].
 
-    Raises:
-        ValueError: a vector does not have the shape of phi.
-
     Source: Schraudolph, Fast curvature matrix-vector products (2002); Martens, Hessian-free optimization (2010).
     """
 
     kind = "gauss_newton"
-    rows_per_block = None
 
     def __init__(self, outputs: Callable[[Tensor], Tensor], criterion: Callable[[Tensor], Tensor], phi: Tensor) -> None:
-        self._params = _leaf(phi)
+        super().__init__(phi)
         with torch.enable_grad():
-            self._outputs = outputs(self._params)  # [B, S, *]
+            self._outputs = outputs(self._phi)  # [B, S, *]
             self._leaf_outputs = self._outputs.detach().requires_grad_()
             losses = criterion(self._leaf_outputs)  # [B]
             self._output_gradient = task_gradient(losses, self._leaf_outputs, create_graph=True)
             self._cotangent = torch.zeros_like(self._outputs).requires_grad_()  # w
-            self._pullback = vector_jacobian(self._outputs, self._params, self._cotangent, create_graph=True)  # Jᵀ w
+            self._pullback = vector_jacobian(self._outputs, self._phi, self._cotangent, create_graph=True)  # Jᵀ w
         self.losses = losses.detach()
-        self.gradient = vector_jacobian(self._outputs, self._params, self._output_gradient.detach())
+        self.gradient = vector_jacobian(self._outputs, self._phi, self._output_gradient.detach())
 
-    def __call__(self, p: Tensor, rows: slice = ALL) -> Tensor:
-        _check_vector(p, self._params)
-        return vector_jacobian(self._outputs, self._params, self._along(p)[1])  # Jᵀ C J p
+    def _product(self, p: Tensor, rows: slice) -> Tensor:
+        return vector_jacobian(self._outputs, self._phi, self._along(p)[1])  # Jᵀ C J p
 
     def curvature(self, p: Tensor) -> Tensor:
         """Returns pᵀ G p as (J p)ᵀ C (J p): half of a product, as nothing goes back."""
-        _check_vector(p, self._params)
+        self._check(p, self._phi)
         tangent, curved = self._along(p)
         return _dot(tangent.flatten(1), curved.flatten(1))
 
@@ -129,21 +135,29 @@ class GaussNewtonOperator:
         return tangent, vector_jacobian(self._output_gradient, self._leaf_outputs, tangent)
 
 
+def task_gradient(losses: Tensor, params: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Returns every task's own gradient [B, N] from one backward pass; zero where no loss depends on a parameter.
+
+    Raises:
+        ValueError: the losses depend on nothing by differentiable operations.
+    """
+    if not losses.requires_grad:
+        raise ValueError("loss must depend on params by differentiable operations, got a constant")
+    (gradient,) = torch.autograd.grad(
+        losses.sum(), params, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return gradient if create_graph else gradient.contiguous()
+
+
+def vector_jacobian(outputs: Tensor, inputs: Tensor, vector: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Returns vectorᵀ ∂outputs/∂inputs and keeps the graph of the outputs; zero where there is no dependence."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(inputs)
+    return torch.autograd.grad(
+        outputs, inputs, vector, True, create_graph, allow_unused=True, materialize_grads=True
+    )[0]  # fmt: skip
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b of every row, [B] float64."""
     return (a.double() * b.double()).sum(1)
-
-
-def _leaf(phi: Tensor) -> Tensor:
-    if phi.dim() != 2:
-        raise ValueError(f"phi must have shape [B, N] (one row per task), got {list(phi.shape)}")
-    return phi.detach().requires_grad_()
-
-
-def _check_vector(p: Tensor, params: Tensor) -> None:
-    if not isinstance(p, Tensor):
-        raise TypeError(f"p must be a tensor, got {type(p).__name__}")
-    if p.shape != params.shape:
-        raise ValueError(f"p must have the shape of phi, {list(params.shape)}, got {list(p.shape)}")
-    if p.dtype != params.dtype or p.device != params.device:
-        raise ValueError(f"p must be {params.dtype} on {params.device} as phi is, got {p.dtype} on {p.device}")

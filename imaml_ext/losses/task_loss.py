@@ -8,9 +8,8 @@ from torch import Tensor
 from imaml_ext.batch import Data
 from imaml_ext.checks import check_choice
 from imaml_ext.losses.criteria import CRITERIA, Criterion, check_labels, check_targets, check_values
-from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator, NativeCurvature
-from imaml_ext.losses.gradients import check_losses, task_gradient
-from imaml_ext.losses.protocol import LossGradient, check_curvature, task_rows
+from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, NativeCurvature, task_gradient
+from imaml_ext.losses.loss import Loss, LossGradient, check_losses, task_rows
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.module import ModuleModel
 from imaml_ext.models.task_model import TaskModel
@@ -27,7 +26,7 @@ from imaml_ext.ops.network import (
 ENGINES = ("auto", "native", "torch")
 
 
-class TaskLoss:
+class TaskLoss(Loss):
     """losses [B] = loss(params [B, N], data): a model's outputs on data.x judged against data.y, task by task.
 
     Args:
@@ -74,7 +73,6 @@ class TaskLoss:
         if compiled and not isinstance(model, ModuleModel):
             raise ValueError(f"compiled must be False for a {type(model).__name__}: it is for models of from_module")
         self.model = model
-        self.curvatures = ("hessian", "gauss_newton")
         self.engine = engine
         self.classification = criterion == "cross_entropy"
         self.criterion_name = criterion if isinstance(criterion, str) else None
@@ -82,8 +80,10 @@ class TaskLoss:
         self._network = model.network if isinstance(criterion, str) and engine != "torch" else None
         self._compiled = torch.compile(self._gradient_of_all, dynamic=False) if compiled else None
 
+    curvatures = ("hessian", "gauss_newton")
+
     @property
-    def layout(self) -> ParameterLayout:
+    def layout(self) -> ParameterLayout:  # type: ignore[override]
         """Where the model's named parameters lie in a row."""
         return self.model.layout
 
@@ -103,9 +103,7 @@ class TaskLoss:
             TypeError, ValueError: outputs and targets do not fit each other, or the criterion does not give [B].
         """
         check_targets(targets, outputs.device)
-        losses = self._criterion(outputs, targets)
-        check_losses(losses, outputs.shape[0], "criterion")
-        return losses
+        return check_losses(self._criterion(outputs, targets), outputs.shape[0], "criterion")
 
     def accuracy(self, outputs: Tensor | None, targets: Tensor) -> Tensor | None:
         """Returns the fraction [B] of a task's examples that are classified right; None unless cross-entropy."""
@@ -153,8 +151,7 @@ class TaskLoss:
 
         def total(params: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             outputs = self.model._outputs(params, x)
-            losses = self._criterion(outputs, y)
-            check_losses(losses, outputs.shape[0], "criterion")
+            losses = check_losses(self._criterion(outputs, y), outputs.shape[0], "criterion")
             return losses.sum(), (losses, outputs)
 
         gradient, (losses, outputs) = torch.func.grad(total, has_aux=True)(params)
@@ -175,19 +172,14 @@ class TaskLoss:
         return network_descend_(phi, theta, lam, lr, data.x, self._checked(phi, data), network, steps)
 
     def linearize(self, params: Tensor, data: Data, kind: str = "hessian") -> CurvatureOperator:
-        """Returns the products with the Hessian, or the Gauss-Newton matrix, of every task's loss at params [B, N].
-
-        Raises:
-            TypeError, ValueError: params or data of a wrong dtype, shape or device, or an unknown kind.
-        """
-        check_curvature(self, kind)
+        self.check_curvature(kind)
         task_rows(params, data, None)
         network = self._native(params, data.x)
         if network is not None and params.dim() == 2:
             linearisation = NetworkLinearisation(params, data.x, self._checked(params, data), network)
             return NativeCurvature(linearisation, params, kind)
         if kind == "hessian":
-            return HessianOperator(self, params, data)
+            return super().linearize(params, data)
         return GaussNewtonOperator(
             lambda phi: self.outputs(phi, data.x), lambda outputs: self.criterion(outputs, data.y), params
         )

@@ -15,7 +15,7 @@ from imaml_ext import _renamed
 from imaml_ext.batch import Data, Episodes
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
-from imaml_ext.losses.protocol import Loss, as_loss
+from imaml_ext.losses.loss import Loss, as_loss
 from imaml_ext.meta.learnt import Learnt, Sharing, learnt
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.settings import NOT_NEGATIVE, Choice
@@ -122,7 +122,15 @@ class MetaAlgorithm(Choice):
 
     @abstractmethod
     def meta_gradient(self, params: Tensor | MetaParameters, episodes: Episodes) -> MetaGradient:
-        """Returns how to improve the meta-parameters: the gradient of the mean query loss, or what stands for it."""
+        """Returns how to improve the meta-parameters: the gradient of the mean query loss, or what stands for it.
+
+        Args:
+            params: theta [N], or all meta-parameters, as `initial` gives them.
+
+        Raises:
+            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
+            SolveError: of `IMAML` with `on_breakdown="raise"` only.
+        """
 
     def learnt_metrics(self, params: MetaParameters) -> dict[str, Tensor]:
         """Returns the value of everything learnt beside theta, or its mean and range, 0-d."""

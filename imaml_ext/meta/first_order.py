@@ -38,12 +38,6 @@ class FOMAML(MetaAlgorithm):
 
         Metrics, means over tasks: query_loss and query_accuracy (classification) after adaptation, what the inner
         solver tells; and the fractions of tasks that are non_finite, which do not count, and left out (skipped).
-
-        Args:
-            params: theta [N], or all meta-parameters, as `initial` gives them.
-
-        Raises:
-            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
         """
         params = self._checked(params)
         problem = self._problem(params)

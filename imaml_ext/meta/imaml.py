@@ -10,7 +10,6 @@ from torch import Tensor
 
 from imaml_ext import _renamed
 from imaml_ext.batch import Episodes
-from imaml_ext.losses.protocol import check_curvature
 from imaml_ext.meta.algorithm import (
     MetaAlgorithm,
     MetaGradient,
@@ -58,7 +57,7 @@ class IMAML(MetaAlgorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss is not None:
-            check_curvature(self.loss, self.curvature)
+            self.loss.check_curvature(self.curvature)
         if not hasattr(self.inner, "lr"):
             self.linear_solver.with_rate(None)
 
@@ -69,13 +68,6 @@ class IMAML(MetaAlgorithm):
         and after (support_loss_before, support_loss), and what else the inner solver tells; inner_gradient_norm
         ‖∇L + λ(φ − θ)‖; solve_residual, relative to ‖v‖; solve_iterations; and the fractions of tasks whose solve broke
         down (negative_curvature, diverged or singular), that are non_finite, and left out (skipped).
-
-        Args:
-            params: theta [N], or all meta-parameters, as `initial` gives them.
-
-        Raises:
-            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
-            SolveError: with `on_breakdown="raise"` only.
         """
         params = self._checked(params)
         problem, theta = self._problem(params), params["theta"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.errors import ConfigError
-from imaml_ext.losses.protocol import Loss
+from imaml_ext.losses.loss import Loss
 from imaml_ext.ops import as_coefficient
 
 if TYPE_CHECKING:

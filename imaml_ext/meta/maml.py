@@ -13,7 +13,7 @@ from imaml_ext.batch import Episodes
 from imaml_ext.errors import ConfigTypeError
 from imaml_ext.inner import GradientDescent, InnerResult
 from imaml_ext.inner.unrolled import unroll
-from imaml_ext.losses.protocol import task_rows
+from imaml_ext.losses.loss import task_rows
 from imaml_ext.meta.algorithm import (
     MetaAlgorithm,
     MetaGradient,
@@ -56,12 +56,6 @@ class MAML(MetaAlgorithm):
 
         Metrics, means over tasks: query_loss and query_accuracy (classification) after adaptation, support_loss_before;
         and the fractions of tasks that are non_finite, which do not count, and left out (skipped).
-
-        Args:
-            params: theta [N], or all meta-parameters, as `initial` gives them.
-
-        Raises:
-            TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
         """
         params = self._checked(params)
         rows, tasks = task_rows(params["theta"], episodes.support, None)

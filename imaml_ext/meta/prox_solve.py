@@ -12,7 +12,7 @@ from torch import Tensor
 from imaml_ext import _renamed, ops
 from imaml_ext.checks import check_choice, check_number
 from imaml_ext.inner import GradientDescent, InnerSolver
-from imaml_ext.losses.protocol import Loss, LossFunction, as_loss, check_curvature, task_rows
+from imaml_ext.losses.loss import Loss, LossFunction, as_loss, task_rows
 from imaml_ext.meta.implicit import Reaction, implicit_solve
 from imaml_ext.ops import Coefficient
 from imaml_ext.solvers import CG, LinearSolver
@@ -64,7 +64,7 @@ def prox_solve(
     Source: Rajeswaran et al., arXiv 1909.04630, Lemma 1; Domke, Generic methods for optimization-based modeling (2012).
     """
     given, loss = loss, as_loss(loss)
-    check_curvature(loss, curvature)
+    loss.check_curvature(curvature)
     check_choice("on_breakdown", on_breakdown, get_args(Reaction))
     check_number("damping", damping, at_least=0)
     if inner is not None and not callable(inner) and not hasattr(inner, "solve"):

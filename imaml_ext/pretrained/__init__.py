@@ -3,7 +3,7 @@
 from imaml_ext.errors import WeightsError
 from imaml_ext.pretrained.images import read_images
 from imaml_ext.pretrained.learner import AdaptedLearner, FewShotLearner, load_pretrained
-from imaml_ext.pretrained.weights import Card, Weights, evaluate_pretrained, export_run, pretrained_names, read_weights
+from imaml_ext.pretrained.weights import Card, Weights, pretrained_names, read_weights, save_weights
 
 __all__ = [
     "AdaptedLearner",
@@ -11,10 +11,9 @@ __all__ = [
     "FewShotLearner",
     "Weights",
     "WeightsError",
-    "evaluate_pretrained",
-    "export_run",
     "load_pretrained",
     "pretrained_names",
     "read_images",
     "read_weights",
+    "save_weights",
 ]

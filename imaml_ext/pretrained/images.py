@@ -7,18 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from imaml_ext.data import open_picture
 from imaml_ext.errors import DataError
 
 
 def read_images(paths: Sequence[Path | str], shape: tuple[int, ...], *, margin: float = 0.1) -> Tensor:
-    """Image files as a batch [n, C, H, W] in [0, 1].
+    """Reads image files as a batch [n, C, H, W] in [0, 1].
 
-    Colour (C = 3): the middle square, scaled. Ink (C = 1), as in Omniglot, dark or light on a plain ground: the ground
-    becomes 0 and the ink 1, whichever of the two the picture's edge is taken to be; cut to the ink's square with
-    `margin` of it on each side, and scaled.
+    In colour (C = 3), the middle square is scaled. With C = 1, as in Omniglot, a picture is ink on a plain ground, dark
+    or light: its edge is taken for the ground, which becomes 0, and the ink becomes 1. It is cut to the ink's square
+    with `margin` of it on each side, and scaled.
 
     Args:
         paths: the files, in any format that Pillow reads. shape: (C, H, W), `FewShotLearner.input_shape`.
@@ -34,21 +35,14 @@ def read_images(paths: Sequence[Path | str], shape: tuple[int, ...], *, margin: 
     if not paths:
         raise ValueError("paths must name at least one file, got none")
     channels, size, _ = shape
-    read = _colour if channels == 3 else _ink
     batch = []
     for path in map(Path, paths):
-        try:
-            with Image.open(path) as image:
-                picture = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-        except FileNotFoundError as error:
-            raise DataError(f"image {path} does not exist") from error
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error}") from error
-        batch.append(read(picture, size, margin, path))
+        picture = open_picture(path, "RGB" if channels == 3 else "L", upright=True)
+        batch.append(_colour(picture, size) if channels == 3 else _ink(picture, size, margin, path))
     return torch.from_numpy(np.stack(batch))
 
 
-def _colour(picture: Image.Image, size: int, margin: float, path: Path) -> np.ndarray:
+def _colour(picture: Image.Image, size: int) -> np.ndarray:
     scaled = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(scaled, dtype=np.float32).transpose(2, 0, 1) / 255
 

@@ -1,7 +1,7 @@
-"""Weights files: meta-parameters as safetensors, with everything that says where they come from.
+"""Weights files: meta-parameters as safetensors, with the model and the algorithm that adapts it, and a card.
 
-A file holds one tensor a parameter, by the names of the model's layout (and `log_lam` where lambda was learnt), so that
-any program can read it. Its metadata has the resolved configuration of the run, and the card: data, command, result.
+A file holds one tensor per parameter, by the names of the model's layout, so that any program can read it, and beside
+them what else was learnt (`log_lam`, `log_lr`). Its metadata describe the model, the algorithm and where all came from.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from imaml_ext.errors import RunError, WeightsError
+from imaml_ext.errors import WeightsError
 from imaml_ext.files import atomic_write
-from imaml_ext.models import TaskLoss
-from imaml_ext.training.checkpoint import load_newest
-from imaml_ext.training.config import FromScratch, TrainConfig, from_json, to_json
-from imaml_ext.training.evaluation import AS_CONFIGURED, Evaluation, EvaluationOverrides, evaluate_as_configured
-from imaml_ext.training.experiment import build, open_dataset, task_loss
-from imaml_ext.training.run_directory import RunDirectory, read_config
+from imaml_ext.losses import TaskLoss
+from imaml_ext.meta import MetaAlgorithm
+from imaml_ext.models import TaskModel
+from imaml_ext.pretrained import old_format
+from imaml_ext.settings import from_json, to_json
 
-FORMAT = "imaml_ext 1"
-_LOG_LAM = "log_lam"
+FORMAT = "imaml_ext 2"
 _PUBLISHED = Path(__file__).parent / "weights"
 
 
@@ -36,18 +33,21 @@ class Card:
     """Where the weights come from.
 
     Attributes:
-        preset, command: what trained them. commit: of the sources, "" where it is not known.
-        data: one line. input_shape: of an example, (C, H, W) or (features,). kind: "classification" or "regression".
+        recipe, command: what trained them. commit: of the sources, "" where it is not known.
+        description: of the data, in one line. data: the settings of the data source. tasks: ways, shots and queries.
+        kind: "classification" or "regression". input_shape: of an example, (C, H, W) or (features,).
         steps, meta_batch: meta-steps, and tasks in each. train_seconds: how long they took.
         test: split, tasks, seed, inner steps, and the figures with their 95 % intervals, as in result.json; `first` are
             those of its first tasks (missing in results of before there were such figures).
-        environment: versions and hardware of the training.
+        environment: versions and hardware of the training. trained_from: the weights that it began with, if any.
     """
 
-    preset: str
+    recipe: str
     command: str
     commit: str
-    data: str
+    description: str
+    data: dict[str, Any]
+    tasks: dict[str, Any]
     kind: str
     input_shape: tuple[int, ...]
     steps: int
@@ -55,31 +55,7 @@ class Card:
     train_seconds: float
     test: dict[str, Any]
     environment: dict[str, Any]
-
-    def to_markdown(self, name: str, config: TrainConfig) -> str:
-        """The card as a page."""
-        ways = f"{config.data.ways}-way {config.data.shots}-shot" if self.kind == "classification" else "regression"
-        inner = config.inner.solver.replace("_", " ").replace("hessian free", "Hessian-free")
-        rows = {
-            "data": self.data,
-            "tasks": ways,
-            "algorithm": f"{config.meta.algorithm}, {inner}, {config.inner.steps} steps, λ = {config.inner.lam:g}"
-            + (", shared head" if config.model.head == "shared" else ""),
-            "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
-            + (f", from the weights {config.model.weights}" if config.model.weights is not None else ""),
-            "on": f"{self.environment['cpu']}, {self.environment['threads']} threads"
-            if self.environment["device"] == "cpu"
-            else self.environment.get("gpu", self.environment["device"]),
-            "test": f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})",
-            **({"check": self._first_figure} if "first" in self.test else {}),
-            "command": f"`{self.command}`",
-            "commit": self.commit or "unknown",
-            "versions": ", ".join(f"{key} {self.environment[key]}" for key in ("imaml_ext", "torch", "python")),
-        }
-        lines = [f"| {key} | {value} |" for key, value in rows.items()]
-        return "\n".join(
-            [f"# {name}", "", "| | |", "|---|---|", *lines, "", f"    imaml evaluate --pretrained {name}", ""]
-        )
+    trained_from: str | None = None
 
     @property
     def figure(self) -> str:
@@ -88,13 +64,39 @@ class Card:
             return f"mean squared error {self.test['loss']:.4f} ± {self.test['loss_interval']:.4f}"
         return f"accuracy {100 * self.test['accuracy']:.2f} ± {100 * self.test['accuracy_interval']:.2f} %"
 
-    @property
-    def _first_figure(self) -> str:
-        first = self.test["first"]
-        figure = f"mean squared error {first['loss']:.4f}"
-        if first["accuracy"] is not None:
-            figure = f"accuracy {100 * first['accuracy']:.2f} %"
-        return f"{figure} on the first {first['tasks']} of these tasks (`--tasks {first['tasks']}`)"
+    def to_markdown(self, name: str, algorithm: MetaAlgorithm, *, shared_head: bool) -> str:
+        """The card as a page, for the weights `name` that this algorithm adapts."""
+        where, first = self.environment, self.test.get("first")
+        rows = {
+            "data": self.description,
+            "tasks": f"{self.tasks['ways']}-way {self.tasks['shots']}-shot"
+            if self.kind == "classification"
+            else "regression",
+            "algorithm": f"{algorithm.kind_name}, {algorithm.inner.kind_name}, {algorithm.inner.steps} steps, "
+            f"λ = {algorithm.lam:g}{', shared head' if shared_head else ''}",
+            "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
+            + (f", from the weights {self.trained_from}" if self.trained_from else ""),
+            "on": f"{where['cpu']}, {where['threads']} threads"
+            if where["device"] == "cpu"
+            else where.get("gpu", where["device"]),
+            "test": f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})",
+            **({"check": _check(first)} if first else {}),
+            "command": f"`{self.command}`",
+            "commit": self.commit or "unknown",
+            "versions": ", ".join(f"{key} {where[key]}" for key in ("imaml_ext", "torch", "python")),
+        }
+        lines = [f"| {key} | {value} |" for key, value in rows.items()]
+        return "\n".join([f"# {name}", "", "| | |", "|---|---|", *lines, "", _EVALUATE.format(name), ""])
+
+
+_EVALUATE = "    imaml evaluate --pretrained {}"
+
+
+def _check(first: Mapping[str, Any]) -> str:
+    figure = f"mean squared error {first['loss']:.4f}"
+    if first["accuracy"] is not None:
+        figure = f"accuracy {100 * first['accuracy']:.2f} %"
+    return f"{figure} on the first {first['tasks']} of these tasks (`--tasks {first['tasks']}`)"
 
 
 @dataclass(frozen=True)
@@ -102,46 +104,57 @@ class Weights:
     """The content of a weights file.
 
     Attributes:
-        name: of the file, without its ending. theta: [N]. log_lam: [G] where lambda was learnt, else None.
+        name: of the file, without its ending.
+        params: the meta-parameters, {"theta": [N]} and what else was learnt ("log_lam", "log_lr").
+        model: the network that theta belongs to. criterion: its loss, "cross_entropy" or "mse".
+        algorithm: what adapts it to a task. shared_head: whether all classes begin with the same last layer.
     """
 
     name: str
-    theta: Tensor
-    log_lam: Tensor | None
-    config: TrainConfig
+    params: dict[str, Tensor]
+    model: TaskModel
+    criterion: str
+    algorithm: MetaAlgorithm
+    shared_head: bool
     card: Card
 
-    def task_loss(self) -> TaskLoss:
-        """The model and criterion that theta belongs to."""
-        return task_loss(self.config, kind=self.card.kind, input_shape=self.card.input_shape)
+    def bound_algorithm(self) -> MetaAlgorithm:
+        """The algorithm on the loss of the model; it adapts `params` to support sets."""
+        return self.algorithm.bound(TaskLoss(self.model, self.criterion))
 
-    def parameters(self, *, ways: int | None = None) -> dict[str, Tensor]:
-        """theta by name; for another number of `ways` than in training, every class with the mean over the classes in
-        the last layer. Nothing is lost by that where the head is a shared one (`model.head`).
+    def for_ways(self, ways: int | None) -> Weights:
+        """The same for tasks of another number of classes, each with the mean over the classes in the last layer.
+
+        Nothing is lost by that where the head is a shared one. None: as in training.
 
         Raises:
-            WeightsError: `ways` is given, and they are of regression, or is not at least 2.
+            WeightsError: they are of regression, or `ways` is not at least 2.
         """
-        layout = self.task_loss().model.layout
-        parameters = layout.views(self.theta)
-        if ways is None:
-            return parameters
+        if ways is None or (self.card.kind == "classification" and ways == self.card.tasks["ways"]):
+            return self
         if self.card.kind != "classification":
             raise WeightsError(f"the weights {self.name} are of regression: ways must be left out, got {ways}")
         if ways < 2:
-            raise WeightsError(f"ways must be an integer >= 2, got {ways}")
-        if ways == self.config.data.ways:
-            return parameters
-        return parameters | layout.shared_last_layer(self.theta, ways)
+            raise WeightsError(f"ways must be at least 2, got {ways}")
+        layout, theta = self.model.layout, self.params["theta"]
+        model = self.model.fitted(self.card.input_shape, ways)
+        theta = model.layout.flatten(layout.views(theta) | layout.shared_last_layer(theta, ways))
+        card = replace(self.card, tasks=self.card.tasks | {"ways": ways})
+        return replace(self, params=self.params | {"theta": theta}, model=model, card=card)
+
+    def parameters(self, *, ways: int | None = None) -> dict[str, Tensor]:
+        """theta by the names of the model's layout, for so many classes as `for_ways` says."""
+        weights = self.for_ways(ways)
+        return weights.model.layout.views(weights.params["theta"])
 
 
 def pretrained_names() -> list[str]:
-    """The weights that come with the package."""
+    """Returns the names of the weights that come with the package."""
     return sorted(path.stem for path in _PUBLISHED.glob("*.safetensors"))
 
 
 def read_weights(source: Path | str) -> Weights:
-    """Weights by the name of published ones, or from a file.
+    """Reads weights by the name of published ones, or from a file.
 
     Raises:
         WeightsError: there are none of that name, the file is missing or damaged, or was not written by `imaml export`.
@@ -160,109 +173,41 @@ def read_weights(source: Path | str) -> Weights:
         raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise WeightsError(f"weights {path} are damaged: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path} was not written by `imaml export`: its format is {metadata.get('format')!r}")
+    form = metadata.pop("format", None)
+    if form not in (FORMAT, old_format.FORMAT):
+        raise WeightsError(f"{path} was not written by `imaml export`: its format is {form!r}")
     try:
-        config = from_json(TrainConfig, json.loads(metadata["config"]))
-        values = json.loads(metadata["card"])
-        values["input_shape"] = tuple(values["input_shape"])
-        card = Card(**values)
-        log_lam = tensors.pop(_LOG_LAM, None)
-        weights = Weights(path.stem, torch.empty(0), log_lam, config, card)
-        theta = weights.task_loss().model.layout.flatten(tensors)
-    except (KeyError, TypeError, ValueError, RunError) as error:
+        values = {key: json.loads(value) for key, value in metadata.items()}
+        return _from_file(path.stem, tensors, values if form == FORMAT else old_format.old_weights(**values))
+    except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"weights {path} cannot be used: {error}") from error
-    return Weights(path.stem, theta, log_lam, config, card)
 
 
-def export_run(run: Path, output: Path, *, commit: str = "") -> Weights:
-    """Write the meta-parameters of a finished run as a weights file, and its card beside it (`.md`).
+def _from_file(name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> Weights:
+    card = Card(**values["card"] | {"input_shape": tuple(values["card"]["input_shape"])})
+    model = from_json(TaskModel, values["model"], "model")
+    algorithm = from_json(MetaAlgorithm, values["algorithm"], "algorithm")
+    learnt = {f"log_{name}": tensors.pop(f"log_{name}") for name in getattr(algorithm, "learn", {})}
+    params = {"theta": model.layout.flatten(tensors), **learnt}
+    return Weights(name, params, model, values["criterion"], algorithm, bool(values["shared_head"]), card)
 
-    Args:
-        run: the run directory. output: NAME.safetensors. commit: of the sources that trained it, where the run does not
-            say.
+
+def save_weights(path: Path, weights: Weights) -> None:
+    """Writes a weights file NAME.safetensors, and its card NAME.md beside it.
 
     Raises:
-        RunError: the directory holds no finished run, or the files cannot be written.
-        ConfigError, DataError: its data set is not there (its description is written into the card).
+        WriteError: a file cannot be written.
     """
-    if output.suffix != ".safetensors":
-        raise RunError(f"output must be a file NAME.safetensors, got {output}")
-    directory = RunDirectory(run)
-    recorded = read_config(directory)
-    saved = load_newest(directory.checkpoints)
-    result = _result(directory)
-    if saved is None or saved.step != result["steps"]:
-        raise RunError(f"{run} has no checkpoint of step {result['steps']}, which its result.json is about")
-    dataset = open_dataset(recorded.config.data)
-    config = _portable(recorded.config)
-    card = Card(
-        preset=recorded.preset,
-        command=result["command"],
-        commit=commit or result["environment"].get("commit", ""),
-        data=dataset.description,
-        kind=dataset.kind,
-        input_shape=tuple(dataset.input_shape),
-        steps=result["steps"],
-        meta_batch=config.outer.meta_batch,
-        train_seconds=result["train_seconds"],
-        test=result["test"],
-        environment=result["environment"],
-    )
-    theta = saved.theta if saved.average is None else saved.average  # [N]
-    weights = Weights(output.stem, theta, saved.log_lam, config, card)
-    tensors = {name: view.contiguous() for name, view in weights.task_loss().model.layout.views(theta).items()}
-    if saved.log_lam is not None:
-        tensors[_LOG_LAM] = saved.log_lam
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(to_json(config)),
-        "card": json.dumps(asdict(card)),
+    theta = weights.model.layout.views(weights.params["theta"])
+    tensors = {name: view.contiguous() for name, view in theta.items()}
+    tensors |= {name: value for name, value in weights.params.items() if name != "theta"}
+    values = {
+        "model": to_json(weights.model),
+        "criterion": weights.criterion,
+        "algorithm": to_json(weights.algorithm),
+        "shared_head": weights.shared_head,
+        "card": asdict(weights.card),
     }
-    atomic_write(output, save(tensors, metadata))
-    atomic_write(output.with_suffix(".md"), card.to_markdown(output.stem, config).encode())
-    return weights
-
-
-def evaluate_pretrained(
-    source: Path | str,
-    overrides: EvaluationOverrides = AS_CONFIGURED,
-    *,
-    split: str = "test",
-    from_scratch: FromScratch | None = None,
-) -> Evaluation:
-    """Adapt weights, by name or from a file, to tasks of their own data set and judge them there.
-
-    Raises:
-        WeightsError: there are no such weights, or the file is damaged.
-        ConfigError, DataError: the tasks asked for cannot be made.
-    """
-    weights = read_weights(source)
-    experiment = build(overrides.applied(weights.config))
-    experiment.restore_lam(weights.log_lam)
-    theta = experiment.model.layout.flatten(weights.parameters(ways=overrides.ways))
-    theta = theta.to(experiment.device, experiment.dtype)
-    return evaluate_as_configured(experiment, theta, split=split, from_scratch=from_scratch)
-
-
-def _portable(config: TrainConfig) -> TrainConfig:
-    """The configuration without the folders of the machine that it ran on."""
-    weights = config.model.weights
-    return replace(
-        config,
-        data=replace(config.data, root=None, cache_dir=None),
-        model=replace(config.model, weights=None if weights is None else Path(weights).name),
-    )
-
-
-def _result(directory: RunDirectory) -> Mapping[str, Any]:
-    try:
-        result = json.loads(directory.result.read_text())
-    except FileNotFoundError as error:
-        raise RunError(f"{directory.path} is not finished: it has no result.json") from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"{directory.result} cannot be read: {error}") from error
-    missing = {"steps", "command", "test", "train_seconds", "environment"} - set(result)
-    if missing:
-        raise RunError(f"{directory.result} lacks {', '.join(sorted(missing))}")
-    return result
+    atomic_write(path, save(tensors, {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}))
+    page = weights.card.to_markdown(path.stem, weights.algorithm, shared_head=weights.shared_head)
+    atomic_write(path.with_suffix(".md"), page.encode())

@@ -1,0 +1,268 @@
+// The machine that runs CUDA kernels on the host (cuda_on_cpu): kernels whose results are known, and kernels with the
+// faults that it is there to find.
+#include <cooperative_groups.h>
+
+#include <cstdlib>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "common/cuda/launch.cuh"
+
+namespace {
+
+constexpr int kThreads = 96;
+
+void set_seed(int seed) { setenv("CUDA_ON_CPU_SEED", std::to_string(seed).c_str(), 1); }
+
+template <typename T>
+std::vector<T> counted(size_t size) {
+  std::vector<T> numbers(size);
+  std::iota(numbers.begin(), numbers.end(), T(1));
+  return numbers;
+}
+
+// --- reductions
+// ---------------------------------------------------------------------------------------------------------
+
+// One block's sum: lanes by shuffles, warps through shared memory.
+__device__ double block_sum(double value) {
+  __shared__ double warp_sums[kThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  double total = 0.0;
+  for (const double sum : warp_sums) total += sum;
+  return total;
+}
+
+__global__ void sum_kernel(const double* from, double* to) {
+  const double total = block_sum(from[blockIdx.x * kThreads + threadIdx.x]);
+  to[blockIdx.x * kThreads + threadIdx.x] = total;
+}
+
+void a_block_sums() {
+  constexpr int kBlocks = 5;
+  const auto from = counted<double>(kBlocks * kThreads);
+  for (int seed = 0; seed < 20; ++seed) {
+    set_seed(seed);
+    std::vector<double> to(from.size(), 0.0);
+    imaml_ext::launch(sum_kernel, kBlocks, kThreads, 0, from.data(), to.data());
+    for (size_t i = 0; i < to.size(); ++i) {
+      const double first = from[i / kThreads * kThreads];
+      EXPECT_CLOSE(to[i], kThreads * (first + (kThreads - 1) / 2.0), 0.0);
+    }
+  }
+}
+
+// Each element from its neighbour across the block, by way of shared memory.
+template <bool kWaits>
+__global__ void reverse_kernel(const int* from, int* to) {
+  int* const shared = imaml_ext::dynamic_shared<int>();
+  shared[threadIdx.x] = from[threadIdx.x];
+  if (kWaits) __syncthreads();
+  to[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
+}
+
+template <bool kWaits>
+int seeds_with_a_wrong_result() {
+  const auto from = counted<int>(kThreads);
+  const std::vector<int> reversed(from.rbegin(), from.rend());
+  int wrong = 0;
+  for (int seed = 0; seed < 10; ++seed) {
+    set_seed(seed);
+    std::vector<int> to(from.size());
+    imaml_ext::launch(reverse_kernel<kWaits>, 1, kThreads, kThreads * sizeof(int), from.data(), to.data());
+    wrong += to != reversed ? 1 : 0;
+  }
+  return wrong;
+}
+
+void a_missing_barrier_shows() {
+  EXPECT(seeds_with_a_wrong_result<true>() == 0);
+  EXPECT(seeds_with_a_wrong_result<false>() == 10);  // half of the elements read what nobody has written
+}
+
+// Thread 0 reads what its neighbour of the same warp has written: __syncwarp is enough, and needed.
+template <bool kWaits>
+__global__ void neighbour_kernel(int* to) {
+  __shared__ int number;
+  if (threadIdx.x == 1) number = 7;
+  if (kWaits) __syncwarp();
+  if (threadIdx.x == 0) *to = number;
+}
+
+void a_missing_wait_in_a_warp_shows() {
+  int right = 0;
+  for (int seed = 0; seed < 40; ++seed) {
+    set_seed(seed);
+    int to = 0;
+    imaml_ext::launch(neighbour_kernel<true>, 1, 32, 0, &to);
+    EXPECT(to == 7);
+    imaml_ext::launch(neighbour_kernel<false>, 1, 32, 0, &to);
+    right += to == 7 ? 1 : 0;
+  }
+  EXPECT(right > 0 && right < 40);
+}
+
+__global__ void unwritten_kernel(float* to, bool write) {
+  __shared__ float number;
+  if (write) number = 1.0f;
+  *to = number;
+}
+
+void shared_memory_begins_as_nan() {
+  float to = 0.0f;
+  imaml_ext::launch(unwritten_kernel, 1, 1, 0, &to, true);
+  EXPECT(to == 1.0f);
+  imaml_ext::launch(unwritten_kernel, 1, 1, 0, &to, false);
+  EXPECT(std::isnan(to));
+}
+
+// --- barriers that are not met
+// ------------------------------------------------------------------------------------------
+
+__global__ void half_kernel() {
+  if (threadIdx.x < 32) __syncthreads();
+}
+
+__global__ void two_places_kernel() {
+  if (threadIdx.y == 0) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void lane_kernel() {
+  if (threadIdx.x != 3) __shfl_sync(0xffffffffu, 1, 0);
+  if (threadIdx.x == 3) __syncthreads();
+}
+
+void divergence_is_reported() {
+  set_seed(3);
+  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, kThreads, 0); }, "half_kernel"));
+  EXPECT(throws_saying(
+      [] { imaml_ext::launch(half_kernel, 1, kThreads, 0); },
+      "64 have ended, the first of them (32, 0, 0) of block (0, 0, 0); 32 wait at test_cuda_on_cpu.cpp:"));
+  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, kThreads, 0); }, "CUDA_ON_CPU_SEED=3"));
+  EXPECT(throws_saying([] { imaml_ext::launch(two_places_kernel, 1, dim3(8, 2), 0); }, "the threads do not meet"));
+  EXPECT(throws_saying([] { imaml_ext::launch(lane_kernel, 1, 32, 0); }, "(__shfl_sync, mask 0xffffffff)"));
+  a_block_sums();  // and afterwards all is well
+}
+
+// --- warps
+// --------------------------------------------------------------------------------------------------------------
+
+struct Lanes {
+  int down, up, exclusive, from, down_of_8;
+  unsigned odd;
+  int any, all;
+};
+
+__global__ void lanes_kernel(Lanes* to) {
+  const int lane = static_cast<int>(threadIdx.x);
+  Lanes& mine = to[lane];
+  mine.down = __shfl_down_sync(0xffffffffu, lane, 3);
+  mine.up = __shfl_up_sync(0xffffffffu, lane, 3);
+  mine.exclusive = __shfl_xor_sync(0xffffffffu, lane, 5);
+  mine.from = __shfl_sync(0xffffffffu, lane, 35);
+  mine.down_of_8 = __shfl_down_sync(0xffffffffu, lane, 3, 8);
+  mine.odd = __ballot_sync(0xffffffffu, lane % 2);
+  mine.any = __any_sync(0xffffffffu, lane == 9);
+  mine.all = __all_sync(0xffffffffu, lane != 9);
+  // Half a warp on its own.
+  if (lane < 16) mine.down += __shfl_sync(0x0000ffffu, 100, 2);
+}
+
+void lanes_exchange() {
+  std::vector<Lanes> to(32);
+  imaml_ext::launch(lanes_kernel, 1, 32, 0, to.data());
+  for (int lane = 0; lane < 32; ++lane) {
+    const Lanes& found = to[static_cast<size_t>(lane)];
+    EXPECT(found.down == (lane < 29 ? lane + 3 : lane) + (lane < 16 ? 100 : 0));
+    EXPECT(found.up == (lane > 2 ? lane - 3 : lane));
+    EXPECT(found.exclusive == (lane ^ 5));
+    EXPECT(found.from == 3);
+    EXPECT(found.down_of_8 == (lane % 8 < 5 ? lane + 3 : lane));
+    EXPECT(found.odd == 0xaaaaaaaau);
+    EXPECT(found.any == 1 && found.all == 0);
+  }
+}
+
+// --- clusters
+// -----------------------------------------------------------------------------------------------------------
+
+// Every block's number, summed over the cluster by each of its blocks.
+template <bool kStays>
+__global__ void cluster_kernel(int* to) {
+  __shared__ int number;
+  const auto cluster = cooperative_groups::this_cluster();
+  if (threadIdx.x == 0) number = static_cast<int>(blockIdx.x);
+  cluster.sync();
+  if (threadIdx.x == 0) {
+    int sum = 0;
+    for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) sum += *cluster.map_shared_rank(&number, rank);
+    to[blockIdx.x] = sum;
+  }
+  if (kStays) cluster.sync();
+}
+
+void clusters_sum() {
+  for (int seed = 0; seed < 10; ++seed) {
+    set_seed(seed);
+    std::vector<int> to(12);
+    imaml_ext::launch_clusters(cluster_kernel<true>, 4, 12, 32, 0, to.data());
+    for (int block = 0; block < 12; ++block) EXPECT(to[static_cast<size_t>(block)] == block / 4 * 16 + 6);
+  }
+  std::vector<int> alone(3);
+  imaml_ext::launch(cluster_kernel<true>, 3, 32, 0, alone.data());
+  EXPECT(alone == (std::vector<int>{0, 1, 2}));
+}
+
+void a_block_that_leaves_its_cluster_is_reported() {
+  std::vector<int> to(4);
+  EXPECT(throws_saying([&] { imaml_ext::launch_clusters(cluster_kernel<false>, 4, 4, 32, 0, to.data()); },
+                       "map_shared_rank: the block of rank"));
+}
+
+// --- launches
+// -----------------------------------------------------------------------------------------------------------
+
+__global__ void index_kernel(int* to) {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  atomicAdd(to + block * blockDim.x * blockDim.y * blockDim.z + thread, 1);
+}
+
+void every_thread_runs_once() {
+  std::vector<int> to(2 * 3 * 5 * 7 * 4 * 2, 0);
+  imaml_ext::launch(index_kernel, dim3(2, 3, 5), dim3(7, 4, 2), 0, to.data());
+  EXPECT(to == std::vector<int>(to.size(), 1));
+}
+
+void limits_are_those_of_the_card() {
+  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 0, 32, 0); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, 1025, 0); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, dim3(1, 65536), 32, 0); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch_clusters(half_kernel, 4, 6, 32, 0); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, 32, 228 * 1024); }, "invalid argument"));
+}
+
+}  // namespace
+
+int main() {
+  return run_tests({
+      {"a block sums", a_block_sums},
+      {"a missing barrier shows", a_missing_barrier_shows},
+      {"a missing wait in a warp shows", a_missing_wait_in_a_warp_shows},
+      {"shared memory begins as NaN", shared_memory_begins_as_nan},
+      {"divergence is reported", divergence_is_reported},
+      {"lanes exchange", lanes_exchange},
+      {"clusters sum", clusters_sum},
+      {"a block that leaves its cluster is reported", a_block_that_leaves_its_cluster_is_reported},
+      {"every thread runs once", every_thread_runs_once},
+      {"limits are those of the card", limits_are_those_of_the_card},
+  });
+}

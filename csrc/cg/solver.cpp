@@ -1,0 +1,206 @@
+#include "cg/solver.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "cg/row.h"
+#include "common/checks.h"
+
+namespace imaml_ext {
+namespace {
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+void begin(const at::Tensor& b, const std::optional<at::Tensor>& hx, const CgOptions& o,
+           const std::optional<at::Tensor>& inverse_diagonal, const std::optional<at::Tensor>& x,
+           const std::optional<at::Tensor>& r, const std::optional<at::Tensor>& p, at::Tensor& state,
+           at::Tensor& status, at::Tensor& iterations, bool update_direction) {
+  static const auto op = find_op<void(
+      const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const std::optional<at::Tensor>&,
+      const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+      const std::optional<at::Tensor>&, at::Tensor&, at::Tensor&, at::Tensor&, bool)>("imaml_ext::cg_begin_");
+  op.call(b, hx, o.shift, inverse_diagonal, o.rtol, o.atol, x, r, p, state, status, iterations, update_direction);
+}
+
+void direction(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,
+               const at::Tensor& x, const at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status) {
+  static const auto op =
+      find_op<void(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const at::Tensor&,
+                   const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&)>("imaml_ext::cg_direction_");
+  op.call(z, inverse_diagonal, x, r, p, state, status);
+}
+
+void step(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
+          const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
+          at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first, bool last) {
+  static const auto op =
+      find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                   at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool, bool, bool)>(
+          "imaml_ext::cg_step_");
+  op.call(hp, b, shift, inverse_diagonal, x, r, p, state, status, iterations, update_direction, first, last);
+}
+
+// The work vectors r and p of the last solve on the CPU, kept by each thread for its next one: fresh memory of this
+// size costs more in page faults than an iteration costs. (On CUDA the caching allocator does this.)
+class WorkVectors {
+ public:
+  WorkVectors(int64_t rows, const at::Tensor& b) {
+    const bool fits = b.device().is_cpu() && kept_.defined() && kept_.scalar_type() == b.scalar_type() &&
+                      kept_.size(1) == rows && kept_.size(2) == b.size(1);
+    both_ = fits ? std::exchange(kept_, at::Tensor()) : at::empty({2, rows, b.size(1)}, b.options());
+  }
+  // Not kept if a callback holds on to one of them: it would see the next solve.
+  void done() {
+    if (both_.device().is_cpu() && both_.storage().use_count() == 1) kept_ = std::move(both_);
+  }
+  at::Tensor r(int64_t rows) const { return both_.select(0, 0).narrow(0, 0, rows); }
+  at::Tensor p(int64_t rows) const { return both_.select(0, 1).narrow(0, 0, rows); }
+
+ private:
+  static thread_local at::Tensor kept_;
+  at::Tensor both_;  // [2, rows, N]
+};
+thread_local at::Tensor WorkVectors::kept_;
+
+// Validates, and fills in what the caller has left out.
+CgOptions completed(const CgOptions& options, const at::Tensor& b) {
+  TORCH_CHECK_VALUE(options.max_iterations >= 0, "cg: max_iterations must be at least 0, got ", options.max_iterations);
+  TORCH_CHECK_VALUE(options.check_every >= 0, "cg: check_every must be at least 0, got ", options.check_every);
+  TORCH_CHECK_VALUE(options.rows_per_block >= 0, "cg: rows_per_block must be at least 0, got ", options.rows_per_block);
+  TORCH_CHECK_VALUE(!(options.preconditioner && options.inverse_diagonal.defined()),
+                    "cg: preconditioner must be either a diagonal or a callable, got both");
+  const auto wide = b.options().dtype(at::kDouble);
+  CgOptions o = options;
+  if (!o.shift.defined()) o.shift = at::zeros({1, 1}, b.options().dtype(compute_type(b.scalar_type())));
+  if (!o.rtol.defined()) o.rtol = at::full({1}, 1e-5, wide);
+  if (!o.atol.defined()) o.atol = at::zeros({1}, wide);
+  check_coefficient("cg", "shift", o.shift, b);
+  if (o.inverse_diagonal.defined()) check_coefficient("cg", "inverse_diagonal", o.inverse_diagonal, b);
+  for (const auto& [name, tolerance] : {std::pair{"rtol", o.rtol}, std::pair{"atol", o.atol}}) {
+    const bool one = tolerance.dim() == 1 && tolerance.size(0) == 1;
+    check_table("cg", name, tolerance, at::kDouble, {one ? 1 : b.size(0)}, b);
+  }
+  if (o.x0) {
+    o.x0 = o.x0->detach().contiguous();
+    check_like("cg", "x0", *o.x0, "b", b);
+  }
+  return o;
+}
+
+// One block of rows: views of the batch's tensors, and the work vectors that each block uses anew.
+class Block {
+ public:
+  Block(RowRange rows, const CgOptions& batch, const at::Tensor& b, const WorkVectors& work, CgResult& result,
+        const at::Tensor& state)
+      : rows_(rows),
+        batch_(b.size(0)),
+        o_(batch),
+        b_(of(b)),
+        x_(of(result.x)),
+        r_(work.r(rows.count())),
+        p_(work.p(rows.count())),
+        state_(of(state)),
+        status_(of(result.status)),
+        iterations_(of(result.iterations)) {
+    o_.shift = of(batch.shift);
+    o_.rtol = of(batch.rtol);
+    o_.atol = of(batch.atol);
+    if (batch.inverse_diagonal.defined()) inverse_diagonal_ = of(batch.inverse_diagonal);
+    if (batch.x0) x_.copy_(of(*batch.x0));
+  }
+
+  void solve(const RowOperator& hvp);
+
+ private:
+  // The block's rows of a tensor [1 or B, …].
+  at::Tensor of(const at::Tensor& tensor) const {
+    const bool whole = rows_.count() == batch_ || tensor.size(0) == 1;
+    return whole ? tensor : tensor.narrow(0, rows_.first, rows_.count());
+  }
+
+  // What a callback returned: a tensor like b, made contiguous.
+  at::Tensor apply(const RowOperator& callback, const char* name, const at::Tensor& argument) const {
+    at::Tensor result = callback(argument, rows_);
+    TORCH_CHECK_TYPE(result.defined(), "cg: ", name, " returned no tensor");
+    result = result.detach().contiguous();
+    check_like("cg", name, result, rows_.count() == batch_ ? "b" : "b[rows]", b_);
+    return result;
+  }
+  at::Tensor precondition() const { return apply(o_.preconditioner, "preconditioner", r_); }
+
+  RowRange rows_;
+  int64_t batch_;
+  CgOptions o_;
+  std::optional<at::Tensor> inverse_diagonal_;
+  at::Tensor b_, x_, r_, p_, state_, status_, iterations_;
+};
+
+void Block::solve(const RowOperator& hvp) {
+  // r = b − A x0,  z = M r,  p = z. From x = 0 without M that is r = p = b, and stays b until the first step.
+  const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && o_.max_iterations > 0;
+  std::optional<at::Tensor> hx;
+  if (o_.x0) hx = apply(hvp, "hvp", x_);
+  if (from_b) {
+    begin(b_, hx, o_, inverse_diagonal_, std::nullopt, std::nullopt, std::nullopt, state_, status_, iterations_,
+          /*update_direction=*/true);
+  } else {
+    begin(b_, hx, o_, inverse_diagonal_, x_, r_, p_, state_, status_, iterations_,
+          /*update_direction=*/!o_.preconditioner);
+  }
+  if (o_.preconditioner && o_.max_iterations > 0) {
+    direction(precondition(), std::nullopt, x_, r_, p_, state_, status_);
+  }
+
+  for (int64_t k = 0; k < o_.max_iterations; ++k) {
+    const bool first = from_b && k == 0;
+    const bool last = k + 1 == o_.max_iterations;
+    if (o_.check_every > 0 && k % o_.check_every == 0 && !status_.ge(kIterating).any().item<bool>()) {
+      if (first) x_.zero_();  // what the first step would have done
+      break;
+    }
+    const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
+    // A callable preconditioner stands between the new residual and the new direction.
+    step(hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, state_, status_, iterations_,
+         /*update_direction=*/!o_.preconditioner, first, last);
+    if (o_.preconditioner && !last) direction(precondition(), std::nullopt, x_, r_, p_, state_, status_);
+  }
+}
+
+}  // namespace
+
+CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& options) {
+  TORCH_CHECK_VALUE(static_cast<bool>(hvp), "cg: hvp must be callable, got an empty function");
+  const at::Tensor b = b_in.detach().contiguous();
+  check_rows("cg", "b", b);
+  const CgOptions o = completed(options, b);
+
+  const int64_t batch = b.size(0);
+  CgResult result;
+  result.x = at::empty_like(b);
+  result.status = at::empty({batch}, b.options().dtype(at::kInt));
+  result.iterations = at::empty_like(result.status);
+  const at::Tensor state = at::empty({batch, kRowStateWidth}, b.options().dtype(at::kDouble));
+
+  const int64_t size = o.rows_per_block > 0 ? std::min(o.rows_per_block, batch) : batch;
+  WorkVectors work(size, b);
+  RowRange rows;
+  do {
+    rows = {rows.last, std::min(rows.last + size, batch)};
+    Block(rows, o, b, work, result, state).solve(hvp);
+  } while (rows.last < batch);
+  work.done();
+
+  // A row still at work has spent its iterations.
+  result.status.masked_fill_(result.status.ge(kIterating), kMaxIterations);
+  result.residual_norm = state.select(1, kResidualSquared).sqrt();
+  return result;
+}
+
+}  // namespace imaml_ext

@@ -1,0 +1,58 @@
+#include "common/cpu/kernels.h"
+
+namespace imaml_ext {
+
+#define IMAML_DECLARE_TABLES(target)        \
+  namespace target {                        \
+  template <typename T>                     \
+  const CgKernels<T>& cg_table();           \
+  template <typename T>                     \
+  const ProxKernels<T>& prox_table();       \
+  template <typename T>                     \
+  const NetworkKernels<T>& network_table(); \
+  }
+IMAML_DECLARE_TABLES(baseline)
+#if defined(__x86_64__)
+IMAML_DECLARE_TABLES(avx2)
+IMAML_DECLARE_TABLES(avx512)
+#define IMAML_CHOOSE_TABLE(table) \
+  switch (cpu_capability()) {     \
+    case CpuCapability::kAvx512:  \
+      return avx512::table<T>();  \
+    case CpuCapability::kAvx2:    \
+      return avx2::table<T>();    \
+    case CpuCapability::kDefault: \
+      break;                      \
+  }                               \
+  return baseline::table<T>();
+#else
+#define IMAML_CHOOSE_TABLE(table) return baseline::table<T>();
+#endif
+
+template <typename T>
+const CgKernels<T>& cg_kernels() {
+  IMAML_CHOOSE_TABLE(cg_table)
+}
+
+template <typename T>
+const ProxKernels<T>& prox_kernels() {
+  IMAML_CHOOSE_TABLE(prox_table)
+}
+
+template <typename T>
+const NetworkKernels<T>& network_kernels() {
+  IMAML_CHOOSE_TABLE(network_table)
+}
+
+template const CgKernels<float>& cg_kernels();
+template const CgKernels<double>& cg_kernels();
+template const CgKernels<at::BFloat16>& cg_kernels();
+template const CgKernels<at::Half>& cg_kernels();
+template const ProxKernels<float>& prox_kernels();
+template const ProxKernels<double>& prox_kernels();
+template const ProxKernels<at::BFloat16>& prox_kernels();
+template const ProxKernels<at::Half>& prox_kernels();
+template const NetworkKernels<float>& network_kernels();
+template const NetworkKernels<double>& network_kernels();
+
+}  // namespace imaml_ext

@@ -1,0 +1,37 @@
+// The tables of kernels that every family has for each instruction set, and the choice among them.
+#pragma once
+
+#include "cg/cpu/kernels.h"
+#include "common/cpu/capability.h"
+#include "network/cpu/kernels.h"
+#include "prox/cpu/kernels.h"
+
+namespace imaml_ext {
+
+// The tables of the instruction set chosen by cpu_capability().
+template <typename T>
+const CgKernels<T>& cg_kernels();
+template <typename T>
+const ProxKernels<T>& prox_kernels();
+template <typename T>
+const NetworkKernels<T>& network_kernels();
+
+// Each kernels_*.cpp defines cg_table<T>(), prox_table<T>() and network_table<T>() in the namespace of its instruction
+// set.
+#define IMAML_INSTANTIATE_TABLES                          \
+  template const CgKernels<float>& cg_table();            \
+  template const CgKernels<double>& cg_table();           \
+  template const CgKernels<at::BFloat16>& cg_table();     \
+  template const CgKernels<at::Half>& cg_table();         \
+  template const ProxKernels<float>& prox_table();        \
+  template const ProxKernels<double>& prox_table();       \
+  template const ProxKernels<at::BFloat16>& prox_table(); \
+  template const ProxKernels<at::Half>& prox_table();     \
+  template const NetworkKernels<float>& network_table();  \
+  template const NetworkKernels<double>& network_table();
+
+// A row is worked on in pieces of this many elements, whoever works on them: sums depend on nothing else.
+constexpr int64_t kPiece = 4096;
+inline int64_t pieces_of(int64_t cols) { return (cols + kPiece - 1) / kPiece; }
+
+}  // namespace imaml_ext

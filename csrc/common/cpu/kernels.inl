@@ -1,0 +1,28 @@
+// All CPU kernels for one instruction set. Included by each kernels_*.cpp after its headers and its target, with
+// IMAML_TARGET the namespace and IMAML_REGISTER_BYTES the width of a register; not a header.
+namespace imaml_ext::IMAML_TARGET {
+namespace {
+#include "common/cpu/lanes.inl"
+#define IMAML_RULE IMAML_INLINE
+#include "prox/rules.inl"
+// The rules come before what uses them: formatting sorts each of these groups by name.
+
+#include "cg/cpu/kernels.inl"
+#include "network/cpu/kernels.inl"
+#include "prox/cpu/kernels.inl"
+}  // namespace
+
+template <typename T>
+const CgKernels<T>& cg_table() {
+  return Passes<T>::kTable;
+}
+template <typename T>
+const ProxKernels<T>& prox_table() {
+  return ProxPasses<T>::kTable;
+}
+template <typename T>
+const NetworkKernels<T>& network_table() {
+  return NetworkPasses<T>::kTable;
+}
+IMAML_INSTANTIATE_TABLES
+}  // namespace imaml_ext::IMAML_TARGET

@@ -1,0 +1,186 @@
+// Sixteen numbers side by side, in as many registers as the instruction set needs. Included by kernels.inl inside
+// an anonymous namespace, after IMAML_REGISTER_BYTES is set; not a header.
+//
+// Sums are kept in sixteen float64 lanes and folded by a fixed tree, whatever the register width, and products are
+// never contracted: a kernel gives the same bits with every instruction set.
+
+constexpr int kLanes = 16;
+
+template <typename C>
+struct Lanes {
+  static constexpr int kWidth = IMAML_REGISTER_BYTES / sizeof(C);
+  static constexpr int kParts = kLanes / kWidth;
+  typedef C Part __attribute__((vector_size(kWidth * sizeof(C))));
+  Part part[kParts];
+};
+
+#define IMAML_INLINE inline __attribute__((always_inline))
+// All that a pass calls is compiled into it. Left to itself GCC keeps the body of a loop that has a tail, and so two
+// callers, outside: a call, and the registers through memory, every sixteen numbers.
+#define IMAML_PASS __attribute__((flatten)) static
+
+// Calls body(k) for every part, k a constant: a loop over parts is unrolled too late for GCC to keep them in registers.
+template <typename C, typename Body>
+IMAML_INLINE void each_part(const Body& body) {
+  [&]<int... k>(std::integer_sequence<int, k...>) {
+    (body(std::integral_constant<int, k>{}), ...);
+  }(std::make_integer_sequence<int, Lanes<C>::kParts>{});
+}
+
+#define IMAML_LANES_OPERATOR(op)                                            \
+  template <typename C>                                                     \
+  IMAML_INLINE Lanes<C> operator op(const Lanes<C>& a, const Lanes<C>& b) { \
+    Lanes<C> out;                                                           \
+    each_part<C>([&](auto k) { out.part[k] = a.part[k] op b.part[k]; });    \
+    return out;                                                             \
+  }
+IMAML_LANES_OPERATOR(+)
+IMAML_LANES_OPERATOR(-)
+IMAML_LANES_OPERATOR(*)
+IMAML_LANES_OPERATOR(/)
+#undef IMAML_LANES_OPERATOR
+
+template <typename C>
+IMAML_INLINE Lanes<C> broadcast(C value) {
+  Lanes<C> out;
+  each_part<C>([&](auto k) { out.part[k] = value - (typename Lanes<C>::Part){}; });
+  return out;
+}
+
+template <typename C>
+IMAML_INLINE Lanes<C> square_root(Lanes<C> a) {
+  each_part<C>([&](auto k) {
+    for (int l = 0; l < Lanes<C>::kWidth; ++l) a.part[k][l] = std::sqrt(a.part[k][l]);
+  });
+  return a;
+}
+
+template <typename C>
+IMAML_INLINE Lanes<double> widen(const Lanes<C>& a) {
+  if constexpr (std::is_same_v<C, double>) {
+    return a;
+  } else {
+    // One instruction for half a register, where GCC makes several of __builtin_convertvector.
+    Lanes<double> out;
+    each_part<C>([&](auto k) {
+      constexpr int low = 2 * k, high = 2 * k + 1;
+#if IMAML_REGISTER_BYTES == 64 && defined(__x86_64__)
+      const __m512 part = (__m512)a.part[k];
+      out.part[low] = (typename Lanes<double>::Part)_mm512_cvtps_pd(_mm512_castps512_ps256(part));
+      out.part[high] = (typename Lanes<double>::Part)_mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1));
+#elif IMAML_REGISTER_BYTES == 32 && defined(__x86_64__)
+      const __m256 part = (__m256)a.part[k];
+      out.part[low] = (typename Lanes<double>::Part)_mm256_cvtps_pd(_mm256_castps256_ps128(part));
+      out.part[high] = (typename Lanes<double>::Part)_mm256_cvtps_pd(_mm256_extractf128_ps(part, 1));
+#else
+      constexpr int half = Lanes<double>::kWidth;
+      for (int l = 0; l < half; ++l) {
+        out.part[low][l] = a.part[k][l];
+        out.part[high][l] = a.part[k][half + l];
+      }
+#endif
+    });
+    return out;
+  }
+}
+
+// `count` < 16 marks the end of a row: absent lanes read as zero and are not written.
+template <typename T>
+IMAML_INLINE Lanes<at::opmath_type<T>> load(const T* from, int count = kLanes) {
+  using C = at::opmath_type<T>;
+  Lanes<C> out;
+  if constexpr (std::is_same_v<T, C>) {
+    if (count == kLanes) {
+      each_part<C>([&](auto k) { std::memcpy(&out.part[k], from + k * Lanes<C>::kWidth, sizeof(out.part[k])); });
+      return out;
+    }
+  }
+  C values[kLanes] = {};
+  for (int l = 0; l < count; ++l) values[l] = static_cast<C>(from[l]);
+  std::memcpy(&out, values, sizeof(out));
+  return out;
+}
+
+template <typename T>
+IMAML_INLINE void store(T* to, const Lanes<at::opmath_type<T>>& lanes, int count = kLanes) {
+  using C = at::opmath_type<T>;
+  if constexpr (std::is_same_v<T, C>) {
+    if (count == kLanes) {
+      each_part<T>([&](auto k) { std::memcpy(to + k * Lanes<T>::kWidth, &lanes.part[k], sizeof(lanes.part[k])); });
+      return;
+    }
+  }
+  C values[kLanes];
+  std::memcpy(values, &lanes, sizeof(lanes));
+  for (int l = 0; l < count; ++l) to[l] = static_cast<T>(values[l]);
+}
+
+// What storing in T and reading again gives.
+template <typename T>
+IMAML_INLINE Lanes<at::opmath_type<T>> rounded(const Lanes<at::opmath_type<T>>& lanes) {
+  if constexpr (std::is_same_v<T, at::opmath_type<T>>) {
+    return lanes;
+  } else {
+    T values[kLanes];
+    store(values, lanes);
+    return load(values);
+  }
+}
+
+// Row `row` of a coefficient: one number, or one a column.
+template <typename C>
+struct NumberRow {
+  Lanes<C> value;
+  IMAML_INLINE const Lanes<C>& at(int64_t, int) const { return value; }
+};
+template <typename C>
+struct VectorRow {
+  const C* data;
+  IMAML_INLINE Lanes<C> at(int64_t i, int count) const { return load(data + i, count); }
+};
+
+// Calls body(row of the coefficient), compiled for either kind, so that no loop asks which it is.
+template <typename C, typename Body>
+IMAML_INLINE void with_row(const Coefficient<C>& c, int64_t row, const Body& body) {
+  if (c.col_stride != 0) {
+    body(VectorRow<C>{c.data + row * c.row_stride});
+  } else {
+    body(NumberRow<C>{broadcast(c.data[row * c.row_stride])});
+  }
+}
+
+// The same where the kind is not worth a loop of its own; zero where the coefficient is absent.
+template <typename C>
+struct CoefficientRow {
+  const C* data;  // null where the row has one value
+  C value;
+
+  IMAML_INLINE CoefficientRow(const Coefficient<C>& c, int64_t row)
+      : data(c.col_stride != 0 ? c.data + row * c.row_stride : nullptr),
+        value(c.data == nullptr || c.col_stride != 0 ? C(0) : c.data[row * c.row_stride]) {}
+
+  IMAML_INLINE Lanes<C> at(int64_t i, int count) const {
+    return data != nullptr ? load(data + i, count) : broadcast(value);
+  }
+};
+
+struct Sum {
+  Lanes<double> lanes;
+  IMAML_INLINE Sum() : lanes(broadcast(0.0)) {}
+  IMAML_INLINE void add(const Lanes<double>& a) { lanes = lanes + a; }
+  IMAML_INLINE double total() const {
+    double v[kLanes];
+    std::memcpy(v, &lanes, sizeof(v));
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) v[l] += v[l + half];
+    return v[0];
+  }
+};
+
+// Calls body(i, count) for [begin, end) in steps of sixteen; count is a constant 16 but for the last call.
+template <typename Body>
+IMAML_INLINE void sweep(int64_t begin, int64_t end, Body&& body) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+  if (i < end) body(i, static_cast<int>(end - i));
+}

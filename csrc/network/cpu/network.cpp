@@ -1,0 +1,659 @@
+// The reference networks on the CPU: a task at a time through all of its layers, so that its activations stay in the
+// cache, and tasks side by side; where tasks are fewer than threads, the work inside a task is split.
+#include "common/checks.h"
+#include "network/call.h"
+#include "network/criterion.h"
+#include "network/pass.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/cpu/kernels.h"
+
+namespace imaml_ext {
+namespace {
+
+// The work on [0, n), in pieces side by side unless tasks already are.
+template <typename Body>
+void split(int64_t n, const Body& body) {
+  if (at::in_parallel_region() || at::get_num_threads() == 1) {
+    body(0, n);
+  } else {
+    at::parallel_for(0, n, 1, body);
+  }
+}
+
+// The layers of one task, as NetworkPass calls them.
+template <typename Number>
+class TaskKernels {
+ public:
+  using T = Number;
+  using Memory = Arena;
+  using Terms = std::initializer_list<Term<const T*>>;
+
+  // `weights` is scratch for the largest weight of any layer, padded.
+  TaskKernels(const Network& net, int64_t images, T* weights)
+      : net_(net), images_(images), kernels_(network_kernels<T>()), scratch_(weights) {}
+
+  static int64_t scratch_size(const Network& net) {
+    int64_t most = 0;
+    for (const Layer& layer : net.layers) {
+      const int64_t taps = static_cast<int64_t>(layer.taps.size());
+      most = std::max({most, taps * layer.depth * layer.width(), taps * layer.channels * layer.depth_width()});
+    }
+    return most;
+  }
+
+  // x [S, C, H, W] to the rows that the first layer reads.
+  void read_input(const T* x, T* input) const {
+    const Layer& first = net_.layers.front();
+    const int64_t width = first.depth_width();
+    std::fill(input, input + images_ * first.pixels_in * width, T(0));
+    const int64_t plane = net_.height * net_.width;
+    for (int64_t image = 0; image < images_; ++image, x += net_.input_size()) {
+      T* const rows = input + image * first.pixels_in * width;
+      if (net_.patch_stride == 0) {
+        for (int64_t c = 0; c < net_.in_channels; ++c)
+          for (int64_t pixel = 0; pixel < plane; ++pixel) rows[pixel * width + c] = x[c * plane + pixel];
+        continue;
+      }
+      for (int64_t i = 0; i < first.rows; ++i)
+        for (int64_t j = 0; j < first.cols; ++j)
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            const int64_t row = net_.patch_stride * i + tap / 3 - 1;
+            const int64_t col = net_.patch_stride * j + tap % 3 - 1;
+            if (row < 0 || row >= net_.height || col < 0 || col >= net_.width) continue;
+            T* const to = rows + (i * first.cols + j) * width + tap * net_.in_channels;
+            for (int64_t c = 0; c < net_.in_channels; ++c) to[c] = x[c * plane + row * net_.width + col];
+          }
+    }
+  }
+
+  void multiply(const Layer& layer, T* out, Terms operands) const {
+    bool add = false;
+    for (const auto& [in, weight] : operands) multiply(layer, in, weight, out, std::exchange(add, true));
+  }
+  void multiply_transposed(const Layer& layer, T* in_bar, Terms operands) const {
+    bool add = false;
+    for (const auto& [out_bar, weight] : operands) {
+      multiply_transposed(layer, out_bar, weight, in_bar, std::exchange(add, true));
+    }
+  }
+  void outer(const Layer& layer, T* weight_bar, Terms pairs) const {
+    bool add = false;
+    for (const auto& [in, out_bar] : pairs) outer(layer, in, out_bar, weight_bar, std::exchange(add, true));
+  }
+
+  void norm(const Layer& layer, const T* params, const LayerValues<T>& v) const {
+    pad(params, layer, v.gamma, v.beta);
+    columns(layer, arguments(layer, v), kernels_.norm);
+    if (layer.pool == Pool::kMax) max_pool(layer, v);
+    if (layer.pool == Pool::kMean) mean_pool(layer, v.act, v.out);
+  }
+
+  void norm_backward(const Layer& layer, const T*, const LayerValues<T>& v, const LayerBars<T>& b, T* gradient) const {
+    if (layer.pool != Pool::kNone) unpool(layer, v, b.out_bar, b.z_bar);
+    NormArguments<T> n = arguments(layer, v);
+    n.z_bar = b.z_bar, n.y_bar = b.y_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
+    columns(layer, n, kernels_.norm_backward);
+    unpad(layer, b.gamma_bar, b.beta_bar, gradient);
+  }
+
+  void norm_tangent(const Layer& layer, const T*, const T* direction, const LayerValues<T>& v,
+                    const LayerDots<T>& d) const {
+    pad(direction, layer, d.gamma_dot, d.beta_dot);
+    columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
+    if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
+    if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
+  }
+
+  // From out_bar_dot, the derivative of the bar of what leaves the layer, to ȳ˙ in bar_dot.
+  void norm_second(const Layer& layer, const T*, const T*, const LayerValues<T>& v, const LayerBars<T>& b,
+                   const LayerDots<T>& d, const T* out_bar_dot, T* bar_dot, T* product) const {
+    if (layer.pool != Pool::kNone) unpool(layer, v, out_bar_dot, bar_dot);
+    NormArguments<T> n = arguments(layer, v, d);
+    n.z_bar = b.z_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
+    n.y_bar_dot = bar_dot;
+    n.gamma_bar_dot = d.gamma_bar_dot, n.beta_bar_dot = d.beta_bar_dot;
+    columns(layer, n, kernels_.norm_second);
+    unpad(layer, d.gamma_bar_dot, d.beta_bar_dot, product);
+  }
+
+ private:
+  static constexpr int64_t kRowsAtOnce = 480;  // pointers on the stack; a multiple of every tile
+
+  NormArguments<T> arguments(const Layer& layer, const LayerValues<T>& v) const {
+    NormArguments<T> n;
+    n.norm = layer.norm, n.activation = layer.activation;
+    n.rows = images_ * layer.pixels(), n.width = layer.width();
+    n.gamma = v.gamma, n.beta = v.beta, n.hat = v.hat, n.scale = v.scale;
+    n.act = layer.pool == Pool::kMax || v.act == v.hat ? nullptr : v.act;
+    return n;
+  }
+  NormArguments<T> arguments(const Layer& layer, const LayerValues<T>& v, const LayerDots<T>& d) const {
+    NormArguments<T> n = arguments(layer, v);
+    n.gamma_dot = d.gamma_dot, n.beta_dot = d.beta_dot, n.hat_dot = d.hat_dot, n.act_dot = d.act_dot, n.pull = d.pull;
+    return n;
+  }
+
+  // γ and β of a row of parameters, with zeros in the padded channels.
+  void pad(const T* row, const Layer& layer, T* gamma, T* beta) const {
+    const auto padded = [&](const T* from, T* to) {
+      std::fill(std::copy(from, from + layer.channels, to), to + layer.width(), T(0));
+    };
+    if (layer.norm == Norm::kBatch) padded(row + layer.gamma, gamma);
+    padded(row + layer.beta, beta);
+  }
+  void unpad(const Layer& layer, const T* gamma, const T* beta, T* row) const {
+    if (layer.norm == Norm::kBatch) std::copy(gamma, gamma + layer.channels, row + layer.gamma);
+    std::copy(beta, beta + layer.channels, row + layer.beta);
+  }
+
+  void columns(const Layer& layer, const NormArguments<T>& n,
+               void (*kernel)(const NormArguments<T>&, int64_t, int64_t)) const {
+    split(layer.width() / kChannelBlock,
+          [&](int64_t first, int64_t last) { kernel(n, first * kChannelBlock, last * kChannelBlock); });
+  }
+
+  // Calls body(from rows, to rows, count) for the images [first, last) of every pair of a tap, kRowsAtOnce at a time.
+  template <typename Body>
+  static void over_pairs(const std::vector<TapPair>& pairs, int64_t first, int64_t last, const T* from,
+                         int64_t from_pixels, int64_t from_width, const T* to, int64_t to_pixels, int64_t to_width,
+                         const Body& body) {
+    const T* from_rows[kRowsAtOnce];
+    const T* to_rows[kRowsAtOnce];
+    int64_t count = 0;
+    for (const TapPair& pair : pairs) {
+      for (int64_t image = first; image < last; ++image) {
+        from_rows[count] = from + (image * from_pixels + pair.from) * from_width;
+        to_rows[count] = to + (image * to_pixels + pair.to) * to_width;
+        if (++count == kRowsAtOnce) {
+          body(from_rows, to_rows, count);
+          count = 0;
+        }
+      }
+    }
+    if (count > 0) body(from_rows, to_rows, count);
+  }
+
+  // out[to] ← or += Σ in[from] · weight[tap]
+  void multiply(const Layer& layer, const T* in, const T* weight, T* out, bool add) const {
+    const int64_t panel = layer.depth * layer.channels;
+    const int64_t width = layer.width();
+    if (width != layer.channels) {  // rows of the weight with zeros at their ends
+      for (int64_t row = 0; row < static_cast<int64_t>(layer.taps.size()) * layer.depth; ++row) {
+        const T* const from = weight + row * layer.channels;
+        std::fill(std::copy(from, from + layer.channels, scratch_ + row * width), scratch_ + (row + 1) * width, T(0));
+      }
+      weight = scratch_;
+    }
+    const int64_t stride = width == layer.channels ? panel : layer.depth * width;
+    split(images_, [&](int64_t first, int64_t last) {
+      for (size_t tap = 0; tap < layer.taps.size(); ++tap) {
+        over_pairs(layer.taps[tap], first, last, in, layer.pixels_in, layer.depth_width(), out, layer.pixels(), width,
+                   [&](const T* const* a, const T* const* c, int64_t rows) {
+                     kernels_.multiply(a, const_cast<T* const*>(c), rows, layer.depth,
+                                       weight + layer.tap_index[tap] * stride, width, add || tap > 0);
+                   });
+      }
+    });
+  }
+
+  // in_bar[from] ← or += Σ out_bar[to] · weight[tap]ᵀ
+  void multiply_transposed(const Layer& layer, const T* out_bar, const T* weight, T* in_bar, bool add) const {
+    const int64_t width = layer.depth_width();
+    const int64_t taps = static_cast<int64_t>(layer.taps.size());
+    const int64_t panel = layer.channels * width;
+    split(taps, [&](int64_t first, int64_t last) {
+      for (int64_t tap = first; tap < last; ++tap) {
+        kernels_.transpose(weight + tap * layer.depth * layer.channels, layer.depth, layer.channels,
+                           scratch_ + tap * panel, width);
+      }
+    });
+    split(images_, [&](int64_t first, int64_t last) {
+      if (!add) {
+        std::fill(in_bar + first * layer.pixels_in * width, in_bar + last * layer.pixels_in * width, T(0));
+      }
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        over_pairs(layer.taps[tap], first, last, in_bar, layer.pixels_in, width, out_bar, layer.pixels(), layer.width(),
+                   [&](const T* const* c, const T* const* a, int64_t rows) {
+                     kernels_.multiply(a, const_cast<T* const*>(c), rows, layer.channels,
+                                       scratch_ + layer.tap_index[tap] * panel, width, true);
+                   });
+      }
+    });
+  }
+
+  // weight_bar[tap] ← or += Σ in[from]ᵀ out_bar[to]
+  void outer(const Layer& layer, const T* in, const T* out_bar, T* weight_bar, bool add) const {
+    constexpr int64_t kBlock = 96;  // channels of a tap; a multiple of the tile
+    const int64_t blocks = (layer.depth + kBlock - 1) / kBlock;
+    split(static_cast<int64_t>(layer.taps.size()) * blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const size_t tap = k / blocks;
+        const int64_t first = k % blocks * kBlock;
+        const int64_t last = std::min(first + kBlock, layer.depth);
+        T* const to = weight_bar + layer.tap_index[tap] * layer.depth * layer.channels;
+        bool further = add;
+        over_pairs(layer.taps[tap], 0, images_, in, layer.pixels_in, layer.depth_width(), out_bar, layer.pixels(),
+                   layer.width(), [&](const T* const* a, const T* const* g, int64_t rows) {
+                     kernels_.outer(a, g, rows, first, last, layer.channels, to, further);
+                     further = true;
+                   });
+        // A tap that no pixel uses.
+        if (!further) std::fill(to + first * layer.channels, to + last * layer.channels, T(0));
+      }
+    });
+  }
+
+  void mean_pool(const Layer& layer, const T* in, T* out) const {
+    const int64_t width = layer.width();
+    const T share = T(1) / static_cast<T>(layer.pixels());
+    for (int64_t image = 0; image < images_; ++image, out += width) {
+      std::fill(out, out + width, T(0));
+      for (int64_t pixel = 0; pixel < layer.pixels(); ++pixel, in += width)
+        for (int64_t c = 0; c < width; ++c) out[c] += share * in[c];
+    }
+  }
+
+  // Calls body(pooled row, the four rows it looks at) for the images [first, last).
+  template <typename Body>
+  static void over_windows(const Layer& layer, int64_t first, int64_t last, const Body& body) {
+    const int64_t rows = layer.rows / 2, cols = layer.cols / 2;
+    for (int64_t image = first; image < last; ++image)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) {
+          const int64_t corner = (image * layer.rows + 2 * i) * layer.cols + 2 * j;
+          const int64_t full[4] = {corner, corner + 1, corner + layer.cols, corner + layer.cols + 1};
+          body((image * rows + i) * cols + j, full);
+        }
+  }
+
+  // a = act(max of z over 2×2 pixels), the first of equal ones winning
+  void max_pool(const Layer& layer, const LayerValues<T>& v) const {
+    const int64_t width = layer.width();
+    const bool batch = layer.norm == Norm::kBatch;
+    split(images_, [&](int64_t begin, int64_t end) {
+      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t (&full)[4]) {
+        for (int64_t c = 0; c < width; ++c) {
+          const auto z = [&](int k) {
+            const T hat = v.hat[full[k] * width + c];
+            return batch ? v.gamma[c] * hat + v.beta[c] : hat;
+          };
+          T best = z(0);
+          uint8_t winner = 0;
+          for (uint8_t k = 1; k < 4; ++k) {
+            const T other = z(k);
+            const bool above = other > best || std::isnan(other);
+            best = above ? other : best;
+            winner = above ? k : winner;
+          }
+          v.winner[pooled * width + c] = winner;
+          v.act[pooled * width + c] = layer.activation == Activation::kRelu && best < T(0) ? T(0) : best;
+        }
+      });
+    });
+  }
+
+  void max_pool_tangent(const Layer& layer, const LayerValues<T>& v, const LayerDots<T>& d) const {
+    const int64_t width = layer.width();
+    const bool batch = layer.norm == Norm::kBatch;
+    split(images_, [&](int64_t begin, int64_t end) {
+      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t (&full)[4]) {
+        for (int64_t c = 0; c < width; ++c) {
+          const int64_t at = full[v.winner[pooled * width + c]] * width + c;
+          const T z_dot =
+              batch ? v.gamma[c] * d.hat_dot[at] + d.gamma_dot[c] * v.hat[at] + d.beta_dot[c] : d.hat_dot[at];
+          d.act_dot[pooled * width + c] = passes(layer, v.act[pooled * width + c]) ? z_dot : T(0);
+        }
+      });
+    });
+  }
+
+  // The adjoint of the pooling; of max-pooling with the activation behind it.
+  void unpool(const Layer& layer, const LayerValues<T>& v, const T* out_bar, T* bar) const {
+    const int64_t width = layer.width();
+    if (layer.pool == Pool::kMean) {
+      const T share = T(1) / static_cast<T>(layer.pixels());
+      for (int64_t image = 0; image < images_; ++image, out_bar += width)
+        for (int64_t pixel = 0; pixel < layer.pixels(); ++pixel, bar += width)
+          for (int64_t c = 0; c < width; ++c) bar[c] = share * out_bar[c];
+      return;
+    }
+    split(images_, [&](int64_t begin, int64_t end) {
+      const int64_t image_size = layer.pixels() * width;
+      std::fill(bar + begin * image_size, bar + end * image_size, T(0));
+      over_windows(layer, begin, end, [&](int64_t pooled, const int64_t (&full)[4]) {
+        for (int64_t c = 0; c < width; ++c) {
+          const int64_t at = pooled * width + c;
+          if (passes(layer, v.act[at])) bar[full[v.winner[at]] * width + c] = out_bar[at];
+        }
+      });
+    });
+  }
+
+  static bool passes(const Layer& layer, T act) { return layer.activation != Activation::kRelu || act > T(0); }
+
+  const Network& net_;
+  const int64_t images_;
+  const NetworkKernels<T>& kernels_;
+  T* const scratch_;
+};
+
+// --- criteria
+// -----------------------------------------------------------------------------------------------------------
+
+// The criterion of one task.
+template <typename T>
+struct Criterion {
+  int64_t images, channels, width;
+  const int64_t* labels = nullptr;  // [S]
+  const T* targets = nullptr;       // [S, channels]
+
+  Criterion(const NetworkCall& call, const at::Tensor& y, int64_t task)
+      : images(call.images), channels(call.net.outputs()), width(call.net.layers.back().width()) {
+    const int64_t at = task * call.targets(y);
+    if (y.scalar_type() == at::kLong) {
+      labels = y.const_data_ptr<int64_t>() + at;
+    } else {
+      targets = y.const_data_ptr<T>() + at;
+    }
+  }
+
+  // The loss; its derivative in the outputs; the softmax, for `curve`.
+  T operator()(const T* outputs, T* probabilities, T* bar) const {
+    double loss = 0.0;
+    for (int64_t image = 0; image < images; ++image, outputs += width, probabilities += width) {
+      if (labels != nullptr) {
+        const double most = *std::max_element(outputs, outputs + channels);
+        double sum = 0.0;
+        for (int64_t c = 0; c < channels; ++c) sum += std::exp(static_cast<double>(outputs[c]) - most);
+        loss += rule().cross_entropy(outputs[labels[image]], most, sum);
+        for (int64_t c = 0; c < channels; ++c) probabilities[c] = rule().probability(outputs[c], most, sum);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) loss += rule().squared_error(outputs[c], targets[image * channels + c]);
+      }
+      T* const row = bar + image * width;
+      std::fill(row + channels, row + width, T(0));
+      for (int64_t c = 0; c < channels; ++c) {
+        row[c] = labels != nullptr ? rule().cross_entropy_bar(probabilities[c], labels[image] == c)
+                                   : rule().squared_error_bar(outputs[c], targets[image * channels + c]);
+      }
+    }
+    return static_cast<T>(loss / static_cast<double>(labels != nullptr ? rule().images : rule().entries));
+  }
+
+  // bar = C dot
+  void curve(const T* probabilities, const T* dot, T* bar) const {
+    for (int64_t image = 0; image < images; ++image, probabilities += width, dot += width, bar += width) {
+      T along = T(0);
+      if (labels != nullptr)
+        for (int64_t c = 0; c < channels; ++c) along += probabilities[c] * dot[c];
+      for (int64_t c = 0; c < channels; ++c) {
+        bar[c] = labels != nullptr ? rule().cross_entropy_curve(probabilities[c], dot[c], along)
+                                   : rule().squared_error_curve(dot[c]);
+      }
+      std::fill(bar + channels, bar + width, T(0));
+    }
+  }
+
+ private:
+  CriterionRule<T> rule() const { return {static_cast<T>(images), static_cast<T>(images * channels)}; }
+};
+
+// --- ops ----------------------------------------------------------------------------------------------------
+
+// Calls body(task, memory) for every task: as many side by side as there are threads, and what then remains one after
+// another with the work inside split.
+template <typename Body>
+void over_tasks(int64_t tasks, int64_t bytes, const Body& body) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t together = tasks / threads * threads;
+  const int64_t lanes = together > 0 ? threads : 1;
+  const at::Tensor memory = at::empty({lanes, bytes}, at::kByte);
+  char* const base = static_cast<char*>(memory.mutable_data_ptr());
+  const int64_t share = together / threads;
+  at::parallel_for(0, together > 0 ? threads : 0, 1, [&](int64_t first, int64_t last) {
+    for (int64_t lane = first; lane < last; ++lane)
+      for (int64_t task = lane * share; task < (lane + 1) * share; ++task) body(task, base + lane * bytes);
+  });
+  for (int64_t task = together; task < tasks; ++task) body(task, base);
+}
+
+// Room for tapes. The last one is kept when it is not too large, and taken again once nobody else holds it: fresh
+// memory costs about as much as filling it.
+at::Tensor take_tape(int64_t tasks, int64_t bytes) {
+  constexpr int64_t kMostKept = int64_t{256} << 20;
+  static thread_local at::Tensor kept;
+  if (kept.defined() && kept.use_count() == 1 && kept.size(0) == tasks && kept.size(1) == bytes) return kept;
+  const at::Tensor tape = at::empty({tasks, bytes}, at::kByte);
+  if (tape.numel() <= kMostKept) kept = tape;
+  return tape;
+}
+
+// [S, width] without the padding
+template <typename T>
+void copy_outputs(const Network& net, int64_t images, const T* from, T* to) {
+  for (int64_t image = 0; image < images; ++image) {
+    const T* const row = from + image * net.layers.back().width();
+    std::copy(row, row + net.outputs(), to + image * net.outputs());
+  }
+}
+
+at::Tensor network_outputs(const at::Tensor& params, const at::Tensor& x, at::IntArrayRef network) {
+  NetworkCall call("network_outputs", params, network);
+  call.read_x("network_outputs", x, params);
+  const Network& net = call.net;
+  const at::Tensor outputs = at::empty({call.tasks, call.images, net.outputs()}, params.options());
+  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
+    using T = scalar_t;
+    const auto layout = [&](void* base) {
+      Arena arena(base);
+      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
+      Storage<T> storage(net, call.images, Keep::kNothing, false, arena);
+      return std::tuple(scratch, std::move(storage), arena.used());
+    };
+    over_tasks(call.tasks, std::get<2>(layout(nullptr)), [&](int64_t task, void* memory) {
+      auto [scratch, storage, used] = layout(memory);
+      const TaskKernels<T> kernels(net, call.images, scratch);
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
+      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
+      pass.forward(params.const_data_ptr<T>() + task * net.parameters, storage);
+      copy_outputs(net, call.images, storage.values.back().out,
+                   outputs.mutable_data_ptr<T>() + task * call.images * net.outputs());
+    });
+  });
+  return outputs;
+}
+
+// Losses [B], outputs [B, S, K] and gradients [B, N]; with Keep::kBars also what second derivatives need, [B, bytes].
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(const char* op, const at::Tensor& params,
+                                                                         const at::Tensor& x, const at::Tensor& y,
+                                                                         at::IntArrayRef network, Keep keep) {
+  NetworkCall call(op, params, network);
+  call.read_x(op, x, params);
+  call.read_y(op, y, params, true);
+  const Network& net = call.net;
+  const at::Tensor losses = at::empty({call.tasks}, params.options());
+  const at::Tensor outputs = at::empty({call.tasks, call.images, net.outputs()}, params.options());
+  const at::Tensor gradient = at::empty_like(params);
+  at::Tensor tape;
+  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
+    using T = scalar_t;
+    Arena scratch_measure(nullptr), storage_measure(nullptr);
+    scratch_measure.take<T>(TaskKernels<T>::scratch_size(net));
+    Storage<T>(net, call.images, keep, true, storage_measure);
+    const int64_t stored = storage_measure.used();
+    if (keep == Keep::kBars) tape = take_tape(call.tasks, stored);
+    const int64_t bytes = scratch_measure.used() + (keep == Keep::kBars ? 0 : stored);
+    over_tasks(call.tasks, bytes, [&](int64_t task, char* memory) {
+      void* const place = keep == Keep::kBars ? static_cast<char*>(tape.mutable_data_ptr()) + task * stored
+                                              : memory + scratch_measure.used();
+      Arena arena(place);
+      Storage<T> storage(net, call.images, keep, true, arena);
+      const TaskKernels<T> kernels(net, call.images, reinterpret_cast<T*>(memory));
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
+      const T* const row = params.const_data_ptr<T>() + task * net.parameters;
+      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
+      pass.forward(row, storage);
+      const T* const out = storage.values.back().out;
+      losses.mutable_data_ptr<T>()[task] =
+          Criterion<T>(call, y, task)(out, storage.probabilities, storage.bars.back().out_bar);
+      copy_outputs(net, call.images, out, outputs.mutable_data_ptr<T>() + task * call.images * net.outputs());
+      pass.backward(row, storage, gradient.mutable_data_ptr<T>() + task * net.parameters);
+    });
+  });
+  return {losses, outputs, gradient, tape};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> network_gradient(const at::Tensor& params, const at::Tensor& x,
+                                                                const at::Tensor& y, at::IntArrayRef network) {
+  auto [losses, outputs, gradient, tape] = differentiate("network_gradient", params, x, y, network, Keep::kNothing);
+  return {losses, outputs, gradient};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> network_linearise(const at::Tensor& params,
+                                                                             const at::Tensor& x, const at::Tensor& y,
+                                                                             at::IntArrayRef network) {
+  return differentiate("network_linearise", params, x, y, network, Keep::kBars);
+}
+
+// A task takes all of its steps before the next one begins: its φ, its gradient and its activations stay in the cache.
+at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::Tensor& lam, const at::Tensor& lr,
+                            const at::Tensor& x, const at::Tensor& y, at::IntArrayRef network, int64_t steps) {
+  const char* const op = "network_descend_";
+  NetworkCall call(op, phi, network, "phi");
+  call.read_x(op, x, phi);
+  call.read_y(op, y, phi, true);
+  TORCH_CHECK_VALUE(steps >= 0, op, ": steps must be at least 0, got ", steps);
+  ProxTensors prox;
+  prox.phi = phi, prox.theta = theta, prox.lam = lam, prox.lr = lr;
+  prox.check(op);
+  const Network& net = call.net;
+  const at::Tensor losses = at::empty({steps, call.tasks}, phi.options());
+  AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "imaml_ext", [&] {
+    using T = scalar_t;
+    const ProxArguments<T> rows = prox.arguments<T>();
+    const auto step = prox_kernels<T>().sgd;
+    const auto layout = [&](void* base) {
+      Arena arena(base);
+      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
+      T* const gradient = arena.take<T>(net.parameters);
+      Storage<T> storage(net, call.images, Keep::kNothing, true, arena);
+      return std::tuple(scratch, gradient, std::move(storage), arena.used());
+    };
+    over_tasks(call.tasks, std::get<3>(layout(nullptr)), [&](int64_t task, char* memory) {
+      auto [scratch, gradient, storage, used] = layout(memory);
+      const TaskKernels<T> kernels(net, call.images, scratch);
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
+      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
+      const Criterion<T> criterion(call, y, task);
+      ProxArguments<T> row = rows;  // of this task alone
+      row.rows = 1;
+      row.phi += task * rows.cols;
+      row.theta += task * rows.theta_row_stride;
+      row.lam.data += task * rows.lam.row_stride;
+      row.lr.data += task * rows.lr.row_stride;
+      row.grad = gradient;
+      for (int64_t k = 0; k < steps; ++k) {
+        pass.forward(row.phi, storage);
+        losses.mutable_data_ptr<T>()[k * call.tasks + task] =
+            criterion(storage.values.back().out, storage.probabilities, storage.bars.back().out_bar);
+        pass.backward(row.phi, storage, gradient);
+        split(pieces_of(rows.cols),
+              [&](int64_t first, int64_t last) { step(row, 0, first * kPiece, std::min(last * kPiece, rows.cols)); });
+      }
+    });
+  });
+  return losses;
+}
+
+// For every task: the derivative of its values along p, the criterion's second derivative of it in output_bar, and then
+// finish(task, call, pass, storage, dots).
+template <typename Finish>
+void along(const char* op, const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+           at::IntArrayRef network, const Finish& finish) {
+  NetworkCall call(op, params, network);
+  const Network& net = call.net;
+  call.read_direction(op, y, p, params);
+  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
+    using T = scalar_t;
+    const int64_t stored = tape_size<T>(net, call.images);
+    check_table(op, "tape", tape, at::kByte, {call.tasks, stored}, params);
+    Arena work(nullptr);
+    work.take<T>(TaskKernels<T>::scratch_size(net));
+    DotStorage<T>(net, call.images, work);
+    over_tasks(call.tasks, work.used(), [&](int64_t task, char* memory) {
+      Arena kept(const_cast<char*>(static_cast<const char*>(tape.const_data_ptr())) + task * stored);
+      Storage<T> storage(net, call.images, Keep::kBars, true, kept);
+      Arena arena(memory);
+      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
+      DotStorage<T> dots(net, call.images, arena);
+      const TaskKernels<T> kernels(net, call.images, scratch);
+      const NetworkPass<TaskKernels<T>> pass(net, kernels);
+      const int64_t row = task * net.parameters;
+      pass.tangent(params.const_data_ptr<T>() + row, p.const_data_ptr<T>() + row, storage, dots);
+      Criterion<T>(call, y, task).curve(storage.probabilities, dots.dots.back().out_dot, pass.output_bar(dots));
+      finish(task, call, pass, storage, dots);
+    });
+  });
+}
+
+at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+                           at::IntArrayRef network, bool gauss_newton) {
+  const at::Tensor product = at::empty_like(p);
+  along("network_product", params, tape, y, p, network,
+        [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
+                        const Storage<T>& storage, const DotStorage<T>& dots) {
+          const int64_t row = task * call.net.parameters;
+          const T* const theta = params.const_data_ptr<T>() + row;
+          T* const to = product.mutable_data_ptr<T>() + row;
+          if (gauss_newton) {
+            pass.gauss_newton(theta, storage, dots, to);
+          } else {
+            pass.second(theta, p.const_data_ptr<T>() + row, storage, dots, to);
+          }
+        });
+  return product;
+}
+
+at::Tensor network_curvature(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
+                             at::IntArrayRef network) {
+  const at::Tensor curvature = at::empty({params.size(0)}, params.options().dtype(at::kDouble));
+  along("network_curvature", params, tape, y, p, network,
+        [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
+                        const Storage<T>&, const DotStorage<T>& dots) {
+          const T* const dot = dots.dots.back().out_dot;  // J p
+          const T* const bar = pass.output_bar(dots);     // C J p
+          const int64_t width = call.net.layers.back().width();
+          double sum = 0.0;
+          for (int64_t image = 0; image < call.images; ++image)
+            for (int64_t c = 0; c < call.net.outputs(); ++c)
+              sum += static_cast<double>(dot[image * width + c]) * static_cast<double>(bar[image * width + c]);
+          curvature.mutable_data_ptr<double>()[task] = sum;
+        });
+  return curvature;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
+  m.impl("network_outputs", &network_outputs);
+  m.impl("network_gradient", &network_gradient);
+  m.impl("network_descend_", &network_descend_);
+  m.impl("network_linearise", &network_linearise);
+  m.impl("network_product", &network_product);
+  m.impl("network_curvature", &network_curvature);
+}
+
+}  // namespace imaml_ext

@@ -1,0 +1,77 @@
+// What every task has one of, side by side: the first task's address and the distance to the next.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "common/checks.h"
+#include "network/storage.h"
+
+namespace imaml_ext {
+
+template <typename T>
+struct PerTask {
+  T* first = nullptr;
+  int64_t stride = 0;
+
+  PerTask() = default;
+  PerTask(T* start, int64_t distance) : first(start), stride(distance) {}
+  template <typename U, typename = std::enable_if_t<std::is_same_v<const U, T>>>
+  PerTask(const PerTask<U>& other) : first(other.first), stride(other.stride) {}
+
+  __host__ __device__ T* of(int64_t task) const { return first + task * stride; }
+  PerTask operator+(int64_t offset) const { return {first + offset, stride}; }
+  bool operator==(const PerTask& other) const { return first == other.first; }
+};
+
+// The memory of all tasks, [B, bytes], handed out as an Arena does one task's.
+class TaskMemory {
+ public:
+  template <typename T>
+  using Pointer = PerTask<T>;
+
+  TaskMemory(void* base, int64_t bytes) : arena_(base), bytes_(bytes) {}
+  template <typename T>
+  PerTask<T> take(int64_t count) {
+    return {arena_.take<T>(count), bytes_ / static_cast<int64_t>(sizeof(T))};
+  }
+
+ private:
+  Arena arena_;
+  int64_t bytes_;
+};
+
+constexpr int kGroup = static_cast<int>(kChannelBlock);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+
+// A grid of `tiles` blocks a task, all along x: of block i, i / tiles is the task.
+inline unsigned grid_of(int64_t tiles, int64_t tasks) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(tiles <= kMost / tasks, "imaml_ext: at most ", kMost / tiles,
+                    " tasks of this network on CUDA, got ", tasks);
+  return static_cast<unsigned>(tiles * tasks);
+}
+
+// Sixteen bytes, read and written at once.
+template <typename T>
+struct alignas(16) Quad {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+template <typename T>
+__device__ __forceinline__ Quad<T> load_quad(const T* from) {
+  return *reinterpret_cast<const Quad<T>*>(from);
+}
+template <typename T>
+__device__ __forceinline__ void store_quad(T* to, const Quad<T>& quad) {
+  *reinterpret_cast<Quad<T>*>(to) = quad;
+}
+
+}  // namespace imaml_ext

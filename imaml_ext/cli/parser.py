@@ -1,0 +1,186 @@
+"""Reads settings from a command line: every field of nested settings is an option, and so is the class of a choice.
+
+A field that stands for one of several classes, such as `data: DataSource`, is a slot: `--data omniglot` chooses its
+class, and `--data.root FOLDER` sets a field of that class. tyro makes the options from the objects themselves, so that
+defaults, bounds and help stand in one place.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import functools
+import inspect
+import operator
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from imaml_ext.errors import ConfigError, ConfigTypeError
+from imaml_ext.settings import Choice, Settings, field_types
+
+S = TypeVar("S", bound="Settings")
+T = TypeVar("T")
+_PLAIN = (int, float, bool, str, Path, type(None))
+_FLAT = ("algorithm",)  # a field whose own fields stand on the command line without its name before them
+_SLOT = "class_of_"
+
+
+def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: str = "", default: T | None = None) -> T:
+    """The options of a command, a dataclass; the command line changes `default`, and the classes of its settings.
+
+    Ends the process with 2 where the command line cannot be understood.
+    """
+    given: dict[str, Any] = {}
+    if default is not None:
+        values = vars(default).items()
+        settings = {name: _chosen(value, list(arguments)) for name, value in values if isinstance(value, Settings)}
+        given["default"] = dataclasses.replace(default, **settings)  # type: ignore[type-var]
+    registry = ConstructorRegistry()
+    registry.struct_rule(_settings_rule)
+    with registry:
+        try:
+            return tyro.cli(kind, prog=prog, description=description or summary_of(kind), args=arguments, **given)
+        except _Refused as refused:
+            print(f"{prog}: {refused}", file=sys.stderr)
+            raise SystemExit(2) from refused
+
+
+class _Refused(Exception):
+    """A value outside its bounds; not a ValueError, which tyro would put into words of its own."""
+
+
+def summary_of(kind: type) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
+
+
+def _chosen(settings: S, arguments: list[str], prefix: str = "--") -> S:
+    """The settings with the classes that `--SLOT NAME` chooses; fields of the same name keep their values.
+
+    Nothing is checked here: what tyro makes in the end is.
+    """
+    settings = copy.copy(settings)
+    for field in _shown(settings):
+        value = getattr(settings, field.name)
+        if not isinstance(value, Settings):
+            continue
+        flag = prefix + field.name.replace("_", "-")
+        if isinstance(value, Choice):
+            name = _last(arguments, flag)
+            if name in value.kinds and name != value.kind_name:
+                value = _carried(value, type(value).kind(name)())
+        below = prefix if field.name in _FLAT else f"{flag}."
+        object.__setattr__(settings, field.name, _chosen(value, arguments, below))
+    return settings
+
+
+def _last(arguments: list[str], flag: str) -> str | None:
+    """The value that was given last to an option, as `--flag value` or `--flag=value`."""
+    given = [after for word, after in pairwise(arguments) if word == flag]
+    return (given + [word.partition("=")[2] for word in arguments if word.startswith(f"{flag}=")] or [None])[-1]
+
+
+def _carried(old: Settings, new: S) -> S:
+    """`new` with the values of `old` in the fields that both have, of the same type whatever its bounds."""
+    ours, theirs = (typing.get_type_hints(type(settings)) for settings in (old, new))
+    for field in dataclasses.fields(new):  # type: ignore[arg-type]
+        if ours.get(field.name) == theirs[field.name]:
+            object.__setattr__(new, field.name, getattr(old, field.name))
+    return new
+
+
+def _shown(settings: Settings) -> list[dataclasses.Field[Any]]:
+    """The fields that a command line can set: not what the data decides, nor what no file records."""
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    return [f for f in fields if f.metadata.get("recorded", True) and not f.metadata.get("from_data", False)]
+
+
+def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """How tyro sees settings: the fields that can be set and, for each slot, an option for its class."""
+    default = info.default
+    if not isinstance(default, Settings):
+        return None
+    help_of, specs = _field_help(type(default)), []
+    for field in _shown(default):
+        value, text = getattr(default, field.name), help_of.get(field.name, "")
+        if isinstance(value, Choice):
+            choices: Any = Annotated[Literal[tuple(value.kinds)], tyro.conf.arg(name=field.name)]
+            specs.append(StructFieldSpec(_SLOT + field.name, choices, default=value.kind_name, helptext=text))
+        if isinstance(value, Settings):
+            nested: Any = Annotated[type(value), tyro.conf.arg(name="" if field.name in _FLAT else field.name)]
+            specs.append(StructFieldSpec(field.name, nested, default=value, helptext=summary_of(type(value))))
+        elif isinstance(value, (*_PLAIN, tuple, dict)):  # and not a tensor
+            kind = _readable(field_types(type(default))[field.name])
+            specs.append(StructFieldSpec(field.name, kind, default=value, helptext=text))
+
+    def made(**values: Any) -> Settings:
+        fields = {name: value for name, value in values.items() if not name.startswith(_SLOT)}
+        try:
+            return dataclasses.replace(default, **fields)  # type: ignore[type-var]
+        except (ConfigError, ConfigTypeError) as error:
+            raise _Refused(str(error)) from error
+
+    return StructConstructorSpec(instantiate=made, fields=tuple(specs))
+
+
+def _readable(kind: Any) -> Any:
+    """The type as words on a command line stand for it: without tensors, and a dictionary as names and values."""
+    plain = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+    origin, members = typing.get_origin(plain), typing.get_args(plain)
+    if origin in (types.UnionType, typing.Union):
+        return functools.reduce(operator.or_, [m for m in members if m in _PLAIN or typing.get_origin(m) is Literal])
+    return Annotated[plain, _pairs(members[1])] if origin is dict else kind
+
+
+def _pairs(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
+    """A dictionary as `--lr-of NAME VALUE NAME VALUE …`."""
+
+    def read(words: list[str]) -> dict[str, Any]:
+        if len(words) % 2:
+            raise ValueError("give a name and a value, in turn")
+        return {
+            name: float(word) if kind is float else word for name, word in zip(words[::2], words[1::2], strict=True)
+        }
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME VALUE ...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    )
+
+
+@functools.cache
+def _field_help(cls: type) -> dict[str, str]:
+    """The string below each field of a class and of its bases."""
+    texts: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        try:
+            body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        except OSError:  # a class without a source file
+            continue
+        for field, below in pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                texts[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+    return texts

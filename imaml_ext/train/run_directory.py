@@ -1,0 +1,199 @@
+"""The files of a run directory, each whole or absent whatever happens while it is written.
+
+config.json           recipe, resolved configuration, versions and hardware; written first
+metrics.jsonl         one line per logged meta-step
+checkpoints/          step-00000200.pt, …
+tensorboard/          events, where tensorboard is installed
+learning_curve.png    episodes.png    result.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imaml_ext.errors import ConfigError, RunError
+from imaml_ext.files import json_bytes
+from imaml_ext.settings import from_json, leaves
+from imaml_ext.train.config import TrainConfig
+from imaml_ext.train.legacy import config_from_old
+
+
+class RunDirectory:
+    """Names the files in the directory of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.learning_curve = path / "learning_curve.png"
+        self.episodes = path / "episodes.png"
+        self.result = path / "result.json"
+
+    @classmethod
+    def of_last_stage(cls, path: Path) -> RunDirectory:
+        """The run in a directory or, where the stages of a recipe lie in it, that of its last stage so far."""
+        numbered = ((entry.name.partition("-")[0], cls(entry)) for entry in path.glob("*-*"))
+        stages = {int(number): each for number, each in numbered if number.isdecimal() and each.holds_run()}
+        return stages[max(stages)] if stages and not cls(path).holds_run() else cls(path)
+
+    def is_empty(self) -> bool:
+        """Tells whether nothing is there yet, or nothing but the lock of a run that ended before it wrote anything."""
+        with explained(f"run directory {self.path} cannot be used"):
+            if not self.path.exists():
+                return True
+            rest = [entry for entry in self.path.iterdir() if entry.name != "lock" and entry.suffix != ".tmp"]
+            return not rest or (rest == [self.checkpoints] and not any(self.checkpoints.iterdir()))
+
+    def holds_run(self) -> bool:
+        return self.config.is_file()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Creates the directory and holds it for this process alone; RunError where another is training in it."""
+        with explained(f"cannot write to run directory {self.path}"):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise RunError(f"another process is training in {self.path}") from error
+                # Some network file systems have no locks; the run itself does not need one.
+            for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+                leftover.unlink(missing_ok=True)  # of a process that was killed while writing
+            yield
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """Holds what config.json says of a run."""
+
+    recipe: str
+    config: TrainConfig
+
+
+def read_config(directory: RunDirectory) -> RecordedRun:
+    """Reads the configuration that a run was started with; RunError where there is none, or it is damaged."""
+    try:
+        recorded = json.loads(directory.config.read_text())
+        if "preset" in recorded:
+            return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]))
+        return RecordedRun(str(recorded["recipe"]), from_json(TrainConfig, recorded["config"]))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(f"{directory.path} holds no run: there is no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{directory.config} cannot be read: {error}") from error
+
+
+# Settings that a resumed run may set anew: they change where and how it runs, not what comes out.
+_FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation.", "run.")
+_FIXED_OF_RUN = ("run.seed", "run.dtype")
+
+
+def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
+    """Checks that a run writes over no other one, and continues none under other settings.
+
+    Raises:
+        RunError: the directory is not empty, or with `resume` holds something other than a run.
+        ConfigError: with `resume`, its run has other settings.
+    """
+    if directory.is_empty():
+        return
+    if not resume:
+        raise RunError(f"{directory.path} is not empty: continue its run with --resume, or give another --run-dir")
+    if not directory.holds_run():
+        raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
+    recorded, now = (dict(leaves(each)) for each in (read_config(directory).config, config))
+    for name in now | recorded:
+        was, value = recorded.get(name), now.get(name)
+        free = name.startswith(_FREE_ON_RESUME) and name not in _FIXED_OF_RUN
+        if name == "theta.weights" and was and value:  # the same ones, wherever they lie now
+            free = Path(was).name == Path(value).name
+        if value != was and not free:
+            where = f"{name} was {was!r} in {directory.path}, now {value!r}"
+            raise ConfigError(f"a resumed run keeps its settings: {where}")
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`, one JSON object per line, each whole or not at all."""
+
+    def __init__(self, path: Path, *, keep_until_step: int) -> None:
+        """Opens the file and drops what lies behind `keep_until_step`, the step that the run continues from."""
+        self.path = path
+        with explained(f"cannot write {path}"):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._size = _bytes_until(path, keep_until_step)
+            os.ftruncate(self._descriptor, self._size)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a line; where it cannot be written, the file is as it was before."""
+        line, written = json_bytes(row, indent=None), 0
+        with explained(f"cannot write {self.path}"):
+            try:
+                while written < len(line):  # a disk that is almost full takes a part, and says at the next write why
+                    written += os.pwrite(self._descriptor, line[written:], self._size + written)
+            except OSError:
+                os.ftruncate(self._descriptor, self._size)
+                raise
+        self._size += len(line)
+
+    def sync(self) -> None:
+        """Puts the lines on the disk: before a checkpoint that a resumed run would continue them from."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _bytes_until(path: Path, step: int) -> int:
+    """Returns the length of the part of a metrics file whose lines are at or before `step`."""
+    length = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row_step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged: line {number} is not a metrics line") from error
+        if row_step is None or row_step > step:  # None: the torn last line of a crash
+            break
+        length += len(line)
+    return length
+
+
+def read_result(directory: RunDirectory) -> dict[str, Any] | None:
+    """Returns the content of result.json, None where there is none: the run is not finished."""
+    if not directory.result.is_file():
+        return None
+    try:
+        result = json.loads(directory.result.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{directory.result} cannot be read: {error}") from error
+    missing = {"steps", "command", "test", "train_seconds", "environment"} - set(result)
+    if missing:
+        raise RunError(f"{directory.result} lacks {', '.join(sorted(missing))}")
+    return result
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics file, empty where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Makes a RunError of what the operating system cannot do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what}: {error.strerror or error}") from error

@@ -1,0 +1,88 @@
+"""Trains a recipe: one run, or one per stage, each of which begins with what the one before has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imaml_ext.errors import RunError
+from imaml_ext.settings import changed
+from imaml_ext.train.config import TrainConfig, differences
+from imaml_ext.train.job import joined
+from imaml_ext.train.progress import say
+from imaml_ext.train.recipe import Recipe
+from imaml_ext.train.run_directory import RunDirectory, check_directory, read_config, read_result
+from imaml_ext.train.trainer import train
+
+
+def train_recipe(
+    recipe: Recipe,
+    path: Path,
+    *,
+    name: str = "",
+    command: str = "",
+    changes: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Trains as a recipe says, and leaves everything in `path`.
+
+    A recipe without stages is one run in `path`. With stages, each is a run in a directory of its own, `path/1-NAME`,
+    `path/2-NAME`, …, and begins with the meta-parameters that the one before was tested with. With `resume`, stages
+    that are finished are passed over, and the first that is not is begun or continued.
+
+    Args:
+        name: of the recipe, for the record. changes: of its settings in every stage, {path: value}; a recipe with
+            stages that is resumed keeps those that it was begun with.
+        checkpoint: of the stage that is continued, in place of its newest.
+
+    Returns:
+        The content of the last result.json.
+
+    Raises:
+        As `trainer.train`.
+    """
+    changes, record = dict(changes or {}), {"recipe": name, "command": command}
+    if not recipe.stages:
+        config = changed(recipe.config, changes)
+        return train(config, path, **record, resume=resume, checkpoint=checkpoint)
+    places = [path / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, start=1)]
+    result: dict[str, Any] | None = None
+    with joined() as ranks:
+        configs = ranks.on_first(_planned, recipe, path, places, changes, resume=resume)
+        for number, (place, config) in enumerate(zip(places, configs, strict=True), start=1):
+            result = ranks.on_first(_finished, place, config)
+            if result is None or number == len(places):
+                title = f"stage {number} of {len(places)} ({recipe.stages[number - 1].name})"
+                if ranks.first:
+                    say(f"{title}, in {place}")
+                result = train(config, place, **record, stage=title, resume=True, checkpoint=checkpoint)
+                checkpoint = None
+    assert result is not None
+    return result
+
+
+def _planned(
+    recipe: Recipe, path: Path, places: list[Path], changes: Mapping[str, Any], *, resume: bool
+) -> list[TrainConfig]:
+    """The configurations of the stages, where the directory has no other run in it."""
+    directory, first = RunDirectory(path), RunDirectory(places[0])
+    if directory.holds_run():
+        raise RunError(f"{path} holds a run, and not the stages of a recipe; give another --run-dir")
+    if resume and first.holds_run():
+        changes = differences(recipe.staged({})[0], read_config(first).config) | dict(changes)
+    elif not (first.is_empty() and list(path.glob("*")) == [first.path]):
+        check_directory(directory, recipe.config, resume=resume)
+    configs = recipe.staged(changes)
+    starts = [{}, *({"theta.weights": str(place.resolve())} for place in places)]
+    return [changed(config, start) for config, start in zip(configs, starts, strict=False)]
+
+
+def _finished(place: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The result of a stage that is finished."""
+    directory = RunDirectory(place)
+    result = read_result(directory)
+    if result is not None:
+        check_directory(directory, config, resume=True)
+    return result

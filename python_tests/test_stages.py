@@ -1,0 +1,230 @@
+"""Recipes: files, stages that build on each other, and what a run can begin with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_tools import files_of, small_config
+
+from imaml_ext.data import Glyphs
+from imaml_ext.errors import ConfigError, Interrupted, RunError
+from imaml_ext.inner import GradientDescent
+from imaml_ext.meta import IMAML, MAML
+from imaml_ext.models import Conv4
+from imaml_ext.settings import changed
+from imaml_ext.train import (
+    EvaluationSettings,
+    Outer,
+    Recipe,
+    RunSettings,
+    Stage,
+    Tasks,
+    Theta,
+    TrainConfig,
+    build,
+    evaluate_pretrained,
+    evaluate_run,
+    export_run,
+    load_recipe,
+    recipe_names,
+    train,
+    train_recipe,
+)
+from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.train.recipe import recipe_summaries
+from imaml_ext.train.run_directory import RunDirectory, read_config
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _final(path: Path) -> Any:
+    return load_checkpoint(list_checkpoints(path / "checkpoints")[-1])
+
+
+def _recipe() -> Recipe:
+    """Five ways, then seven by a shared head, then learnt lambdas as well; features are scaled at the beginning."""
+    config = TrainConfig(
+        data=Glyphs(),
+        tasks=Tasks(ways=5, shots=1, queries=2),
+        model=Conv4(filters=4),
+        theta=Theta(shared_head=True, feature_scale=2.0),
+        algorithm=IMAML(lam=0.5, inner=GradientDescent(steps=2), curvature="gauss_newton"),
+        outer=Outer(steps=4, meta_batch=2, lr=1e-2, average=0.9),
+        evaluation=EvaluationSettings(tasks=6),
+        run=RunSettings(device="cpu", threads=1, log_every=2, checkpoint_every=2, tensorboard=False),
+    )
+    learn = {"algorithm.learn": {"lam": "tensor"}, "run.seed": 2}
+    return Recipe(config, (Stage("few"), Stage("many", {"tasks.ways": 7, "run.seed": 1}), Stage("learnt", learn)))
+
+
+def test_each_stage_begins_where_the_one_before_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train_recipe(_recipe(), tmp_path / "run", name="mine", command="imaml train mine")
+    assert [path.name for path in sorted((tmp_path / "run").iterdir())] == ["1-few", "2-many", "3-learnt"]
+    assert result == json.loads((tmp_path / "run" / "3-learnt" / "result.json").read_text())
+    told = capsys.readouterr().err
+    for number, name in enumerate(("few", "many", "learnt"), start=1):
+        assert f"stage {number} of 3 ({name}), in {tmp_path / 'run'}" in told
+        assert f"training, stage {number} of 3 ({name}) 4/4" in told
+
+    first, second, third = (tmp_path / "run" / name for name in ("1-few", "2-many", "3-learnt"))
+    configs = [read_config(RunDirectory(path)).config for path in (first, second, third)]
+    assert [config.tasks.ways for config in configs] == [5, 7, 7]
+    assert [config.theta.feature_scale for config in configs] == [2.0, 1.0, 1.0]
+    assert {read_config(RunDirectory(path)).recipe for path in (first, second, third)} == {"mine"}
+
+    before, experiment = build(configs[0]), build(configs[1])
+    old, new = before.model.layout, experiment.model.layout
+    ended = old.views(_final(first).averages["theta"])  # which was tested
+    begun = new.views(experiment.initial_params()["theta"])
+    for name in ended:
+        expected = ended[name] if "linear" not in name else ended[name].mean(-1, keepdim=True).expand_as(begun[name])
+        torch.testing.assert_close(begun[name], expected, rtol=1e-6, atol=1e-7)
+    begun, ended = build(configs[2]).initial_params(), _final(second).averages
+    torch.testing.assert_close(begun["theta"], ended["theta"], rtol=1e-6, atol=1e-7)
+    assert torch.equal(begun["log_lam"], torch.full_like(begun["log_lam"], math.log(0.5)))
+    assert list(_final(third).params) == ["theta", "log_lam"]
+    assert evaluate_run(tmp_path / "run").to_json() == result["test"]  # the last stage
+
+
+def test_what_is_learnt_beside_theta_goes_on(tmp_path: Path) -> None:
+    config = changed(small_config(steps=3, learnt_lr=0.1), {"algorithm.learn": {"lam": "tensor"}})
+    train(config, tmp_path / "run")
+    on = changed(config, {"theta.weights": str(tmp_path / "run")})
+    begun, ended = build(on).initial_params(), _final(tmp_path / "run").params
+    assert torch.equal(begun["theta"], ended["theta"])
+    assert torch.equal(begun["log_lam"], ended["log_lam"])
+    anew = build(changed(on, {"algorithm.learn": {"lam": "global"}})).initial_params()
+    assert torch.equal(anew["log_lam"], torch.zeros(1))  # of algorithm.lam, 1: the run has learnt other groups
+    export_run(tmp_path / "run", tmp_path / "mine.safetensors")
+    exported = build(changed(on, {"theta.weights": str(tmp_path / "mine.safetensors")})).initial_params()
+    assert torch.equal(exported["log_lam"], ended["log_lam"])
+    assert torch.equal(exported["theta"], ended["theta"])
+
+
+@pytest.mark.parametrize("calls", [3, 6, 11])  # in the first stage, the second, the third
+def test_stages_are_resumed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    recipe, changes = _recipe(), {"outer.lr": 2e-2}
+    straight = train_recipe(recipe, tmp_path / "straight", changes=changes)
+    counted, original = 0, IMAML.meta_gradient
+
+    def stops(self: IMAML, params: Any, episodes: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        if counted == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, params, episodes)
+
+    monkeypatch.setattr(IMAML, "meta_gradient", stops)
+    with pytest.raises(Interrupted):
+        train_recipe(recipe, tmp_path / "stopped", changes=changes)
+    with pytest.raises(RunError, match="is not empty: continue its run with --resume"):
+        train_recipe(recipe, tmp_path / "stopped", changes=changes)
+    finished = {path: files_of(path) for path in (tmp_path / "stopped").iterdir() if (path / "result.json").exists()}
+    shutil.move(tmp_path / "stopped", tmp_path / "moved")
+    stopped = train_recipe(recipe, tmp_path / "moved", resume=True)  # with the changes that it was begun with
+    assert counted == 12
+    assert stopped["test"] == straight["test"]
+    for name in ("1-few", "2-many", "3-learnt"):
+        ends = [_final(tmp_path / folder / name) for folder in ("straight", "moved")]
+        assert all(torch.equal(value, ends[1].params[key]) for key, value in ends[0].params.items())
+    for path, files in finished.items():
+        assert files_of(tmp_path / "moved" / path.name) == files
+    assert read_config(RunDirectory(tmp_path / "moved" / "3-learnt")).config.outer.lr == 2e-2
+    with pytest.raises(ConfigError, match=r"a resumed run keeps its settings: outer.lr was 0.02 in .*1-few, now 0.5"):
+        train_recipe(recipe, tmp_path / "moved", changes={"outer.lr": 0.5}, resume=True)
+
+
+def test_a_stage_that_has_not_begun_is_begun(tmp_path: Path) -> None:
+    recipe = _recipe()
+    (tmp_path / "run" / "1-few" / "checkpoints").mkdir(parents=True)  # killed before config.json was there
+    (tmp_path / "run" / "1-few" / "lock").touch()
+    train_recipe(replace(recipe, stages=recipe.stages[:1]), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "1-few" / "result.json").exists()
+
+
+def test_a_recipe_without_stages_is_one_run(tmp_path: Path) -> None:
+    train_recipe(Recipe(small_config()), tmp_path / "recipe", changes={"outer.steps": 5})
+    train(small_config(steps=5), tmp_path / "run")
+    assert torch.equal(_final(tmp_path / "recipe").params["theta"], _final(tmp_path / "run").params["theta"])
+    with pytest.raises(RunError, match=r"holds a run, and not the stages of a recipe"):
+        train_recipe(_recipe(), tmp_path / "run", resume=True)
+
+
+def test_changes_of_every_stage_and_of_the_first() -> None:
+    recipe = _recipe()
+    changes = {"algorithm.inner.steps": 9, "theta.weights": "omniglot-5w1s-gd", "theta.feature_scale": 3.0}
+    configs = recipe.staged(changes)
+    assert [config.algorithm.inner.steps for config in configs] == [9, 9, 9]
+    assert [config.theta.weights for config in configs] == ["omniglot-5w1s-gd", None, None]
+    assert [config.theta.feature_scale for config in configs] == [3.0, 1.0, 1.0]
+    bad = replace(recipe, stages=(Stage("few"), Stage("odd", {"algorithm": MAML(), "algorithm.damping": 1.0})))
+    with pytest.raises(ConfigError, match=r"stage odd: there is no setting algorithm\.damping"):
+        bad.staged({})
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    train(small_config(steps=2), tmp_path / "run")
+    other = changed(small_config(), {"model.hidden": (9,), "theta.weights": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match=r"theta.weights must have the parameters of the model, .*\[1, 9\].* got"):
+        train(other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(RunError, match=r"is not finished: it has no result\.json"):
+        train(changed(small_config(), {"theta.weights": str(tmp_path / "run")}), tmp_path / "other")
+
+
+def test_an_exported_run_is_judged_as_the_run_was(tmp_path: Path) -> None:
+    config = changed(_recipe().config, {"evaluation.inner_steps": 4, "evaluation.seed": 3})
+    result = train(config, tmp_path / "run", recipe="mine", command="imaml train mine")
+    weights = export_run(tmp_path / "run", tmp_path / "mine.safetensors", commit="abc")
+    assert (weights.card.recipe, weights.card.commit, weights.card.steps) == ("mine", "abc", 4)
+    assert weights.algorithm.inner.steps == 4
+    assert weights.shared_head
+    here = {"run.device": "cpu"}
+    assert evaluate_pretrained(tmp_path / "mine.safetensors", here).to_json() == result["test"]
+    seven = evaluate_pretrained(tmp_path / "mine.safetensors", {**here, "tasks.ways": 7, "evaluation.tasks": 4})
+    assert seven.tasks == 4
+    assert seven.accuracy is not None
+    with pytest.raises(RunError, match=r"output must be a file NAME.safetensors"):
+        export_run(tmp_path / "run", tmp_path / "mine.pt")
+
+
+class TestRecipeFiles:
+    def test_those_of_the_package(self) -> None:
+        summaries = recipe_summaries()
+        assert list(summaries) == recipe_names()
+        assert summaries["glyphs-5w1s"].startswith("5-way 1-shot on the built-in glyphs")
+        recipe = load_recipe("glyphs-5w1s")
+        assert recipe.config.data == Glyphs()
+        assert "Command: imaml train glyphs-5w1s" in recipe.description
+
+    def test_of_another_folder_and_by_path(self, tmp_path: Path) -> None:
+        text = '"""Mine."""\nfrom imaml_ext.recipes import glyphs_5w1s\nrecipe = glyphs_5w1s.recipe\n'
+        (tmp_path / "my_own.py").write_text(text)
+        (tmp_path / "empty.py").write_text("")
+        (tmp_path / "_helper.py").write_text("")
+        assert recipe_summaries([tmp_path]) == {"empty": "", "my-own": "Mine."}
+        for recipe in (load_recipe("my-own", [tmp_path]), load_recipe(tmp_path / "my_own.py")):
+            assert recipe.config == load_recipe("glyphs-5w1s").config
+            assert recipe.description == "Mine."
+        with pytest.raises(ConfigError, match=r"empty.py must have a variable `recipe`"):
+            load_recipe("empty", [tmp_path])
+        with pytest.raises(ConfigError, match=r"there is no recipe 'other'; there are: empty, my-own, or a file"):
+            load_recipe("other", [tmp_path])
+        with pytest.raises(ConfigError, match=r"there is no recipe '.*none.py'"):
+            load_recipe(tmp_path / "none.py")
