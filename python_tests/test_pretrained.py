@@ -458,7 +458,11 @@ def test_colour_is_cut_to_its_middle(tmp_path):
 def test_images_that_cannot_be_read(tmp_path):
     Image.new("L", (30, 30), 200).save(tmp_path / "blank.png")
     (tmp_path / "text.png").write_text("not an image")
-    for name, message in (("blank.png", "is blank"), ("text.png", "is damaged or not a picture"), ("none.png", "does not exist")):
+    for name, message in (
+        ("blank.png", "is blank"),
+        ("text.png", "is damaged or not a picture"),
+        ("none.png", "does not exist"),
+    ):
         with pytest.raises(DataError, match=message):
             read_images([tmp_path / name], (1, 28, 28))
     with pytest.raises(ValueError, match="shape must be"):

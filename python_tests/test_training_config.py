@@ -128,7 +128,7 @@ def test_json_must_have_every_setting() -> None:
         (Linear, "condition_number", 0.5),
         (Folder, "image_size", 0),
         (Folder, "val_fraction", 1.0),
-            (Conv4, "filters", 0),
+        (Conv4, "filters", 0),
         (MLP, "hidden", (40, 0)),
         (IMAML, "lam", 0.0),
         (MAML, "lam", -0.1),
