@@ -10,9 +10,9 @@ for test. The nearest support image, pixel by pixel, is right on 72.4 ± 0.7 % o
 91.1 ± 0.5 % at 5-way 5-shot and on 52.1 ± 0.4 % at 20-way 1-shot (Omniglot, 1200/423: 45.1, 66.6 and 25.0): glyphs is
 the easier of the two.
 
-Which classes there are, and which faces draw them, is a fixed list in `glyphs.json` (made by `benchmarks/make_glyph_table.py`).
-Everything is drawn in integer arithmetic from the outlines, so the bytes are the same on every machine as long as the
-font files are: those of matplotlib 3.5 to 3.11 (DejaVu 2.37, STIX 1.1) were compared and are the same.
+Which classes there are, and which faces draw them, is a fixed list in `glyphs.json`, which
+`benchmarks/make_glyph_table.py` made. Everything is drawn in integer arithmetic from the outlines, so the bytes are the
+same on every machine as long as the font files are: those of matplotlib 3.5 to 3.11 (DejaVu 2.37, STIX 1.1) are.
 """
 
 from __future__ import annotations
