@@ -7,6 +7,4 @@ Accuracy: 97.97 ± 0.17 % on 2,000 test tasks.
 
 from imaml_ext.reproduction.chains._common import by_smaller_inner_steps, on_vinyals_split
 
-recipe = on_vinyals_split(
-    by_smaller_inner_steps("omniglot-vinyals-start", newton=True, steps=3000, feature_scale=3.0), validated=True
-)
+recipe = on_vinyals_split(by_smaller_inner_steps("omniglot-vinyals-start", newton=True, steps=3000, feature_scale=3.0))

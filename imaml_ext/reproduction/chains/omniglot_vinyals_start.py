@@ -7,4 +7,4 @@ Accuracy: 96.69 ± 0.25 % on 2,000 test tasks.
 
 from imaml_ext.reproduction.chains._common import from_random_parameters, on_vinyals_split
 
-recipe = on_vinyals_split(from_random_parameters(newton=False, steps=5500), validated=True)
+recipe = on_vinyals_split(from_random_parameters(newton=False, steps=5500))
