@@ -5,7 +5,7 @@ Time: 64 minutes on one CPU core.
 Accuracy: 97.97 ± 0.17 % on 2,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import from_weights
+from imaml_ext.reproduction.chains._common import LARGER_FEATURES, VALIDATED_VINYALS, from_weights
 
 recipe = from_weights(
     "omniglot-vinyals-start",

@@ -5,6 +5,6 @@ Time: 5 minutes on one CPU core.
 Accuracy: 99.20 ± 0.13 % on 1,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import VINYALS, on_larger_tasks
 
 recipe = on_larger_tasks("omniglot-vinyals-5w1s-hf", 300, ways=5, shots=5, newton=True, changes=VINYALS)
