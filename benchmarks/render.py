@@ -18,35 +18,41 @@ RESULTS = ROOT / "benchmarks" / "results"
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `python benchmarks/render.py` from `benchmarks/results/`; each section names the command that measures it again.
+`python benchmarks/render.py` makes this page from `benchmarks/results/`. Each section names the command that measures
+it again.
 
-Every figure is a median over rounds in which all contestants of a table take turns in one process, on the machine that
-the section names; ratios are medians of the ratios within a round. Nothing is timed before results have been compared.
+All contestants of a table take turns in one process, on the machine that the section names. Every figure is a median
+over these rounds, and ratios are medians of the ratios within a round. Nothing is timed before results have been
+compared.
 
 ## What a meta-step is here
 
-Adaptation of every task, the query gradient, conjugate gradients on (H + (λ + δ) I) u = v with a fixed number of
-products with the Hessian, the mean of λu, one Adam step; no loading of data. Conv4 with stride 2, 28×28 images,
-float32. All contestants compute the same meta-gradient from the same θ and the same tasks, by the algorithm of the
-paper's public code: plain gradient steps, a pull-back towards θ, λ = 2, δ = 22. `benchmarks/peers.py` says how each is
-called:
+A meta-step adapts every task and takes the query gradient. Conjugate gradients on (H + (λ + δ) I) u = v follow, with a
+fixed number of products with the Hessian. The mean of λu and one Adam step end it. Loading of data is left out. The
+network is Conv4 with stride 2 on 28×28 images, in float32.
+
+All contestants compute the same meta-gradient from the same θ and the same tasks. They use the algorithm of the paper's
+public code: plain gradient steps, then one step of the penalty towards θ, λ = 2, δ = 22. `benchmarks/peers.py` says how
+each is called:
 
 | name | what it is |
 |---|---|
 | imaml_ext | `IMAML` with `Conv4` |
 | imaml_ext, nn.Module | `IMAML` with the same network as an `nn.Module`, through `from_module` |
 | imaml_ext, replayed | the first, captured once as a CUDA graph |
-| grouped conv2d | plain PyTorch: every task a group of one convolution, H linearised once |
+| grouped conv2d | plain PyTorch: every task is one group of a convolution, H linearised once |
 | imaml_dev | the code published with the paper, github.com/aravindr93/imaml_dev; a loop over tasks |
 | hypertorch | github.com/prolearner/hypertorch; a loop over tasks |
 | TorchOpt | `ImplicitMetaGradientModule` with `solve_cg`; a loop over tasks |
 | JAX | the whole meta-step jitted, tasks by `vmap`, H by `jax.linearize` |
 
-"Off by" is the relative distance of the meta-gradient from that of a float64 calculation, 1e-4 at most, on tasks for
-which it does not hang on the rounding of one activation. "Of sgemm" is the rate at which the arithmetic of
-convolutions and linear layers is done (counted in `benchmarks/meta_step.py`), as a share of what a large float32
-`torch.mm` reaches in the same rounds. It can be above 100 %: pixels of the padding are counted and not computed, and
-where a processor has AVX-512, the `torch.mm` of some builds does without it.
+"Off by" is the relative distance of the meta-gradient from that of a float64 calculation. It is 1e-4 at most, on tasks
+for which it does not hang on the rounding of one activation.
+
+"Of sgemm" is the rate of the arithmetic in convolutions and linear layers, as a share of what a large float32
+`torch.mm` reaches in the same rounds. `benchmarks/meta_step.py` counts this arithmetic. The share can be above 100 %:
+pixels of the padding are counted and not computed, and the `torch.mm` of some builds does without AVX-512 where a
+processor has it.
 """
 
 
@@ -90,7 +96,7 @@ def _ms(row: dict[str, Any]) -> list[str]:
 
 def _words(w: dict[str, Any]) -> str:
     return (
-        f"{w['ways']}-way {w['shots']}-shot, {w['queries']} {'query' if w['queries'] == 1 else 'queries'} a class, "
+        f"{w['ways']}-way {w['shots']}-shot, {w['queries']} {'query' if w['queries'] == 1 else 'queries'} per class, "
         f"{w['tasks']} {'task' if w['tasks'] == 1 else 'tasks'}, {w['inner_steps']} inner steps, "
         f"{w['cg_steps']} CG steps, {w['filters']} filters"
     )
@@ -142,7 +148,8 @@ def _scaling(result: dict[str, Any]) -> str:
         if "deviation_from_linear" in measured:
             most = measured["points"][-1]["value"]
             parts.append(
-                f"From 4 tasks on, the time a task is within {measured['deviation_from_linear']:.1%} of that at {most}."
+                f"From 4 tasks on, the time per task is within {measured['deviation_from_linear']:.1%} of that at "
+                f"{most}."
                 "\n"
             )
     if "training" in result:
@@ -173,7 +180,7 @@ def _cg(result: dict[str, Any]) -> str:
             "diagonal operator; the error is the largest of a system after these iterations.\n",
             _table(["", "median ms", "min – max", f"÷ {result['best_of_ours']}", "error"], rows),
             *(
-                f"{name} and its callback move {bound['words_moved_per_unknown']} words an unknown: "
+                f"{name} and its callback move {bound['words_moved_per_unknown']} words per unknown: "
                 f"{bound['ms_at_copy_speed']:.1f} ms at the speed of a copy, {result['copy_gb_per_s']:.1f} GB/s.\n"
                 for name, bound in result["bounds"].items()
             ),
@@ -192,7 +199,7 @@ def _precision(result: dict[str, Any]) -> str:
         [
             _heading("Precision of the products", result),
             f"{result['tasks']} tasks of glyphs, {result['inner_steps']} inner steps, {result['cg_steps']} CG steps, "
-            f"{result['filters']} filters. Relative distances from float64, of a task in the median.\n",
+            f"{result['filters']} filters. Relative distances from float64, the median over tasks.\n",
             _table(["", "products in", "support gradient at θ", "meta-gradient", "its mean over the tasks"], rows),
         ]
     )

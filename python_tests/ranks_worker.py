@@ -14,7 +14,7 @@ from training_tools import small_config
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm, Reptile
 from imaml_ext.settings import changed
-from imaml_ext.train import TrainConfig, build, evaluate, train
+from imaml_ext.train import Recipe, Stage, TrainConfig, build, evaluate, train, train_recipe
 from imaml_ext.train.job import joined
 from imaml_ext.train.ranks import Ranks
 
@@ -54,6 +54,12 @@ def trained_config(steps: int = 200) -> TrainConfig:
             "run.checkpoint_every": 100,
         },
     )
+
+
+def staged(folder: Path) -> dict[str, Any]:
+    """Two stages of a few steps; the result of the second."""
+    recipe = Recipe(trained_config(steps=5), (Stage("first"), Stage("second", {"run.seed": 1})))
+    return train_recipe(recipe, folder / "stages", name="staged")
 
 
 def meta_gradient(name: str, ranks: Ranks) -> dict[str, Any]:
@@ -105,6 +111,7 @@ def main(folder: Path) -> None:
             },
             "on first": ranks.on_first(lambda: ranks.rank),
             "result": train(trained_config(), folder / "straight"),
+            "staged": staged(folder),
             "resumed": train(trained_config(), folder / "of-one-process", resume=True),
         }
     found["threads"] = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

@@ -119,7 +119,7 @@ class TestRunDirectory:
     def test_below_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("a file")
         process = imaml("train", "sinusoid-5shot", *self.KNOBS, "--run-dir", tmp_path / "file" / "run")
-        assert_one_sentence(process, "run directory", "cannot be used", "Not a directory")
+        assert_one_sentence(process, "run directory", "Not a directory")
 
     def test_read_only(self, tmp_path: Path) -> None:
         with _Mounted(tmp_path / "disk", "ro"):

@@ -11,8 +11,7 @@ from training_tools import assert_one_sentence, imaml, small_config
 
 from imaml_ext.errors import ConfigError
 from imaml_ext.settings import changed
-from imaml_ext.train import FromScratch, build, evaluate_run, train
-from imaml_ext.train import evaluate
+from imaml_ext.train import FromScratch, build, evaluate, evaluate_run, train
 
 
 def test_each_task_is_a_training_run_of_its_own() -> None:

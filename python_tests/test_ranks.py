@@ -177,6 +177,16 @@ def test_a_run_of_one_process_is_resumed_by_several(job: Any, alone: Path) -> No
     assert steps == [row["step"] for row in rows(alone / "straight")]
 
 
+def test_stages_follow_each_other(job: Any, tmp_path: Path) -> None:
+    results = [found["staged"] for found in job[0]]
+    assert all(result == results[0] for result in results)
+    alone = ranks_worker.staged(tmp_path)
+    assert results[0]["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-4)
+    for stage in ("1-first", "2-second"):
+        ours, expected = (final(path / "stages" / stage)["params"] for path in (job[1], tmp_path))
+        close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_every_rank_decides_alike(job: Any) -> None:
     found, folder = job
     size = len(found)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imaml_ext.data import Augmentation, Folder, Linear, Omniglot, Sinusoid
+from imaml_ext.cli.parser import _field_help
+from imaml_ext.data import Augmentation, DataSource, Folder, Linear, Omniglot, Sinusoid
 from imaml_ext.errors import ConfigError
-from imaml_ext.inner import GradientDescent, NewtonCG
-from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
-from imaml_ext.models import MLP, Conv4
+from imaml_ext.inner import GradientDescent, InnerSolver, NewtonCG
+from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm, Reptile
+from imaml_ext.models import MLP, Conv4, TaskModel
 from imaml_ext.settings import changed, from_json, leaves, to_json
-from imaml_ext.solvers import FixedPoint, Neumann
+from imaml_ext.solvers import FixedPoint, LinearSolver, Neumann
 from imaml_ext.train import (
     EvaluationSettings,
     Outer,
@@ -28,7 +27,6 @@ from imaml_ext.train import (
     load_recipe,
     recipe_names,
 )
-from imaml_ext.train import config as config_module
 from imaml_ext.train.config import differences
 
 
@@ -128,7 +126,7 @@ def test_json_must_have_every_setting() -> None:
         (Linear, "condition_number", 0.5),
         (Folder, "image_size", 0),
         (Folder, "val_fraction", 1.0),
-            (Conv4, "filters", 0),
+        (Conv4, "filters", 0),
         (MLP, "hidden", (40, 0)),
         (IMAML, "lam", 0.0),
         (MAML, "lam", -0.1),
@@ -217,15 +215,19 @@ def test_algorithms_and_settings_that_do_not_go_together(make: Any, message: str
     assert message in str(caught.value)
 
 
-def test_every_setting_is_explained_once() -> None:
-    """The line under a field is its help on the command line."""
-    tree = ast.parse(inspect.getsource(config_module))
-    groups = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "TrainConfig"]
-    assert len(groups) == 5
-    for item in groups:
-        for field, after in zip(item.body, item.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign):
-                assert isinstance(after, ast.Expr), f"{item.name}.{field.target.id} has no help"  # type: ignore[union-attr]
+def test_every_setting_is_explained() -> None:
+    """The comment beside or above a field is its help on the command line."""
+    families = (DataSource, TaskModel, MetaAlgorithm, InnerSolver, LinearSolver)
+    kinds = [family.kind(name) for family in families for name in family.kinds]
+    groups = [Tasks, Augmentation, Theta, Outer, EvaluationSettings, RunSettings]
+    for kind in (*kinds, *groups):
+        shown = {
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.metadata.get("recorded", True) and not field.metadata.get("from_data", False)
+        }
+        assert shown <= _field_help(kind).keys(), f"{kind.__name__}: {shown - _field_help(kind).keys()} has no help"
+        assert all(text.endswith(".") for text in _field_help(kind).values()), kind
 
 
 def test_configurations_are_frozen_and_their_settings_are_listed() -> None:

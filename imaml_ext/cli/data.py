@@ -20,8 +20,7 @@ class Options:
 
     source: Annotated[DataSource, tyro.conf.arg(name="")]
 
-    picture: Path | None = None
-    """Write a picture with samples of each split (PNG)."""
+    picture: Path | None = None  # Write a picture with samples of each split (PNG).
 
 
 def run(arguments: list[str], ranks: Ranks) -> int:

@@ -13,67 +13,33 @@ from imaml_ext.cli.parser import parse
 from imaml_ext.errors import ConfigError
 from imaml_ext.train.ranks import Ranks
 
-# The setting that each option changes.
-_PATHS = {
-    "tasks": "evaluation.tasks",
-    "seed": "evaluation.seed",
-    "inner_steps": "evaluation.inner_steps",
-    "meta_batch": "evaluation.meta_batch",
-    "ways": "tasks.ways",
-    "shots": "tasks.shots",
-    "device": "run.device",
-    "data_root": "data.root",
-}
+# The settings that options change: those of a group that have the option's name, and another one.
+_GROUPS = {"evaluation": ("tasks", "seed", "inner_steps", "meta_batch"), "tasks": ("ways", "shots"), "run": ("device",)}
+_PATHS = {name: f"{group}.{name}" for group, names in _GROUPS.items() for name in names} | {"data_root": "data.root"}
 
 
 @dataclass(frozen=True)
 class Options:
     """Test the parameters of a run, or pretrained ones, on tasks that they were never trained on."""
 
-    run: tyro.conf.Positional[Path | None] = None
-    """The run directory."""
-
+    run: tyro.conf.Positional[Path | None] = None  # The run directory.
+    # In place of a run: the name of weights that come with the package, or a file NAME.safetensors.
     pretrained: str | None = None
-    """In place of a run: the name of weights that come with the package, or a file NAME.safetensors."""
-
-    checkpoint: Path | None = None
-    """A checkpoint file; unset: the run's newest."""
-
-    tasks: int | None = None
-    """Number of tasks; unset: as in the run."""
-
-    split: Literal["test", "val", "train"] = "test"
-    """The classes that the tasks are made of."""
-
-    seed: int | None = None
-    """Seed of the tasks; unset: evaluation.seed of the run."""
-
+    checkpoint: Path | None = None  # A checkpoint file; unset: the run's newest.
+    tasks: int | None = None  # Number of tasks; unset: as in the run.
+    split: Literal["test", "val", "train"] = "test"  # The classes that the tasks are made of.
+    seed: int | None = None  # Seed of the tasks; unset: evaluation.seed of the run.
+    # Classes per task, by a last layer that they share (with --pretrained); unset: as in training.
     ways: int | None = None
-    """Classes per task, by a last layer that they share (with --pretrained); unset: as in training."""
-
-    shots: int | None = None
-    """Examples per class that are adapted to; unset: as in the run."""
-
-    inner_steps: int | None = None
-    """Inner steps of the adaptation; unset: as in the run."""
-
-    meta_batch: int | None = None
-    """Tasks at a time; unset: as in the run."""
-
-    device: str | None = None
-    """Device; unset: as in the run."""
-
-    data_root: Path | None = None
-    """Folder of the data set's files; unset: as in the run."""
-
+    shots: int | None = None  # Examples per class that are adapted to; unset: as in the run.
+    inner_steps: int | None = None  # Inner steps of the adaptation; unset: as in the run.
+    meta_batch: int | None = None  # Tasks at a time; unset: as in the run.
+    device: str | None = None  # Device; unset: as in the run.
+    data_root: Path | None = None  # Folder of the data set's files; unset: as in the run.
+    # Also train the network on each task alone, by this many steps of Adam, and test it on the same tasks.
     from_scratch: int | None = None
-    """Also train the network on each task alone, by this many steps of Adam, and test it on the same tasks."""
-
-    scratch_lr: float = 0.003
-    """Learning rate of these steps."""
-
-    output: Path | None = None
-    """Write the result to this JSON file too."""
+    scratch_lr: float = 0.003  # Learning rate of these steps.
+    output: Path | None = None  # Write the result to this JSON file too.
 
 
 def run(arguments: list[str], ranks: Ranks) -> int:

@@ -15,14 +15,9 @@ from imaml_ext.train.ranks import Ranks
 class Options:
     """Write what a finished run has learnt as a safetensors file, with a card beside it."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
-
-    output: tyro.conf.Positional[Path]
-    """The file, NAME.safetensors; the card is NAME.md."""
-
-    commit: str = ""
-    """Commit of the sources that trained it, where the run does not say."""
+    run: tyro.conf.Positional[Path]  # The run directory.
+    output: tyro.conf.Positional[Path]  # The file, NAME.safetensors; the card is NAME.md.
+    commit: str = ""  # Commit of the sources that trained it, where the run does not say.
 
 
 def run(arguments: list[str], ranks: Ranks) -> int:

@@ -22,14 +22,11 @@ class Options:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
-    run_dir: Path | None = None
-    """Where everything is written; unset: runs/RECIPE."""
-
+    run_dir: Path | None = None  # Where everything is written; unset: runs/RECIPE.
+    # Continue the run in the run directory, or begin it where there is none.
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Continue the run in the run directory, or begin it where there is none."""
-
+    # With --resume: continue from this checkpoint of the run instead of the newest.
     from_checkpoint: Path | None = None
-    """With --resume: continue from this checkpoint of the run instead of the newest."""
 
 
 def training_options(name: str, config: TrainConfig, arguments: list[str], description: str = "") -> Options:

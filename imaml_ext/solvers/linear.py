@@ -20,7 +20,7 @@ Self = TypeVar("Self", bound="LinearSolver")
 
 
 class SolveStatus(IntEnum):
-    """How a row ended. The first four numbers are those of RowStatus in csrc/cg/row.h, whose other two are rows at work."""
+    """How a row ended. The first four numbers are those of RowStatus in csrc/cg/row.h; its other two are at work."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1

@@ -125,7 +125,7 @@ class StaticStep:
 
 
 class CapturedStep(StaticStep):
-    """A `StaticStep` whose `run` was captured when it was made; a call replays it.
+    """Replays the `run` of a `StaticStep`, which it captures when it is made.
 
     Raises:
         RunError: something in the meta-step cannot be captured; says what.

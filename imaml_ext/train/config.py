@@ -1,7 +1,7 @@
 """The configuration of a training run: what is trained, on which tasks, and how it is run and recorded.
 
 It holds the library's own settings objects (a data source, a model, an algorithm), and the groups of this module. The
-command line is made from these classes (the line below a field is its help), and `config.json` is their JSON form.
+command line is made from these classes (the comment beside a field is its help), and `config.json` is their JSON form.
 """
 
 from __future__ import annotations
@@ -21,52 +21,44 @@ _TWO = Bounds(at_least=2)
 
 @dataclass(frozen=True)
 class Tasks(Settings):
-    """What a task is made of."""
+    """Says what a task is made of."""
 
-    ways: Annotated[int, _TWO] = 5
-    """Classes per task (not in regression)."""
-    shots: Annotated[int, COUNT] = 1
-    """Support examples per class; in regression, support points per task."""
+    ways: Annotated[int, _TWO] = 5  # Classes per task (not in regression).
+    shots: Annotated[int, COUNT] = 1  # Support examples per class; in regression, support points per task.
+    # The same in training, where it is to differ from the test; unset: tasks.shots.
     train_shots: Annotated[int | None, COUNT] = None
-    """The same in training, where it is to differ from the test; unset: tasks.shots."""
-    queries: Annotated[int, COUNT] = 5
-    """Query examples per class; in regression, query points per task."""
+    queries: Annotated[int, COUNT] = 5  # Query examples per class; in regression, query points per task.
 
 
 @dataclass(frozen=True)
 class Theta(Settings):
-    """The meta-parameters to begin with, and what the classes of a task share of them."""
+    """Says which meta-parameters to begin with, and what the classes of a task share of them."""
 
+    # Begin with published weights, a file *.safetensors, or the run in a directory; unset: random parameters.
     weights: str | None = None
-    """Begin with published weights, a file *.safetensors, or the run in a directory; unset: random parameters."""
-    shared_head: bool = False
-    """All classes begin with one and the same vector and bias of the last layer."""
+    shared_head: bool = False  # All classes begin with one and the same vector and bias of the last layer.
+    # Factor on the features that the last layer reads, applied once at the beginning (conv4).
     feature_scale: Annotated[float, POSITIVE] = 1.0
-    """Factor on the features that the last layer reads, applied once at the beginning (conv4)."""
 
 
 @dataclass(frozen=True)
 class Outer(Settings):
-    """The outer loop (Algorithm 1)."""
+    """Configures the outer loop (Algorithm 1)."""
 
-    steps: Annotated[int, COUNT] = 1000
-    """Meta-steps."""
-    meta_batch: Annotated[int, COUNT] = 8
-    """Tasks per meta-step."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Outer optimiser."""
-    lr: Annotated[float, POSITIVE] = 1e-3
-    """Peak learning rate of theta."""
+    steps: Annotated[int, COUNT] = 1000  # Meta-steps.
+    meta_batch: Annotated[int, COUNT] = 8  # Tasks per meta-step.
+    optimizer: Literal["adam", "sgd"] = "adam"  # Outer optimiser.
+    lr: Annotated[float, POSITIVE] = 1e-3  # Peak learning rate of theta.
+    # Peak learning rate of what is learnt beside theta (of its logarithm); it follows the same schedule.
     learnt_lr: Annotated[float, POSITIVE] = 1e-2
-    """Peak learning rate of what is learnt beside theta (of its logarithm); it follows the same schedule."""
+    # How the learning rates fall from their peak to 0 over the run.
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rates fall from their peak to 0 over the run."""
+    # Meta-steps over which the learning rates first rise linearly to their peak.
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Meta-steps over which the learning rates first rise linearly to their peak."""
+    # Largest norm of a meta-parameter's gradient; longer ones are scaled down to it. Unset: no limit.
     clip_norm: Annotated[float | None, POSITIVE] = None
-    """Largest norm of the meta-gradient; longer ones are scaled down to it. Unset: no limit."""
+    # Decay of an exponential average of theta that is evaluated in its place; 0: off.
     average: Annotated[float, FRACTION] = 0.0
-    """Decay of an exponential average of theta that is evaluated in its place; 0: off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,44 +67,33 @@ class Outer(Settings):
 
 @dataclass(frozen=True)
 class EvaluationSettings(Settings):
-    """Validation during training, and the test at the end."""
+    """Configures validation during training, and the test at the end."""
 
-    tasks: Annotated[int, _TWO] = 600
-    """Test tasks at the end of the run."""
-    meta_batch: Annotated[int, COUNT] = 25
-    """Tasks evaluated at a time; it changes the memory needed, not the result."""
+    tasks: Annotated[int, _TWO] = 600  # Test tasks at the end of the run.
+    meta_batch: Annotated[int, COUNT] = 25  # Tasks evaluated at a time; it changes the memory needed, not the result.
+    # Inner steps at validation and test; unset: as in training; 0 judges theta itself.
     inner_steps: Annotated[int | None, NOT_NEGATIVE] = None
-    """Inner steps at validation and test; unset: as in training; 0 judges theta itself."""
-    every: Annotated[int, NOT_NEGATIVE] = 0
-    """Meta-steps between validations, on the validation split; 0: never."""
-    validation_tasks: Annotated[int, _TWO] = 100
-    """Tasks per validation, the same ones each time."""
+    every: Annotated[int, NOT_NEGATIVE] = 0  # Meta-steps between validations, on the validation split; 0: never.
+    validation_tasks: Annotated[int, _TWO] = 100  # Tasks per validation, the same ones each time.
+    # Seed of the validation and test tasks, apart from run.seed: every run is tested on the same tasks.
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Seed of the validation and test tasks, apart from run.seed: every run is tested on the same tasks."""
 
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
-    """How the run is executed and recorded."""
+    """Says how the run is executed and recorded."""
 
-    seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Seed of the initial parameters and of the training tasks."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU where torch has one, else the CPU."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Floating-point type of parameters and images."""
-    capture: bool = False
-    """Capture the meta-step as a CUDA graph and replay it (on a GPU only)."""
+    seed: Annotated[int, NOT_NEGATIVE] = 0  # Seed of the initial parameters and of the training tasks.
+    device: str = "auto"  # `cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU where torch has one, else the CPU.
+    dtype: Literal["float32", "float64"] = "float32"  # Floating-point type of parameters and images.
+    capture: bool = False  # Capture the meta-step as a CUDA graph and replay it (on a GPU only).
+    # CPU threads; unset: torch's own choice. Bit-identical results need the same number.
     threads: Annotated[int | None, COUNT] = None
-    """CPU threads; unset: torch's own choice. Bit-identical results need the same number."""
+    # Meta-steps averaged into a line of metrics.jsonl; the device is waited for only there.
     log_every: Annotated[int, COUNT] = 20
-    """Meta-steps averaged into a line of metrics.jsonl; the device is waited for only there."""
-    checkpoint_every: Annotated[int, COUNT] = 200
-    """Meta-steps between checkpoints."""
-    keep_checkpoints: Annotated[int, COUNT] = 3
-    """Number of newest checkpoints kept."""
-    tensorboard: bool = True
-    """Write TensorBoard events, where tensorboard is installed."""
+    checkpoint_every: Annotated[int, COUNT] = 200  # Meta-steps between checkpoints.
+    keep_checkpoints: Annotated[int, COUNT] = 3  # Number of newest checkpoints kept.
+    tensorboard: bool = True  # Write TensorBoard events, where tensorboard is installed.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,22 +102,20 @@ class RunSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Everything that decides a run; its JSON form is recorded in the run directory.
+    """Holds everything that decides a run; its JSON form is recorded in the run directory.
 
     Raises:
         ConfigTypeError, ConfigError: a setting of the wrong type or outside its range, or settings that do not fit
             together; a TypeError and a ValueError.
     """
 
-    data: DataSource = field(default_factory=Glyphs)
-    """Data set."""
+    data: DataSource = field(default_factory=Glyphs)  # Data set.
     tasks: Tasks = field(default_factory=Tasks)
     augment: Augmentation = field(default_factory=Augmentation)
-    model: TaskModel = field(default_factory=Conv4)
-    """Network that is adapted to each task."""
+    model: TaskModel = field(default_factory=Conv4)  # Network that is adapted to each task.
     theta: Theta = field(default_factory=Theta)
+    # How the meta-gradient is computed: implicitly, through the inner steps, to first order, or by Reptile.
     algorithm: MetaAlgorithm = field(default_factory=IMAML)
-    """How the meta-gradient is computed: implicitly, through the inner steps, to first order, or by Reptile."""
     outer: Outer = field(default_factory=Outer)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -161,7 +140,7 @@ class TrainConfig(Settings):
             self._check_capture()
 
     def _check_capture(self) -> None:
-        """A CUDA graph holds nothing that waits for the device, and no learning rate that lives on the host."""
+        """Refuses what a CUDA graph cannot hold: waiting for the device, a learning rate that lives on the host."""
         waits = "with run.capture, which cannot wait for the device"
         adam = "'adam' with run.capture, whose learning rate can stay on the device"
         self._demand("outer.optimizer", self.outer.optimizer == "adam", adam)

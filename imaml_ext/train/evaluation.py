@@ -29,12 +29,10 @@ _FIRST = 1250  # query examples
 
 @dataclass(frozen=True)
 class FromScratch(Settings):
-    """The baseline without meta-learning: each task's network is trained on its support set alone, with Adam."""
+    """Configures the baseline without meta-learning: Adam on each task's support set alone."""
 
-    steps: Annotated[int, COUNT]
-    """Steps of Adam per task."""
-    lr: Annotated[float, POSITIVE] = 0.003
-    """Learning rate of these steps."""
+    steps: Annotated[int, COUNT]  # Steps of Adam per task.
+    lr: Annotated[float, POSITIVE] = 0.003  # Learning rate of these steps.
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def evaluate(
 
 
 def _from_scratch(experiment: Experiment, scratch: FromScratch, support: Data, *, seed: int) -> Tensor:
-    """phi [B, N] of networks that know nothing but their support sets."""
+    """Returns phi [B, N] of networks that know nothing but their support sets."""
     model, seeds = experiment.model, range(seed, seed + len(support.x))
     rows = [model.init(seed=each, dtype=experiment.dtype, device=experiment.device) for each in seeds]
     inner = GradientDescent(steps=scratch.steps, lr=scratch.lr, optimizer="adam")
@@ -155,7 +153,7 @@ def _from_scratch(experiment: Experiment, scratch: FromScratch, support: Data, *
 
 
 def _mean_and_interval(values: Tensor) -> tuple[float, float]:
-    """The mean over the tasks and 1.96 · std / √n."""
+    """Returns the mean over the tasks and 1.96 · std / √n."""
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(values.numel())
 
 
@@ -220,7 +218,7 @@ def evaluate_pretrained(
 
 
 def _config_of(weights: Weights) -> TrainConfig:
-    """The configuration in which weights are evaluated as they were when they were exported."""
+    """Returns the configuration in which weights are evaluated as they were when they were exported."""
     card, double = weights.card, weights.params["theta"].dtype == torch.float64
     return TrainConfig(
         data=from_json(DataSource, card.data, "data"),  # type: ignore[type-abstract]

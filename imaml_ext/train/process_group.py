@@ -26,7 +26,7 @@ PATIENCE = timedelta(minutes=10)
 
 
 class ProcessGroup(Ranks):
-    """The ranks that torchrun has started; `Ranks` describes the methods."""
+    """Connects the ranks that torchrun has started; `Ranks` describes the methods."""
 
     def __init__(self, rank: int, size: int, store: dist.Store) -> None:
         self.rank = rank

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """A job of one process. Each method does here what its description says of all ranks.
+    """Stands for a job of one process; each method does what its description says of all ranks.
 
     `imaml_ext.train.process_group.ProcessGroup` is the job of several; `imaml_ext.train.job.joined` gives either.
 

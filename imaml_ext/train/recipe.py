@@ -34,7 +34,7 @@ _OF_THE_FIRST_STAGE = ("theta.weights", "theta.feature_scale")  # the others beg
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a training: the configuration of the part before, with changes.
+    """Describes a part of a training: the configuration of the part before, with changes.
 
     Attributes:
         name: of its run directory. changes: {path: value}, as `settings.changed` takes them.
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A configuration to train with or, with stages, several in turn; each begins where the one before has ended.
+    """Holds a configuration to train with; or stages of one, each of which begins where the one before has ended.
 
     Attributes:
         description: the docstring of the file that it was loaded from.

@@ -41,7 +41,7 @@ class RunDirectory:
 
     @classmethod
     def of_last_stage(cls, path: Path) -> RunDirectory:
-        """The run in a directory or, where the stages of a recipe lie in it, that of its last stage so far."""
+        """Returns the run in a directory or, where the stages of a recipe lie in it, that of the last stage so far."""
         numbered = ((entry.name.partition("-")[0], cls(entry)) for entry in path.glob("*-*"))
         stages = {int(number): each for number, each in numbered if number.isdecimal() and each.holds_run()}
         return stages[max(stages)] if stages and not cls(path).holds_run() else cls(path)

@@ -66,7 +66,7 @@ def train_recipe(
 def _planned(
     recipe: Recipe, path: Path, places: list[Path], changes: Mapping[str, Any], *, resume: bool
 ) -> list[TrainConfig]:
-    """The configurations of the stages, where the directory has no other run in it."""
+    """Returns the configurations of the stages, where the directory has no other run in it."""
     directory, first = RunDirectory(path), RunDirectory(places[0])
     if directory.holds_run():
         raise RunError(f"{path} holds a run, and not the stages of a recipe; give another --run-dir")
@@ -80,7 +80,7 @@ def _planned(
 
 
 def _finished(place: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The result of a stage that is finished."""
+    """Returns the result of a stage that is finished, None of another."""
     directory = RunDirectory(place)
     result = read_result(directory)
     if result is not None:

@@ -104,7 +104,7 @@ def train(
 
 
 def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
-    """The experiment and its training tasks; all that can be wrong with them is found before anything is written."""
+    """Makes the experiment and its training tasks; finds what is wrong with them before anything is written."""
     needed, tasks = f"at least {ranks.size}, a task for every process", config.outer.meta_batch
     if tasks < ranks.size:
         raise ConfigError(f"outer.meta_batch must be {needed}, got {tasks}")
@@ -122,14 +122,14 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
 
 
 def _start(experiment: Experiment) -> dict[str, Tensor]:
-    """The meta-parameters that `theta.weights` names, known to be what the run can begin with."""
+    """Reads the meta-parameters that `theta.weights` names, and checks that the run can begin with them."""
     start = experiment.starting_params()
     experiment.initial_params(start)
     return start
 
 
 def _facts(experiment: Experiment, recipe: str) -> dict[str, object]:
-    """What the processes of a job must have in common; where the data lie is each machine's own affair."""
+    """Lists what the processes of a job must have in common; where the data lie is each machine's own affair."""
     return {
         "the version of imaml_ext": __version__,
         "the version of torch": str(torch.__version__),
@@ -218,7 +218,7 @@ class _Training:
                     raise ranks.reported_once(Interrupted(signal, message))
 
     def _check_finite(self) -> None:
-        """A meta-gradient that is not finite ends the run before it reaches a file."""
+        """Ends the run before a meta-gradient that is not finite reaches a file."""
         bad_step = self.state.metrics.first_nonfinite_step()
         if bad_step is None:
             return
@@ -231,7 +231,7 @@ class _Training:
         raise self.ranks.reported_once(Diverged(message))
 
     def _validation(self) -> dict[str, float | None]:
-        """The same validation tasks each time; nothing of the run depends on the outcome."""
+        """Evaluates on the same validation tasks each time; nothing of the run depends on the outcome."""
         settings = self.experiment.config.evaluation
         asked = {"split": "val", "tasks": settings.validation_tasks, "seed": settings.seed}
         result = evaluate(self.experiment, self.state.evaluated, **asked, ranks=self.ranks)  # type: ignore[arg-type]
@@ -283,7 +283,7 @@ class _Training:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    """The figures of the progress bar."""
+    """Returns the figures of the progress bar."""
     return {label: form.format(scale * row[name]) for name, label, scale, form in _SHOWN if name in row}
 
 
@@ -301,7 +301,7 @@ def _checkpoint(config: TrainConfig, state: State) -> Checkpoint:
 
 
 def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, Tensor]) -> State:
-    """The state at step 0, or that of a checkpoint."""
+    """Returns the state at step 0, or that of a checkpoint."""
     config = experiment.config
     params = experiment.initial_params(start)
     if saved is not None:
