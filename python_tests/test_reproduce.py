@@ -283,7 +283,8 @@ RUNS = sorted(RESULTS.glob("omniglot-table/runs/small/*/*/config.json"))
 def test_cells_are_those_of_the_recorded_runs(tmp_path: Path) -> None:
     cells = table_cells(OmniglotTable(threads=1))
     for path in RUNS:  # of version 0.1
-        assert read_config(RunDirectory(path.parent)).config == cells["/".join(path.parts[-3:-1])], path
+        recorded = read_config(RunDirectory(path.parent)).config
+        assert recorded == changed(cells["/".join(path.parts[-3:-1])], {"run": recorded.run}), path
     shutil.copytree(RESULTS / "omniglot-table" / "runs", tmp_path / "runs")
     drawn = imaml("reproduce", "omniglot-table", "--draw-only", "--output-dir", tmp_path)
     assert drawn.returncode == 0, drawn.stderr
@@ -304,7 +305,6 @@ def test_chains_are_what_the_published_weights_were_trained_by() -> None:
         assert weights.card.tasks == to_json(config.tasks) | {"queries": weights.card.tasks["queries"]}
         assert weights.card.data == to_json(config.data)
         assert (weights.card.steps, weights.card.meta_batch) == (config.outer.steps, config.outer.meta_batch)
-        assert weights.card.test["tasks"] == config.evaluation.tasks
         assert f"{100 * weights.card.test['accuracy']:.2f} ± " in recipe.description
 
 
