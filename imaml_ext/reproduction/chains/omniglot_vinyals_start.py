@@ -5,6 +5,6 @@ Time: 54 minutes on one CPU core.
 Accuracy: 96.69 ± 0.25 % on 2,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import VALIDATED_VINYALS, from_random_parameters
+from imaml_ext.reproduction.chains._common import from_random_parameters, on_vinyals_split
 
-recipe = from_random_parameters(5500, changes={**VALIDATED_VINYALS, "evaluation.every": 500})
+recipe = on_vinyals_split(from_random_parameters(newton=False, steps=5500))
