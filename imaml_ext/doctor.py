@@ -37,7 +37,10 @@ class _Report:
 
 
 def doctor() -> int:
-    """Prints the state of this installation; returns 0 if everything that training needs works, else 1."""
+    """Shows versions, how the extension was built, what it can use, and what to do about whatever is missing.
+
+    Returns 0 if everything that training needs works, else 1.
+    """
     report = _Report()
     print("imaml doctor     ok: fine   --: optional or worth knowing   !!: must be put right")
     record = build_record()

@@ -118,6 +118,8 @@ class TestSlots:
         assert solved.algorithm.linear_solver == Neumann(max_iterations=7)
         nested = self._config("glyphs-5w1s", "--inner.linear-solver", "minres", "--inner", "newton_cg")
         assert isinstance(nested.algorithm.inner.linear_solver, MINRES)
+        for last in (["--linear_solver", "neumann"], ["--linear-solver=minres", "--linear-solver", "neumann"]):
+            assert self._config("glyphs-5w1s", *last).algorithm.linear_solver == Neumann()
 
     def test_classes_that_belong_together_are_chosen_together(self) -> None:
         config = self._config("glyphs-5w1s", "--data", "sinusoid", "--model", "mlp", "--model.hidden", "8", "8")

@@ -13,17 +13,9 @@ from imaml_ext.cli.parser import parse
 from imaml_ext.errors import ConfigError
 from imaml_ext.train.ranks import Ranks
 
-# The setting that each option changes.
-_PATHS = {
-    "tasks": "evaluation.tasks",
-    "seed": "evaluation.seed",
-    "inner_steps": "evaluation.inner_steps",
-    "meta_batch": "evaluation.meta_batch",
-    "ways": "tasks.ways",
-    "shots": "tasks.shots",
-    "device": "run.device",
-    "data_root": "data.root",
-}
+# The settings that options change: those of a group that have the option's name, and another one.
+_GROUPS = {"evaluation": ("tasks", "seed", "inner_steps", "meta_batch"), "tasks": ("ways", "shots"), "run": ("device",)}
+_PATHS = {name: f"{group}.{name}" for group, names in _GROUPS.items() for name in names} | {"data_root": "data.root"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -42,7 +42,9 @@ _SLOT = "class_of_"
 _FIELD = re.compile(r" {4}(\w+): ")
 
 
-def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: str = "", default: T | None = None) -> T:
+def parse(
+    kind: Callable[..., T], arguments: Sequence[str], *, prog: str, description: str = "", default: T | None = None
+) -> T:
     """The options of a command, a dataclass; the command line changes `default`, and the classes of its settings.
 
     Ends the process with 2 where the command line cannot be understood.
@@ -66,7 +68,7 @@ class _Refused(Exception):
     """A value outside its bounds; not a ValueError, which tyro would put into words of its own."""
 
 
-def summary_of(kind: type) -> str:
+def summary_of(kind: object) -> str:
     """The first paragraph of a docstring, in one line."""
     return " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
 
@@ -93,8 +95,12 @@ def _chosen(settings: S, arguments: list[str], prefix: str = "--") -> S:
 
 def _last(arguments: list[str], flag: str) -> str | None:
     """The value that was given last to an option, as `--flag value` or `--flag=value`."""
-    given = [after for word, after in pairwise(arguments) if word == flag]
-    return (given + [word.partition("=")[2] for word in arguments if word.startswith(f"{flag}=")] or [None])[-1]
+    value = None
+    for word, after in pairwise([*arguments, ""]):
+        name, equals, given = word.partition("=")
+        if name.replace("_", "-") == flag:
+            value = given if equals else after
+    return value
 
 
 def _carried(old: Settings, new: S) -> S:
@@ -117,7 +123,8 @@ def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     default = info.default
     if not isinstance(default, Settings):
         return None
-    help_of, specs = _field_help(type(default)), []
+    cls: Any = type(default)
+    help_of, specs = _field_help(cls), []
     for field in _shown(default):
         value, text = getattr(default, field.name), help_of.get(field.name, "")
         if isinstance(value, Choice):
@@ -127,11 +134,14 @@ def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
             nested: Any = Annotated[type(value), tyro.conf.arg(name="" if field.name in _FLAT else field.name)]
             specs.append(StructFieldSpec(field.name, nested, default=value, helptext=summary_of(type(value))))
         elif isinstance(value, (*_PLAIN, tuple, dict)):  # and not a tensor
-            kind = _readable(field_types(type(default))[field.name])
+            kind = _readable(field_types(cls)[field.name])
             specs.append(StructFieldSpec(field.name, kind, default=value, helptext=text))
 
     def made(**values: Any) -> Settings:
         fields = {name: value for name, value in values.items() if not name.startswith(_SLOT)}
+        for name in values.keys() - fields.keys():
+            if values[name] != getattr(default, name.removeprefix(_SLOT)).kind_name:
+                raise _Refused(f"{name.removeprefix(_SLOT)} {values[name]} must be given as --NAME VALUE")
         try:
             return dataclasses.replace(default, **fields)  # type: ignore[type-var]
         except (ConfigError, ConfigTypeError) as error:
@@ -155,9 +165,8 @@ def _pairs(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
     def read(words: list[str]) -> dict[str, Any]:
         if len(words) % 2:
             raise ValueError("give a name and a value, in turn")
-        return {
-            name: float(word) if kind is float else word for name, word in zip(words[::2], words[1::2], strict=True)
-        }
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return {name: float(word) if kind is float else word for name, word in pairs}
 
     return PrimitiveConstructorSpec(
         nargs="*",

@@ -22,27 +22,17 @@ class Augmentation(Settings):
     Brightness is x ← f x, contrast x ← m + f (x − m) with m the mean of the image's luma, and saturation
     x ← y + f (x − y) with y the luma of the pixel; f is uniform in [1 − change, 1 + change], and values outside [0, 1]
     are set to the nearer bound.
-
-    Raises:
-        ConfigTypeError (a TypeError), ConfigError (a ValueError): an argument of the wrong type or outside its range.
     """
 
     WORDS: ClassVar[int] = 6  # random words per image
 
-    flip: bool = False
-    "Mirror every other image left to right."
-
+    flip: bool = False  # Mirror every other image left to right.
+    # Shift each image by up to so many pixels in each direction; what is uncovered is black.
     crop_padding: Annotated[int, NOT_NEGATIVE] = 0
-    "Shift each image by up to so many pixels in each direction; what is uncovered is black."
-
+    # Multiply each image by a random factor in 1 - brightness .. 1 + brightness.
     brightness: Annotated[float, _CHANGE] = 0.0
-    "Multiply each image by a random factor in 1 - brightness .. 1 + brightness."
-
-    contrast: Annotated[float, _CHANGE] = 0.0
-    "Likewise the differences from the image's mean."
-
-    saturation: Annotated[float, _CHANGE] = 0.0
-    "Likewise the differences of colours from grey."
+    contrast: Annotated[float, _CHANGE] = 0.0  # Likewise the differences from the image's mean.
+    saturation: Annotated[float, _CHANGE] = 0.0  # Likewise the differences of colours from grey.
 
     def check_images(self, image_shape: tuple[int, int, int]) -> None:
         """Raises ValueError where images (C, H, W) cannot be changed so."""
@@ -73,11 +63,9 @@ class Augmentation(Settings):
         down, right = (torch.arange(size, device=images.device) for size in (height, width))
         columns = torch.where(mirrored[:, None], right.flip(0), right) + shifts[:, 1:]  # [n, W]
         rows = down + shifts[:, :1]  # [n, H]
-        image = torch.arange(count, device=images.device)
-        channel = torch.arange(channels, device=images.device)
-        return padded[
-            image[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
-        ]
+        image = torch.arange(count, device=images.device)[:, None, None, None]
+        channel = torch.arange(channels, device=images.device)[None, :, None, None]
+        return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
     def _colour(self, images: Tensor, factors: Tensor) -> Tensor:
         """Changes brightness, contrast and saturation by factors [n, 3, 1, 1, 1]."""

@@ -1,4 +1,4 @@
-"""Where prepared data is kept, and how files get there: whole or not at all."""
+"""Where a data set's files are found, downloaded and cached, and how arrays that were read are checked."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import zlib
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imaml_ext.errors import DataError, WriteError
 from imaml_ext.files import atomic_write
 
-Expected = Mapping[str, tuple[str, tuple[int | None, ...]]]  # array -> (dtype kind or name, shape with None = any)
+Shape = tuple[int | None, ...]  # None stands for any size
+Arrays = Mapping[str, np.ndarray]
+Expected = Mapping[str, tuple[str, Shape]]  # {array: (name or kind of its dtype, its shape)}
+_KINDS = {"u": "an unsigned integer", "U": "text"}
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def shipped_text(name: str) -> str:
@@ -32,8 +37,7 @@ def cache_folder(cache_dir: Path | str | None) -> Path:
 
 
 def data_folder(root: Path | str | None, cache: Path) -> tuple[Path, str]:
-    """Finds where a data set's own files are looked for, and what says so: `root`, else `$IMAML_DATA_ROOT`, else the
-    cache."""
+    """Returns where a data set's files are looked for, and what says so: `root`, `$IMAML_DATA_ROOT` or the cache."""
     if root is not None:
         return Path(root).expanduser(), "root"
     if given := os.environ.get("IMAML_DATA_ROOT"):
@@ -42,23 +46,33 @@ def data_folder(root: Path | str | None, cache: Path) -> tuple[Path, str]:
 
 
 def not_found(what: str, holds: str, where: Path, origin: str, *, download: bool) -> DataError:
-    """Says where a data set was looked for; `holds`: what would have been one, and whether it can be downloaded."""
+    """Makes the error of a data set that is nowhere; `holds` is what would have been one."""
     state = f"holds neither {holds}" if where.is_dir() else "is not a folder"
     way = ", or pass download=True to fetch it through torchvision" if download else ""
-    return DataError(
-        f"{what} was not found: {origin} {where} {state}; "
-        f"give the folder that has it as root or in IMAML_DATA_ROOT{way}"
-    )
+    advice = f"give the folder that has it as root or in IMAML_DATA_ROOT{way}"
+    return DataError(f"{what} was not found: {origin} {where} {state}; {advice}")
 
 
-def cached_arrays(
-    path: Path, expected: Expected, make: Callable[[], Mapping[str, np.ndarray]]
-) -> Mapping[str, np.ndarray]:
-    """Reads the arrays of a cache file; where it is missing or damaged, they are made and saved.
+def download_through_torchvision(what: str, where: Path, fetch: Callable[[Any], object], *, by_hand: str) -> None:
+    """Calls `fetch` with torchvision.datasets, to put a data set into `where`; `by_hand` can be put there instead."""
+    try:
+        from torchvision import datasets
+    except Exception as error:  # one built for another torch fails with RuntimeError or OSError, not ImportError
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise DataError(
+            f"{what} is downloaded through torchvision, which cannot be imported here ({reason}); install the "
+            f"torchvision that belongs to this torch, or put {by_hand} into a folder and give it as root"
+        ) from error
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        fetch(datasets)
+    except Exception as error:
+        reason, advice = f"{type(error).__name__}: {error}", f"try again, or put {by_hand} there"
+        raise DataError(f"downloading {what} into {where} failed ({reason}); {advice}") from error
 
-    Raises:
-        DataError: the cache cannot be written, or as `make` does.
-    """
+
+def cached_arrays(path: Path, expected: Expected, make: Callable[[], Arrays]) -> Arrays:
+    """Reads the arrays of a cache file; where it is missing or damaged, they are made and saved."""
     if path.is_file():
         try:
             return load_arrays(path, expected)
@@ -69,59 +83,43 @@ def cached_arrays(
     return arrays
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a compressed .npz: a reader sees the whole file or none.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    """Writes a compressed .npz whole or not at all; raises DataError where it cannot be written."""
     content = io.BytesIO()
     np.savez_compressed(content, **dict(arrays))  # type: ignore[arg-type]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content.getvalue())
     except (OSError, WriteError) as error:
-        cause = error.__cause__ if isinstance(error, WriteError) else error
-        raise DataError(
-            f"the data cache {path} could not be written ({getattr(cause, 'strerror', None) or cause}); "
-            "set IMAML_CACHE to a folder with space that you may write to"
-        ) from error
+        cause: Any = error.__cause__ if isinstance(error, WriteError) else error
+        advice = "set IMAML_CACHE to a folder with space that you may write to"
+        raise DataError(f"the data cache {path} could not be written ({cause.strerror or cause}); {advice}") from error
 
 
 def load_arrays(path: Path, expected: Expected) -> dict[str, np.ndarray]:
-    """Reads the named arrays of an .npz, and checks them.
-
-    Raises:
-        DataError: the file is missing or truncated, or an array is absent or of another dtype or shape.
-    """
-    arrays: dict[str, np.ndarray] = {}
+    """Reads the named arrays of an .npz; raises DataError where the file or one of them is missing or damaged."""
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise DataError(f"{path} is not an .npz archive; download or create it again")
         with archive:
-            for name, (dtype, shape) in expected.items():
+            for name in expected:
                 if name not in archive.files:
                     raise DataError(f"{path} has no array '{name}' (it holds {', '.join(archive.files) or 'nothing'})")
-                array = archive[name]
-                right_type = array.dtype.kind == dtype if len(dtype) == 1 else array.dtype == np.dtype(dtype)
-                right_shape = array.ndim == len(shape) and all(
-                    want is None or want == got for want, got in zip(shape, array.shape, strict=True)
-                )
-                if not (right_type and right_shape):
-                    wanted = ", ".join("any" if n is None else str(n) for n in shape)
-                    raise DataError(
-                        f"{path}: array '{name}' must be {_KINDS.get(dtype, dtype)} ({wanted}), "
-                        f"got {array.dtype} {array.shape}"
-                    )
-                arrays[name] = array
+            return {name: check_array(path, name, archive[name], *wanted) for name, wanted in expected.items()}
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise DataError(
-            f"{path} is damaged or not an .npz archive ({error or type(error).__name__}); download or create it again"
-        ) from error
-    return arrays
+    except _DAMAGE as error:
+        reason = error or type(error).__name__
+        raise DataError(f"{path} is damaged or not an .npz archive ({reason}); download or create it again") from error
 
 
-_KINDS = {"u": "an unsigned integer", "U": "text"}
+def check_array(path: Path, name: str, array: Any, dtype: str, shape: Shape) -> np.ndarray:
+    """Returns `array`, the entry `name` of a file; raises DataError unless it has this dtype and shape."""
+    if isinstance(array, np.ndarray):
+        fits = len(shape) == array.ndim and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+        if fits and dtype in (array.dtype.name, array.dtype.kind):
+            return array
+    got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+    wanted = ", ".join("any" if n is None else str(n) for n in shape)
+    raise DataError(f"{path}: '{name}' must be {_KINDS.get(dtype, dtype)} ({wanted}), got {got}")

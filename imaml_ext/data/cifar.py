@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from imaml_ext.data.cache import cache_folder, data_folder, load_arrays, not_found, shipped_text
+from imaml_ext.data.cache import Expected, cache_folder, check_array, data_folder, load_arrays, not_found, shipped_text
 from imaml_ext.data.datasets import Dataset
 from imaml_ext.data.download import download_through_torchvision
 from imaml_ext.data.pickles import load_pickle
@@ -30,11 +30,10 @@ from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
 
 SIZE = 32
-IMAGES_PER_CLASS = 600  # of the whole data set
 _BATCHES = "cifar-100-python"
 _PACKED = "cifar100_100_per_class.npz"
 _PLACES = (".", "cifar100", "cifar-100")
-_PACKED_ARRAYS: dict[str, tuple[str, tuple[int | None, ...]]] = {
+_PACKED_ARRAYS: Expected = {
     "images": ("uint8", (None, SIZE, SIZE, 3)),
     "fine_label": ("u", (None,)),
     "class_names": ("U", (100,)),
@@ -55,27 +54,25 @@ def class_names() -> tuple[str, ...]:
 def cifar_split(name: str) -> dict[str, np.ndarray]:
     """Returns the indices into `class_names()` of "train", "val" and "test"; `name`: "cifar-fs" or "fc100"."""
     table = _split_file()
-    splits = {
-        split: members
-        if name == "cifar-fs"
-        else [c for superclass in members for c in table["superclasses"][superclass]]
-        for split, members in table[name].items()
-    }
-    return {split: np.array(sorted(map(class_names().index, members))) for split, members in splits.items()}
+    splits = {}
+    for split, members in table[name].items():
+        if name == "fc100":
+            members = [c for superclass in members for c in table["superclasses"][superclass]]
+        splits[split] = np.array(sorted(map(class_names().index, members)))
+    return splits
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Cifar(FileSource):
     """CIFAR-100 in some splits."""
 
-    download: bool = False
-    "Download the data set through torchvision when it is not under the root."
+    download: bool = False  # Download the data set through torchvision when it is not under the root.
 
     name: ClassVar[str]
     description: ClassVar[str]
 
     def load(self) -> Dataset:
-        return self.read().dataset(self.name, self.description, published=IMAGES_PER_CLASS)
+        return self.read().dataset(self.name, self.description, published=600)
 
     def read(self) -> LabelledImages:
         """Reads CIFAR-100, images uint8 [n, 32, 32, 3], and its splits.
@@ -87,8 +84,7 @@ class _Cifar(FileSource):
             DataError: nothing is found, or what is found is incomplete, damaged or of the wrong format.
         """
         where, origin = data_folder(self.root, cache_folder(self.cache_dir))
-        folders = [where / place for place in _PLACES]
-        batches = next((folder / _BATCHES for folder in folders if (folder / _BATCHES).is_dir()), None)
+        batches, packed = _find(where, _BATCHES), _find(where, _PACKED)
         complete = batches is not None and all((batches / file).is_file() for file in ("train", "test", "meta"))
         if self.download and not complete:
             download_through_torchvision(
@@ -98,13 +94,10 @@ class _Cifar(FileSource):
                 by_hand="cifar-100-python/ (cs.toronto.edu/~kriz/cifar.html)",
             )
             batches = where / _BATCHES
-        packed = next((folder / _PACKED for folder in folders if (folder / _PACKED).is_file()), None)
-        if batches is not None:
-            source, (images, labels) = batches, _read_batches(batches)
-        elif packed is not None:
-            source, (images, labels) = packed, _read_packed(packed)
-        else:
+        source = batches or packed
+        if source is None:
             raise not_found("CIFAR-100", f"{_BATCHES}/ nor {_PACKED}", where, origin, download=True)
+        images, labels = _read_batches(source) if batches else _read_packed(source)
         if labels.size != len(images) or labels.size == 0 or not 0 <= labels.min() <= labels.max() < 100:
             raise DataError(f"{source} must hold one label from 0 to 99 per image, of which it has {len(images)}")
         counts = np.bincount(labels, minlength=100)
@@ -130,16 +123,17 @@ class FC100(_Cifar):
     description: ClassVar[str] = "FC100, CIFAR-100 split by superclass, 32×32 in colour"
 
 
+def _find(where: Path, name: str) -> Path | None:
+    return next((where / place / name for place in _PLACES if (where / place / name).exists()), None)
+
+
 def _read_batches(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads images [n, 32, 32, 3] and labels [n] of the published files."""
     _check_names(folder / "meta", load_pickle(folder / "meta", "fine_label_names")["fine_label_names"])
     images, labels = [], []
     for path in (folder / "train", folder / "test"):
         content = load_pickle(path, "data", "fine_labels")
-        data = content["data"]
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3 * SIZE * SIZE,):
-            got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
-            raise DataError(f"{path}: 'data' must be uint8 (any, {3 * SIZE * SIZE}), got {got}")
+        data = check_array(path, "data", content["data"], "uint8", (None, 3 * SIZE * SIZE))
         images.append(data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))
         labels.append(np.asarray(content["fine_labels"]))
         if labels[-1].shape != data.shape[:1] or labels[-1].dtype.kind not in "iu":

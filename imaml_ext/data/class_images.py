@@ -21,13 +21,14 @@ class ClassImages:
         images: uint8 [characters, drawings, H, W] or [characters, drawings, H, W, C]; with `counts` one character
             after another, [sum of counts, H, W] or [sum of counts, H, W, C].
         counts: how many drawings each character has, where that differs: int [characters].
-        names: one name a character of `images`; numbers where omitted.
+        names: one name per character of `images`; numbers where omitted.
         characters: which characters of `images` belong (indices; all by default). Several splits share one tensor.
         rotations: 1 or 4; 4 needs square images.
         orientations: bool [len(characters), rotations]: which orientations are classes. By default all. Where a
             character turned by some angle looks like itself or another one, that orientation is left out.
 
-    Raises TypeError or ValueError that name the argument.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or shape.
     """
 
     def __init__(
@@ -40,50 +41,45 @@ class ClassImages:
         rotations: int = 1,
         orientations: np.ndarray | None = None,
     ) -> None:
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a torch.uint8 tensor, got {got}")
-        leading = 2 if counts is None else 1
-        if images.dim() not in (leading + 2, leading + 3) or 0 in images.shape:
-            first = "characters, drawings" if counts is None else "drawings"
-            raise ValueError(
-                f"images must be [{first}, H, W] or [{first}, H, W, C] with no empty dimension, "
-                f"got {tuple(images.shape)}"
-            )
-        height, width = images.shape[leading : leading + 2]
-        if rotations not in (1, 4):
-            raise ValueError(f"rotations must be 1 or 4, got {rotations!r}")
-        if rotations == 4 and height != width:
-            raise ValueError(f"rotations = 4 needs square images, got {height} × {width}")
-        counts = np.full(images.shape[0], images.shape[1]) if counts is None else counts
-        each = np.asarray(counts, dtype=np.int64)  # [characters]
-        if each.ndim != 1 or each.min(initial=1) < 1 or each.sum() != images.shape[:leading].numel():
-            raise ValueError(
-                f"counts must be one positive number a character, {images.shape[0]} in sum, got {each.tolist()}"
-            )
+        self._leading = 2 if counts is None else 1
+        self._check_images(images, rotations)
+        each = np.asarray(np.full(*images.shape[:2]) if counts is None else counts, dtype=np.int64)  # [characters]
+        if each.ndim != 1 or each.min(initial=1) < 1 or each.sum() != images.shape[: self._leading].numel():
+            wanted = f"one positive number per character, {images.shape[0]} in sum"
+            raise ValueError(f"counts must be {wanted}, got {each.tolist()}")
         if names is not None and len(names) != each.size:
-            raise ValueError(f"names must be one a character ({each.size}), got {len(names)}")
+            raise ValueError(f"names must be one per character ({each.size}), got {len(names)}")
         chosen = np.arange(each.size) if characters is None else np.asarray(characters, dtype=np.int64)
         if chosen.ndim != 1 or chosen.size == 0 or chosen.min() < 0 or chosen.max() >= each.size:
             raise ValueError(f"characters must be a non-empty list of indices below {each.size}")
         if np.unique(chosen).size != chosen.size:
             raise ValueError("characters must be distinct indices, got repeated ones")
-        if orientations is None:
-            orientations = np.ones((chosen.size, rotations), dtype=bool)
-        if orientations.shape != (chosen.size, rotations) or orientations.dtype != np.bool_:
-            raise ValueError(
-                f"orientations must be bool [{chosen.size}, {rotations}], "
-                f"got {orientations.dtype} {list(orientations.shape)}"
-            )
-        position, turn = np.nonzero(orientations)
+        allowed = np.ones((chosen.size, rotations), dtype=bool) if orientations is None else orientations
+        if allowed.shape != (chosen.size, rotations) or allowed.dtype != np.bool_:
+            wanted = f"bool [{chosen.size}, {rotations}]"
+            raise ValueError(f"orientations must be {wanted}, got {allowed.dtype} {list(allowed.shape)}")
+        position, turn = np.nonzero(allowed)
         self.images = images.contiguous()
         self.rotations = rotations
         self.character = chosen[position]  # [classes] which character of `images` each class shows
         self.quarter_turns = turn.astype(np.int64)  # [classes]
         self.drawings = each[self.character]  # [classes] how many there are
         self._first_row = (np.cumsum(each) - each)[self.character]  # [classes] where they begin in `images`
-        self._leading = leading
         self._names = tuple(names) if names is not None else None
+
+    def _check_images(self, images: Tensor, rotations: int) -> None:
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a torch.uint8 tensor, got {got}")
+        if images.dim() not in (self._leading + 2, self._leading + 3) or 0 in images.shape:
+            first = "characters, drawings" if self._leading == 2 else "drawings"
+            wanted = f"[{first}, H, W] or [{first}, H, W, C] with no empty dimension"
+            raise ValueError(f"images must be {wanted}, got {tuple(images.shape)}")
+        height, width = images.shape[self._leading : self._leading + 2]
+        if rotations not in (1, 4):
+            raise ValueError(f"rotations must be 1 or 4, got {rotations!r}")
+        if rotations == 4 and height != width:
+            raise ValueError(f"rotations = 4 needs square images, got {height} × {width}")
 
     @property
     def num_classes(self) -> int:
@@ -95,7 +91,7 @@ class ClassImages:
 
     @property
     def num_drawings(self) -> int | None:
-        """Drawings of a class; None where classes differ in it."""
+        """How many drawings each class has; None where classes differ in it."""
         return int(self.drawings[0]) if (self.drawings == self.drawings[0]).all() else None
 
     @property
@@ -109,17 +105,16 @@ class ClassImages:
         return self.images.device
 
     def name(self, class_id: int) -> str:
-        """Readable name of a class, with its rotation in degrees where it is turned."""
+        """Returns the readable name of a class, with its rotation in degrees where it is turned."""
         character, turns = int(self.character[class_id]), int(self.quarter_turns[class_id])
         name = self._names[character] if self._names is not None else str(character)
         return f"{name} rotated {90 * turns}°" if turns else name
 
     def with_images(self, images: Tensor) -> ClassImages:
-        """The same classes over another copy of the image tensor (on another device, say)."""
+        """Returns the same classes over another copy of the image tensor (on another device, say)."""
         if images.shape != self.images.shape or images.dtype != torch.uint8:
-            raise ValueError(
-                f"images must be uint8 {tuple(self.images.shape)}, got {images.dtype} {tuple(images.shape)}"
-            )
+            wanted = f"uint8 {tuple(self.images.shape)}"
+            raise ValueError(f"images must be {wanted}, got {images.dtype} {tuple(images.shape)}")
         other = object.__new__(ClassImages)
         other.__dict__.update(self.__dict__, images=images.contiguous())
         return other
@@ -128,12 +123,12 @@ class ClassImages:
         return self.with_images(self.images.to(device))
 
     def gather(self, classes: np.ndarray, drawings: np.ndarray, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Images of the given classes and drawings, on the device of the images.
+        """Returns the images of some classes and drawings, dtype […, C, H, W] in [0, 1], on the device of the images.
 
-        Args: classes, drawings: int64 arrays of one shape […]. Returns dtype […, C, H, W], values in [0, 1].
+        Args:
+            classes, drawings: int64 arrays of one shape […].
         """
-        shape = classes.shape
-        classes = classes.reshape(-1)
+        shape, classes = classes.shape, classes.reshape(-1)
         rows = self._first_row[classes] + drawings.reshape(-1)
         flat = self.images.flatten(0, self._leading - 1)  # [all drawings, H, W(, C)]
         if self.rotations == 1:
@@ -149,10 +144,9 @@ class ClassImages:
         return unit_range(picked, dtype).view(*shape, *self.image_shape)
 
     def table(self) -> tuple[Tensor, np.ndarray]:
-        """Every drawing in every orientation, and where the drawings of each class begin in it.
+        """Returns every drawing in every orientation, and where the drawings of each class begin in it.
 
-        Returns uint8 [rotations · all drawings, H, W(, C)], which is `images` itself without rotations, and int64
-        [classes].
+        These are uint8 [rotations · all drawings, H, W(, C)], `images` itself without rotations, and int64 [classes].
         """
         flat = self.images.flatten(0, self._leading - 1)
         turned = [torch.rot90(flat, turns, (1, 2)) for turns in range(self.rotations)]
@@ -163,7 +157,7 @@ class ClassImages:
 
 
 def unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [rows, H, W] or [rows, H, W, C] as `dtype` [rows, C, H, W], values in [0, 1]."""
+    """Returns uint8 [rows, H, W] or [rows, H, W, C] as `dtype` [rows, C, H, W], values in [0, 1]."""
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
     return torch.empty(images.shape, dtype=dtype, device=images.device).copy_(images).div_(255)
 

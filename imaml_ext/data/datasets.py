@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.batch import EpisodeBatch
+from imaml_ext.checks import check_choice
 from imaml_ext.data.augment import Augmentation
 from imaml_ext.data.class_images import ClassImages, number_range
 from imaml_ext.data.episodes import EpisodeSampler
@@ -31,17 +32,14 @@ class Dataset(ABC):
         kind: what its tasks are.
         description: one line.
         splits: the names that `sampler` accepts.
+        input_shape: of one example: (C, H, W) of an image, (features,) in regression.
     """
 
     name: str
     kind: Literal["classification", "regression"]
     description: str
     splits: tuple[str, ...]
-
-    @property
-    @abstractmethod
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one example: (C, H, W) of an image, (features,) in regression."""
+    input_shape: tuple[int, ...]
 
     def sampler(
         self,
@@ -56,30 +54,22 @@ class Dataset(ABC):
         dtype: torch.dtype = torch.float32,
         augmentation: Augmentation | None = None,
     ) -> Sampler:
-        """Makes a sampler of the tasks of one split; the split's name is its random stream.
+        """Makes a sampler of the tasks of one split, whose name is the random stream.
 
         Args:
-            ways: classes per task; None in regression.
-            shots, queries: support and query examples per class; in regression, per task.
-            meta_batch: tasks per step.
-            seed: what the tasks depend on beside the split and the step.
-            device, dtype: of the tensors.
-            augmentation: random changes to the images; None in regression.
+            ways, augmentation: see `EpisodeSampler`; None in regression.
+            Others: see `TaskSampler`.
 
         Raises:
             ValueError, TypeError: an unknown split, or numbers that the data cannot fill.
         """
-        self._check_split(split)
+        check_choice(f"split of {self.name}", split, self.splits)
         sizes = {"shots": shots, "queries": queries, "meta_batch": meta_batch, "seed": seed, "dtype": dtype}
         return self._sampler(split, ways=ways, augmentation=augmentation, device=device, **sizes)
 
     @abstractmethod
     def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
         """Makes the sampler of a split that there is; `sizes` are the other arguments of `sampler`."""
-
-    def _check_split(self, split: str) -> None:
-        if split not in self.splits:
-            raise ValueError(f"split of {self.name} must be one of {', '.join(map(repr, self.splits))}, got {split!r}")
 
     @abstractmethod
     def rows(self) -> list[dict[str, str | int]]:
@@ -90,32 +80,23 @@ class ImageDataset(Dataset):
     """Classification tasks from images; all splits share one uint8 image tensor, of which each device keeps one copy.
 
     Args:
-        parts: the classes of each split.
-        notes: what each split holds, in words.
+        parts: the classes of each split. notes: what each split holds, in words.
         drawn: classes are characters, ink = 1, which pictures show dark on white; otherwise images are photographs.
     """
 
-    kind = "classification"
+    kind: Literal["classification", "regression"] = "classification"
 
     def __init__(
         self, name: str, description: str, parts: Mapping[str, ClassImages], notes: Mapping[str, str], *, drawn: bool
     ) -> None:
-        self.name = name
-        self.description = description
-        self.drawn = drawn
-        self.splits = tuple(parts)
-        self._parts = dict(parts)
-        self._notes = dict(notes)
+        self.name, self.description, self.drawn, self.splits = name, description, drawn, tuple(parts)
+        self.input_shape = next(iter(parts.values())).image_shape
+        self._parts, self._notes = dict(parts), dict(notes)
         self._on_device: dict[torch.device, Tensor] = {}
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return next(iter(self._parts.values())).image_shape
 
     def images(self, split: str, *, device: torch.device | str | None = None) -> ClassImages:
         """Returns the classes of a split, their images on `device`."""
-        self._check_split(split)
-        part = self._parts[split]
+        part = self._parts[check_choice(f"split of {self.name}", split, self.splits)]
         if device is None:
             return part
         where = torch.device(device)
@@ -132,16 +113,14 @@ class ImageDataset(Dataset):
         return EpisodeSampler(images, ways=ways, augmentation=augmentation, stream=split, **sizes)
 
     def rows(self) -> list[dict[str, str | int]]:
-        return [
-            {
-                "split": split,
-                **({"characters": part.num_characters} if self.drawn else {}),
-                "classes": part.num_classes,
-                "images per class": part.num_drawings or number_range(part.drawings),
-                "what": self._notes.get(split, ""),
-            }
-            for split, part in self._parts.items()
-        ]
+        rows = []
+        for split, part in self._parts.items():
+            row: dict[str, str | int] = {"split": split}
+            if self.drawn:
+                row["characters"] = part.num_characters
+            row |= {"classes": part.num_classes, "images per class": part.num_drawings or number_range(part.drawings)}
+            rows.append(row | {"what": self._notes.get(split, "")})
+        return rows
 
 
 class RegressionDataset(Dataset):
@@ -151,20 +130,12 @@ class RegressionDataset(Dataset):
         sampler_class: makes the sampler of a stream from `stream` and the sizes that `sampler` takes.
     """
 
-    kind = "regression"
+    kind: Literal["classification", "regression"] = "regression"
     splits = ("train", "val", "test")
 
-    def __init__(
-        self, name: str, description: str, input_shape: tuple[int, ...], sampler_class: Callable[..., Sampler]
-    ) -> None:
-        self.name = name
-        self.description = description
-        self._input_shape = input_shape
+    def __init__(self, name: str, description: str, features: int, sampler_class: Callable[..., Sampler]) -> None:
+        self.name, self.description, self.input_shape = name, description, (features,)
         self._sampler_class = sampler_class
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self._input_shape
 
     def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
         if ways is not None:

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from imaml_ext.data.cache import cache_folder
 from imaml_ext.data.datasets import Dataset
-from imaml_ext.data.pictures import SPLITS, LabelledImages, list_classes, load_classes, load_split_tree
-from imaml_ext.data.source import FileSource
-from imaml_ext.errors import DataError
+from imaml_ext.data.pictures import SPLITS, LabelledImages, list_classes, list_splits, load_classes
+from imaml_ext.data.source import CachedSource
+from imaml_ext.errors import ConfigError, DataError
 from imaml_ext.settings import COUNT, FRACTION
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder(FileSource):
+class Folder(CachedSource):
     """Pictures of your own: a folder that holds one folder of pictures per class."""
 
-    image_size: Annotated[int, COUNT] = 84
-    "Pixels per side that pictures are scaled to."
-
-    greyscale: bool = False
-    "Read pictures without their colours."
-
+    root: Path | None = None  # Folder that holds one folder of pictures per class.
+    image_size: Annotated[int, COUNT] = 84  # Pixels per side that pictures are scaled to.
+    greyscale: bool = False  # Read pictures without their colours.
+    # Fraction of the classes for validation, where there are no folders train, val and test.
     val_fraction: Annotated[float, FRACTION] = 0.16
-    "Fraction of the classes for validation, where there are no folders train, val and test."
-
-    test_fraction: Annotated[float, FRACTION] = 0.2
-    "Fraction of the classes for testing, likewise."
+    test_fraction: Annotated[float, FRACTION] = 0.2  # Fraction of the classes for testing, likewise.
 
     def load(self) -> Dataset:
         found = self.read()
@@ -48,27 +44,27 @@ class Folder(FileSource):
             ConfigError: there is no root.
             DataError: the folder, or pictures in it, are missing or damaged, or a class or a split is empty.
         """
-        self.require(self.root is not None, "root", "given: a folder that holds one folder of pictures per class")
-        assert self.root is not None
+        if self.root is None:
+            raise ConfigError("root must be given: a folder that holds one folder of pictures per class")
         folder, cache = self.root.expanduser(), cache_folder(self.cache_dir)
         if not folder.is_dir():
             raise DataError(f"root {folder} is not a folder; it must hold one folder of pictures per class")
         if any(path.is_dir() for split in SPLITS for path in (folder / split).glob("*")):
-            return load_split_tree(folder, size=self.image_size, greyscale=self.greyscale, cache=cache)
+            parts = list_splits(folder)
+        else:
+            parts = self._split(folder, list_classes(folder))
+        return load_classes(folder, parts, size=self.image_size, greyscale=self.greyscale, cache=cache)
 
-        classes = list_classes(folder)
+    def _split(self, folder: Path, classes: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
         ranked = sorted(classes, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-        fractions = {"val": self.val_fraction, "test": self.test_fraction}
-        sizes = {split: int(len(ranked) * fraction + 0.5) for split, fraction in fractions.items()}
-        sizes = {"train": len(ranked) - sum(sizes.values())} | sizes
+        val, test = (int(len(ranked) * fraction + 0.5) for fraction in (self.val_fraction, self.test_fraction))
         parts, begin = {}, 0
-        for split, size in sizes.items():
+        for split, size in {"train": len(ranked) - val - test, "val": val, "test": test}.items():
             if size < 1 and not (split == "val" and self.val_fraction == 0):
                 raise DataError(
                     f"{folder} holds {len(ranked)} classes, which leaves none for {split!r} with val_fraction = "
                     f"{self.val_fraction:g} and test_fraction = {self.test_fraction:g}"
                 )
-            if size:
-                parts[split] = {name: classes[name] for name in sorted(ranked[begin : begin + size])}
+            parts[split] = {name: classes[name] for name in sorted(ranked[begin : begin + size])}
             begin += size
-        return load_classes(folder, parts, size=self.image_size, greyscale=self.greyscale, cache=cache)
+        return {split: members for split, members in parts.items() if members}

@@ -32,20 +32,16 @@ class Linear(DataSource):
 
     kind_of_task: ClassVar[Literal["classification", "regression"]] = "regression"
 
-    features: Annotated[int, COUNT] = 20
-    "Inputs of a regression task."
-
-    condition_number: Annotated[float, Bounds(at_least=1)] = 10.0
-    "Condition number of the regression problems."
-
-    noise: Annotated[float, NOT_NEGATIVE] = 0.1
-    "Standard deviation of the noise on the targets."
+    features: Annotated[int, COUNT] = 20  # Inputs of a regression task.
+    condition_number: Annotated[float, Bounds(at_least=1)] = 10.0  # Condition number of the regression problems.
+    noise: Annotated[float, NOT_NEGATIVE] = 0.1  # Standard deviation of the noise on the targets.
 
     def load(self) -> Dataset:
-        conditioning = f"XᵀX of condition number {self.condition_number:g}"
-        description = f"linear regression on {self.features} features, {conditioning}"
-        sampler_class = functools.partial(LinearSampler, **vars(self))
-        return RegressionDataset("linear", description, (self.features,), sampler_class)
+        matrix = f"XᵀX of condition number {self.condition_number:g}"
+        description = f"linear regression on {self.features} features, {matrix}"
+        return RegressionDataset(
+            "linear", description, (self.features,), functools.partial(LinearSampler, **vars(self))
+        )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -91,46 +87,47 @@ class LinearSampler(TaskSampler):
 
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
         """Makes episodes with x [B, points, features] and y [B, points, 1]."""
-        support_x, support_y, query_x, query_y, _ = self._arrays(step, shard)
-        return EpisodeBatch(*(self._tensor(a) for a in (support_x, support_y, query_x, query_y)))
+        weights = self._weights(step, shard)
+        sides = [
+            array
+            for side, points in (("support", self.shots), ("query", self.queries))
+            for array in self._side(side, points, weights, step, shard)
+        ]
+        return EpisodeBatch(*map(self._tensor, sides))
 
     def weights(self, step: int, *, shard: tuple[int, int] | None = None) -> Tensor:
         """Returns the true weights w of the tasks, [B, features]."""
-        return self._tensor(self._arrays(step, shard)[4])
+        return self._tensor(self._weights(step, shard))
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
-
-    def _arrays(self, step: int, shard: tuple[int, int] | None) -> tuple[np.ndarray, ...]:
-        d = self.features
-        distinct = self.eigenvalues or d
-        level = np.arange(d) * distinct // d  # 0 … distinct − 1
+    def _weights(self, step: int, shard: tuple[int, int] | None) -> np.ndarray:
+        d, stream = self.features, f"linear/{self.stream}/centre"
         # The centre is that of the seed, whatever the step and the task.
-        words = random_words(
-            seed=self.seed, stream=self._stream("centre"), step=0, first_task=0, num_tasks=1, words_per_task=d + d % 2
+        centre = random_words(
+            seed=self.seed, stream=stream, step=0, first_task=0, num_tasks=1, words_per_task=d + d % 2
         )
-        weights = normal(words)[:, :d] + self._normal("weights", step, shard, (d,))  # [B, d]
-        sides = []
-        for side, points in (("support", self.shots), ("query", self.queries)):
-            gaussian = self._normal(f"{side}/x", step, shard, (points, d))
-            turn = self._normal(f"{side}/turn", step, shard, (d, d))
-            noise = self._normal(f"{side}/noise", step, shard, (points,))
-            columns, _ = np.linalg.qr(gaussian)  # [B, points, d], orthonormal columns
-            rotation, _ = np.linalg.qr(turn)  # [B, d, d]
-            spread = self.condition_number ** np.linspace(-0.5, 0.0, distinct)[level]  # singular values
-            x = np.sqrt(points) * (columns * spread) @ rotation.transpose(0, 2, 1)
-            y = x @ weights[..., None] + self.noise * noise[..., None]
-            sides += [x, y]
-        return (*sides, weights)
+        return normal(centre)[:, :d] + self._normal("weights", step, shard, (d,))  # [B, d]
+
+    def _side(
+        self, side: str, points: int, weights: np.ndarray, step: int, shard: tuple[int, int] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Makes x [B, points, d] and y [B, points, 1]."""
+        d, distinct = self.features, self.eigenvalues or self.features
+        columns, _ = np.linalg.qr(self._normal(f"{side}/x", step, shard, (points, d)))  # [B, points, d], orthonormal
+        rotation, _ = np.linalg.qr(self._normal(f"{side}/turn", step, shard, (d, d)))  # [B, d, d]
+        noise = self._normal(f"{side}/noise", step, shard, (points,))
+        level = np.arange(d) * distinct // d  # 0 … distinct − 1
+        spread = self.condition_number ** np.linspace(-0.5, 0.0, distinct)[level]  # singular values
+        x = np.sqrt(points) * (columns * spread) @ rotation.transpose(0, 2, 1)
+        return x, x @ weights[..., None] + self.noise * noise[..., None]
 
     def _normal(self, what: str, step: int, shard: tuple[int, int] | None, shape: tuple[int, ...]) -> np.ndarray:
         """Draws standard normal numbers for every task of the slice, [B, …]."""
         size = int(np.prod(shape))
-        words = self._words(step, shard, size + size % 2, stream=self._stream(what))
+        words = self._words(step, shard, size + size % 2, stream=f"linear/{self.stream}/{what}")
         return normal(words)[:, :size].reshape(-1, *shape)
 
-    def _stream(self, what: str) -> str:
-        return f"linear/{self.stream}/{what}"
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from imaml_ext.data.cache import cache_folder, data_folder, not_found
+from imaml_ext.data.cache import cache_folder, check_array, data_folder, not_found
 from imaml_ext.data.datasets import Dataset
 from imaml_ext.data.pickles import load_pickle
-from imaml_ext.data.pictures import SPLITS, LabelledImages, load_classes, load_split_tree
+from imaml_ext.data.pictures import SPLITS, LabelledImages, label_splits, list_splits, load_classes
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
 
 SIZE = 84
 NUM_CLASSES = {"train": 64, "val": 16, "test": 20}
-IMAGES_PER_CLASS = 600  # of the whole data set
 _PLACES = (".", "mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet")
 _SplitClasses = tuple[np.ndarray, dict[str, np.ndarray]]  # images uint8 [n, 84, 84, 3], class -> its rows
 
@@ -41,7 +40,7 @@ class MiniImageNet(FileSource):
 
     def load(self) -> Dataset:
         description = "mini-ImageNet, 100 classes, 84×84 in colour"
-        return self.read().dataset("mini-imagenet", description, published=IMAGES_PER_CLASS)
+        return self.read().dataset("mini-imagenet", description, published=600)
 
     def read(self) -> LabelledImages:
         """Reads all photographs, uint8 [n, 84, 84, 3], and the classes of each split.
@@ -55,80 +54,57 @@ class MiniImageNet(FileSource):
         where, origin = data_folder(self.root, cache)
         for files, read in _FORMS:
             for folder in (where / place for place in _PLACES):
-                if any((folder / file).exists() for file in files):
-                    for file in files:
-                        if not (folder / file).exists():
-                            raise DataError(f"mini-ImageNet in {folder} is incomplete: {file} is missing")
-                    found = read(folder, cache)
-                    _check(folder, found)
-                    return found
+                missing = [file for file in files if not (folder / file).exists()]
+                if not missing:
+                    return _checked(folder, read(folder, cache))
+                if len(missing) < len(files):
+                    raise DataError(f"mini-ImageNet in {folder} is incomplete: {missing[0]} is missing")
         holds = f"{_CACHE_FILES[0]}, {_CATEGORY_FILES[0]}, train.csv nor train/"
         raise not_found("mini-ImageNet", holds, where, origin, download=False)
 
 
-def _check(folder: Path, found: LabelledImages) -> None:
+def _checked(folder: Path, found: LabelledImages) -> LabelledImages:
     for split, wanted in NUM_CLASSES.items():
-        if found.splits[split].size != wanted:
-            raise DataError(
-                f"mini-ImageNet in {folder} must have {wanted} classes in {split!r}, found {found.splits[split].size}"
-            )
+        got = found.splits[split].size
+        if got != wanted:
+            raise DataError(f"mini-ImageNet in {folder} must have {wanted} classes in {split!r}, found {got}")
+    return found
 
 
-def _read_cache_files(folder: Path, cache: Path) -> LabelledImages:
-    def read(path: Path, split: str) -> _SplitClasses:
-        content = load_pickle(path, "image_data", "class_dict")
-        images, classes = _images(path, "image_data", content), content["class_dict"]
-        if not isinstance(classes, dict):
-            raise DataError(f"{path}: 'class_dict' must be a dictionary, got {type(classes).__name__}")
-        return images, {_text(name): _integers(path, "class_dict", rows) for name, rows in classes.items()}
-
-    return _join(folder, _CACHE_FILES, read)
-
-
-def _read_category_files(folder: Path, cache: Path) -> LabelledImages:
-    def read(path: Path, split: str) -> _SplitClasses:
-        content = load_pickle(path, "data", "labels")
-        images, labels = _images(path, "data", content), _integers(path, "labels", content["labels"])
-        if labels.size != len(images):
-            raise DataError(f"{path}: 'labels' must hold one label per image ({len(images)}), got {labels.size}")
-        names = content.get("catname2label")
-        known = {label: _text(name) for name, label in names.items()} if isinstance(names, dict) else {}
-        # Where classes have no names, numbers may begin at 0 in each file: they are told apart by their split.
-        return images, {
-            known.get(label, f"{split}/{label}"): np.nonzero(labels == label)[0] for label in np.unique(labels).tolist()
-        }
-
-    return _join(folder, _CATEGORY_FILES, read)
-
-
-def _join(folder: Path, files: tuple[str, ...], read: Callable[[Path, str], _SplitClasses]) -> LabelledImages:
+def _read_pickles(folder: Path, files: tuple[str, ...], read: Callable[[Path, str], _SplitClasses]) -> LabelledImages:
     """Joins the files of the three splits, each put in order of its classes."""
-    splits: dict[str, np.ndarray] = {}
-    names: list[str] = []
-    counts: list[int] = []
-    images: list[np.ndarray] = []
+    sizes, images = {}, []
     for split, file in zip(SPLITS, files, strict=True):
         found, classes = read(folder / file, split)
         order = np.concatenate([np.empty(0, np.int64), *classes.values()])
         if not np.array_equal(np.sort(order), np.arange(len(found))):
             raise DataError(f"{folder / file}: the classes must name each of the {len(found)} images once")
-        if repeated := set(names) & set(classes):
-            raise DataError(f"{folder / file}: class {min(repeated)!r} is in another split too; splits share no class")
-        splits[split] = np.arange(len(names), len(names) + len(classes))
+        sizes[split] = {name: rows.size for name, rows in classes.items()}
         images.append(found if np.array_equal(order, np.arange(len(found))) else found[order])
-        names += classes
-        counts += [rows.size for rows in classes.values()]
-    if min(counts, default=0) < 1:
-        raise DataError(f"mini-ImageNet in {folder}: class {names[int(np.argmin(counts))]!r} has no image")
-    return LabelledImages(np.concatenate(images), tuple(names), np.array(counts), splits)
+    labels = label_splits(folder, sizes)
+    return LabelledImages(np.concatenate(images), *labels)
 
 
-def _images(path: Path, key: str, content: dict[str, Any]) -> np.ndarray:
-    images = content[key]
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
-        got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise DataError(f"{path}: '{key}' must be uint8 (any, {SIZE}, {SIZE}, 3), got {got}")
-    return images
+def _read_cache_file(path: Path, split: str) -> _SplitClasses:
+    content = load_pickle(path, "image_data", "class_dict")
+    images = check_array(path, "image_data", content["image_data"], "uint8", (None, SIZE, SIZE, 3))
+    classes = content["class_dict"]
+    if not isinstance(classes, dict):
+        raise DataError(f"{path}: 'class_dict' must be a dictionary, got {type(classes).__name__}")
+    return images, {_text(name): _integers(path, "class_dict", rows) for name, rows in classes.items()}
+
+
+def _read_category_file(path: Path, split: str) -> _SplitClasses:
+    content = load_pickle(path, "data", "labels")
+    images = check_array(path, "data", content["data"], "uint8", (None, SIZE, SIZE, 3))
+    labels = _integers(path, "labels", content["labels"])
+    if labels.size != len(images):
+        raise DataError(f"{path}: 'labels' must hold one label per image ({len(images)}), got {labels.size}")
+    names = content.get("catname2label")
+    known = {label: _text(name) for name, label in names.items()} if isinstance(names, dict) else {}
+    # Where classes have no names, numbers may begin at 0 in each file: they are told apart by their split.
+    numbers = np.unique(labels).tolist()
+    return images, {known.get(label, f"{split}/{label}"): np.nonzero(labels == label)[0] for label in numbers}
 
 
 def _integers(path: Path, key: str, values: Any) -> np.ndarray:
@@ -148,11 +124,11 @@ def _read_csv_files(folder: Path, cache: Path) -> LabelledImages:
         members = classes[split] = {}
         for filename, label in _read_csv(folder / file):
             members.setdefault(label, []).append(folder / "images" / filename)
-    return load_classes(folder, classes, size=SIZE, greyscale=False, cache=cache)
+    return load_classes(folder, classes, size=SIZE, cache=cache)
 
 
-def _read_csv(path: Path) -> list[tuple[str, str]]:
-    """Returns (filename, label) of every row."""
+def _read_csv(path: Path) -> list[list[str]]:
+    """Returns [filename, label] of every row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if row]
@@ -162,22 +138,17 @@ def _read_csv(path: Path) -> list[tuple[str, str]]:
         raise DataError(f"{path} must begin with the line 'filename,label', got {','.join(rows[0]) if rows else ''!r}")
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != 2 or not all(row) or Path(row[0]).name != row[0]:
-            raise DataError(
-                f"{path}: row {number} must be the name of a file in images/ and a label, got {','.join(row)!r}"
-            )
-    return [(filename, label) for filename, label in rows[1:]]
-
-
-def _read_tree(folder: Path, cache: Path) -> LabelledImages:
-    return load_split_tree(folder, size=SIZE, greyscale=False, cache=cache)
+            wanted = "the name of a file in images/ and a label"
+            raise DataError(f"{path}: row {number} must be {wanted}, got {','.join(row)!r}")
+    return rows[1:]
 
 
 _CACHE_FILES = tuple(f"mini-imagenet-cache-{split}.pkl" for split in SPLITS)
 _CATEGORY_FILES = tuple(f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test"))
 _CSV_FILES = tuple(f"{split}.csv" for split in SPLITS)
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[Path, Path], LabelledImages]], ...] = (
-    (_CACHE_FILES, _read_cache_files),
-    (_CATEGORY_FILES, _read_category_files),
+    (_CACHE_FILES, lambda folder, cache: _read_pickles(folder, _CACHE_FILES, _read_cache_file)),
+    (_CATEGORY_FILES, lambda folder, cache: _read_pickles(folder, _CATEGORY_FILES, _read_category_file)),
     ((*_CSV_FILES, "images"), _read_csv_files),
-    (SPLITS, _read_tree),
+    (SPLITS, lambda folder, cache: load_classes(folder, list_splits(folder), size=SIZE, cache=cache)),
 )

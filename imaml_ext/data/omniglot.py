@@ -3,8 +3,7 @@ ink = 255.
 
 It is read from whichever of these a root folder holds:
 
-- a packed file `omniglot28.npz` (`images` uint8 [32460, 28, 28], rows ordered by subset, alphabet, character,
-  drawer);
+- a packed file `omniglot28.npz` (`images` uint8 [32460, 28, 28], rows ordered by subset, alphabet, character, drawer);
 - the tree that torchvision unpacks: `images_background/<Alphabet>/characterNN/*.png` and `images_evaluation/…`,
   105×105 in black on white. It is reduced by a Lanczos filter and packed once into the cache.
 
@@ -29,33 +28,22 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from imaml_ext.data.cache import (
-    Expected,
-    cache_folder,
-    cached_arrays,
-    data_folder,
-    load_arrays,
-    not_found,
-    shipped_text,
-)
+from imaml_ext.checks import check_choice
+from imaml_ext.data import cache
 from imaml_ext.data.class_images import ClassImages
 from imaml_ext.data.datasets import Dataset, ImageDataset
-from imaml_ext.data.download import download_through_torchvision
 from imaml_ext.data.pictures import open_picture, shrink
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
 from imaml_ext.settings import NOT_NEGATIVE
 
-PROTOCOLS = ("1200/423", "vinyals")
 NUM_CHARACTERS = 1623
 NUM_DRAWERS = 20
-SUBSETS = {"images_background": 964, "images_evaluation": 659}  # folder -> characters
+_ROWS = NUM_CHARACTERS * NUM_DRAWERS
 _PACKED = "omniglot28.npz"
-_PACKED_ARRAYS: Expected = {
-    "images": ("uint8", (NUM_CHARACTERS * NUM_DRAWERS, 28, 28)),
-    "alphabet": ("u", (NUM_CHARACTERS * NUM_DRAWERS,)),
-    "character": ("u", (NUM_CHARACTERS * NUM_DRAWERS,)),
-    "drawer": ("u", (NUM_CHARACTERS * NUM_DRAWERS,)),
+_PACKED_ARRAYS: cache.Expected = {
+    "images": ("uint8", (_ROWS, 28, 28)),
+    **dict.fromkeys(("alphabet", "character", "drawer"), ("u", (_ROWS,))),
     "alphabet_names": ("U", (50,)),
 }
 
@@ -64,43 +52,33 @@ _PACKED_ARRAYS: Expected = {
 class Omniglot(FileSource):
     """Omniglot: 1,623 handwritten characters."""
 
-    download: bool = False
-    "Download the data set through torchvision when it is not under the root."
-
+    download: bool = False  # Download the data set through torchvision when it is not under the root.
+    # 1,200 characters to train on and 423 to test, or Vinyals' 1,028 / 172 / 423 with validation.
     split_protocol: Literal["1200/423", "vinyals"] = "1200/423"
-    "1,200 characters to train on and 423 to test, or Vinyals' 1,028 / 172 / 423 with validation."
-
+    # Characters of the protocol 1200/423 that are held out of the 1,200 for validation.
     validation: Annotated[int, NOT_NEGATIVE] = 0
-    "Characters of the protocol 1200/423 that are held out of the 1,200 for validation."
-
-    rotations: bool = True
-    "A character in each of four orientations is a class of its own."
+    rotations: bool = True  # A character in each of four orientations is a class of its own.
 
     def load(self) -> Dataset:
         split = omniglot_split(self.split_protocol, validation=self.validation)
         drawings = load_omniglot(root=self.root, cache_dir=self.cache_dir, download=self.download)
         images, names, turns = torch.from_numpy(drawings), character_names(), 4 if self.rotations else 1
         turned = ", four orientations each" if self.rotations else ""
-        return ImageDataset(
-            "omniglot",
-            f"Omniglot, 1,623 handwritten characters × 20 drawers, 28×28, split {self.split_protocol}",
-            {
-                part: ClassImages(images, names=names, characters=members, rotations=turns)
-                for part, members in split.items()
-            },
-            {part: f"{members.size:,} characters{turned}" for part, members in split.items()},
-            drawn=True,
-        )
+        parts, notes = {}, {}
+        for part, members in split.items():
+            parts[part] = ClassImages(images, names=names, characters=members, rotations=turns)
+            notes[part] = f"{members.size:,} characters{turned}"
+        description = f"Omniglot, 1,623 handwritten characters × 20 drawers, 28×28, split {self.split_protocol}"
+        return ImageDataset("omniglot", description, parts, notes, drawn=True)
 
 
 @functools.cache
 def _split_file() -> dict[str, dict[str, dict[str, str]]]:
-    return json.loads(shipped_text("omniglot_splits.json"))
+    return json.loads(cache.shipped_text("omniglot_splits.json"))
 
 
 def character_names() -> tuple[str, ...]:
-    """Lists the 1,623 names `<Alphabet>/characterNN`: background alphabets, then evaluation alphabets, each in order of
-    name."""
+    """Lists the names `<Alphabet>/characterNN`: background, then evaluation alphabets, each in order of name."""
     alphabets = _split_file()["vinyals"]
     return tuple(
         f"{alphabet}/character{number:02d}"
@@ -118,15 +96,12 @@ def omniglot_split(protocol: str = "1200/423", *, validation: int = 0) -> dict[s
     Raises:
         ValueError: an unknown protocol, or a number of characters that it cannot hold out.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"split_protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
+    check_choice("split_protocol", protocol, ("1200/423", "vinyals"))
     if protocol == "vinyals" and validation:
-        raise ValueError(
-            f"validation must be 0 with split_protocol 'vinyals', which has 172 of its own, got {validation}"
-        )
+        own = "with split_protocol 'vinyals', which has 172 of its own"
+        raise ValueError(f"validation must be 0 {own}, got {validation}")
     table = _split_file()[protocol]
-    letters = "".join(table[s][a] for s in ("background", "evaluation") for a in sorted(table[s]))
-    codes = np.array(list(letters))
+    codes = np.array(list("".join(table[s][a] for s in ("background", "evaluation") for a in sorted(table[s]))))
     splits = {name: np.nonzero(codes == code)[0] for name, code in (("train", "r"), ("val", "v"), ("test", "e"))}
     if protocol == "1200/423":
         if not 0 <= validation < splits["train"].size:
@@ -138,7 +113,7 @@ def omniglot_split(protocol: str = "1200/423", *, validation: int = 0) -> dict[s
 
 
 def name_rank(name: str) -> str:
-    """Gives the key that the "1200/423" protocol orders by: a shuffle that needs no random generator."""
+    """Returns what the "1200/423" protocol orders characters by: a shuffle that needs no random generator."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 
@@ -147,34 +122,36 @@ def load_omniglot(
 ) -> np.ndarray:
     """Reads all drawings, uint8 [1623, 20, 28, 28], ink = 255, characters in the order of `character_names()`.
 
-    `root`: a folder that holds the packed file or torchvision's tree, or the parent of one; by default
-    `$IMAML_DATA_ROOT`, else the cache. `download=True` fetches the drawings through torchvision into `root`
-    where it holds none, or a tree that an interrupted download left incomplete.
+    `root` is a folder that holds the packed file or torchvision's tree, or the parent of one; by default
+    `$IMAML_DATA_ROOT`, else the cache. `download=True` fetches the drawings through torchvision into `root` where it
+    holds none, or a tree that an interrupted download left incomplete.
 
     Raises:
         DataError: nothing is found, or what is found is incomplete, truncated or of the wrong format.
     """
-    cache = cache_folder(cache_dir)
-    where, origin = data_folder(root, cache)
+    packs = cache.cache_folder(cache_dir)
+    where, origin = cache.data_folder(root, packs)
     found = _find(where)
     if download and (found is None or (found.is_dir() and not _is_complete(found))):
-        _download(where)
+        cache.download_through_torchvision(
+            "Omniglot",
+            where,
+            lambda datasets: [datasets.Omniglot(str(where), background=half, download=True) for half in (True, False)],
+            by_hand="images_background/ and images_evaluation/ (github.com/brendenlake/omniglot)",
+        )
         found = _find(where)
     if found is None:
-        raise not_found("Omniglot", f"{_PACKED} nor images_background/", where, origin, download=True)
-    return _load_packed(found) if found.is_file() else _load_tree(found, cache)
+        raise cache.not_found("Omniglot", f"{_PACKED} nor images_background/", where, origin, download=True)
+    images = _load_packed(found) if found.is_file() else _load_tree(found, packs)
+    return images.reshape(NUM_CHARACTERS, NUM_DRAWERS, 28, 28)
 
 
 def _find(where: Path) -> Path | None:
     """Finds the packed file, or the folder that holds images_background, in `where` or a usual folder below it."""
     folders = [where, where / "omniglot", where / "omniglot-py", where / "omniglot" / "omniglot-py"]
-    for folder in folders:
-        if (folder / _PACKED).is_file():
-            return folder / _PACKED
-    for folder in folders:
-        if any((folder / subset).is_dir() for subset in SUBSETS):
-            return folder
-    return None
+    packed = [folder / _PACKED for folder in folders if (folder / _PACKED).is_file()]
+    halves = ("images_background", "images_evaluation")
+    return next(iter(packed + [folder for folder in folders if any((folder / half).is_dir() for half in halves)]), None)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -184,49 +161,41 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
+def _labels() -> dict[str, np.ndarray]:
+    """Returns what a packed file holds beside the images, which are in order of character and drawer."""
+    names = [name.rsplit("/character", 1) for name in character_names()]
+    alphabets = list(dict.fromkeys(alphabet for alphabet, _ in names))
+    return {
+        "alphabet": np.repeat([alphabets.index(a) for a, _ in names], NUM_DRAWERS).astype(np.uint8),
+        "character": np.repeat([int(n) for _, n in names], NUM_DRAWERS).astype(np.uint8),
+        "drawer": np.tile(np.arange(1, NUM_DRAWERS + 1, dtype=np.uint8), NUM_CHARACTERS),
+        "alphabet_names": np.array(alphabets),
+    }
+
+
 def _load_packed(path: Path) -> np.ndarray:
-    arrays = load_arrays(path, _PACKED_ARRAYS)
-    names = arrays["alphabet_names"]
-    if int(arrays["alphabet"].max()) >= names.size:
-        raise DataError(
-            f"{path}: array 'alphabet' must hold indices below {names.size}, got {arrays['alphabet'].max()}"
-        )
-    each = slice(None, None, NUM_DRAWERS)
-    pairs = zip(arrays["alphabet"][each], arrays["character"][each], strict=True)
-    found = [f"{names[alphabet]}/character{number:02d}" for alphabet, number in pairs]
-    if found != list(character_names()):
-        raise DataError(f"{path} does not hold the 1,623 characters of Omniglot in the expected order; create it again")
-    expected = np.tile(np.arange(1, NUM_DRAWERS + 1), NUM_CHARACTERS)
-    if not np.array_equal(arrays["drawer"], expected):
-        raise DataError(
-            f"{path}: array 'drawer' must count 1 to {NUM_DRAWERS} for each character; create the file again"
-        )
-    return arrays["images"].reshape(NUM_CHARACTERS, NUM_DRAWERS, 28, 28)
+    found, known = cache.load_arrays(path, _PACKED_ARRAYS), _labels()
+    for labels in (found, known):
+        labels["alphabet"] = labels["alphabet_names"][labels["alphabet"] % 50]
+    for name in ("alphabet", "character", "drawer"):
+        if not np.array_equal(found[name], known[name]):
+            raise DataError(f"{path}: '{name}' does not go through Omniglot in the expected order; create it again")
+    return found["images"]
 
 
-def _load_tree(folder: Path, cache: Path) -> np.ndarray:
-    """Reads torchvision's tree, or the file packed from it earlier: the file's name carries sizes and times of the
-    drawings."""
+def _load_tree(folder: Path, packs: Path) -> np.ndarray:
+    """Reads torchvision's tree, or the file packed from it earlier, whose name carries sizes and times."""
     drawings = _list_tree(folder)
     state = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8)
     for path in drawings:
         stat = path.stat()
         state.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
 
-    def read() -> dict[str, np.ndarray]:
-        names = [name.rsplit("/character", 1) for name in character_names()]
-        alphabet_names = list(dict.fromkeys(alphabet for alphabet, _ in names))
-        return {
-            "images": np.stack([_read_drawing(path) for path in drawings]),  # [32460, 28, 28]
-            "alphabet": np.repeat([alphabet_names.index(a) for a, _ in names], NUM_DRAWERS).astype(np.uint8),
-            "character": np.repeat([int(n) for _, n in names], NUM_DRAWERS).astype(np.uint8),
-            "drawer": np.tile(np.arange(1, NUM_DRAWERS + 1, dtype=np.uint8), NUM_CHARACTERS),
-            "alphabet_names": np.array(alphabet_names),
-        }
+    def read() -> cache.Arrays:
+        return {"images": np.stack([_read_drawing(path) for path in drawings]), **_labels()}
 
-    packed = cache / "omniglot-packed" / f"omniglot28-{state.hexdigest()}.npz"
-    images = cached_arrays(packed, _PACKED_ARRAYS, read)["images"]
-    return images.reshape(NUM_CHARACTERS, NUM_DRAWERS, 28, 28)
+    packed = packs / "omniglot-packed" / f"omniglot28-{state.hexdigest()}.npz"
+    return cache.cached_arrays(packed, _PACKED_ARRAYS, read)["images"]
 
 
 def _list_tree(folder: Path) -> list[Path]:
@@ -235,12 +204,11 @@ def _list_tree(folder: Path) -> list[Path]:
     drawings: list[Path] = []
     for name in character_names():
         character = folder / subset_of[name.split("/")[0]] / name
-        pictures = sorted(character.glob("*.png")) if character.is_dir() else []
+        pictures = sorted(character.glob("*.png"))
         if len(pictures) != NUM_DRAWERS:
-            raise DataError(
-                f"the Omniglot tree {folder} is incomplete: {character.relative_to(folder)} must hold {NUM_DRAWERS} "
-                f"drawings, found {len(pictures)} (images_background and images_evaluation are both needed)"
-            )
+            missing = f"{character.relative_to(folder)} must hold {NUM_DRAWERS} drawings, found {len(pictures)}"
+            both = "images_background and images_evaluation are both needed"
+            raise DataError(f"the Omniglot tree {folder} is incomplete: {missing} ({both})")
         drawings += pictures
     return drawings
 
@@ -251,12 +219,3 @@ def _read_drawing(path: Path) -> np.ndarray:
     if drawing.size != (105, 105):
         raise DataError(f"{path} must be 105 × 105 pixels, got {drawing.size[0]} × {drawing.size[1]}")
     return 255 - shrink(drawing, 28)
-
-
-def _download(where: Path) -> None:
-    download_through_torchvision(
-        "Omniglot",
-        where,
-        lambda datasets: [datasets.Omniglot(str(where), background=half, download=True) for half in (True, False)],
-        by_hand="images_background/ and images_evaluation/ (github.com/brendenlake/omniglot)",
-    )

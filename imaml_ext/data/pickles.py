@@ -14,12 +14,12 @@ from imaml_ext.errors import DataError
 
 
 def load_pickle(path: Path, *keys: str) -> dict[str, Any]:
-    """The dictionary in a pickle file, written by Python 2 or 3, with keys as text; it has `keys`, perhaps others.
+    """Reads the dictionary in a pickle file of Python 2 or 3, with keys as text; it has `keys`, perhaps others.
 
-    A pickle may name any function to be called. Only what makes arrays, numbers, text and plain containers is admitted
-    here.
+    A pickle may name any function to be called. Only what makes arrays, numbers, text and plain containers is admitted.
 
-    Raises DataError where the file is missing or damaged, names anything else, or holds no such dictionary.
+    Raises:
+        DataError: the file is missing or damaged, names anything else, or holds no such dictionary.
     """
     try:
         with path.open("rb") as file:
@@ -27,9 +27,9 @@ def load_pickle(path: Path, *keys: str) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle raises errors of many kinds
+        reason = error or type(error).__name__
         raise DataError(
-            f"{path} is damaged or not a pickle of arrays ({error or type(error).__name__}); download or create it "
-            "again"
+            f"{path} is damaged or not a pickle of arrays ({reason}); download or create it again"
         ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a dictionary, got {type(content).__name__}")
@@ -50,7 +50,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes into a pickle of protocol 2."""
+    """Makes bytes as Python 3 writes them into a pickle of protocol 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it encodes bytes as {encoding!r}")
     return text.encode("latin1")

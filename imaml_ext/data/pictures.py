@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,20 +40,38 @@ class LabelledImages:
     splits: Mapping[str, np.ndarray]
 
     def dataset(self, name: str, description: str, *, published: int | None = None) -> ImageDataset:
-        """Makes the data set of these photographs; `published` images per class make a published one complete."""
-        if published is not None and (self.counts == published).all():
-            description += f", {published} images per class"
-        elif published is not None:
-            have = number_range(self.counts)
-            description += f", {have} images per class of the published {published}: "
-            description += "results do not compare with published ones"
+        """Makes a data set of photographs; a published one is complete with `published` images per class."""
+        if published is not None:
+            description += f", {number_range(self.counts)} images per class"
+            if not (self.counts == published).all():
+                description += f" of the published {published}: results do not compare with published ones"
         images = torch.from_numpy(self.images)
         parts, notes = {}, {}
         for split, members in self.splits.items():
             parts[split] = ClassImages(images, counts=self.counts, names=self.names, characters=members)
-            first = ", ".join(self.names[i] for i in islice(members, 4))
-            notes[split] = first + (", …" if members.size > 4 else "")
+            notes[split] = ", ".join(self.names[i] for i in members[:4]) + (", …" if members.size > 4 else "")
         return ImageDataset(name, description, parts, notes, drawn=False)
+
+
+def label_splits(
+    folder: Path, sizes: Mapping[str, Mapping[str, int]]
+) -> tuple[tuple[str, ...], np.ndarray, dict[str, np.ndarray]]:
+    """Returns `names`, `counts` and `splits` of `LabelledImages`, from {split: {class: number of its images}}.
+
+    Raises:
+        DataError: a class is in two splits, or has no image.
+    """
+    splits: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    for split, members in sizes.items():
+        for name, count in members.items():
+            if name in counts:
+                raise DataError(f"{folder}: class {name!r} is in {split} and in another split; splits share no class")
+            if count < 1:
+                raise DataError(f"{folder}: class {name!r} has no image")
+        splits[split] = np.arange(len(counts), len(counts) + len(members))
+        counts |= members
+    return tuple(counts), np.array(list(counts.values())), splits
 
 
 def open_picture(path: Path, mode: str, *, upright: bool = False) -> Image:
@@ -106,54 +123,37 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def load_split_tree(folder: Path, *, size: int, greyscale: bool, cache: Path) -> LabelledImages:
-    """Loads the pictures in `train/<class>/`, `val/<class>/` and `test/<class>/`; `val` may be missing.
+def list_splits(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Lists the pictures in `train/<class>/`, `val/<class>/` and `test/<class>/`; `val` may be missing.
 
     Raises:
-        DataError: `train` or `test` is missing, a class is in two splits, or see `read_pictures`.
+        DataError: `train` or `test` is missing, or see `list_classes`.
     """
     for split in ("train", "test"):
         if not (folder / split).is_dir():
-            raise DataError(
-                f"{folder} must hold the folders train/ and test/, with or without val/; {split}/ is missing"
-            )
-    classes = {split: list_classes(folder / split) for split in SPLITS if (folder / split).is_dir()}
-    return load_classes(folder, classes, size=size, greyscale=greyscale, cache=cache)
+            needed = "the folders train/ and test/, with or without val/"
+            raise DataError(f"{folder} must hold {needed}; {split}/ is missing")
+    return {split: list_classes(folder / split) for split in SPLITS if (folder / split).is_dir()}
 
 
 def load_classes(
-    folder: Path, classes: Mapping[str, Mapping[str, Sequence[Path]]], *, size: int, greyscale: bool, cache: Path
+    folder: Path,
+    classes: Mapping[str, Mapping[str, Sequence[Path]]],
+    *,
+    size: int,
+    greyscale: bool = False,
+    cache: Path,
 ) -> LabelledImages:
-    """Loads the pictures of {split: {class: its pictures}}, all below `folder`.
-
-    Raises:
-        DataError: a class is in two splits, or see `read_pictures`.
-    """
-    splits: dict[str, np.ndarray] = {}
-    names: list[str] = []
-    counts: list[int] = []
-    pictures: list[Path] = []
-    for split, members in classes.items():
-        for name in members:
-            if name in names:
-                raise DataError(f"{folder}: class {name!r} is in {split} and in another split; splits share no class")
-        splits[split] = np.arange(len(names), len(names) + len(members))
-        names += members
-        counts += [len(paths) for paths in members.values()]
-        pictures += [path for paths in members.values() for path in paths]
-    images = read_pictures(folder, pictures, size=size, greyscale=greyscale, cache=cache)
-    return LabelledImages(images, tuple(names), np.array(counts), splits)
-
-
-def read_pictures(folder: Path, pictures: Sequence[Path], *, size: int, greyscale: bool, cache: Path) -> np.ndarray:
-    """Reads pictures below `folder` as uint8 [n, size, size, 3], or [n, size, size] in greyscale.
+    """Loads the pictures of {split: {class: its pictures}}, all below `folder`, scaled to size × size.
 
     They are decoded once: the file that they are packed into carries names, sizes and times of the pictures in its
     name, and is read from then on.
 
     Raises:
-        DataError: a picture is missing or damaged, Pillow is not installed, or the cache cannot be written.
+        DataError: a class is in two splits, a picture is missing or damaged, or the cache cannot be written.
     """
+    labels = label_splits(folder, {split: {c: len(p) for c, p in part.items()} for split, part in classes.items()})
+    pictures = [path for part in classes.values() for paths in part.values() for path in paths]
     shape = (len(pictures), size, size) if greyscale else (len(pictures), size, size, 3)
     state = hashlib.blake2b(f"{folder.resolve()} {shape}".encode(), digest_size=8)
     for path in pictures:
@@ -170,4 +170,4 @@ def read_pictures(folder: Path, pictures: Sequence[Path], *, size: int, greyscal
         return {"images": images}
 
     packed = cache / "pictures" / f"{folder.resolve().name}-{size}-{state.hexdigest()}.npz"
-    return cached_arrays(packed, {"images": ("uint8", shape)}, read)["images"]
+    return LabelledImages(cached_arrays(packed, {"images": ("uint8", shape)}, read)["images"], *labels)

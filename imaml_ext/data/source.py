@@ -51,16 +51,15 @@ class DataSource(Choice):
 class CachedSource(DataSource):
     """A data set that is prepared once and kept in the cache."""
 
-    cache_dir: Path | None = None
-    "Folder for rendered or packed images; unset: the user's cache folder."
+    cache_dir: Path | None = None  # Folder for rendered or packed images; unset: the user's cache folder.
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(CachedSource):
-    """A data set that is read from files of the user."""
+    """A published data set that is read from files."""
 
+    # Folder of the data set's files; unset: the environment variable IMAML_DATA_ROOT, else the cache.
     root: Path | None = None
-    "Folder of the data set's files; unset: the environment variable IMAML_DATA_ROOT, else the cache."
 
 
 def load_dataset(name: str, **options: Any) -> Dataset:

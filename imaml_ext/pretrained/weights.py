@@ -66,19 +66,16 @@ class Card:
 
     def to_markdown(self, name: str, algorithm: MetaAlgorithm, *, shared_head: bool) -> str:
         """The card as a page, for the weights `name` that this algorithm adapts."""
-        where, first = self.environment, self.test.get("first")
+        where, first, classes = self.environment, self.test.get("first"), self.kind == "classification"
+        on = f"{where['cpu']}, {where['threads']} threads" if where["device"] == "cpu" else where.get("gpu")
         rows = {
             "data": self.description,
-            "tasks": f"{self.tasks['ways']}-way {self.tasks['shots']}-shot"
-            if self.kind == "classification"
-            else "regression",
+            "tasks": f"{self.tasks['ways']}-way {self.tasks['shots']}-shot" if classes else "regression",
             "algorithm": f"{algorithm.kind_name}, {algorithm.inner.kind_name}, {algorithm.inner.steps} steps, "
             f"λ = {algorithm.lam:g}{', shared head' if shared_head else ''}",
             "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
             + (f", from the weights {self.trained_from}" if self.trained_from else ""),
-            "on": f"{where['cpu']}, {where['threads']} threads"
-            if where["device"] == "cpu"
-            else where.get("gpu", where["device"]),
+            "on": on or where["device"],
             "test": f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})",
             **({"check": _check(first)} if first else {}),
             "command": f"`{self.command}`",
@@ -86,10 +83,8 @@ class Card:
             "versions": ", ".join(f"{key} {where[key]}" for key in ("imaml_ext", "torch", "python")),
         }
         lines = [f"| {key} | {value} |" for key, value in rows.items()]
-        return "\n".join([f"# {name}", "", "| | |", "|---|---|", *lines, "", _EVALUATE.format(name), ""])
-
-
-_EVALUATE = "    imaml evaluate --pretrained {}"
+        head, tail = [f"# {name}", "", "| | |", "|---|---|"], ["", f"    imaml evaluate --pretrained {name}", ""]
+        return "\n".join([*head, *lines, *tail])
 
 
 def _check(first: Mapping[str, Any]) -> str:
@@ -185,8 +180,8 @@ def read_weights(source: Path | str) -> Weights:
 
 def _from_file(name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> Weights:
     card = Card(**values["card"] | {"input_shape": tuple(values["card"]["input_shape"])})
-    model = from_json(TaskModel, values["model"], "model")
-    algorithm = from_json(MetaAlgorithm, values["algorithm"], "algorithm")
+    model = from_json(TaskModel, values["model"], "model")  # type: ignore[type-abstract]  # as one of its kinds
+    algorithm = from_json(MetaAlgorithm, values["algorithm"], "algorithm")  # type: ignore[type-abstract]
     learnt = {f"log_{name}": tensors.pop(f"log_{name}") for name in getattr(algorithm, "learn", {})}
     params = {"theta": model.layout.flatten(tensors), **learnt}
     return Weights(name, params, model, values["criterion"], algorithm, bool(values["shared_head"]), card)

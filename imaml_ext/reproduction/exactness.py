@@ -21,15 +21,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from imaml_ext.data.episodes import EpisodeBatch
+from imaml_ext.batch import Data, EpisodeBatch
 from imaml_ext.data.linear import LinearClosedForm, LinearSampler
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML, MAML, MetaAlgorithm
-from imaml_ext.models import Data
-from imaml_ext.reproduce.options import Exactness
-from imaml_ext.reproduce.results import COLORS, output_folder, write_results
-from imaml_ext.training.progress import ProgressBar, say
-from imaml_ext.training.reports import write_figure
+from imaml_ext.reproduction.figures import COLORS, curve_with_band, finish, panels
+from imaml_ext.reproduction.options import Exactness
+from imaml_ext.reproduction.results import output_folder, write_results
+from imaml_ext.solvers import CG
+from imaml_ext.train.progress import ProgressBar, say
+from imaml_ext.train.reports import write_figure
 
 _BLUES = ("#9ecae1", "#4292c6", "#08519c", "#000000")  # iMAML, from the fewest CG steps to the most
 _ENOUGH_STEPS = 24  # inner steps over condition number: (1 − 1/κ)^(24 κ) ≈ 4e-11
@@ -66,13 +67,28 @@ class Problem:
         return [*range(1, 7), *sorted(octaves), last]
 
     @property
+    def eps(self) -> float:
+        return float(torch.finfo(getattr(torch, self.dtype)).eps)
+
+    @property
     def rounding(self) -> float:
         """Relative error at which a gradient differs from the exact one by the arithmetic alone."""
-        return 4 * self.inner_condition_number * float(torch.finfo(getattr(torch, self.dtype)).eps)
+        return 4 * self.inner_condition_number * self.eps
+
+    def methods(self, inner_steps: int, options: Exactness) -> dict[str, MetaAlgorithm]:
+        inner = GradientDescent(steps=inner_steps, lr=self.lr)
+        solvers = {
+            steps: CG(max_iterations=steps, rtol=self.eps) for steps in options.cg_steps
+        }  # rounding ends a solve
+        implicit = {
+            f"imaml-{steps}": IMAML(_loss, lam=self.lam, inner=inner, linear_solver=solver)
+            for steps, solver in solvers.items()
+        }
+        return {"maml": MAML(_loss, inner=inner, lam=self.lam), **implicit}
 
 
 def run(options: Exactness, *, command: str = "") -> None:
-    folder = output_folder(options.output_dir)
+    folder = output_folder(options)
     problems = [Problem(*choice) for choice in product(options.condition_numbers, options.eigenvalues, options.dtypes)]
     total = options.draws * sum(len(problem.inner_steps()) for problem in problems)
     curves, done = [], 0
@@ -83,17 +99,10 @@ def run(options: Exactness, *, command: str = "") -> None:
                 points += ({"inner_steps": steps, "method": method, **error} for method, error in errors.items())
                 done += options.draws
                 bar.update(done, {"κ": f"{problem.condition_number:g}", "inner steps": steps})
-                derived = {"lam": problem.lam, "lr": problem.lr, "rounding": problem.rounding}
+            derived = {"lam": problem.lam, "lr": problem.lr, "rounding": problem.rounding}
             curves.append({**vars(problem), **derived, "points": points})
     findings = [_findings(curve, options) for curve in curves]
-    write_results(
-        folder / "exactness.json",
-        options,
-        torch.device("cpu"),
-        command=command,
-        findings=findings,
-        curves=curves,
-    )
+    write_results(options, torch.device("cpu"), command=command, findings=findings, curves=curves)
     write_figure(_draw(curves, options), folder / "exactness.png")
     for finding in findings:
         say(_sentence(finding))
@@ -102,20 +111,10 @@ def run(options: Exactness, *, command: str = "") -> None:
 
 def _measure(problem: Problem, options: Exactness) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
     """For every number of inner steps, the relative error of each method: median, smallest and largest over draws."""
-    batches = [_draw_tasks(problem, options, draw) for draw in range(options.draws)]
+    batches = list(_draw_tasks(problem, options))
     for steps in problem.inner_steps():
-        inner = GradientDescent(steps=steps, lr=problem.lr)
-        methods: dict[str, MetaAlgorithm] = {"maml": MAML(_loss, inner=inner, lam=problem.lam)}
-        for cg_steps in options.cg_steps:
-            methods[f"imaml-{cg_steps}"] = IMAML(
-                _loss,
-                lam=problem.lam,
-                inner=inner,
-                cg_steps=cg_steps,
-                cg_rtol=torch.finfo(getattr(torch, problem.dtype)).eps,  # a solve at the limit of rounding ends
-            )
         errors = {}
-        for name, method in methods.items():
+        for name, method in problem.methods(steps, options).items():
             values = [
                 float(torch.linalg.vector_norm(method.meta_gradient(theta, batch).gradient.double() - exact) / scale)
                 for batch, theta, exact, scale in batches
@@ -124,8 +123,8 @@ def _measure(problem: Problem, options: Exactness) -> Iterator[tuple[int, dict[s
         yield steps, errors
 
 
-def _draw_tasks(problem: Problem, options: Exactness, draw: int) -> tuple[EpisodeBatch, Tensor, Tensor, Tensor]:
-    """Tasks, θ [N], the exact meta-gradient [N] of the tasks as rounded, in float64, and its norm."""
+def _draw_tasks(problem: Problem, options: Exactness) -> Iterator[tuple[EpisodeBatch, Tensor, Tensor, Tensor]]:
+    """Tasks, θ [N], the exact meta-gradient [N] of the tasks as rounded, in float64, and its norm, for every draw."""
     sampler = LinearSampler(
         features=options.features,
         shots=2 * options.features,
@@ -136,10 +135,11 @@ def _draw_tasks(problem: Problem, options: Exactness, draw: int) -> tuple[Episod
         eigenvalues=problem.eigenvalues,
         dtype=getattr(torch, problem.dtype),
     )
-    batch = sampler.sample(draw)
     theta = torch.zeros(options.features, dtype=sampler.dtype)
-    exact, _ = LinearClosedForm(batch.to(dtype=torch.float64)).meta_gradient(theta.double(), problem.lam)
-    return batch, theta, exact, torch.linalg.vector_norm(exact)
+    for draw in range(options.draws):
+        batch = sampler.sample(draw)
+        exact, _ = LinearClosedForm(batch.to(dtype=torch.float64)).meta_gradient(theta.double(), problem.lam)
+        yield batch, theta, exact, torch.linalg.vector_norm(exact)
 
 
 def _loss(params: Tensor, data: Data) -> Tensor:
@@ -182,22 +182,17 @@ def _sentence(finding: dict[str, Any]) -> str:
 
 
 def _draw(curves: Sequence[dict[str, Any]], options: Exactness) -> Figure:
-    """A column a condition number, a row a dtype and spectrum; error against inner steps, both logarithmic."""
-    rows = list(product(options.dtypes, options.eigenvalues))
-    columns = options.condition_numbers
-    figure = Figure(figsize=(4.4 * len(columns), 3.1 * len(rows) + 1), layout="constrained")
-    figure.suptitle("Relative error of the meta-gradient: linear regression, mean over tasks")
-    axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col")
+    """One column per condition number, one row per dtype and spectrum; error against inner steps, both logarithmic."""
+    rows, columns = list(product(options.dtypes, options.eigenvalues)), options.condition_numbers
+    title = "Relative error of the meta-gradient: linear regression, mean over tasks"
+    size = (4.4 * len(columns), 3.1 * len(rows) + 1)
+    figure, axes = panels(title, len(rows), len(columns), size=size, sharex="col")
     for curve in curves:
-        row = rows.index((curve["dtype"], curve["eigenvalues"]))
-        axis = axes[row, columns.index(curve["condition_number"])]
+        kappa, eigenvalues, dtype = (curve[name] for name in ("condition_number", "eigenvalues", "dtype"))
+        axis = axes[rows.index((dtype, eigenvalues)), columns.index(kappa)]
         _draw_curve(axis, curve, options)
-        inner = (curve["condition_number"] + 1) / 2
-        axis.set_title(
-            f"κ(∇²L) = {curve['condition_number']:g}, κ(∇²L + λI) = {inner:g}\n"
-            f"{curve['eigenvalues']} distinct eigenvalues, {curve['dtype']}",
-            fontsize=9,
-        )
+        spectrum = f"κ(∇²L) = {kappa:g}, κ(∇²L + λI) = {(kappa + 1) / 2:g}"
+        axis.set_title(f"{spectrum}\n{eigenvalues} distinct eigenvalues, {dtype}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("inner gradient steps")
     for axis in axes[:, 0]:
@@ -208,15 +203,12 @@ def _draw(curves: Sequence[dict[str, Any]], options: Exactness) -> Figure:
 
 
 def _draw_curve(axis: Axes, curve: dict[str, Any], options: Exactness) -> None:
-    methods = [("maml", "MAML", COLORS["maml"], "-")]
-    for index, cg_steps in enumerate(sorted(options.cg_steps)):
-        shade = _BLUES[min(index, len(_BLUES) - 1)]
-        methods.append((f"imaml-{cg_steps}", f"iMAML, {cg_steps} CG steps", shade, ("-", "--", "-.", ":")[index % 4]))
-    for method, label, color, line in methods:
+    styles = {"maml": {"label": "MAML", "color": COLORS["maml"], "linestyle": "-"}}
+    for index, steps in enumerate(sorted(options.cg_steps)):
+        look = {"color": _BLUES[min(index, len(_BLUES) - 1)], "linestyle": ("-", "--", "-.", ":")[index % 4]}
+        styles[f"imaml-{steps}"] = {"label": f"iMAML, {steps} CG steps", **look}
+    for method, style in styles.items():
         points = [point for point in curve["points"] if point["method"] == method]
-        steps = [point["inner_steps"] for point in points]
-        axis.plot(steps, [point["median"] for point in points], color=color, linestyle=line, label=label)
-        low, high = ([point[side] for point in points] for side in ("smallest", "largest"))
-        axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-    axis.set(xscale="log", yscale="log")
-    axis.grid(alpha=0.3)
+        values = ([point[name] for point in points] for name in ("inner_steps", "median", "smallest", "largest"))
+        curve_with_band(axis, *values, **style)
+    finish(axis, legend=False, xscale="log", yscale="log")

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from imaml_ext.inner import GradientDescent, HessianFree
+from imaml_ext.data import DataSource
+from imaml_ext.inner import GradientDescent, NewtonCG
+from imaml_ext.losses import TaskLoss
 from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm
-from imaml_ext.models import Conv4, TaskLoss
-from imaml_ext.training.config import DatasetName, SourceConfig
-from imaml_ext.training.experiment import open_dataset
+from imaml_ext.models import Conv4
+from imaml_ext.solvers import CG
 
 WAYS, SHOTS = 20, 5
 LAM, LR, CG_STEPS = 2.0, 0.1, 5  # the paper's; time and memory do not depend on them
@@ -28,7 +29,7 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 @dataclass(frozen=True)
 class CostCell:
-    """What is measured; everything but `method` and `steps` is common to the cells of an experiment."""
+    """Says what is measured; everything but `method` and `steps` is common to the cells of an experiment."""
 
     method: str
     steps: int
@@ -38,16 +39,29 @@ class CostCell:
     repeats: int
     device: str
     threads: int
-    data: DatasetName
-    data_root: Path | None
+    data: DataSource
 
     @property
     def name(self) -> str:
         return f"{self.method}/{self.steps}"
 
+    def algorithm(self) -> MetaAlgorithm:
+        descent, newton = GradientDescent(steps=self.steps, lr=LR), NewtonCG(steps=self.steps)
+        implicit = {"lam": LAM, "linear_solver": CG(max_iterations=CG_STEPS)}
+        match self.method:
+            case "maml" | "maml-checkpoint":
+                return MAML(inner=descent, lam=LAM, checkpoint=self.method == "maml-checkpoint")
+            case "fomaml":
+                return FOMAML(inner=descent, lam=LAM)
+            case "imaml-gd":
+                return IMAML(inner=descent, **implicit)
+            case "imaml-hf":
+                return IMAML(inner=newton, **implicit)
+        raise ValueError(f"no such method: {self.method!r}")
+
 
 def measure(cell: CostCell) -> dict[str, Any]:
-    """Peak memory of the first meta-gradient above what θ and the episodes hold, then the time of `repeats` more.
+    """Measures the first meta-gradient's peak memory above what θ and the episodes hold, then times `repeats` more.
 
     Memory on a CPU is the most that torch's allocator has handed out at one time, exact to the byte; beside it stands
     the growth of the resident set, which knows of every other buffer too, the profiler's records among them. On CUDA
@@ -55,8 +69,7 @@ def measure(cell: CostCell) -> dict[str, Any]:
     """
     device = torch.device(cell.device)
     torch.set_num_threads(cell.threads)
-    dataset = open_dataset(SourceConfig(name=cell.data, root=cell.data_root))
-    sampler = dataset.sampler(
+    sampler = cell.data.load().sampler(
         "train",
         ways=WAYS,
         shots=SHOTS,
@@ -66,10 +79,10 @@ def measure(cell: CostCell) -> dict[str, Any]:
         device=device,
         dtype=torch.float32,
     )
-    model = Conv4(WAYS, in_channels=1, image_size=28, filters=cell.filters)
+    model = Conv4(WAYS, filters=cell.filters)
     # The native engine keeps no graph: MAML on it would be checkpointed already.
     engine = "torch" if cell.method == "maml" else "auto"
-    algorithm = _algorithm(cell, TaskLoss(model, "cross_entropy", engine=engine))
+    algorithm = cell.algorithm().bound(TaskLoss(model, "cross_entropy", engine=engine))
     theta, episodes = model.init(seed=0, device=device), sampler.sample(0)
 
     def meta_gradient() -> None:
@@ -84,20 +97,6 @@ def measure(cell: CostCell) -> dict[str, Any]:
         meta_gradient()
         seconds.append(time.perf_counter() - began)
     return {**memory, "seconds": statistics.median(seconds), "seconds_each": seconds}
-
-
-def _algorithm(cell: CostCell, loss: TaskLoss) -> MetaAlgorithm:
-    descent = GradientDescent(steps=cell.steps, lr=LR)
-    match cell.method:
-        case "maml" | "maml-checkpoint":
-            return MAML(loss, inner=descent, lam=LAM, checkpoint=cell.method == "maml-checkpoint")
-        case "fomaml":
-            return FOMAML(loss, inner=descent, lam=LAM)
-        case "imaml-gd":
-            return IMAML(loss, inner=descent, lam=LAM, cg_steps=CG_STEPS)
-        case "imaml-hf":
-            return IMAML(loss, inner=HessianFree(steps=cell.steps), lam=LAM, cg_steps=CG_STEPS)
-    raise ValueError(f"no such method: {cell.method!r}")
 
 
 def _cuda_memory(call: Callable[[], None], device: torch.device) -> dict[str, int]:

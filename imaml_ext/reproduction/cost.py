@@ -12,78 +12,74 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from imaml_ext.errors import ConfigError, RunError
-from imaml_ext.reproduce.cost_cell import CG_STEPS, LAM, SHOTS, WAYS, CostCell, measure
-from imaml_ext.reproduce.options import Cost
-from imaml_ext.reproduce.results import COLORS, LABELS, output_folder, read_results, write_results
-from imaml_ext.training.config import SourceConfig
-from imaml_ext.training.environment import environment
-from imaml_ext.training.experiment import open_dataset, resolve_device
-from imaml_ext.training.progress import ProgressBar, say
-from imaml_ext.training.reports import write_figure
+from imaml_ext.reproduction.cost_cell import CG_STEPS, LAM, SHOTS, WAYS, CostCell, measure
+from imaml_ext.reproduction.figures import COLORS, LABELS, finish, panels, style
+from imaml_ext.reproduction.options import Cost
+from imaml_ext.reproduction.results import data_source, output_folder, read_json, write_results
+from imaml_ext.train.environment import environment
+from imaml_ext.train.experiment import resolve_device
+from imaml_ext.train.progress import ProgressBar, say
+from imaml_ext.train.reports import write_figure
 
 _GIB = 2**30
-Cells = dict[str, dict[str, Any]]  # "method/steps" -> what was measured, or why nothing was
+_OF_A_CELL = ("meta_batch", "queries", "filters", "repeats")
+Measured = dict[str, dict[str, Any]]  # "method/steps" -> what was measured, or why nothing was
 
 
 def run(options: Cost, *, command: str = "") -> None:
-    open_dataset(
-        SourceConfig(name=options.data, root=options.data_root)
-    )  # what is missing is said before anything is measured
+    source = data_source(options)
+    source.load()  # what is missing is said before anything is measured
     device = resolve_device(options.device)
-    path = output_folder(options.output_dir) / "cost.json"
+    path = output_folder(options) / "cost.json"
     settings = _settings(options, device)
     cells = _known_cells(path, settings)
     wanted = [(method, steps) for method in options.methods for steps in sorted(set(options.steps))]
+    of_a_cell = {name: settings[name] for name in (*_OF_A_CELL, "device", "threads")}
+
+    def write() -> None:
+        write_results(options, device, command=command, settings=settings, cells=cells)
+        write_figure(_draw(cells, settings), path.with_suffix(".png"))
+
     with ProgressBar("cost", total=len(wanted)) as bar:
         for done, (method, steps) in enumerate(wanted):
-            cell = CostCell(
-                method=method,
-                steps=steps,
-                data_root=options.data_root,
-                **{name: settings[name] for name in _OF_A_CELL},
-            )
+            cell = CostCell(method=method, steps=steps, data=source, **of_a_cell)
             bar.update(done, {"cell": cell.name})
-            if cell.name in cells and "peak_bytes" in cells[cell.name]:
-                continue
-            cells[cell.name] = _measured(cell, cells, _limit(options, device))
-            _write(path, options, device, command, settings, cells)
+            if "peak_bytes" not in cells.get(cell.name, {}):
+                cells[cell.name] = _measured(cell, cells, _limit(options, device))
+                write()
         bar.update(len(wanted), {"cell": "all done"})
-    _write(path, options, device, command, settings, cells)
+    write()
     for method in options.methods:
         say(_growth(method, cells))
-    say(f"results are in {options.output_dir}")
-
-
-_OF_A_CELL = ("meta_batch", "queries", "filters", "repeats", "device", "threads", "data")
+    say(f"results are in {options.folder}")
 
 
 def _settings(options: Cost, device: torch.device) -> dict[str, Any]:
     """What all cells of a cost.json share, the machine and the versions included."""
     machine = {name: value for name, value in environment(device).items() if name != "commit"}
     return {
-        **{name: getattr(options, name) for name in ("meta_batch", "queries", "filters", "repeats", "data")},
+        **{name: getattr(options, name) for name in (*_OF_A_CELL, "data")},
         **{"ways": WAYS, "shots": SHOTS, "lam": LAM, "cg_steps": CG_STEPS},
         **{**machine, "device": str(device), "threads": options.threads or torch.get_num_threads()},
     }
 
 
-def _known_cells(path: Path, settings: Mapping[str, Any]) -> Cells:
+def _known_cells(path: Path, settings: Mapping[str, Any]) -> Measured:
     """The cells of an earlier, perhaps interrupted, call.
 
     Raises:
         RunError: the file is damaged. ConfigError: its cells were measured with other settings, or elsewhere.
     """
-    results = read_results(path)
+    results = read_json(path)
     if results is None:
         return {}
     recorded, cells = results.get("settings"), results.get("cells")
@@ -98,16 +94,12 @@ def _known_cells(path: Path, settings: Mapping[str, Any]) -> Cells:
     return cells
 
 
-def _measured(cell: CostCell, cells: Cells, limit: float) -> dict[str, Any]:
+def _measured(cell: CostCell, cells: Measured, limit: float) -> dict[str, Any]:
     """The cell in a process of its own, or why it was not measured."""
-    estimate = _estimate(cell, cells)
-    about = {"method": cell.method, "steps": cell.steps}
+    about, estimate = {"method": cell.method, "steps": cell.steps}, _estimate(cell, cells)
     if estimate is not None and estimate > limit:
-        return {
-            **about,
-            "estimated_bytes": round(estimate),
-            "left_out": f"more than the limit of {limit / _GIB:.1f} GiB",
-        }
+        reason = f"more than the limit of {limit / _GIB:.1f} GiB"
+        return {**about, "estimated_bytes": round(estimate), "left_out": reason}
     return {**about, **_in_a_process(cell)}
 
 
@@ -146,13 +138,15 @@ def _send_measured(cell: CostCell, sender: Connection) -> None:
         sender.send({"left_out": "the device ran out of memory"})
 
 
-def _estimate(cell: CostCell, cells: Cells) -> float | None:
+def _points(method: str, cells: Measured, quantity: str = "peak_bytes") -> list[tuple[int, float]]:
+    """Steps and what was measured of a method's cells, in the order of their steps."""
+    of_method = [cell for cell in cells.values() if cell["method"] == method and quantity in cell]
+    return sorted((cell["steps"], cell[quantity]) for cell in of_method)
+
+
+def _estimate(cell: CostCell, cells: Measured) -> float | None:
     """Bytes that a cell will need, on the line through the two cells of the method with the most steps below it."""
-    known = sorted(
-        (other["steps"], other["peak_bytes"])
-        for other in cells.values()
-        if other["method"] == cell.method and other["steps"] < cell.steps and "peak_bytes" in other
-    )
+    known = [point for point in _points(cell.method, cells) if point[0] < cell.steps]
     if len(known) < 2:
         return None
     (steps_before, before), (steps, last) = known[-2:]
@@ -163,9 +157,7 @@ def _limit(options: Cost, device: torch.device) -> float:
     """Bytes that a cell may need."""
     if options.memory_limit is not None:
         return options.memory_limit * _GIB
-    if device.type == "cuda":
-        return 0.9 * torch.cuda.mem_get_info(device)[0]
-    return 0.9 * _available_bytes()
+    return 0.9 * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes())
 
 
 def _available_bytes() -> float:
@@ -179,60 +171,33 @@ def _available_bytes() -> float:
     return float("inf")
 
 
-def _write(
-    path: Path,
-    options: Cost,
-    device: torch.device,
-    command: str,
-    settings: Mapping[str, Any],
-    cells: Cells,
-) -> None:
-    write_results(path, options, device, command=command, settings=settings, cells=cells)
-    write_figure(_draw(cells, settings), path.with_suffix(".png"))
-
-
-def _growth(method: str, cells: Cells) -> str:
+def _growth(method: str, cells: Measured) -> str:
     """Peak memory at the most steps beside that at the fewest."""
-    known = sorted(
-        (cell["steps"], cell["peak_bytes"], cell["seconds"])
-        for cell in cells.values()
-        if cell["method"] == method and "peak_bytes" in cell
-    )
+    known = _points(method, cells)
     if not known:
         return f"{LABELS[method]}: nothing measured"
-    (first, least, _), (last, most, seconds) = known[0], known[-1]
-    return (
-        f"{LABELS[method]}: {most / 2**20:.0f} MiB at {last} steps, {most / least:.2f} × that at {first}; "
-        f"{seconds:.2f} s at {last} steps"
-    )
+    (first, least), (last, most) = known[0], known[-1]
+    seconds = cells[f"{method}/{last}"]["seconds"]
+    growth = f"{most / 2**20:.0f} MiB at {last} steps, {most / least:.2f} × that at {first}"
+    return f"{LABELS[method]}: {growth}; {seconds:.2f} s at {last} steps"
 
 
-def _draw(cells: Cells, settings: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    where = settings.get("gpu", settings["cpu"])
-    figure.suptitle(
-        f"One meta-gradient of {settings['meta_batch']} task(s), {WAYS}-way {SHOTS}-shot {settings['data']}, "
-        f"Conv4 with {settings['filters']} filters; {where}, {settings['device']}"
-    )
-    memory, seconds = figure.subplots(1, 2)
+def _draw(cells: Measured, settings: Mapping[str, Any]) -> Figure:
+    tasks = f"One meta-gradient of {settings['meta_batch']} task(s), {WAYS}-way {SHOTS}-shot {settings['data']}"
+    network = f"Conv4 with {settings['filters']} filters"
+    machine = f"{settings.get('gpu', settings['cpu'])}, {settings['device']}"
+    figure, axes = panels(f"{tasks}, {network}; {machine}", 1, 2, size=(11, 4.6))
+    memory, seconds = axes[0]
     for method in LABELS:
-        of_method = sorted((c for c in cells.values() if c["method"] == method), key=lambda c: c["steps"])
-        _line(memory, method, [(c["steps"], c["peak_bytes"] / _GIB) for c in of_method if "peak_bytes" in c])
-        _line(seconds, method, [(c["steps"], c["seconds"]) for c in of_method if "seconds" in c])
-        left_out = [(c["steps"], c["estimated_bytes"] / _GIB) for c in of_method if "estimated_bytes" in c]
-        if left_out:
-            memory.scatter(*zip(*left_out, strict=True), facecolors="none", edgecolors=COLORS[method])
-    memory.set(ylabel="peak memory (GiB); hollow: estimated, not run")
-    seconds.set(ylabel="seconds (median)")
-    for axis in (memory, seconds):
-        axis.set(xlabel="inner steps", xscale="log", yscale="log")
+        for axis, quantity, unit in ((memory, "peak_bytes", _GIB), (seconds, "seconds", 1)):
+            points = [(steps, value / unit) for steps, value in _points(method, cells, quantity)]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, **style(method))
+        for steps, estimate in _points(method, cells, "estimated_bytes"):
+            memory.scatter(steps, estimate / _GIB, facecolors="none", edgecolors=COLORS[method])
+    for axis in axes[0]:
+        axis.set_yscale("log")
         axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    if memory.get_legend_handles_labels()[0]:
-        memory.legend(frameon=False)
+    finish(memory, xlabel="inner steps", ylabel="peak memory (GiB); hollow: estimated, not run")
+    finish(seconds, legend=False, xlabel="inner steps", ylabel="seconds (median)")
     return figure
-
-
-def _line(axis: Axes, method: str, points: Sequence[tuple[float, float]]) -> None:
-    if points:
-        axis.plot(*zip(*points, strict=True), color=COLORS[method], marker="o", markersize=3, label=LABELS[method])

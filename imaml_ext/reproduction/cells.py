@@ -1,0 +1,150 @@
+"""Experiments that train: a cell is a configuration with a run directory, begun, continued, or finished already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from imaml_ext.errors import ConfigError, Diverged, RunError
+from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.reproduction.options import ImageOptions, TrainedOptions
+from imaml_ext.reproduction.results import data_source, output_folder, read_json, write_results
+from imaml_ext.settings import changed, to_json
+from imaml_ext.train.config import TrainConfig
+from imaml_ext.train.experiment import resolve_device
+from imaml_ext.train.progress import say
+from imaml_ext.train.reports import write_figure
+from imaml_ext.train.run_directory import RunDirectory, read_config
+from imaml_ext.train.trainer import check_directory, train
+
+# The name of a cell, such as "5w1s/maml", is that of its run directory under runs/BUDGET too.
+Cells = Mapping[str, TrainConfig]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Holds what a finished cell has left; `result` is the content of result.json, or of diverged.json."""
+
+    directory: RunDirectory
+    config: TrainConfig
+    result: Mapping[str, Any]
+
+    @property
+    def test(self) -> Mapping[str, Any] | None:
+        """The test of the trained parameters, None of a run that diverged."""
+        return self.result.get("test")
+
+    def percent(self) -> tuple[float, float]:
+        """Returns accuracy and 95 % interval, NaN of a run that diverged."""
+        test = self.test or {}
+        return 100 * test.get("accuracy", float("nan")), 100 * test.get("accuracy_interval", float("nan"))
+
+    @property
+    def accuracy(self) -> str:
+        return "diverged" if self.test is None else "{:.2f} ± {:.2f}".format(*self.percent())
+
+
+Outcomes = Mapping[str, Outcome]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Holds what an experiment makes of its finished cells.
+
+    Attributes:
+        table: in Markdown. figures: by file name. content: of NAME.json, beside the cells.
+    """
+
+    table: str
+    figures: Mapping[str, Figure]
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+
+def cell(base: TrainConfig, options: TrainedOptions, *layers: Mapping[str, Any]) -> TrainConfig:
+    """Returns `base` with layers of changes, {path: value}, and with what all cells take from the options."""
+    common = {"run.device": options.device, "run.threads": options.threads, "run.seed": options.seed}
+    data = {"data": data_source(options)} if isinstance(options, ImageOptions) else {}
+    for layer in ({"run.tensorboard": False}, *layers, common | data):
+        base = changed(base, layer)
+    return base
+
+
+def run_cells(
+    options: TrainedOptions, cells: Cells, report: Callable[[Outcomes], Report], *, command: str = ""
+) -> None:
+    """Trains the cells chosen that are not finished, and draws what is finished after each of them.
+
+    A cell that was interrupted continues from its newest checkpoint. One whose meta-gradient became non-finite is
+    finished too: that is its result.
+
+    Raises:
+        ConfigError: no cell has a name asked for, or a run directory holds a run with other settings.
+        RunError: no cell is finished in the end.
+        RunError, DataError, Interrupted: as `imaml_ext.train.train`.
+    """
+    chosen = [] if options.draw_only else _chosen(cells, options.cells)
+    output_folder(options)
+    for number, name in enumerate(chosen, 1):
+        directory, title = _directory(options, name), f"{options.name} {number}/{len(chosen)}: {name}"
+        check_directory(directory, cells[name], resume=True)
+        if _result(directory) is not None:
+            say(f"{title} is finished")
+            continue
+        say(title)
+        try:
+            train(cells[name], directory.path, recipe=name, command=command, resume=True)
+        except Diverged as error:
+            say(str(error))
+            atomic_write(_diverged(directory), json_bytes({"diverged": str(error)}))
+        _draw(options, cells, report, command)
+    finished = _draw(options, cells, report, command)
+    say(f"{finished} of {len(cells)} cells are finished; results are in {options.folder}")
+
+
+def _draw(options: TrainedOptions, cells: Cells, report: Callable[[Outcomes], Report], command: str) -> int:
+    """Writes NAME.json, NAME.md and the figures; returns the number of finished cells."""
+    found = {}
+    for name in cells:
+        directory = _directory(options, name)
+        result = _result(directory)
+        if result is not None:
+            found[name] = Outcome(directory, read_config(directory).config, result)
+    if not found:
+        raise RunError(f"{_directory(options).path} holds no finished run of this experiment: there is nothing to draw")
+    drawn = report(found)
+    content = {name: {**outcome.result, "config": to_json(outcome.config)} for name, outcome in found.items()}
+    write_results(options, resolve_device(options.device), command=command, **drawn.content, cells=content)
+    atomic_write(options.folder / f"{options.name}.md", drawn.table.encode())
+    for name, figure in drawn.figures.items():
+        write_figure(figure, options.folder / name)
+    return len(found)
+
+
+def _directory(options: TrainedOptions, cell: str = "") -> RunDirectory:
+    return RunDirectory(options.folder / "runs" / options.budget / cell)
+
+
+def _diverged(directory: RunDirectory) -> Path:
+    return directory.path / "diverged.json"
+
+
+def _result(directory: RunDirectory) -> dict[str, Any] | None:
+    """The result of a run, None where there is none yet."""
+    advice = "remove it, and its cell is tested again"
+    return read_json(directory.result, advice) or read_json(_diverged(directory), advice)
+
+
+def _chosen(cells: Cells, names: Sequence[str]) -> list[str]:
+    """The cells that are named, each by its whole name or by a beginning of it that ends before a "/"."""
+
+    def matches(cell: str, name: str) -> bool:
+        return cell == name or cell.startswith(name.rstrip("/") + "/")
+
+    for name in names:
+        if not any(matches(cell, name) for cell in cells):
+            raise ConfigError(f"--cells: no cell is called {name!r}; there are: {', '.join(cells)}")
+    return [cell for cell in cells if not names or any(matches(cell, name) for name in names)]

@@ -1,0 +1,73 @@
+"""What the figures of all experiments share: one name and one colour for each algorithm, panels, bands and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from imaml_ext.train.reports import column, running_mean
+from imaml_ext.train.run_directory import RunDirectory, read_metrics
+
+LABELS = {
+    "maml": "MAML",
+    "maml-checkpoint": "MAML, checkpointed",
+    "fomaml": "first-order MAML",
+    "reptile": "Reptile",
+    "imaml-gd": "iMAML, gradient descent",
+    "imaml-hf": "iMAML, Hessian-free",  # the paper's word for NewtonCG
+}
+COLORS = {
+    "maml": "#d62728",
+    "maml-checkpoint": "#ff7f0e",
+    "fomaml": "#2ca02c",
+    "reptile": "#8c564b",
+    "imaml-gd": "#1f77b4",
+    "imaml-hf": "#9467bd",
+}
+
+
+def style(algorithm: str) -> dict[str, Any]:
+    """Returns the colour and the label of an algorithm's curve."""
+    return {"color": COLORS[algorithm], "label": LABELS[algorithm]}
+
+
+def panels(
+    title: str, rows: int, columns: int, *, size: tuple[float, float], **sharing: Any
+) -> tuple[Figure, np.ndarray]:
+    """Returns a figure of `size` inches under a title, and its axes [rows, columns]."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+
+
+def finish(axis: Axes, *, legend: bool = True, **settings: Any) -> None:
+    """Sets labels and scales of a panel, its grid and, where curves have labels, a legend."""
+    axis.set(**settings)
+    axis.grid(alpha=0.3)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def curve_with_band(
+    axis: Axes, x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any
+) -> None:
+    axis.plot(x, y, **style)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def learning_curve(axis: Axes, directory: RunDirectory, metric: str, **style: Any) -> None:
+    """Draws the running mean of a metric over a run; of an accuracy, the error in percent on a logarithmic scale."""
+    steps, values = column(read_metrics(directory.metrics), metric)
+    error = metric.endswith("accuracy")
+    if len(values):
+        mean = running_mean(values, max(1, len(values) // 25))
+        axis.plot(steps, 100 * (1 - mean) if error else mean, **style)
+    axis.set_yscale("log")
+    if error:
+        ticks = (0.5, 1, 2, 5, 10, 20, 50)
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
