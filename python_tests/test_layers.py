@@ -32,6 +32,7 @@ ROOMS["reproduction"] = ROOMS["recipes"] | {"recipes"}
 ROOMS["doctor"] = ROOMS["train"] | {"train"}
 ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
+ROOMS["training"] = ROOMS["reproduce"] = set()  # old names
 
 
 def modules() -> dict[str, Path]:
