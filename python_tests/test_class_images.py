@@ -78,5 +78,5 @@ def test_a_class_of_too_few_images_is_named() -> None:
 
 @pytest.mark.parametrize("counts", [[7, 3, 12, 5, 4, 8], [7, 3, 12, 5, 13, 0], [], [[40]]])
 def test_counts_must_add_up(counts: list) -> None:
-    with pytest.raises(ValueError, match="counts must be one positive number a character, 40 in sum"):
+    with pytest.raises(ValueError, match="counts must be one positive number per character, 40 in sum"):
         ClassImages(coded(), counts=counts)

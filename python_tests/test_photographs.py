@@ -243,7 +243,7 @@ def _rewrite(folder: Path, name: str, **changes: object) -> None:
         (
             "cache",
             lambda f: _rewrite(f, "mini-imagenet-cache-test.pkl", class_dict={class_name(0): list(range(40))}),
-            "class 'n00000000' is in another split too",
+            "class 'n00000000' is in test and in another split",
         ),
         (
             "cache",

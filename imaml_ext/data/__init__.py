@@ -2,7 +2,6 @@
 
 from imaml_ext.batch import EpisodeBatch
 from imaml_ext.data.augment import Augmentation
-from imaml_ext.data.baseline import nearest_neighbour_accuracy
 from imaml_ext.data.cifar import FC100, CifarFS, cifar_split
 from imaml_ext.data.class_images import ClassImages
 from imaml_ext.data.datasets import Dataset, ImageDataset, Sampler
@@ -13,9 +12,9 @@ from imaml_ext.data.linear import Linear, LinearClosedForm, LinearSampler
 from imaml_ext.data.mini_imagenet import MiniImageNet
 from imaml_ext.data.omniglot import Omniglot, load_omniglot, omniglot_split
 from imaml_ext.data.pictures import LabelledImages, open_picture
-from imaml_ext.data.sheets import image_grid, sample_sheet, summary
+from imaml_ext.data.sheets import image_grid, nearest_neighbour_accuracy, sample_sheet, summary
 from imaml_ext.data.sinusoid import Sinusoid, SinusoidSampler
-from imaml_ext.data.source import DataSource, dataset_options, load_dataset
+from imaml_ext.data.source import DataSource, load_dataset
 from imaml_ext.errors import DataError
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "Sinusoid",
     "SinusoidSampler",
     "cifar_split",
-    "dataset_options",
     "glyph_split",
     "image_grid",
     "load_dataset",

@@ -21,9 +21,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from imaml_ext.data.cache import Expected, cache_folder, check_array, data_folder, load_arrays, not_found, shipped_text
+from imaml_ext.data import cache
 from imaml_ext.data.datasets import Dataset
-from imaml_ext.data.download import download_through_torchvision
 from imaml_ext.data.pickles import load_pickle
 from imaml_ext.data.pictures import LabelledImages
 from imaml_ext.data.source import FileSource
@@ -33,7 +32,7 @@ SIZE = 32
 _BATCHES = "cifar-100-python"
 _PACKED = "cifar100_100_per_class.npz"
 _PLACES = (".", "cifar100", "cifar-100")
-_PACKED_ARRAYS: Expected = {
+_PACKED_ARRAYS: cache.Expected = {
     "images": ("uint8", (None, SIZE, SIZE, 3)),
     "fine_label": ("u", (None,)),
     "class_names": ("U", (100,)),
@@ -42,7 +41,7 @@ _PACKED_ARRAYS: Expected = {
 
 @functools.cache
 def _split_file() -> dict[str, dict[str, list[str]]]:
-    return json.loads(shipped_text("cifar_splits.json"))
+    return json.loads(cache.shipped_text("cifar_splits.json"))
 
 
 @functools.cache
@@ -83,11 +82,11 @@ class _Cifar(FileSource):
         Raises:
             DataError: nothing is found, or what is found is incomplete, damaged or of the wrong format.
         """
-        where, origin = data_folder(self.root, cache_folder(self.cache_dir))
+        where, origin = cache.data_folder(self.root, cache.cache_folder(self.cache_dir))
         batches, packed = _find(where, _BATCHES), _find(where, _PACKED)
         complete = batches is not None and all((batches / file).is_file() for file in ("train", "test", "meta"))
         if self.download and not complete:
-            download_through_torchvision(
+            cache.download_through_torchvision(
                 "CIFAR-100",
                 where,
                 lambda datasets: [datasets.CIFAR100(str(where), train=train, download=True) for train in (True, False)],
@@ -96,7 +95,7 @@ class _Cifar(FileSource):
             batches = where / _BATCHES
         source = batches or packed
         if source is None:
-            raise not_found("CIFAR-100", f"{_BATCHES}/ nor {_PACKED}", where, origin, download=True)
+            raise cache.not_found("CIFAR-100", f"{_BATCHES}/ nor {_PACKED}", where, origin, download=True)
         images, labels = _read_batches(source) if batches else _read_packed(source)
         if labels.size != len(images) or labels.size == 0 or not 0 <= labels.min() <= labels.max() < 100:
             raise DataError(f"{source} must hold one label from 0 to 99 per image, of which it has {len(images)}")
@@ -133,7 +132,7 @@ def _read_batches(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = [], []
     for path in (folder / "train", folder / "test"):
         content = load_pickle(path, "data", "fine_labels")
-        data = check_array(path, "data", content["data"], "uint8", (None, 3 * SIZE * SIZE))
+        data = cache.check_array(path, "data", content["data"], "uint8", (None, 3 * SIZE * SIZE))
         images.append(data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))
         labels.append(np.asarray(content["fine_labels"]))
         if labels[-1].shape != data.shape[:1] or labels[-1].dtype.kind not in "iu":
@@ -142,7 +141,7 @@ def _read_batches(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_packed(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    arrays = load_arrays(path, _PACKED_ARRAYS)
+    arrays = cache.load_arrays(path, _PACKED_ARRAYS)
     _check_names(path, arrays["class_names"].tolist())
     return arrays["images"], arrays["fine_label"].astype(np.int64)
 

@@ -10,9 +10,9 @@ for test. The nearest support image, pixel by pixel, is right on 72.4 ± 0.7 % o
 91.1 ± 0.5 % at 5-way 5-shot and on 52.1 ± 0.4 % at 20-way 1-shot (Omniglot, 1200/423: 45.1, 66.6 and 25.0): glyphs is
 the easier of the two.
 
-Which classes there are, and which faces draw them, is a fixed list in `glyphs.json` (made by `glyph_table.py`).
-Everything is drawn in integer arithmetic from the outlines, so the bytes are the same on every machine as long as the
-font files are: those of matplotlib 3.5 to 3.11 (DejaVu 2.37, STIX 1.1) were compared and are the same.
+Which classes there are, and which faces draw them, is a fixed list in `glyphs.json`, which
+`benchmarks/make_glyph_table.py` made. Everything is drawn in integer arithmetic from the outlines, so the bytes are the
+same on every machine as long as the font files are: those of matplotlib 3.5 to 3.11 (DejaVu 2.37, STIX 1.1) are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import unicodedata
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,87 +38,59 @@ from imaml_ext.errors import DataError
 from imaml_ext.rng import philox_words
 
 NUM_DRAWERS = 20
-
 _SEED = 0x676C79706873
 RADIUS = 10 * SUB  # the longer side of a character is 20 pixels before distortion
 _MATRIX_SPREAD = (13, 22, 22, 13)  # percent of RADIUS: entries xx, xy, yx, yy of the matrix vary by up to this much
 _SHIFT_SPREAD = 3 * SUB // 2  # each centre is off by up to 1.5 pixels
+_REINSTALL = "reinstall matplotlib from the package index"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Glyphs(CachedSource):
     """Glyphs: characters of many scripts, drawn from font files."""
 
-    rotations: bool = True
-    "In training, a character in each of four orientations is a class of its own."
+    rotations: bool = True  # In training, a character in each of four orientations is a class of its own.
 
     def load(self) -> Dataset:
-        split = glyph_split()
+        classes = glyph_table().classes
         images = torch.from_numpy(load_glyphs(cache_dir=self.cache_dir))
-        parts = {}
-        for part, members in split.items():
-            turns = members.orientations if self.rotations else None
+        names = [c.name for c in classes]
+        parts, notes = {}, {}
+        for part, members in glyph_split().items():
+            # Only training has orientations: turned, a character of the others may look like another one.
+            turned = self.rotations and part == "train"
+            turns = np.array([classes[i].orientations for i in members]) if turned else None
             parts[part] = ClassImages(
-                images,
-                names=members.names,
-                characters=members.indices,
-                rotations=1 if turns is None else 4,
-                orientations=turns,
+                images, names=names, characters=members, rotations=4 if turned else 1, orientations=turns
             )
+            notes[part] = ", ".join(dict.fromkeys(classes[i].script for i in members))
         description = (
             "characters of many scripts drawn from matplotlib's fonts, 20 drawings each, 28×28, split by script"
         )
-        notes = {part: ", ".join(members.scripts) for part, members in split.items()}
         return ImageDataset("glyphs", f"glyphs, {description}", parts, notes, drawn=True)
 
 
-@dataclass(frozen=True)
-class GlyphClass:
-    """A class of characters that look alike.
-
-    Attributes:
-        code_point: what is drawn.
-        faces: which font files draw it.
-        orientations: which quarter turns are classes of their own.
-        look_alikes: the other code points that are this class.
-    """
+class GlyphClass(NamedTuple):
+    """A class of characters that look alike."""
 
     script: str
     split: str
-    code_point: int
-    faces: tuple[int, ...]
-    orientations: tuple[bool, bool, bool, bool]
-    look_alikes: tuple[int, ...]
+    code_point: int  # what is drawn
+    faces: tuple[int, ...]  # which font files draw it
+    orientations: tuple[bool, ...]  # which of four quarter turns are classes of their own
+    look_alikes: tuple[int, ...]  # the other code points that are this class
 
     @property
     def name(self) -> str:
         return unicodedata.name(chr(self.code_point), f"U+{self.code_point:04X}").lower()
 
 
-@dataclass(frozen=True)
-class GlyphTable:
+class GlyphTable(NamedTuple):
     """The fonts, (file name, SHA-256) of each face, and the classes in the order of the images."""
 
     fonts: tuple[tuple[str, str], ...]
     classes: tuple[GlyphClass, ...]
     digest: str
-
-
-@dataclass(frozen=True)
-class GlyphSplit:
-    """The classes of a split.
-
-    Attributes:
-        indices: of its classes, [n].
-        names: of all classes.
-        scripts: its scripts.
-        orientations: bool [n, 4]; None where turns make no classes.
-    """
-
-    indices: np.ndarray
-    names: tuple[str, ...]
-    scripts: tuple[str, ...]
-    orientations: np.ndarray | None
 
 
 @functools.cache
@@ -131,7 +104,7 @@ def glyph_table() -> GlyphTable:
             split=script["split"],
             code_point=int(code_point, 16),
             faces=tuple(i for i in range(len(table["fonts"])) if int(faces, 16) >> i & 1),
-            orientations=tuple(str(turn) in turns for turn in range(4)),  # type: ignore[arg-type]
+            orientations=tuple(str(turn) in turns for turn in range(4)),
             look_alikes=tuple(int(c, 16) for c in look_alikes.split()),
         )
         for script in table["scripts"]
@@ -141,35 +114,21 @@ def glyph_table() -> GlyphTable:
     return GlyphTable(fonts, tuple(classes), hashlib.sha256(text.encode()).hexdigest())
 
 
-def glyph_split() -> dict[str, GlyphSplit]:
-    """Returns the splits "train", "val" and "test".
-
-    Only training has orientations: turned, a character of the others may look like another one.
-    """
-    classes = glyph_table().classes
-    splits = {}
-    for split in ("train", "val", "test"):
-        members = [i for i, c in enumerate(classes) if c.split == split]
-        splits[split] = GlyphSplit(
-            indices=np.array(members),
-            names=tuple(c.name for c in classes),
-            scripts=tuple(dict.fromkeys(classes[i].script for i in members)),
-            orientations=np.array([classes[i].orientations for i in members]) if split == "train" else None,
-        )
-    return splits
+def glyph_split() -> dict[str, np.ndarray]:
+    """Returns the indices into the classes of `glyph_table()` of "train", "val" and "test"."""
+    split_of = np.array([c.split for c in glyph_table().classes])
+    return {split: np.nonzero(split_of == split)[0] for split in ("train", "val", "test")}
 
 
 def load_glyphs(*, cache_dir: Path | str | None = None) -> np.ndarray:
     """Returns all drawings, uint8 [classes, 20, 28, 28], ink = 255; drawn at the first call (seconds), then cached.
 
-    Warns where font files differ from those the list was made with: the pictures then differ too, and accuracies do not
-    compare.
+    Warns where font files differ from those the list was made with: the pictures then differ too.
 
     Raises:
         DataError: matplotlib or a font file is missing, or the cache cannot be written.
     """
-    table = glyph_table()
-    folder = font_folder()
+    table, folder = glyph_table(), font_folder()
     hashes = [_sha256(folder / name) for name, _ in table.fonts]
     changed = [name for (name, known), found in zip(table.fonts, hashes, strict=True) if found != known]
     if changed:
@@ -203,10 +162,8 @@ def render_glyphs(table: GlyphTable, folder: Path) -> np.ndarray:
         for face in glyph.faces:
             outline = fonts[face].outline(glyph.code_point)
             if outline is None:
-                raise DataError(
-                    f"the font file {folder / table.fonts[face][0]} lacks {glyph.name} (U+{glyph.code_point:04X}); "
-                    "reinstall matplotlib from the package index"
-                )
+                missing = f"lacks {glyph.name} (U+{glyph.code_point:04X})"
+                raise DataError(f"the font file {folder / table.fonts[face][0]} {missing}; {_REINSTALL}")
             outlines.append(outline)
         images[number] = draw_distorted(outlines, glyph.code_point)
     return images
@@ -224,10 +181,8 @@ def draw_distorted(outlines: list[np.ndarray], code_point: int) -> np.ndarray:
     noise = [_symmetric(raw[:, i], limit) for i, limit in enumerate(spread)]  # six times int64 [20]
     matrices = np.stack([RADIUS + noise[0], noise[1], noise[2], RADIUS + noise[3]], axis=1).reshape(-1, 2, 2)
     shifts = np.stack(noise[4:], axis=1)
-    edges = [
-        transform(outlines[order[drawer % len(order)]], matrices[drawer], shifts[drawer])
-        for drawer in range(NUM_DRAWERS)
-    ]
+    outlines = [outlines[order[drawer % len(order)]] for drawer in range(NUM_DRAWERS)]
+    edges = [transform(*each) for each in zip(outlines, matrices, shifts, strict=True)]
     return draw(np.concatenate(edges), np.repeat(np.arange(NUM_DRAWERS), [len(e) for e in edges]), NUM_DRAWERS)
 
 
@@ -240,15 +195,11 @@ def _sha256(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(
-            f"the font file {path} cannot be read ({error.strerror}); reinstall matplotlib from the package index"
-        ) from error
+        raise DataError(f"the font file {path} cannot be read ({error.strerror}); {_REINSTALL}") from error
 
 
 def _open_font(path: Path) -> FontFile:
     try:
         return FontFile(path)
     except Exception as error:  # fontTools raises many kinds for a damaged file
-        raise DataError(
-            f"the font file {path} is damaged ({error}); reinstall matplotlib from the package index"
-        ) from error
+        raise DataError(f"the font file {path} is damaged ({error}); {_REINSTALL}") from error

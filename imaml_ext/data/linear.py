@@ -39,9 +39,7 @@ class Linear(DataSource):
     def load(self) -> Dataset:
         matrix = f"XᵀX of condition number {self.condition_number:g}"
         description = f"linear regression on {self.features} features, {matrix}"
-        return RegressionDataset(
-            "linear", description, (self.features,), functools.partial(LinearSampler, **vars(self))
-        )
+        return RegressionDataset("linear", description, self.features, functools.partial(LinearSampler, **vars(self)))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

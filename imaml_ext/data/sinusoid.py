@@ -24,7 +24,7 @@ class Sinusoid(DataSource):
 
     def load(self) -> Dataset:
         description = "regression of A·sin(x − p), A in [0.1, 5], p in [0, π], x in [−5, 5] (Finn et al. 2017)"
-        return RegressionDataset("sinusoid", description, (1,), SinusoidSampler)
+        return RegressionDataset("sinusoid", description, 1, SinusoidSampler)
 
 
 class SinusoidSampler(TaskSampler):

@@ -19,11 +19,7 @@ from imaml_ext.settings import Choice
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(Choice):
-    """Where tasks come from: a data set and its options.
-
-    Attributes:
-        kind_of_task: what its tasks are.
-    """
+    """Where tasks come from: a data set and its options; `kind_of_task` is what its tasks are."""
 
     kinds: ClassVar[dict[str, str]] = {
         "glyphs": "imaml_ext.data.glyphs.Glyphs",
@@ -70,13 +66,9 @@ def load_dataset(name: str, **options: Any) -> Dataset:
         ConfigTypeError (a TypeError): an option that the data set does not have, or of the wrong type.
         DataError: the data is missing or damaged.
     """
-    taken = dataset_options(name)
+    kind = DataSource.kind(name)
+    taken = [field.name for field in dataclasses.fields(kind)]
     for option in options:
         if option not in taken:
             raise ConfigTypeError(f"{option} is no option of {name}, which has {', '.join(taken) or 'none'}")
-    return DataSource.kind(name)(**options).load()
-
-
-def dataset_options(name: str) -> tuple[str, ...]:
-    """Lists the options that `load_dataset(name, …)` takes; raises ConfigError for an unknown name."""
-    return tuple(field.name for field in dataclasses.fields(DataSource.kind(name)))
+    return kind(**options).load()

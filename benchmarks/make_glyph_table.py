@@ -1,4 +1,4 @@
-"""Makes `glyphs.json`, the fixed list of the classes of glyphs: `python -m imaml_ext.data.glyph_table`.
+"""Makes `imaml_ext/data/glyphs.json`, the fixed list of the classes of glyphs: `python benchmarks/make_glyph_table.py`.
 
 The list ships with the package; this is how it came about, and how to change it.
 
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from imaml_ext.data import glyphs
 from imaml_ext.data.glyphs import RADIUS, font_folder
 from imaml_ext.data.raster import FontFile, draw, transform
 
@@ -72,7 +73,7 @@ _CATEGORIES = ("Lu", "Ll", "Lo", "Nd", "Sm", "So")
 
 
 def build_table(folder: Path) -> dict[str, object]:
-    """The content of `glyphs.json` for the font files in `folder`."""
+    """Builds the content of `glyphs.json` for the font files in `folder`."""
     fonts = [FontFile(folder / name) for name in FACES]
     base_order = [FACES.index(name) for name in BASE_FACES]
     candidates: list[tuple[int, int]] = []  # (script, code point)
@@ -142,7 +143,7 @@ def _plain(outline: np.ndarray) -> np.ndarray:
 
 
 def _features(images: np.ndarray) -> np.ndarray:
-    """Blurred (binomial, 5×5) pictures as unit vectors, [n, pixels]."""
+    """Returns blurred (binomial, 5×5) pictures as unit vectors, [n, pixels]."""
     blurred = np.pad(images.astype(np.int64), ((0, 0), (2, 2), (2, 2)))
     for axis in (1, 2):
         shifted = [weight * np.roll(blurred, shift, axis) for shift, weight in _BLUR]
@@ -152,7 +153,7 @@ def _features(images: np.ndarray) -> np.ndarray:
 
 
 def _merge(features: np.ndarray) -> np.ndarray:
-    """Class number of each candidate: connected components of the pairs whose cosine is at least MERGE."""
+    """Numbers the class of each candidate: connected components of the pairs whose cosine is at least MERGE."""
     count = len(features)
     label = np.full(count, -1)
     classes = 0
@@ -169,7 +170,7 @@ def _merge(features: np.ndarray) -> np.ndarray:
 
 
 def write_table(path: Path, table: dict[str, object]) -> None:
-    """One class a line."""
+    """Writes one class per line."""
     lines = json.dumps(table, separators=(", ", ": ")).replace('[["', '[\n["').replace('"], ["', '"],\n["')
     lines = lines.replace('{"name"', '\n{"name"').replace('{"file"', '\n{"file"')
     path.write_text(lines + "\n", encoding="utf-8")
@@ -177,7 +178,7 @@ def write_table(path: Path, table: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     result = build_table(font_folder())
-    write_table(Path(__file__).with_name("glyphs.json"), result)
+    write_table(Path(glyphs.__file__).with_name("glyphs.json"), result)
     for entry in result["scripts"]:  # type: ignore[attr-defined]
         turned = sum(len(c[2]) for c in entry["classes"])
         faces = np.mean([bin(int(c[1], 16)).count("1") for c in entry["classes"]])
