@@ -1,6 +1,6 @@
 """One meta-step (adaptation, query gradient, conjugate gradients, outer update) against everyone who offers one.
 
-    python benchmarks/meta_step.py                        # 5-way 1-shot, 1 query per class, 32 tasks; only this package
+    python benchmarks/meta_step.py                        # 5-way 1-shot, 1 query per class, 32 tasks; ours alone
     python benchmarks/meta_step.py 5w1s-1q 20w1s --imaml-dev FOLDER --hypertorch FOLDER --jax --json result.json
     python benchmarks/meta_step.py 5w1s-1q --tasks 8 --hvp
     python benchmarks/meta_step.py all --device cuda

@@ -353,7 +353,7 @@ def test_sampler_refuses_negative_step() -> None:
         (ValueError, torch.zeros(3, 0, 5, 5, dtype=torch.uint8), {}, "no empty dimension"),
         (ValueError, torch.zeros(3, 4, 5, 6, dtype=torch.uint8), {"rotations": 4}, "needs square images, got 5 × 6"),
         (ValueError, torch.zeros(3, 4, 5, 5, dtype=torch.uint8), {"rotations": 2}, "rotations must be 1 or 4, got 2"),
-        (ValueError, torch.zeros(3, 4, 5, 5, dtype=torch.uint8), {"names": ["a"]}, "names must be one a character"),
+        (ValueError, torch.zeros(3, 4, 5, 5, dtype=torch.uint8), {"names": ["a"]}, "names must be one per character"),
         (ValueError, torch.zeros(3, 4, 5, 5, dtype=torch.uint8), {"characters": [0, 3]}, "indices below 3"),
         (ValueError, torch.zeros(3, 4, 5, 5, dtype=torch.uint8), {"characters": [1, 1]}, "distinct"),
         (
