@@ -138,15 +138,14 @@ def _table(options: Ablation, found: Outcomes) -> str:
 def _draw(options: Ablation, found: Outcomes) -> Figure:
     """Left, the test accuracy of every cell, with that of its recipe as a line; right, the recipes as they learn."""
     groups = _groups(found)
-    rows = sum(len(members) + 1 for _, members in groups)
+    height = max(4.0, 0.26 * sum(len(members) + 1 for _, members in groups) + 1.2)
     title = f"iMAML on {options.data} 5-way 1-shot, budget {options.budget}"
-    figure, axes = panels(title, 1, 2, size=(13, max(4.0, 0.26 * rows + 1.2)))
-    left, right = axes[0]
+    figure, [(left, right)] = panels(title, 1, 2, size=(13, height))
     _draw_accuracies(left, groups)
     for index, label in enumerate(RECIPES):
         if f"recipe/{label}" in found:
-            run = found[f"recipe/{label}"].directory
-            learning_curve(right, run, "query_accuracy", color=f"C{index}", label=label)
+            look = {"color": f"C{index}", "label": label}
+            learning_curve(right, found[f"recipe/{label}"].directory, "query_accuracy", **look)
     finish(right, xlabel="meta-step", ylabel="query error (%), training tasks, running mean")
     return figure
 

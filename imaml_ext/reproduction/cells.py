@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,8 +22,8 @@ from imaml_ext.train.run_directory import RunDirectory, read_config
 from imaml_ext.train.trainer import check_directory, train
 
 _DIVERGED = "diverged.json"
-# Of the budget `trial` of every experiment.
-TRIAL = {"outer.meta_batch": 2, "evaluation.tasks": 10, "evaluation.every": 0, "run.log_every": 1}
+TRIAL = {"outer.meta_batch": 2, "evaluation.tasks": 10, "evaluation.every": 0, "run.log_every": 1}  # a budget
+REPTILE = {"outer.optimizer": "sgd", "outer.lr": 1.0, "outer.schedule": "linear"}  # Nichol et al. (2018)
 Options = TypeVar("Options", bound=TrainedOptions)
 # The name of a cell, such as "5w1s/maml", is that of its run directory under runs/BUDGET too.
 Cells = Mapping[str, TrainConfig]
@@ -33,8 +34,11 @@ class Outcome:
     """Holds what a finished cell has left; `result` is the content of result.json, or of diverged.json."""
 
     directory: RunDirectory
-    config: TrainConfig
     result: Mapping[str, Any]
+
+    @functools.cached_property
+    def config(self) -> TrainConfig:
+        return read_config(self.directory).config
 
     @property
     def test(self) -> Mapping[str, Any] | None:
@@ -93,12 +97,8 @@ def run_cells(options: Options, cells: Cells, report: Callable[[Options, Outcome
 
     def draw() -> int:
         """Writes NAME.json, NAME.md and the figures; returns the number of finished cells."""
-        results = {name: _result(directory) for name, directory in directories.items()}
-        found = {
-            name: Outcome(directories[name], read_config(directories[name]).config, result)
-            for name, result in results.items()
-            if result is not None
-        }
+        results = {name: result for name in cells if (result := _result(directories[name])) is not None}
+        found = {name: Outcome(directories[name], result) for name, result in results.items()}
         if not found:
             runs = folder / "runs" / options.budget
             raise RunError(f"{runs} holds no finished run of this experiment: there is nothing to draw")

@@ -71,11 +71,7 @@ def _settings(options: Cost, device: torch.device) -> dict[str, Any]:
 
 
 def _known_cells(path: Path, settings: Mapping[str, Any]) -> Measured:
-    """The cells of an earlier, perhaps interrupted, call.
-
-    Raises:
-        RunError: the file is damaged. ConfigError: its cells were measured with other settings, or elsewhere.
-    """
+    """The cells of an earlier, perhaps interrupted, call, which were measured with the same settings."""
     results = read_json(path) or {"settings": settings, "cells": {}}
     recorded, cells = results.get("settings"), results.get("cells")
     if not isinstance(recorded, dict) or not isinstance(cells, dict):
@@ -98,11 +94,7 @@ def _measured(cell: CostCell, cells: Measured, limit: float) -> dict[str, Any]:
 
 
 def _in_a_process(cell: CostCell) -> dict[str, Any]:
-    """`measure(cell)` in a fresh process, or why it could not be.
-
-    Raises:
-        RunError: it failed for another reason than memory.
-    """
+    """`measure(cell)` in a fresh process, or why there was not memory enough."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_send_measured, args=(cell, sender))
@@ -156,13 +148,9 @@ def _limit(options: Cost, device: torch.device) -> float:
 
 def _available_bytes() -> float:
     """What the system can still give without swapping; no limit known where there is no /proc."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return float("inf")
+    path = Path("/proc/meminfo")
+    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    return next((1024.0 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), float("inf"))
 
 
 def _growth(method: str, cells: Measured) -> str:
@@ -180,8 +168,7 @@ def _draw(cells: Measured, settings: Mapping[str, Any]) -> Figure:
     tasks = f"One meta-gradient of {settings['meta_batch']} task(s), {WAYS}-way {SHOTS}-shot {settings['data']}"
     network = f"Conv4 with {settings['filters']} filters"
     machine = f"{settings.get('gpu', settings['cpu'])}, {settings['device']}"
-    figure, axes = panels(f"{tasks}, {network}; {machine}", 1, 2, size=(11, 4.6))
-    memory, seconds = axes[0]
+    figure, [(memory, seconds)] = panels(f"{tasks}, {network}; {machine}", 1, 2, size=(11, 4.6))
     for method in LABELS:
         for axis, quantity, unit in ((memory, "peak_bytes", _GIB), (seconds, "seconds", 1)):
             points = [(steps, value / unit) for steps, value in _points(method, cells, quantity)]
@@ -189,7 +176,7 @@ def _draw(cells: Measured, settings: Mapping[str, Any]) -> Figure:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, **style(method))
         for steps, estimate in _points(method, cells, "estimated_bytes"):
             memory.scatter(steps, estimate / _GIB, facecolors="none", edgecolors=COLORS[method])
-    for axis in axes[0]:
+    for axis in (memory, seconds):
         axis.set_yscale("log")
         axis.set_xscale("log", base=2)
     finish(memory, xlabel="inner steps", ylabel="peak memory (GiB); hollow: estimated, not run")

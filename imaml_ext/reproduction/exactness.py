@@ -63,17 +63,14 @@ class Curve:
         octaves = {round(2 ** (exponent / 2)) for exponent in range(6, math.ceil(2 * math.log2(last)))}
         return [*range(1, 7), *sorted(octaves), last]
 
-    def methods(self, inner_steps: int, cg_steps: Sequence[int]) -> dict[str, MetaAlgorithm]:
+    def measure(self, inner_steps: int, tasks: Sequence[Tasks], cg_steps: Sequence[int]) -> None:
+        """Adds the relative error of each method: median, smallest and largest over the draws."""
         inner = GradientDescent(steps=inner_steps, lr=self.lr)
         methods: dict[str, MetaAlgorithm] = {"maml": MAML(_loss, inner=inner, lam=self.lam)}
         for steps in cg_steps:
             solver = CG(max_iterations=steps, rtol=self.eps)  # a solve at the limit of rounding ends
             methods[f"imaml-{steps}"] = IMAML(_loss, lam=self.lam, inner=inner, linear_solver=solver)
-        return methods
-
-    def measure(self, inner_steps: int, tasks: Sequence[Tasks], cg_steps: Sequence[int]) -> None:
-        """Adds the relative error of each method: median, smallest and largest over the draws."""
-        for name, method in self.methods(inner_steps, cg_steps).items():
+        for name, method in methods.items():
             errors = [
                 float(torch.linalg.vector_norm(method.meta_gradient(theta, batch).gradient.double() - exact) / scale)
                 for batch, theta, exact, scale in tasks
@@ -101,17 +98,11 @@ def run(options: Exactness, *, command: str = "") -> None:
 
 
 def _draw_tasks(curve: Curve, options: Exactness) -> Iterator[Tasks]:
-    sampler = LinearSampler(
-        features=options.features,
-        shots=2 * options.features,
-        queries=2 * options.features,
-        meta_batch=options.tasks,
-        seed=options.seed,
-        condition_number=curve.condition_number,
-        eigenvalues=curve.eigenvalues,
-        dtype=getattr(torch, curve.dtype),
-    )
-    theta = torch.zeros(options.features, dtype=sampler.dtype)
+    size, dtype = options.features, getattr(torch, curve.dtype)
+    conditioning = {"condition_number": curve.condition_number, "eigenvalues": curve.eigenvalues}
+    tasks = {"features": size, "shots": 2 * size, "queries": 2 * size, "meta_batch": options.tasks}
+    sampler = LinearSampler(**tasks, **conditioning, seed=options.seed, dtype=dtype)
+    theta = torch.zeros(size, dtype=dtype)
     for draw in range(options.draws):
         batch = sampler.sample(draw)
         exact, _ = LinearClosedForm(batch.to(dtype=torch.float64)).meta_gradient(theta.double(), curve.lam)
@@ -124,10 +115,7 @@ def _loss(params: Tensor, data: Data) -> Tensor:
 
 
 def _findings(curve: Curve, most_cg_steps: int) -> dict[str, Any]:
-    """What the paper says of these curves, as figures: the terminal error of every method, and who is closer.
-
-    Where MAML's error is rounding alone, nothing is compared.
-    """
+    """The terminal error of every method, and who is closer; nothing is compared where MAML's error is rounding."""
     by_method: dict[str, dict[int, float]] = {}
     for point in curve.points:
         by_method.setdefault(point["method"], {})[point["inner_steps"]] = point["median"]

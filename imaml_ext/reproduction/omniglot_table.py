@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
-from imaml_ext.reproduction.cells import TRIAL, Cells, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
 from imaml_ext.reproduction.figures import LABELS, finish, learning_curve, panels, style
 from imaml_ext.reproduction.options import ALGORITHMS, OmniglotTable
 from imaml_ext.reproduction.results import markdown_table
@@ -53,12 +53,10 @@ def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
         "maml": {"algorithm": MAML(inner=unrolled), **tested},
         "fomaml": {"algorithm": FOMAML(inner=unrolled), **tested},
         "reptile": {
+            **REPTILE,
             "algorithm": Reptile(inner=batches),
             "tasks.train_shots": 10,
             "evaluation.inner_steps": 50,
-            "outer.optimizer": "sgd",
-            "outer.lr": 1.0,
-            "outer.schedule": "linear",
         },
     }
 
@@ -80,11 +78,10 @@ def table_cells(options: OmniglotTable) -> Cells:
     cells = {}
     for column in COLUMNS:
         base = load_recipe(f"omniglot-{column}").config
-        ways = base.tasks.ways
-        changes = algorithm_changes(ways)
+        ways, changes = base.tasks.ways, algorithm_changes(base.tasks.ways)
+        budget = {"evaluation.tasks": 1000} | BUDGETS[options.budget][ways]
         for algorithm in ALGORITHMS:
-            layers = ({"evaluation.tasks": 1000}, BUDGETS[options.budget][ways], changes[algorithm])
-            cells[f"{column}/{algorithm}"] = cell(base, options, *layers)
+            cells[f"{column}/{algorithm}"] = cell(base, options, budget, changes[algorithm])
     return cells
 
 
@@ -137,8 +134,7 @@ def _draw_curves(options: OmniglotTable, found: Outcomes) -> Figure:
     for axis, column in zip(axes[0], columns, strict=True):
         for algorithm in ALGORITHMS:
             if f"{column}/{algorithm}" in found:
-                run = found[f"{column}/{algorithm}"].directory
-                learning_curve(axis, run, "query_accuracy", **style(algorithm))
+                learning_curve(axis, found[f"{column}/{algorithm}"].directory, "query_accuracy", **style(algorithm))
         finish(axis, title=COLUMNS[column], xlabel="meta-step")
     axes[0, 0].set_ylabel("query error (%)")
     return figure

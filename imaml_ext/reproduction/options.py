@@ -131,5 +131,4 @@ class Ablation(ImageOptions, TrainedOptions):
     name: ClassVar[str] = "ablation"
 
 
-_ALL: tuple[type[ExperimentOptions], ...] = (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)
-EXPERIMENTS = {kind.name: kind for kind in _ALL}
+EXPERIMENTS = {kind.name: kind for kind in (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)}
