@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,11 +33,8 @@ class Outcome:
     """Holds what a finished cell has left; `result` is the content of result.json, or of diverged.json."""
 
     directory: RunDirectory
+    config: TrainConfig
     result: Mapping[str, Any]
-
-    @functools.cached_property
-    def config(self) -> TrainConfig:
-        return read_config(self.directory).config
 
     @property
     def test(self) -> Mapping[str, Any] | None:
@@ -98,7 +94,8 @@ def run_cells(options: Options, cells: Cells, report: Callable[[Options, Outcome
     def draw() -> int:
         """Writes NAME.json, NAME.md and the figures; returns the number of finished cells."""
         results = {name: result for name in cells if (result := _result(directories[name])) is not None}
-        found = {name: Outcome(directories[name], result) for name, result in results.items()}
+        configs = {name: read_config(directories[name]).config for name in results}
+        found = {name: Outcome(directories[name], configs[name], result) for name, result in results.items()}
         if not found:
             runs = folder / "runs" / options.budget
             raise RunError(f"{runs} holds no finished run of this experiment: there is nothing to draw")

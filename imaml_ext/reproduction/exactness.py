@@ -54,9 +54,6 @@ class Curve:
         self.eps = float(torch.finfo(getattr(torch, self.dtype)).eps)
         self.rounding = 4 * self.inner_condition_number * self.eps  # relative error by the arithmetic alone
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("inner_condition_number", "eps")}
-
     def inner_steps(self) -> list[int]:
         """Every number up to 6, then two per octave, up to where gradient descent has arrived."""
         last = math.ceil(_ENOUGH_STEPS * self.inner_condition_number)
@@ -89,7 +86,7 @@ def run(options: Exactness, *, command: str = "") -> None:
             curve.measure(steps, drawn, options.cg_steps)
             bar.update(done, {"κ": f"{curve.condition_number:g}", "inner steps": steps})
     findings = [_findings(curve, max(options.cg_steps)) for curve in curves]
-    content = {"findings": findings, "curves": [curve.to_json() for curve in curves]}
+    content = {"findings": findings, "curves": [vars(curve) for curve in curves]}
     write_results(options, torch.device("cpu"), command=command, **content)
     write_figure(_draw(curves, options), folder / "exactness.png")
     for finding in findings:
@@ -99,9 +96,9 @@ def run(options: Exactness, *, command: str = "") -> None:
 
 def _draw_tasks(curve: Curve, options: Exactness) -> Iterator[Tasks]:
     size, dtype = options.features, getattr(torch, curve.dtype)
-    conditioning = {"condition_number": curve.condition_number, "eigenvalues": curve.eigenvalues}
-    tasks = {"features": size, "shots": 2 * size, "queries": 2 * size, "meta_batch": options.tasks}
-    sampler = LinearSampler(**tasks, **conditioning, seed=options.seed, dtype=dtype)
+    sizes: dict[str, Any] = {"features": size, "shots": 2 * size, "queries": 2 * size, "meta_batch": options.tasks}
+    conditioning: dict[str, Any] = {"condition_number": curve.condition_number, "eigenvalues": curve.eigenvalues}
+    sampler = LinearSampler(**sizes, **conditioning, seed=options.seed, dtype=dtype)
     theta = torch.zeros(size, dtype=dtype)
     for draw in range(options.draws):
         batch = sampler.sample(draw)

@@ -154,9 +154,9 @@ def _draw_error(axis: Axes, adaptation: Mapping[str, Any], *, color: str, label:
 def _draw_functions(adaptation: Mapping[str, Any]) -> Figure:
     """One row per algorithm, 10 points: the model before and after adaptation to test tasks, the same in all rows."""
     names = [name for name in adaptation if name.startswith("10shot/")] or list(adaptation)
-    rows, columns = max(1, len(names)), _TASKS_DRAWN
-    sharing = {"size": (4 * columns, 2.2 * rows + 0.6), "sharex": True, "sharey": "col"}
-    figure, axes = panels("Adapted functions on test tasks", rows, columns, **sharing)
+    title, rows, columns = "Adapted functions on test tasks", max(1, len(names)), _TASKS_DRAWN
+    size = (4 * columns, 2.2 * rows + 0.6)
+    figure, axes = panels(title, rows, columns, size=size, sharex=True, sharey="col")
     for row, name in zip(axes, names, strict=False):
         shots, algorithm = name.split("/")
         before, after = (adaptation[name]["functions"][when] for when in ("before", "after"))
