@@ -51,11 +51,9 @@ def _values(path: str, *values: float) -> dict[str, dict[str, Any]]:
 
 
 _HANDLING = {
-    "hessian-keep": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "keep"},
-    "hessian-gradient": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "gradient"},
-    "hessian-skip": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "skip"},
-    "gauss-newton": {"algorithm.curvature": "gauss_newton"},
-}
+    f"hessian-{word}": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": word}
+    for word in ("keep", "gradient", "skip")
+} | {"gauss-newton": {"algorithm.curvature": "gauss_newton"}}
 _CURVATURE = "curvature, and tasks where it is negative"
 _LITERAL_HANDLING, _BASE_HANDLING = (
     {label: changes for label, changes in _HANDLING.items() if label != own} for own in ("hessian-keep", "gauss-newton")

@@ -56,11 +56,7 @@ Outcomes = Mapping[str, Outcome]
 
 @dataclass(frozen=True)
 class Report:
-    """Holds what an experiment makes of its finished cells.
-
-    Attributes:
-        table: in Markdown. figures: by file name. content: of NAME.json, beside the cells.
-    """
+    """Holds the table in Markdown, the figures by file name, and what NAME.json has beside the cells."""
 
     table: str
     figures: Mapping[str, Figure]

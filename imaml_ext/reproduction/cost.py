@@ -140,17 +140,14 @@ def _estimate(cell: CostCell, cells: Measured) -> float | None:
 
 
 def _limit(options: Cost, device: torch.device) -> float:
-    """Bytes that a cell may need."""
+    """Bytes that a cell may need; without a limit given, nine tenths of what the device can give without swapping."""
     if options.memory_limit is not None:
         return options.memory_limit * _GIB
-    return 0.9 * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes())
-
-
-def _available_bytes() -> float:
-    """What the system can still give without swapping; no limit known where there is no /proc."""
-    path = Path("/proc/meminfo")
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    path = Path("/proc/meminfo")  # no limit is known where there is none
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-    return next((1024.0 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), float("inf"))
+    return 0.9 * next((1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), float("inf"))
 
 
 def _growth(method: str, cells: Measured) -> str:

@@ -61,15 +61,11 @@ def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def _budget(steps: int, tasks: int, lr: float) -> dict[str, Any]:
-    return {"outer.steps": steps, "outer.meta_batch": tasks, "outer.lr": lr, "outer.schedule": "cosine"}
-
-
-_TRIAL = TRIAL | {"outer.steps": 4, "model.filters": 4}
-BUDGETS: dict[str, dict[int, dict[str, Any]]] = {  # by name and ways
-    "small": {5: _budget(5000, 16, 3e-3), 20: _budget(1000, 4, 3e-3)},
-    "published": {5: _budget(20_000, 32, 1e-3), 20: _budget(20_000, 16, 1e-3)},
-    "trial": {5: _TRIAL, 20: _TRIAL},
+# Meta-steps, tasks per meta-step, outer rate and its schedule, by name and ways.
+BUDGETS = {
+    "small": {5: (5000, 16, 3e-3, "cosine"), 20: (1000, 4, 3e-3, "cosine")},
+    "published": {5: (20_000, 32, 1e-3, "cosine"), 20: (20_000, 16, 1e-3, "cosine")},
+    "trial": {5: (4, 2, 1e-3, "constant"), 20: (4, 2, 1e-3, "constant")},
 }
 
 
@@ -79,7 +75,9 @@ def table_cells(options: OmniglotTable) -> Cells:
     for column in COLUMNS:
         base = load_recipe(f"omniglot-{column}").config
         ways, changes = base.tasks.ways, algorithm_changes(base.tasks.ways)
-        budget = {"evaluation.tasks": 1000} | BUDGETS[options.budget][ways]
+        of_outer = ("outer.steps", "outer.meta_batch", "outer.lr", "outer.schedule")
+        budget = {"evaluation.tasks": 1000} | dict(zip(of_outer, BUDGETS[options.budget][ways], strict=True))
+        budget |= TRIAL | {"model.filters": 4} if options.budget == "trial" else {}
         for algorithm in ALGORITHMS:
             cells[f"{column}/{algorithm}"] = cell(base, options, budget, changes[algorithm])
     return cells
