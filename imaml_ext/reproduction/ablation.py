@@ -142,8 +142,8 @@ def _draw(options: Ablation, found: Outcomes) -> Figure:
     _draw_accuracies(left, groups)
     for index, label in enumerate(RECIPES):
         if f"recipe/{label}" in found:
-            look = {"color": f"C{index}", "label": label}
-            learning_curve(right, found[f"recipe/{label}"].directory, "query_accuracy", **look)
+            directory = found[f"recipe/{label}"].directory
+            learning_curve(right, directory, "query_accuracy", color=f"C{index}", label=label)
     finish(right, xlabel="meta-step", ylabel="query error (%), training tasks, running mean")
     return figure
 

@@ -25,7 +25,7 @@ from imaml_ext.batch import Data, EpisodeBatch
 from imaml_ext.data.linear import LinearClosedForm, LinearSampler
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML, MAML, MetaAlgorithm
-from imaml_ext.reproduction.figures import COLORS, curve_with_band, finish, panels
+from imaml_ext.reproduction.figures import STYLES, curve_with_band, finish, panels
 from imaml_ext.reproduction.options import Exactness
 from imaml_ext.reproduction.results import output_folder, write_results
 from imaml_ext.solvers import CG
@@ -159,7 +159,7 @@ def _draw(curves: Sequence[Curve], options: Exactness) -> Figure:
 
 
 def _draw_curve(axis: Axes, curve: Curve, cg_steps: Sequence[int]) -> None:
-    styles: dict[str, dict[str, Any]] = {"maml": {"label": "MAML", "color": COLORS["maml"], "linestyle": "-"}}
+    styles: dict[str, dict[str, Any]] = {"maml": {"label": "MAML", "color": STYLES["maml"]["color"], "linestyle": "-"}}
     for index, steps in enumerate(cg_steps):
         look = {"color": _BLUES[min(index, len(_BLUES) - 1)], "linestyle": ("-", "--", "-.", ":")[index % 4]}
         styles[f"imaml-{steps}"] = {"label": f"iMAML, {steps} CG steps", **look}

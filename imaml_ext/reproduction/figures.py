@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from imaml_ext.train.reports import column, running_mean
 from imaml_ext.train.run_directory import RunDirectory, read_metrics
 
-_STYLES = {
+_NAMES = {
     "maml": ("MAML", "#d62728"),
     "maml-checkpoint": ("MAML, checkpointed", "#ff7f0e"),
     "fomaml": ("first-order MAML", "#2ca02c"),
@@ -18,13 +18,8 @@ _STYLES = {
     "imaml-gd": ("iMAML, gradient descent", "#1f77b4"),
     "imaml-hf": ("iMAML, Hessian-free", "#9467bd"),  # the paper's word for NewtonCG
 }
-LABELS = {name: label for name, (label, _) in _STYLES.items()}
-COLORS = {name: color for name, (_, color) in _STYLES.items()}
-
-
-def style(algorithm: str) -> dict[str, Any]:
-    """Returns the colour and the label of an algorithm's curve."""
-    return {"color": COLORS[algorithm], "label": LABELS[algorithm]}
+LABELS = {algorithm: label for algorithm, (label, _) in _NAMES.items()}
+STYLES = {algorithm: {"label": label, "color": color} for algorithm, (label, color) in _NAMES.items()}  # of curves
 
 
 def panels(title: str, rows: int, columns: int, *, size: tuple[float, float], **sharing: Any) -> tuple[Figure, Any]:

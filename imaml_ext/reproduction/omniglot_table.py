@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
 from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
-from imaml_ext.reproduction.figures import LABELS, finish, learning_curve, panels, style
+from imaml_ext.reproduction.figures import LABELS, STYLES, finish, learning_curve, panels
 from imaml_ext.reproduction.options import ALGORITHMS, OmniglotTable
 from imaml_ext.reproduction.results import markdown_table
 from imaml_ext.solvers import CG
@@ -113,7 +113,7 @@ def _draw_table(options: OmniglotTable, found: Outcomes) -> Figure:
     figure, axes = panels(title, 1, len(COLUMNS), size=(13, 3.8), sharey=True)
     for axis, (column, name) in zip(axes[0], COLUMNS.items(), strict=True):
         for row, algorithm in enumerate(ALGORITHMS):
-            point: dict[str, Any] = {"color": style(algorithm)["color"], "fmt": "o", "capsize": 2}
+            point: dict[str, Any] = {"color": STYLES[algorithm]["color"], "fmt": "o", "capsize": 2}
             mean, interval = PUBLISHED[algorithm][column]
             axis.errorbar(mean, row + 0.15, xerr=interval, markerfacecolor="white", **point)
             if f"{column}/{algorithm}" in found:
@@ -132,7 +132,7 @@ def _draw_curves(options: OmniglotTable, found: Outcomes) -> Figure:
     for axis, column in zip(axes[0], columns, strict=True):
         for algorithm in ALGORITHMS:
             if f"{column}/{algorithm}" in found:
-                learning_curve(axis, found[f"{column}/{algorithm}"].directory, "query_accuracy", **style(algorithm))
+                learning_curve(axis, found[f"{column}/{algorithm}"].directory, "query_accuracy", **STYLES[algorithm])
         finish(axis, title=COLUMNS[column], xlabel="meta-step")
     axes[0, 0].set_ylabel("query error (%)")
     return figure

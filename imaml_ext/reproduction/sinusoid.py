@@ -18,7 +18,7 @@ from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, MAML, Reptile
 from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
-from imaml_ext.reproduction.figures import LABELS, curve_with_band, finish, learning_curve, panels, style
+from imaml_ext.reproduction.figures import LABELS, STYLES, curve_with_band, finish, learning_curve, panels
 from imaml_ext.reproduction.options import ALGORITHMS, Sinusoid
 from imaml_ext.reproduction.results import markdown_table, read_json
 from imaml_ext.settings import changed
@@ -131,9 +131,9 @@ def _draw_errors(options: Sinusoid, found: Outcomes, adaptation: Mapping[str, An
         for algorithm in ALGORITHMS:
             name = f"{shots}/{algorithm}"
             if name in adaptation:
-                _draw_error(left, adaptation[name], **style(algorithm))
+                _draw_error(left, adaptation[name], **STYLES[algorithm])
             if name in found:
-                learning_curve(right, found[name].directory, "query_loss", **style(algorithm))
+                learning_curve(right, found[name].directory, "query_loss", **STYLES[algorithm])
         left.set(xlabel="inner steps at test (dot: as tested)", ylabel="mean squared error, 95 % band")
         finish(left, title=f"{points}: test tasks")
         finish(right, title=f"{points}: training tasks, running mean", xlabel="meta-step", ylabel="query loss")
@@ -163,7 +163,7 @@ def _draw_functions(adaptation: Mapping[str, Any]) -> Figure:
         row[0].set_ylabel(f"{LABELS[algorithm]}\n{SHOTS[shots]}", fontsize=8)
         for task, axis in enumerate(row):
             axis.plot(before["x"], before["y"][task], color="#bbbbbb", linestyle="--", label="before")
-            axis.plot(after["x"], after["y"][task], color=style(algorithm)["color"], label="after")
+            axis.plot(after["x"], after["y"][task], color=STYLES[algorithm]["color"], label="after")
             axis.scatter(after["task_x"][task], after["task_y"][task], s=8, color="#888888", label="task")
             axis.scatter(after["support_x"][task], after["support_y"][task], marker="^", color="black", label="support")
             finish(axis, legend=axis is axes[0, 0])
