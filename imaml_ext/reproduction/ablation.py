@@ -8,7 +8,7 @@ of the paper's public code, and the first-order gradient.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -24,13 +24,12 @@ from imaml_ext.reproduction.results import markdown_table
 from imaml_ext.train.recipe import load_recipe
 
 _PAPER, _LARGER = GradientDescent(steps=16, lr=0.1), GradientDescent(steps=16, lr=0.4)
-_AFTERWARDS = GradientDescent(steps=16, lr=0.1, proximal="after")
 RECIPES: dict[str, MetaAlgorithm] = {
     "literal": IMAML(lam=2.0, inner=_PAPER, curvature="hessian"),
     "base": IMAML(lam=0.1, inner=_LARGER, curvature="gauss_newton"),
     "hessian-free": IMAML(lam=0.1, inner=NEWTON, curvature="gauss_newton"),
     # Its operator is (H + 24 I)/12 = (H + λ + δ)/12 with λ = 2, δ = 22; Adam does not see the factor.
-    "public-code": IMAML(lam=2.0, inner=_AFTERWARDS, damping=22.0, curvature="hessian"),
+    "public-code": IMAML(lam=2.0, inner=replace(_PAPER, proximal="after"), damping=22.0, curvature="hessian"),
     "first-order": FOMAML(lam=0.1, inner=_LARGER),
 }
 
@@ -61,8 +60,7 @@ _LITERAL_HANDLING, _BASE_HANDLING = (
 _AFTER = {"pullback": {"algorithm.inner.proximal": "after"}}
 _RATES = _values("outer.lr", 0.003, 0.01, 0.03)
 _SCHEDULES: dict[str, dict[str, Any]] = {
-    "cosine": {"outer.lr": 0.003, "outer.schedule": "cosine"},
-    "linear": {"outer.lr": 0.003, "outer.schedule": "linear"},
+    **{word: {"outer.lr": 0.003, "outer.schedule": word} for word in ("cosine", "linear")},
     "average": {"outer.lr": 0.003, "outer.average": 0.98},
 }
 _ITERATIONS = "algorithm.inner.linear_solver.max_iterations"
@@ -104,11 +102,10 @@ def ablation_cells(options: Ablation) -> Cells:
 
 
 def run(options: Ablation, *, command: str = "") -> None:
-    run_cells(options, ablation_cells(options), _report, command=command)
+    def report(found: Outcomes) -> Report:
+        return Report(_table(options, found), {"ablation.png": _draw(options, found)})
 
-
-def _report(options: Ablation, found: Outcomes) -> Report:
-    return Report(_table(options, found), {"ablation.png": _draw(options, found)})
+    run_cells(options, ablation_cells(options), report, command=command)
 
 
 def _groups(found: Outcomes) -> list[tuple[str, dict[str, Outcome]]]:
@@ -142,8 +139,7 @@ def _draw(options: Ablation, found: Outcomes) -> Figure:
     _draw_accuracies(left, groups)
     for index, label in enumerate(RECIPES):
         if f"recipe/{label}" in found:
-            directory = found[f"recipe/{label}"].directory
-            learning_curve(right, directory, "query_accuracy", color=f"C{index}", label=label)
+            learning_curve(right, found[f"recipe/{label}"].directory, "query_accuracy", color=f"C{index}", label=label)
     finish(right, xlabel="meta-step", ylabel="query error (%), training tasks, running mean")
     return figure
 

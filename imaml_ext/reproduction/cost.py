@@ -50,8 +50,7 @@ Measured = dict[str, dict[str, Any]]  # "method/steps" -> what was measured, or 
 def run(options: Cost, *, command: str = "") -> None:
     data_source(options).load()  # what is missing is said before anything is measured
     device = resolve_device(options.device)
-    path = output_folder(options) / "cost.json"
-    settings = _settings(options, device)
+    path, settings = output_folder(options) / "cost.json", _settings(options, device)
     resolved = replace(options, device=settings["device"], threads=settings["threads"])
     cells = _known_cells(path, settings)
     wanted = [CostCell(method, steps, resolved) for method in options.methods for steps in sorted(set(options.steps))]
@@ -79,7 +78,7 @@ def _settings(options: Cost, device: torch.device) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in ("meta_batch", "queries", "filters", "repeats", "data")}
     task = {"ways": WAYS, "shots": SHOTS, "lam": LAM, "cg_steps": CG_STEPS}
     threads = options.threads or torch.get_num_threads()
-    return {**given, **task, **machine, "device": str(device), "threads": threads}
+    return given | task | machine | {"device": str(device), "threads": threads}
 
 
 def _known_cells(path: Path, settings: Mapping[str, Any]) -> Measured:
@@ -100,8 +99,8 @@ def _measured(cell: CostCell, cells: Measured, limit: float) -> dict[str, Any]:
     """The cell in a process of its own, or why it was not measured."""
     about, estimate = {"method": cell.method, "steps": cell.steps}, _estimate(cell, cells)
     if estimate is not None and estimate > limit:
-        reason = f"more than the limit of {limit / _GIB:.1f} GiB"
-        return {**about, "estimated_bytes": round(estimate), "left_out": reason}
+        about["left_out"] = f"more than the limit of {limit / _GIB:.1f} GiB"
+        return {**about, "estimated_bytes": round(estimate)}
     return {**about, **_in_a_process(cell)}
 
 
@@ -164,13 +163,12 @@ def _limit(options: Cost, device: torch.device) -> float:
 
 def _growth(method: str, cells: Measured) -> str:
     """Peak memory at the most steps beside that at the fewest."""
-    known = _points(method, cells)
+    known, seconds = _points(method, cells), _points(method, cells, "seconds")
     if not known:
         return f"{LABELS[method]}: nothing measured"
     (first, least), (last, most) = known[0], known[-1]
-    seconds = cells[f"{method}/{last}"]["seconds"]
     growth = f"{most / 2**20:.0f} MiB at {last} steps, {most / least:.2f} × that at {first}"
-    return f"{LABELS[method]}: {growth}; {seconds:.2f} s at {last} steps"
+    return f"{LABELS[method]}: {growth}; {seconds[-1][1]:.2f} s at {last} steps"
 
 
 def _draw(cells: Measured, settings: Mapping[str, Any]) -> Figure:
@@ -220,9 +218,8 @@ class CostCell:
 def measure(cell: CostCell) -> dict[str, Any]:
     """Measures the first meta-gradient's peak memory above what θ and the episodes hold, then times `repeats` more.
 
-    Memory on a CPU is the most that torch's allocator has handed out at one time, exact to the byte; beside it stands
-    the growth of the resident set, which knows of every other buffer too, the profiler's records among them. On CUDA
-    it is `torch.cuda.max_memory_allocated`.
+    Memory on CUDA is `torch.cuda.max_memory_allocated`; on a CPU, the most that torch's allocator has handed out at one
+    time, exact to the byte, and the growth of the resident set, which knows of all buffers and the profiler's records.
     """
     options, device = cell.options, torch.device(cell.options.device)
     if options.threads is not None:

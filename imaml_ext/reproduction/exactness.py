@@ -79,15 +79,14 @@ class Curve:
 def run(options: Exactness, *, command: str = "") -> None:
     folder = output_folder(options)
     curves = [Curve(*choice) for choice in product(options.condition_numbers, options.eigenvalues, options.dtypes)]
-    tasks = [list(_draw_tasks(curve, options)) for curve in curves]
-    work = [(curve, drawn, steps) for curve, drawn in zip(curves, tasks, strict=True) for steps in curve.inner_steps()]
+    tasks = [(curve, list(_draw_tasks(curve, options))) for curve in curves]
+    work = [(curve, drawn, steps) for curve, drawn in tasks for steps in curve.inner_steps()]
     with ProgressBar("exactness", total=len(work)) as bar:
         for done, (curve, drawn, steps) in enumerate(work, 1):
             curve.measure(steps, drawn, options.cg_steps)
             bar.update(done, {"κ": f"{curve.condition_number:g}", "inner steps": steps})
     findings = [_findings(curve, max(options.cg_steps)) for curve in curves]
-    content = {"findings": findings, "curves": [vars(curve) for curve in curves]}
-    write_results(options, torch.device("cpu"), command=command, **content)
+    write_results(options, torch.device("cpu"), command=command, findings=findings, curves=[vars(c) for c in curves])
     write_figure(_draw(curves, options), folder / "exactness.png")
     for finding in findings:
         say(_sentence(finding))
@@ -142,17 +141,12 @@ def _draw(curves: Sequence[Curve], options: Exactness) -> Figure:
     """One column per condition number, one row per dtype and spectrum; error against inner steps, both logarithmic."""
     rows, columns = [*product(map(str, options.dtypes), options.eigenvalues)], options.condition_numbers
     title = "Relative error of the meta-gradient: linear regression, mean over tasks"
-    size = (4.4 * len(columns), 3.1 * len(rows) + 1)
-    figure, axes = panels(title, len(rows), len(columns), size=size, sharex="col")
+    figure, axes = panels(title, len(rows), len(columns), size=(4.4 * len(columns), 3.1 * len(rows) + 1), sharex="col")
     for curve in curves:
         axis = axes[rows.index((curve.dtype, curve.eigenvalues)), columns.index(curve.condition_number)]
         _draw_curve(axis, curve, sorted(options.cg_steps))
         spectrum = f"κ(∇²L) = {curve.condition_number:g}, κ(∇²L + λI) = {curve.inner_condition_number:g}"
         axis.set_title(f"{spectrum}\n{curve.eigenvalues} distinct eigenvalues, {curve.dtype}", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("inner gradient steps")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("relative error")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
@@ -167,4 +161,5 @@ def _draw_curve(axis: Axes, curve: Curve, cg_steps: Sequence[int]) -> None:
         points = [point for point in curve.points if point["method"] == method]
         columns = ([point[name] for point in points] for name in ("inner_steps", "median", "smallest", "largest"))
         curve_with_band(axis, *columns, **style)
-    finish(axis, legend=False, xscale="log", yscale="log")
+    labels = {"xlabel": "inner gradient steps", "ylabel": "relative error"}
+    finish(axis, legend=False, xscale="log", yscale="log", **labels)

@@ -1,7 +1,5 @@
 """What the figures of all experiments share: one name and one colour for each algorithm, panels, bands and curves."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from matplotlib.axes import Axes

@@ -44,7 +44,7 @@ def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
     few = ways == 5
     descent = GradientDescent(steps=16 if few else 25, lr=0.4)
     unrolled = GradientDescent(steps=1, lr=0.4) if few else GradientDescent(steps=5, lr=0.1)
-    tested: dict[str, Any] = {"evaluation.inner_steps": 3 if few else None}
+    tested = {"evaluation.inner_steps": 3 if few else None}
     steps, batch_size = (5, 10) if few else (10, 20)
     batches = GradientDescent(steps, lr=1e-2, optimizer="adam", betas=(0.0, 0.999), batch_size=batch_size)
     return {
@@ -52,12 +52,8 @@ def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
         "imaml-hf": {"algorithm": IMAML(lam=0.1, inner=NEWTON, curvature="gauss_newton"), "outer.lr": 1e-2},
         "maml": {"algorithm": MAML(inner=unrolled), **tested},
         "fomaml": {"algorithm": FOMAML(inner=unrolled), **tested},
-        "reptile": {
-            **REPTILE,
-            "algorithm": Reptile(inner=batches),
-            "tasks.train_shots": 10,
-            "evaluation.inner_steps": 50,
-        },
+        "reptile": REPTILE
+        | {"algorithm": Reptile(inner=batches), "tasks.train_shots": 10, "evaluation.inner_steps": 50},
     }
 
 
@@ -84,12 +80,12 @@ def table_cells(options: OmniglotTable) -> Cells:
 
 
 def run(options: OmniglotTable, *, command: str = "") -> None:
-    run_cells(options, table_cells(options), _report, command=command)
+    def report(found: Outcomes) -> Report:
+        table, curves = _draw_table(options, found), _draw_curves(options, found)
+        figures = {"omniglot-table.png": table, "learning-curves.png": curves}
+        return Report(_table(options, found), figures, {"published": PUBLISHED})
 
-
-def _report(options: OmniglotTable, found: Outcomes) -> Report:
-    figures = {"omniglot-table.png": _draw_table(options, found), "learning-curves.png": _draw_curves(options, found)}
-    return Report(_table(options, found), figures, {"published": PUBLISHED})
+    run_cells(options, table_cells(options), report, command=command)
 
 
 def _table(options: OmniglotTable, found: Outcomes) -> str:

@@ -18,7 +18,6 @@ class ExperimentOptions(Settings):
     """Options of every experiment."""
 
     name: ClassVar[str]
-
     output_dir: Path | None = None  # Where numbers, tables and figures are written; unset: results/NAME.
 
     @property
@@ -70,7 +69,6 @@ class Exactness(ExperimentOptions):
     """Error of the meta-gradient against inner steps, on linear regression, where it is known exactly."""
 
     name: ClassVar[str] = "exactness"
-
     # Condition numbers of the support loss.
     condition_numbers: Annotated[tuple[float, ...], _TWO] = (10.0, 50.0, 250.0)
     # Distinct eigenvalues of the support loss; CG is exact after as many steps.
@@ -93,7 +91,6 @@ class Cost(ImageOptions, DeviceOptions):
     """Time and peak memory of one meta-gradient against inner steps, 20-way 5-shot, Conv4."""
 
     name: ClassVar[str] = "cost"
-
     # Algorithms; cells that cost.json has already are not measured again.
     methods: tuple[Method, ...] = ("maml", "maml-checkpoint", "fomaml", "imaml-gd", "imaml-hf")
     steps: Annotated[tuple[int, ...], COUNT] = (1, 2, 4, 8, 16, 32, 64)  # Inner steps; Newton steps for imaml-hf.

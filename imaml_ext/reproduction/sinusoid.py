@@ -57,14 +57,13 @@ def sinusoid_cells(options: Sinusoid) -> Cells:
 
 
 def run(options: Sinusoid, *, command: str = "") -> None:
-    run_cells(options, sinusoid_cells(options), _report, command=command)
+    def report(found: Outcomes) -> Report:
+        adaptation = {name: _adaptation(outcome.directory) for name, outcome in found.items() if outcome.test}
+        errors, functions = _draw_errors(options, found, adaptation), _draw_functions(adaptation)
+        figures = {"sinusoid.png": errors, "functions.png": functions}
+        return Report(_table(options, found), figures, {"adaptation": adaptation})
 
-
-def _report(options: Sinusoid, found: Outcomes) -> Report:
-    adaptation = {name: _adaptation(outcome.directory) for name, outcome in found.items() if outcome.test}
-    errors = _draw_errors(options, found, adaptation)
-    figures = {"sinusoid.png": errors, "functions.png": _draw_functions(adaptation)}
-    return Report(_table(options, found), figures, {"adaptation": adaptation})
+    run_cells(options, sinusoid_cells(options), report, command=command)
 
 
 def _adaptation(directory: RunDirectory) -> dict[str, Any]:
@@ -154,9 +153,8 @@ def _draw_error(axis: Axes, adaptation: Mapping[str, Any], *, color: str, label:
 def _draw_functions(adaptation: Mapping[str, Any]) -> Figure:
     """One row per algorithm, 10 points: the model before and after adaptation to test tasks, the same in all rows."""
     names = [name for name in adaptation if name.startswith("10shot/")] or list(adaptation)
-    title, rows, columns = "Adapted functions on test tasks", max(1, len(names)), _TASKS_DRAWN
-    size = (4 * columns, 2.2 * rows + 0.6)
-    figure, axes = panels(title, rows, columns, size=size, sharex=True, sharey="col")
+    rows, size = max(1, len(names)), (4 * _TASKS_DRAWN, 2.2 * max(1, len(names)) + 0.6)
+    figure, axes = panels("Adapted functions on test tasks", rows, _TASKS_DRAWN, size=size, sharex=True, sharey="col")
     for row, name in zip(axes, names, strict=False):
         shots, algorithm = name.split("/")
         before, after = (adaptation[name]["functions"][when] for when in ("before", "after"))
