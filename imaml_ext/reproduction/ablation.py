@@ -51,11 +51,9 @@ def _values(path: str, *values: float) -> dict[str, dict[str, Any]]:
 
 
 _HANDLING = {
-    "hessian-keep": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "keep"},
-    "hessian-gradient": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "gradient"},
-    "hessian-skip": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "skip"},
-    "gauss-newton": {"algorithm.curvature": "gauss_newton"},
-}
+    f"hessian-{word}": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": word}
+    for word in ("keep", "gradient", "skip")
+} | {"gauss-newton": {"algorithm.curvature": "gauss_newton"}}
 _CURVATURE = "curvature, and tasks where it is negative"
 _LITERAL_HANDLING, _BASE_HANDLING = (
     {label: changes for label, changes in _HANDLING.items() if label != own} for own in ("hessian-keep", "gauss-newton")
@@ -138,15 +136,14 @@ def _table(options: Ablation, found: Outcomes) -> str:
 def _draw(options: Ablation, found: Outcomes) -> Figure:
     """Left, the test accuracy of every cell, with that of its recipe as a line; right, the recipes as they learn."""
     groups = _groups(found)
-    rows = sum(len(members) + 1 for _, members in groups)
+    height = max(4.0, 0.26 * sum(len(members) + 1 for _, members in groups) + 1.2)
     title = f"iMAML on {options.data} 5-way 1-shot, budget {options.budget}"
-    figure, axes = panels(title, 1, 2, size=(13, max(4.0, 0.26 * rows + 1.2)))
-    left, right = axes[0]
+    figure, [(left, right)] = panels(title, 1, 2, size=(13, height))
     _draw_accuracies(left, groups)
     for index, label in enumerate(RECIPES):
         if f"recipe/{label}" in found:
-            run = found[f"recipe/{label}"].directory
-            learning_curve(right, run, "query_accuracy", color=f"C{index}", label=label)
+            directory = found[f"recipe/{label}"].directory
+            learning_curve(right, directory, "query_accuracy", color=f"C{index}", label=label)
     finish(right, xlabel="meta-step", ylabel="query error (%), training tasks, running mean")
     return figure
 

@@ -21,8 +21,8 @@ from imaml_ext.train.run_directory import RunDirectory, read_config
 from imaml_ext.train.trainer import check_directory, train
 
 _DIVERGED = "diverged.json"
-# Of the budget `trial` of every experiment.
-TRIAL = {"outer.meta_batch": 2, "evaluation.tasks": 10, "evaluation.every": 0, "run.log_every": 1}
+TRIAL = {"outer.meta_batch": 2, "evaluation.tasks": 10, "evaluation.every": 0, "run.log_every": 1}  # a budget
+REPTILE = {"outer.optimizer": "sgd", "outer.lr": 1.0, "outer.schedule": "linear"}  # Nichol et al. (2018)
 Options = TypeVar("Options", bound=TrainedOptions)
 # The name of a cell, such as "5w1s/maml", is that of its run directory under runs/BUDGET too.
 Cells = Mapping[str, TrainConfig]
@@ -56,11 +56,7 @@ Outcomes = Mapping[str, Outcome]
 
 @dataclass(frozen=True)
 class Report:
-    """Holds what an experiment makes of its finished cells.
-
-    Attributes:
-        table: in Markdown. figures: by file name. content: of NAME.json, beside the cells.
-    """
+    """Holds the table in Markdown, the figures by file name, and what NAME.json has beside the cells."""
 
     table: str
     figures: Mapping[str, Figure]
@@ -93,12 +89,9 @@ def run_cells(options: Options, cells: Cells, report: Callable[[Options, Outcome
 
     def draw() -> int:
         """Writes NAME.json, NAME.md and the figures; returns the number of finished cells."""
-        results = {name: _result(directory) for name, directory in directories.items()}
-        found = {
-            name: Outcome(directories[name], read_config(directories[name]).config, result)
-            for name, result in results.items()
-            if result is not None
-        }
+        results = {name: result for name in cells if (result := _result(directories[name])) is not None}
+        configs = {name: read_config(directories[name]).config for name in results}
+        found = {name: Outcome(directories[name], configs[name], result) for name, result in results.items()}
         if not found:
             runs = folder / "runs" / options.budget
             raise RunError(f"{runs} holds no finished run of this experiment: there is nothing to draw")

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
-from imaml_ext.reproduction.cells import TRIAL, Cells, Outcomes, Report, cell, run_cells
-from imaml_ext.reproduction.figures import LABELS, finish, learning_curve, panels, style
+from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.figures import LABELS, STYLES, finish, learning_curve, panels
 from imaml_ext.reproduction.options import ALGORITHMS, OmniglotTable
 from imaml_ext.reproduction.results import markdown_table
 from imaml_ext.solvers import CG
@@ -53,25 +53,19 @@ def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
         "maml": {"algorithm": MAML(inner=unrolled), **tested},
         "fomaml": {"algorithm": FOMAML(inner=unrolled), **tested},
         "reptile": {
+            **REPTILE,
             "algorithm": Reptile(inner=batches),
             "tasks.train_shots": 10,
             "evaluation.inner_steps": 50,
-            "outer.optimizer": "sgd",
-            "outer.lr": 1.0,
-            "outer.schedule": "linear",
         },
     }
 
 
-def _budget(steps: int, tasks: int, lr: float) -> dict[str, Any]:
-    return {"outer.steps": steps, "outer.meta_batch": tasks, "outer.lr": lr, "outer.schedule": "cosine"}
-
-
-_TRIAL = TRIAL | {"outer.steps": 4, "model.filters": 4}
-BUDGETS: dict[str, dict[int, dict[str, Any]]] = {  # by name and ways
-    "small": {5: _budget(5000, 16, 3e-3), 20: _budget(1000, 4, 3e-3)},
-    "published": {5: _budget(20_000, 32, 1e-3), 20: _budget(20_000, 16, 1e-3)},
-    "trial": {5: _TRIAL, 20: _TRIAL},
+# Meta-steps, tasks per meta-step, outer rate and its schedule, by name and ways.
+BUDGETS = {
+    "small": {5: (5000, 16, 3e-3, "cosine"), 20: (1000, 4, 3e-3, "cosine")},
+    "published": {5: (20_000, 32, 1e-3, "cosine"), 20: (20_000, 16, 1e-3, "cosine")},
+    "trial": {5: (4, 2, 1e-3, "constant"), 20: (4, 2, 1e-3, "constant")},
 }
 
 
@@ -80,11 +74,12 @@ def table_cells(options: OmniglotTable) -> Cells:
     cells = {}
     for column in COLUMNS:
         base = load_recipe(f"omniglot-{column}").config
-        ways = base.tasks.ways
-        changes = algorithm_changes(ways)
+        ways, changes = base.tasks.ways, algorithm_changes(base.tasks.ways)
+        of_outer = ("outer.steps", "outer.meta_batch", "outer.lr", "outer.schedule")
+        budget = {"evaluation.tasks": 1000} | dict(zip(of_outer, BUDGETS[options.budget][ways], strict=True))
+        budget |= TRIAL | {"model.filters": 4} if options.budget == "trial" else {}
         for algorithm in ALGORITHMS:
-            layers = ({"evaluation.tasks": 1000}, BUDGETS[options.budget][ways], changes[algorithm])
-            cells[f"{column}/{algorithm}"] = cell(base, options, *layers)
+            cells[f"{column}/{algorithm}"] = cell(base, options, budget, changes[algorithm])
     return cells
 
 
@@ -118,7 +113,7 @@ def _draw_table(options: OmniglotTable, found: Outcomes) -> Figure:
     figure, axes = panels(title, 1, len(COLUMNS), size=(13, 3.8), sharey=True)
     for axis, (column, name) in zip(axes[0], COLUMNS.items(), strict=True):
         for row, algorithm in enumerate(ALGORITHMS):
-            point: dict[str, Any] = {"color": style(algorithm)["color"], "fmt": "o", "capsize": 2}
+            point: dict[str, Any] = {"color": STYLES[algorithm]["color"], "fmt": "o", "capsize": 2}
             mean, interval = PUBLISHED[algorithm][column]
             axis.errorbar(mean, row + 0.15, xerr=interval, markerfacecolor="white", **point)
             if f"{column}/{algorithm}" in found:
@@ -137,8 +132,7 @@ def _draw_curves(options: OmniglotTable, found: Outcomes) -> Figure:
     for axis, column in zip(axes[0], columns, strict=True):
         for algorithm in ALGORITHMS:
             if f"{column}/{algorithm}" in found:
-                run = found[f"{column}/{algorithm}"].directory
-                learning_curve(axis, run, "query_accuracy", **style(algorithm))
+                learning_curve(axis, found[f"{column}/{algorithm}"].directory, "query_accuracy", **STYLES[algorithm])
         finish(axis, title=COLUMNS[column], xlabel="meta-step")
     axes[0, 0].set_ylabel("query error (%)")
     return figure

@@ -25,9 +25,10 @@ class ExperimentOptions(Settings):
     def folder(self) -> Path:
         return self.output_dir or Path("results") / self.name
 
-    def _require_some(self, *fields: str) -> None:
-        for field in fields:
-            self.require(bool(getattr(self, field)), field, "one or more values")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, value in vars(self).items():
+            self.require(value != () or field == "cells", field, "one or more values")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ class Exactness(ExperimentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_some("condition_numbers", "eigenvalues", "dtypes", "cg_steps")
         expected = f"no larger than features ({self.features})"
         self.require(max(self.eigenvalues) <= self.features, "eigenvalues", expected)
 
@@ -104,10 +104,6 @@ class Cost(ImageOptions, DeviceOptions):
     repeats: Annotated[int, COUNT] = 3
     # GiB; a cell that would need more is left out. Unset: nine tenths of what the device has free.
     memory_limit: Annotated[float | None, POSITIVE] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_some("methods", "steps")
 
 
 @dataclass(frozen=True)
@@ -131,5 +127,4 @@ class Ablation(ImageOptions, TrainedOptions):
     name: ClassVar[str] = "ablation"
 
 
-_ALL: tuple[type[ExperimentOptions], ...] = (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)
-EXPERIMENTS = {kind.name: kind for kind in _ALL}
+EXPERIMENTS = {kind.name: kind for kind in (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)}
