@@ -52,6 +52,8 @@ def test_links_lead_somewhere() -> None:
 def _flags(settings: Settings, prefix: str = "") -> Iterator[str]:
     """Every option that some choice of classes has, without its dashes."""
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        if not field.metadata.get("recorded", True):
+            continue
         value, name = getattr(settings, field.name), prefix + field.name.replace("_", "-")
         yield name
         if isinstance(value, Settings):
