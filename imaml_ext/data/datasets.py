@@ -25,21 +25,13 @@ class Sampler(Protocol):
 
 
 class Dataset(ABC):
-    """A source of tasks with named splits.
+    """A source of tasks with named splits."""
 
-    Attributes:
-        name: as `load_dataset` knows it.
-        kind: what its tasks are.
-        description: one line.
-        splits: the names that `sampler` accepts.
-        input_shape: of one example: (C, H, W) of an image, (features,) in regression.
-    """
-
-    name: str
-    kind: Literal["classification", "regression"]
-    description: str
-    splits: tuple[str, ...]
-    input_shape: tuple[int, ...]
+    name: str  # as `load_dataset` knows it
+    kind: Literal["classification", "regression"]  # what its tasks are
+    description: str  # one line
+    splits: tuple[str, ...]  # the names that `sampler` accepts
+    input_shape: tuple[int, ...]  # of one example: (C, H, W) of an image, (features,) in regression
 
     def sampler(
         self,
@@ -97,11 +89,7 @@ class ImageDataset(Dataset):
     def images(self, split: str, *, device: torch.device | str | None = None) -> ClassImages:
         """Returns the classes of a split, their images on `device`."""
         part = self._parts[check_choice(f"split of {self.name}", split, self.splits)]
-        if device is None:
-            return part
-        where = torch.device(device)
-        if where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())
+        where = part.device if device is None else torch.empty(0, device=device).device  # "cuda" gets its number
         if where == part.device:
             return part
         if where not in self._on_device:

@@ -176,7 +176,7 @@ def _labels() -> dict[str, np.ndarray]:
 def _load_packed(path: Path) -> np.ndarray:
     found, known = cache.load_arrays(path, _PACKED_ARRAYS), _labels()
     for labels in (found, known):
-        labels["alphabet"] = labels["alphabet_names"][labels["alphabet"] % 50]
+        labels["alphabet"] = np.append(labels["alphabet_names"], "")[np.minimum(labels["alphabet"], 50)]
     for name in ("alphabet", "character", "drawer"):
         if not np.array_equal(found[name], known[name]):
             raise DataError(f"{path}: '{name}' does not go through Omniglot in the expected order; create it again")

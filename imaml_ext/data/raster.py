@@ -35,9 +35,6 @@ class FontFile:
         self._glyf = self._font["glyf"]
         self._cmap: dict[int, str] = self._font.getBestCmap() or {}
 
-    def code_points(self) -> set[int]:
-        return set(self._cmap)
-
     def outline(self, code_point: int) -> np.ndarray | None:
         """Edges of the character, int64 [edges, 4] as (x0, y0, x1, y1) in the scale of HALF, y upwards.
 
