@@ -69,7 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = _checked(field_types(type(self))[field.name], getattr(self, field.name), self._called(field.name))
+            value = _checked(field_types(type(self))[field.name], getattr(self, field.name), self._called(field.name))  # type: ignore[arg-type]
             object.__setattr__(self, field.name, value)
 
     def require(self, condition: bool, field: str, expected: str) -> None:
