@@ -2,7 +2,7 @@
 
     python examples/own_drawings.py a.png b.png c.png --which unknown1.png unknown2.png
 
-One image per class, on any plain ground, with dark or light ink. Without arguments, five glyphs that are drawn with the fonts of
+One image per class, on any plain ground, with dark or light ink. Without arguments, five glyphs in the fonts of
 matplotlib take their place.
 """
 

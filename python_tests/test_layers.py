@@ -32,6 +32,7 @@ ROOMS["reproduction"] = ROOMS["recipes"] | {"recipes"}
 ROOMS["doctor"] = ROOMS["train"] | {"train"}
 ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
+ROOMS["training"] = ROOMS["reproduce"] = set()  # old names
 
 
 def modules() -> dict[str, Path]:
@@ -58,7 +59,8 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
             if node.module and node.module.split(".")[0] == "imaml_ext":
                 for alias in node.names:
                     submodule = f"{node.module}.{alias.name}"
-                    yield submodule if submodule in known else node.module
+                    if submodule != "imaml_ext._C":  # the compiled part
+                        yield submodule if submodule in known else node.module
 
 
 def room(module: str) -> str:

@@ -1,5 +1,8 @@
 """Old names and keywords keep working, warn, and name what took their place."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from meta_tasks import regression
@@ -83,3 +86,11 @@ def test_operators() -> None:
         with pytest.warns(DeprecationWarning, match="linearize"):
             operator = getattr(imaml_ext.meta, old)(loss, phi, episodes.support)
         assert torch.equal(operator(p), loss.linearize(phi, episodes.support, kind)(p))
+
+
+@pytest.mark.parametrize(("old", "new"), [("training", "train"), ("reproduce", "reproduction")])
+def test_packages(old: str, new: str) -> None:
+    """In a process of its own: a module warns when it is imported first."""
+    code = f"import imaml_ext.{old} as old, imaml_ext.{new} as new; assert old is new"
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
+    assert f"imaml_ext.{old} is now imaml_ext.{new}" in done.stderr

@@ -65,7 +65,7 @@ def for_other_tasks(weights: str, *, ways: int, shots: int, newton: bool, steps:
 
 
 def on_vinyals_split(recipe: Recipe, *, validated: bool = False) -> Recipe:
-    """Returns the recipe on Vinyals' split, with a last layer that the classes share, and tests on validation classes."""
+    """Returns the recipe on Vinyals' split with a shared last layer; `validated` looks at validation too."""
     changes = {"data.split_protocol": "vinyals", "theta.shared_head": True, "algorithm.linear_solver.max_iterations": 5}
     every = {"evaluation.every": min(500, recipe.config.outer.steps // 2), "evaluation.validation_tasks": 600}
     return _with(recipe, changes | (every if validated else {}))

@@ -5,6 +5,6 @@ Time: 9 minutes on one CPU core.
 Accuracy: 94.97 ± 0.28 % on 500 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks
 
-recipe = on_larger_tasks("omniglot-5w1s-gd-longer", 600, ways=20, shots=1)
+recipe = for_other_tasks("omniglot-5w1s-gd-longer", ways=20, shots=1, newton=False, steps=600)

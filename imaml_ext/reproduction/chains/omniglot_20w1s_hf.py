@@ -7,4 +7,4 @@ Accuracy: 93.77 ± 0.16 % on 2,000 test tasks.
 
 from imaml_ext.reproduction.chains._common import from_random_parameters
 
-recipe = from_random_parameters(7000, ways=20, newton=True)
+recipe = from_random_parameters(ways=20, shots=1, newton=True, steps=7000)

@@ -5,6 +5,6 @@ Time: 5 minutes on one CPU core.
 Accuracy: 98.59 ± 0.21 % on 200 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks
 
-recipe = on_larger_tasks("omniglot-5w1s-gd-longer", 80, ways=20, shots=5)
+recipe = for_other_tasks("omniglot-5w1s-gd-longer", ways=20, shots=5, newton=False, steps=80)

@@ -5,8 +5,6 @@ Time: 53 minutes on one CPU core.
 Accuracy: 98.49 ± 0.17 % on 2,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import GradientDescent, from_weights
+from imaml_ext.reproduction.chains._common import from_random_parameters, with_shared_head
 
-recipe = from_weights(
-    "omniglot-5w1s-gd", 7000, seed=1, changes={"algorithm.inner": GradientDescent(8, lr=0.2), "outer.lr": 2e-3}
-)
+recipe = with_shared_head("omniglot-5w1s-gd", from_random_parameters(ways=5, shots=1, newton=False, steps=7000))

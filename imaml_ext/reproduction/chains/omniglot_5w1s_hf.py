@@ -7,4 +7,4 @@ Accuracy: 97.76 ± 0.26 % on 1,000 test tasks.
 
 from imaml_ext.reproduction.chains._common import from_random_parameters
 
-recipe = from_random_parameters(5000, newton=True)
+recipe = from_random_parameters(ways=5, shots=1, newton=True, steps=5000)

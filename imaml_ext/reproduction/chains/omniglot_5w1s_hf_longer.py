@@ -5,6 +5,6 @@ Time: 82 minutes on one CPU core.
 Accuracy: 99.10 ± 0.11 % on 2,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import from_weights
+from imaml_ext.reproduction.chains._common import by_smaller_inner_steps
 
-recipe = from_weights("omniglot-5w1s-gd-shared", 4000, newton=True, changes=LARGER_FEATURES)
+recipe = by_smaller_inner_steps("omniglot-5w1s-gd-shared", newton=True, steps=4000, feature_scale=3.0)

@@ -5,6 +5,6 @@ Time: 5 minutes on one CPU core.
 Accuracy: 99.73 ± 0.08 % on 1,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks
 
-recipe = on_larger_tasks("omniglot-5w1s-gd-longer", 400, ways=5, shots=5)
+recipe = for_other_tasks("omniglot-5w1s-gd-longer", ways=5, shots=5, newton=False, steps=400)

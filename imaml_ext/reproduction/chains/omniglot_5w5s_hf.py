@@ -1,10 +1,10 @@
-"""Omniglot, 5-way 5-shot, 1,200 / 423 characters, NewtonCG: 1,200 tasks from omniglot-5w1s-hf-longer.
+"""Omniglot, 5-way 5-shot, 1,200 / 423, NewtonCG: 1,200 tasks from omniglot-5w1s-hf-longer.
 
 Command: imaml train omniglot-5w5s-hf --data.root FOLDER
 Time: 5 minutes on one CPU core.
 Accuracy: 99.75 ± 0.08 % on 1,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks
 
-recipe = on_larger_tasks("omniglot-5w1s-hf-longer", 300, ways=5, shots=5, newton=True)
+recipe = for_other_tasks("omniglot-5w1s-hf-longer", ways=5, shots=5, newton=True, steps=300)

@@ -5,6 +5,6 @@ Time: 10 minutes on one CPU core.
 Accuracy: 90.65 ± 0.37 % on 500 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks, on_vinyals_split
 
-recipe = on_larger_tasks("omniglot-vinyals-5w1s-gd", 600, ways=20, shots=1, changes=VINYALS)
+recipe = on_vinyals_split(for_other_tasks("omniglot-vinyals-5w1s-gd", ways=20, shots=1, newton=False, steps=600))

@@ -5,6 +5,6 @@ Time: 13 minutes on one CPU core.
 Accuracy: 92.73 ± 0.32 % on 500 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks, on_vinyals_split
 
-recipe = on_larger_tasks("omniglot-vinyals-5w1s-hf", 800, ways=20, shots=1, newton=True, changes=VINYALS)
+recipe = on_vinyals_split(for_other_tasks("omniglot-vinyals-5w1s-hf", ways=20, shots=1, newton=True, steps=800))

@@ -5,6 +5,6 @@ Time: 5 minutes on one CPU core.
 Accuracy: 96.77 ± 0.30 % on 200 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks, on_vinyals_split
 
-recipe = on_larger_tasks("omniglot-vinyals-5w1s-gd", 80, ways=20, shots=5, changes=VINYALS)
+recipe = on_vinyals_split(for_other_tasks("omniglot-vinyals-5w1s-gd", ways=20, shots=5, newton=False, steps=80))

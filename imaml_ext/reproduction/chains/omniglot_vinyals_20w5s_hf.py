@@ -5,6 +5,6 @@ Time: 5 minutes on one CPU core.
 Accuracy: 97.43 ± 0.29 % on 200 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks, on_vinyals_split
 
-recipe = on_larger_tasks("omniglot-vinyals-5w1s-hf", 60, ways=20, shots=5, newton=True, changes=VINYALS)
+recipe = on_vinyals_split(for_other_tasks("omniglot-vinyals-5w1s-hf", ways=20, shots=5, newton=True, steps=60))

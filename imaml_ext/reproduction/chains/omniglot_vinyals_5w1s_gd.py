@@ -5,6 +5,6 @@ Time: 5 minutes on one CPU core.
 Accuracy: 97.44 ± 0.20 % on 2,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import from_weights
+from imaml_ext.reproduction.chains._common import by_smaller_inner_steps, on_vinyals_split
 
-recipe = from_weights("omniglot-vinyals-start", 400, changes={**VALIDATED_VINYALS, "evaluation.every": 200})
+recipe = on_vinyals_split(by_smaller_inner_steps("omniglot-vinyals-start", newton=False, steps=400), validated=True)

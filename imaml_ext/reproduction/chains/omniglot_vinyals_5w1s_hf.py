@@ -5,11 +5,8 @@ Time: 64 minutes on one CPU core.
 Accuracy: 97.97 ± 0.17 % on 2,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import from_weights
+from imaml_ext.reproduction.chains._common import by_smaller_inner_steps, on_vinyals_split
 
-recipe = from_weights(
-    "omniglot-vinyals-start",
-    3000,
-    newton=True,
-    changes={**VALIDATED_VINYALS, "evaluation.every": 500, **LARGER_FEATURES},
+recipe = on_vinyals_split(
+    by_smaller_inner_steps("omniglot-vinyals-start", newton=True, steps=3000, feature_scale=3.0), validated=True
 )

@@ -5,6 +5,6 @@ Time: 6 minutes on one CPU core.
 Accuracy: 99.12 ± 0.13 % on 1,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks, on_vinyals_split
 
-recipe = on_larger_tasks("omniglot-vinyals-5w1s-gd", 400, ways=5, shots=5, changes=VINYALS)
+recipe = on_vinyals_split(for_other_tasks("omniglot-vinyals-5w1s-gd", ways=5, shots=5, newton=False, steps=400))

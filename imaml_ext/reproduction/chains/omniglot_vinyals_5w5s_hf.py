@@ -5,6 +5,6 @@ Time: 5 minutes on one CPU core.
 Accuracy: 99.20 ± 0.13 % on 1,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import on_larger_tasks
+from imaml_ext.reproduction.chains._common import for_other_tasks, on_vinyals_split
 
-recipe = on_larger_tasks("omniglot-vinyals-5w1s-hf", 300, ways=5, shots=5, newton=True, changes=VINYALS)
+recipe = on_vinyals_split(for_other_tasks("omniglot-vinyals-5w1s-hf", ways=5, shots=5, newton=True, steps=300))

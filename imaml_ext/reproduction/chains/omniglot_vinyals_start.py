@@ -1,10 +1,10 @@
-"""Omniglot, 5-way 1-shot, Vinyals' split: what the other recipes of this split begin with.
+"""Omniglot, 5-way 1-shot, Vinyals' split: what the other presets of this split begin with.
 
 Command: imaml train omniglot-vinyals-start --data.root FOLDER
 Time: 54 minutes on one CPU core.
 Accuracy: 96.69 ± 0.25 % on 2,000 test tasks.
 """
 
-from imaml_ext.reproduction.chains._common import from_random_parameters
+from imaml_ext.reproduction.chains._common import from_random_parameters, on_vinyals_split
 
-recipe = from_random_parameters(5500, changes={**VALIDATED_VINYALS, "evaluation.every": 500})
+recipe = on_vinyals_split(from_random_parameters(ways=5, shots=1, newton=False, steps=5500), validated=True)
