@@ -68,7 +68,7 @@ class FontFile:
 
 
 def _flatten(points: np.ndarray, on_curve: np.ndarray) -> np.ndarray:
-    """Turns a closed TrueType contour (quadratic curves, implied points between off-curve ones) into a polygon [n, 2]."""
+    """Turns a closed TrueType contour (quadratic curves, implied points between two off it) into a polygon [n, 2]."""
     after, after_on = np.concatenate([points[1:], points[:1]]), np.concatenate([on_curve[1:], on_curve[:1]])
     # Coordinates are doubled, so that the implied midpoints are whole: [p0, mid(p0, p1), p1, …], then those that exist.
     full = np.stack([2 * points, points + after], axis=1).reshape(-1, 2)
@@ -102,8 +102,8 @@ def transform(edges: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.nd
 def draw(edges: np.ndarray, image: np.ndarray, count: int) -> np.ndarray:
     """Fills the outlines (non-zero winding): uint8 [count, SIZE, SIZE], ink = 255.
 
-    Coverage is exact along x to 1/256 pixel and sampled on four scan lines per pixel row along y; only where the borders
-    of two overlapping contours cross the same pixel do their shares add.
+    Coverage is exact along x to 1/256 pixel and sampled on four scan lines per pixel row along y; only where the
+    borders of two overlapping contours cross the same pixel do their shares add.
 
     Args: edges int64 [n, 4] of all pictures in units of the picture; image int64 [n]: which picture an edge belongs to.
     """
