@@ -1,6 +1,6 @@
 """The Hessian-free inner solver on Omniglot episodes: its objective never increases, and what it reaches for its cost.
 
-    python benchmarks/hessian_free.py --data-root FOLDER --json docs/results/hessian-free.json
+    python benchmarks/newton_cg.py --data-root FOLDER --json docs/reproduction/results/hessian-free.json
 
 5-way 1-shot, Conv4 with 64 filters; from a random θ, from one that was meta-trained for a few steps, and from the
 published ones, which were trained together with either inner solver. Three parts:

@@ -56,16 +56,16 @@ _HANDLING: dict[str, dict[str, Any]] = {
     for what in ("keep", "gradient", "skip")
 } | {"gauss-newton": {"algorithm.curvature": "gauss_newton"}}
 _HANDLING_TITLE = "curvature, and tasks where it is negative"
-_AFTER = {"pullback": {"algorithm.inner.proximal": "after"}}
+_AFTER: dict[str, dict[str, Any]] = {"pullback": {"algorithm.inner.proximal": "after"}}
 _RATES = _values("outer.lr", 0.003, 0.01, 0.03)
 _FASTER = {"outer.lr": 0.003}
-_SCHEDULES = {
+_SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {**_FASTER, "outer.schedule": "cosine"},
     "linear": {**_FASTER, "outer.schedule": "linear"},
     "average": {**_FASTER, "outer.average": 0.98},
 }
 _NEWTON = "algorithm.inner.linear_solver.max_iterations"
-_DIRECTIONS = {
+_DIRECTIONS: dict[str, dict[str, Any]] = {
     f"{newton}x{cg}": {"outer.lr": 0.01, "algorithm.inner.steps": newton, _NEWTON: cg}
     for newton, cg in ((4, 1), (16, 1), (5, 2), (2, 5))
 }

@@ -47,7 +47,7 @@ class CostCell:
 
     def algorithm(self) -> MetaAlgorithm:
         descent, newton = GradientDescent(steps=self.steps, lr=LR), NewtonCG(steps=self.steps)
-        implicit = {"lam": LAM, "linear_solver": CG(max_iterations=CG_STEPS)}
+        implicit: dict[str, Any] = {"lam": LAM, "linear_solver": CG(max_iterations=CG_STEPS)}
         match self.method:
             case "maml" | "maml-checkpoint":
                 return MAML(inner=descent, lam=LAM, checkpoint=self.method == "maml-checkpoint")

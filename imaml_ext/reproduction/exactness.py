@@ -203,7 +203,7 @@ def _draw(curves: Sequence[dict[str, Any]], options: Exactness) -> Figure:
 
 
 def _draw_curve(axis: Axes, curve: dict[str, Any], options: Exactness) -> None:
-    styles = {"maml": {"label": "MAML", "color": COLORS["maml"], "linestyle": "-"}}
+    styles: dict[str, dict[str, Any]] = {"maml": {"label": "MAML", "color": COLORS["maml"], "linestyle": "-"}}
     for index, steps in enumerate(sorted(options.cg_steps)):
         look = {"color": _BLUES[min(index, len(_BLUES) - 1)], "linestyle": ("-", "--", "-.", ":")[index % 4]}
         styles[f"imaml-{steps}"] = {"label": f"iMAML, {steps} CG steps", **look}

@@ -161,7 +161,10 @@ def _draw_errors(options: Sinusoid, found: Outcomes, adaptation: Mapping[str, An
                 _draw_error(left, adaptation[name], **style(algorithm))
             if name in found:
                 learning_curve(right, found[name].directory, "query_loss", **style(algorithm))
-        at_test = {"xlabel": "inner steps at test (dot: as tested)", "ylabel": "mean squared error, 95 % band"}
+        at_test: dict[str, Any] = {
+            "xlabel": "inner steps at test (dot: as tested)",
+            "ylabel": "mean squared error, 95 % band",
+        }
         finish(left, title=f"{points}: test tasks", **at_test)
         finish(right, title=f"{points}: training tasks, running mean", xlabel="meta-step", ylabel="query loss")
     return figure
