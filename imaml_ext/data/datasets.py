@@ -33,35 +33,19 @@ class Dataset(ABC):
     splits: tuple[str, ...]  # the names that `sampler` accepts
     input_shape: tuple[int, ...]  # of one example: (C, H, W) of an image, (features,) in regression
 
+    @abstractmethod
     def sampler(
-        self,
-        split: str,
-        *,
-        ways: int | None = None,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        augmentation: Augmentation | None = None,
+        self, split: str, *, ways: int | None = None, augmentation: Augmentation | None = None, **sizes: Any
     ) -> Sampler:
         """Makes a sampler of the tasks of one split, whose name is the random stream.
 
         Args:
             ways, augmentation: see `EpisodeSampler`; None in regression.
-            Others: see `TaskSampler`.
+            sizes: shots, queries, meta_batch, seed; device and dtype (float32) where wanted: see `TaskSampler`.
 
         Raises:
             ValueError, TypeError: an unknown split, or numbers that the data cannot fill.
         """
-        check_choice(f"split of {self.name}", split, self.splits)
-        sizes = {"shots": shots, "queries": queries, "meta_batch": meta_batch, "seed": seed, "dtype": dtype}
-        return self._sampler(split, ways=ways, augmentation=augmentation, device=device, **sizes)
-
-    @abstractmethod
-    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
-        """Makes the sampler of a split that there is; `sizes` are the other arguments of `sampler`."""
 
     @abstractmethod
     def rows(self) -> list[dict[str, str | int]]:
@@ -96,9 +80,9 @@ class ImageDataset(Dataset):
             self._on_device[where] = part.images.to(where)
         return part.with_images(self._on_device[where])
 
-    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> EpisodeSampler:
-        images = self.images(split, device=device)
-        return EpisodeSampler(images, ways=ways, augmentation=augmentation, stream=split, **sizes)
+    def sampler(self, split: str, *, ways: Any = None, **sizes: Any) -> EpisodeSampler:
+        images = self.images(split, device=sizes.pop("device", None))
+        return EpisodeSampler(images, ways=ways, stream=split, **sizes)
 
     def rows(self) -> list[dict[str, str | int]]:
         rows = []
@@ -125,12 +109,13 @@ class RegressionDataset(Dataset):
         self.name, self.description, self.input_shape = name, description, (features,)
         self._sampler_class = sampler_class
 
-    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
+    def sampler(self, split: str, *, ways: Any = None, augmentation: Any = None, **sizes: Any) -> Sampler:
+        check_choice(f"split of {self.name}", split, self.splits)
         if ways is not None:
             raise ValueError(f"ways must be None for {self.name}, which is regression, got {ways}")
         if augmentation is not None:
             raise ValueError(f"augmentation must be None for {self.name}, which has no images")
-        return self._sampler_class(stream=split, device=device, **sizes)
+        return self._sampler_class(stream=split, **{"dtype": torch.float32} | sizes)
 
     def rows(self) -> list[dict[str, str | int]]:
         return [{"split": split, "what": "an unlimited stream of tasks"} for split in self.splits]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from imaml_ext.data.cache import cached_arrays
+from imaml_ext.data.cache import cached_arrays, files_digest
 from imaml_ext.data.class_images import ClassImages, number_range
 from imaml_ext.data.datasets import ImageDataset
 from imaml_ext.errors import DataError
@@ -122,13 +121,6 @@ def load_classes(
     labels = label_splits(folder, {split: {c: len(p) for c, p in part.items()} for split, part in classes.items()})
     pictures = [path for part in classes.values() for paths in part.values() for path in paths]
     shape = (len(pictures), size, size) if greyscale else (len(pictures), size, size, 3)
-    state = hashlib.blake2b(f"{folder.resolve()} {shape}".encode(), digest_size=8)
-    for path in pictures:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise DataError(f"the picture {path} cannot be read ({error.strerror})") from error
-        state.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
 
     def read() -> dict[str, np.ndarray]:
         images = np.empty(shape, dtype=np.uint8)
@@ -136,5 +128,5 @@ def load_classes(
             images[row] = shrink(open_picture(path, "L" if greyscale else "RGB"), size)
         return {"images": images}
 
-    packed = cache / "pictures" / f"{folder.resolve().name}-{size}-{state.hexdigest()}.npz"
+    packed = cache / "pictures" / f"{folder.resolve().name}-{size}-{files_digest(folder, pictures, shape)}.npz"
     return LabelledImages(cached_arrays(packed, {"images": ("uint8", shape)}, read)["images"], *labels)
