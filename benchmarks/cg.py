@@ -3,7 +3,7 @@
     python benchmarks/cg.py                      # 32 systems of 112,000 unknowns, 5 iterations, float32
     python benchmarks/cg.py --device cuda --json result.json
 
-Beside the times stands how many words an unknown each of our solves has to move through memory, the callback's
+Beside the times stands how many words per unknown each of our solves has to move through memory, the callback's
 included, and how long that takes at the speed of a copy: what no formulation that moves them can beat.
 
 The operator is diagonal, so that the callback costs as little as a callback can, and writes into a buffer of its own;
@@ -104,7 +104,7 @@ def linear_operator_peer() -> Callable | None:
 
 
 def words_moved(iterations: int, *, in_cache: bool) -> int:
-    """Words an unknown that imaml_ext.cg and its callback read or write in memory.
+    """Words per unknown that imaml_ext.cg and its callback read or write in memory.
 
     Args:
         in_cache: what one block of rows needs stays in the cache; else only a row of it does, from pass to pass.
@@ -221,7 +221,7 @@ def main() -> int:
             "ms_at_copy_speed": round(words * b.numel() * b.element_size() / copy_gbytes / 1e6, 4),
         }
         print(
-            f"{name} and its callback move {words} words an unknown: {bounds[name]['ms_at_copy_speed']:.2f} ms at the "
+            f"{name} and its callback move {words} words per unknown: {bounds[name]['ms_at_copy_speed']:.2f} ms at the "
             f"speed of a copy, {copy_gbytes:.1f} GB/s"
         )
     if options.json:

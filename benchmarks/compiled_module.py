@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
 from imaml_ext import TaskLoss, from_module
-from imaml_ext.meta import hessian_operator
 
 
 @dataclass
@@ -61,7 +60,7 @@ def main() -> int:
     product = vmap(product_of_a_task)
     compiled_product = torch.compile(product)
     compiled_loss = TaskLoss(model, "cross_entropy", compiled=True)
-    operator = hessian_operator(loss, params, data)
+    operator = loss.linearize(params, data, "hessian")
     contestants = {
         "gradient": {
             "imaml_ext": lambda: loss.gradient(params, data).gradient,

@@ -49,9 +49,9 @@ def arguments(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str,
     wide = ops.compute_dtype(dtype)
     coefficients = {
         "number": 0.5,
-        "a task": random(rows, 1).abs().to(wide),
-        "a parameter": random(1, cols).abs().to(wide),
-        "an element": random(rows, cols).abs().to(wide),
+        "per task": random(rows, 1).abs().to(wide),
+        "per parameter": random(1, cols).abs().to(wide),
+        "per element": random(rows, cols).abs().to(wide),
     }
     for kind, lam in coefficients.items():
 

@@ -42,7 +42,7 @@ gpu=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))') || exi
 toolkit=$("$PYTHON" imaml_ext/_build.py | sed -n 's/^CUDA_ROOT=//p')
 sanitizer=$(command -v compute-sanitizer || ls "$toolkit/bin/compute-sanitizer" /usr/local/cuda/bin/compute-sanitizer 2> /dev/null | head -1)
 
-# One line a step for the result file: name, status, seconds, a word on it.
+# One line per step for the result file: name, status, seconds, a word on it.
 record() { printf '%s\t%s\t%d\t%s\n' "$1" "$2" "$3" "$4" >> "$logs/steps.tsv"; printf '%-12s %s (%d s) %s\n' "$1" "$2" "$3" "$4"; }
 run() { # run STEP COMMAND...: records passed or failed, with the last line that the command printed
   local name=$1 start=$SECONDS; shift
@@ -93,7 +93,7 @@ for step in "${steps[@]}"; do
       # 20,000 meta-steps of 5-way 1-shot with the paper's numbers, which are to take less than five minutes.
       if [ "$gpu" != 1 ]; then skip training "no CUDA device"; continue; fi
       rm -rf "$logs/run"
-      run training "$PYTHON" -m imaml_ext train omniglot-5w1s --data.name glyphs --run.device cuda --run.capture \
+      run training "$PYTHON" -m imaml_ext train omniglot-5w1s --data glyphs --run.device cuda --run.capture \
         --outer.steps 20000 --run.checkpoint-every 10000 --run-dir "$logs/run" ;;
     omniglot)
       if [ "$gpu" != 1 ]; then skip omniglot "no CUDA device"

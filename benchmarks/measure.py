@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext.training.environment import environment
+from imaml_ext.train.environment import environment
 
 Times = dict[str, list[float]]  # milliseconds of every round, by name
 

@@ -1,4 +1,4 @@
-"""The Hessian-free inner solver on Omniglot episodes: its objective never increases, and what it reaches for its cost.
+"""The inner solver NewtonCG on Omniglot episodes: its objective never increases, and what it reaches for its cost.
 
     python benchmarks/newton_cg.py --data-root FOLDER --json docs/reproduction/results/hessian-free.json
 
@@ -28,21 +28,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from imaml_ext import GradientDescent, HessianFree
+from imaml_ext import CG, GradientDescent, NewtonCG
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.inner import NewtonResult
-from imaml_ext.inner.curvature import GaussNewtonOperator, HessianOperator
 from imaml_ext.ops import prox_penalty
 from imaml_ext.pretrained import load_pretrained
-from imaml_ext.training import PRESETS, build
-from imaml_ext.training.config import TrainConfig
-from imaml_ext.training.environment import environment
-from imaml_ext.training.experiment import Experiment
-from imaml_ext.training.schedule import outer_optimizer
+from imaml_ext.settings import changed
+from imaml_ext.train import Experiment, build, load_recipe
+from imaml_ext.train.environment import environment
+from imaml_ext.train.schedule import outer_optimizer
 
 LAMS = (2.0, 0.5, 0.1)
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -60,13 +59,14 @@ GRADIENT, PRODUCT, WAY_FORWARD, LOSS = 3, 6, 2, 1  # thirds of a gradient
 
 
 def trained(experiment: Experiment, steps: int) -> Tensor:
-    """θ after `steps` meta-steps at the preset's constant learning rate."""
+    """θ after `steps` meta-steps at the recipe's constant learning rate."""
     config = experiment.config
-    theta = experiment.initial_theta()
+    params = experiment.initial_params()
+    theta = params["theta"]
     tasks = experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed)
-    optimizer = outer_optimizer(config.outer, theta)
+    optimizer = outer_optimizer(config.outer, params)
     for step in range(steps):
-        theta.grad = experiment.algorithm.meta_gradient(theta, tasks.sample(step)).gradient
+        theta.grad = experiment.algorithm.meta_gradient(params, tasks.sample(step)).gradient
         optimizer.step()
     return theta
 
@@ -78,11 +78,11 @@ def objective(experiment: Experiment, phi: Tensor, theta: Tensor, support: objec
 
 
 def monotone(experiment: Experiment, theta: Tensor, *, episodes: int, batch: int = 50) -> list[dict]:
-    """Every Newton step of every episode at the λ of the preset; the end is evaluated once more."""
-    lam = experiment.config.inner.lam
+    """Every Newton step of every episode at the λ of the recipe; the end is evaluated once more."""
+    lam = experiment.config.algorithm.lam
     rows = []
     for curvature, steps, cg_steps in (("hessian", 2, 5), ("gauss_newton", 2, 5), ("gauss_newton", 8, 1)):
-        solver = HessianFree(steps=steps, cg_steps=cg_steps, curvature=curvature)
+        solver = newton_cg(curvature, cg_steps, steps=steps)
         tasks = experiment.sampler("train", tasks=batch, seed=1)
         changes, sizes, negative, apart = [], [], [], 0.0
         for index in range(-(-episodes // batch)):
@@ -114,13 +114,18 @@ def monotone(experiment: Experiment, theta: Tensor, *, episodes: int, batch: int
     return rows
 
 
-def of_a_solve(solver: HessianFree) -> int:
+def newton_cg(curvature: str, cg_steps: int, **settings: Any) -> NewtonCG:
+    return NewtonCG(linear_solver=CG(max_iterations=cg_steps, rtol=0.0), curvature=curvature, **settings)
+
+
+def of_a_solve(solver: NewtonCG) -> int:
     """The products of a direction, in thirds of a gradient."""
-    alone = solver.curvature == "gauss_newton" and solver.cg_steps == 1
-    return WAY_FORWARD if alone else PRODUCT * solver.cg_steps
+    cg_steps = solver.linear_solver.max_iterations
+    alone = solver.curvature == "gauss_newton" and cg_steps == 1
+    return WAY_FORWARD if alone else PRODUCT * cg_steps
 
 
-def within_budget(solver: HessianFree, result: NewtonResult) -> dict[str, float]:
+def within_budget(solver: NewtonCG, result: NewtonResult) -> dict[str, float]:
     """The mean objective after as many steps of every task as its budget buys, and what they have cost in the mean."""
     backtracked = (result.step_sizes.log() / math.log(solver.shrink)).round().clamp(max=solver.backtracks)
     of_a_step = GRADIENT + of_a_solve(solver) + LOSS * (1 + backtracked)  # [steps, B]; a step not taken tries them all
@@ -149,7 +154,7 @@ def compared(experiment: Experiment, theta: Tensor, *, episodes: int) -> list[di
         }
         newton = []
         for curvature, cg_steps, armijo in NEWTON:
-            solver = HessianFree(cg_steps=cg_steps, curvature=curvature, armijo=armijo)
+            solver = newton_cg(curvature, cg_steps, armijo=armijo)
             most = GRADIENT * BUDGET // (GRADIENT + of_a_solve(solver) + LOSS)
             result = replace(solver, steps=most).solve(experiment.loss, theta, support, lam=lam)
             settings = {"curvature": curvature, "cg_steps": cg_steps, "armijo": armijo}
@@ -180,11 +185,11 @@ def priced(experiment: Experiment, theta: Tensor, *, tasks: int = 16, repetition
     support = experiment.sampler("train", tasks=tasks, seed=3).sample(0).support
     phi = theta.detach().expand(tasks, -1).contiguous()
     loss, p = experiment.loss, torch.randn_like(phi)
-    hessian, gauss_newton = HessianOperator(loss, phi, support), GaussNewtonOperator(loss, phi, support)
-    newton = HessianFree(steps=8, cg_steps=1, curvature="gauss_newton")
+    hessian, gauss_newton = (loss.linearize(phi, support, kind) for kind in ("hessian", "gauss_newton"))
+    newton = newton_cg("gauss_newton", 1, steps=8)
     parts: dict[str, Callable[[], object]] = {
         "gradient": lambda: loss.gradient(phi, support),
-        "gradient_and_what_products_need": lambda: GaussNewtonOperator(loss, phi, support),
+        "gradient_and_what_products_need": lambda: loss.linearize(phi, support, "gauss_newton"),
         "loss": lambda: objective(experiment, phi, theta, support, 0.1),
         "product_with_hessian": lambda: hessian(p),
         "product_with_gauss_newton": lambda: gauss_newton(p),
@@ -213,10 +218,10 @@ def main() -> int:
     parser.add_argument("--part", choices=["all", "priced", "compared", "monotone"], default="all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    preset: TrainConfig = PRESETS["omniglot-5w1s-1000"].config
-    experiment = build(replace(preset, data=replace(preset.data, root=options.data_root)))
+    recipe = load_recipe("omniglot-5w1s-1000").config
+    experiment = build(changed(recipe, {"data.root": options.data_root}))
     after = f"{options.meta_steps} meta-steps"
-    starts = {"initial": experiment.initial_theta(), after: trained(experiment, options.meta_steps)}
+    starts = {"initial": experiment.initial_params()["theta"], after: trained(experiment, options.meta_steps)}
     starts |= {name: load_pretrained(name).weights.theta for name in PUBLISHED}
 
     def asked(part: str) -> bool:
@@ -229,7 +234,7 @@ def main() -> int:
         results[name] = compared(experiment, theta, episodes=options.compared)
     increases = monotone(experiment, starts[after], episodes=options.episodes) if asked("monotone") else []
     stamp = {
-        "command": shlex.join(["python", "benchmarks/hessian_free.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/newton_cg.py", *sys.argv[1:]]),
         "cost": "gradient 1, product with H or G 2, its way forward 2/3, loss 1/3",
         "processor_time_in_gradients": prices,
         "compared_at": results,

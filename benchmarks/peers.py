@@ -38,13 +38,14 @@ from imaml_ext import IMAML, TaskLoss, from_module
 from imaml_ext.data import EpisodeBatch
 from imaml_ext.inner import GradientDescent
 from imaml_ext.models import Conv4, TaskModel
+from imaml_ext.solvers import CG
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """What is computed.
 
-    proximal: "pullback", `inner_steps` gradient steps on L and then one step φ ← φ − lr λ (φ − θ), which is what the
+    proximal: "after", `inner_steps` gradient steps on L and then one step φ ← φ − lr λ (φ − θ), which is what the
     public code of the paper does; or "gradient", the steps on L + ½ λ ‖φ − θ‖².
     lr: the default of the public code. What a step costs does not depend on its size.
     """
@@ -143,8 +144,7 @@ def imaml(algorithm: Algorithm, loss: TaskLoss) -> IMAML:
         loss,
         lam=algorithm.lam,
         inner=GradientDescent(algorithm.inner_steps, algorithm.lr, proximal=algorithm.proximal),
-        cg_steps=algorithm.cg_steps,
-        cg_rtol=0.0,
+        linear_solver=CG(max_iterations=algorithm.cg_steps, rtol=0.0),
         damping=algorithm.damping,
         curvature="hessian",
     )
@@ -267,7 +267,7 @@ def grouped_solver(problem: Problem) -> Callable[[Sequence[Tensor]], Tensor]:
                     if algorithm.proximal == "gradient":
                         slope = torch.add(slope, p - center, alpha=algorithm.lam)
                     p.sub_(slope, alpha=algorithm.lr)
-        if algorithm.proximal == "pullback":
+        if algorithm.proximal == "after":
             with torch.no_grad():
                 for p, center in zip(phi, theta, strict=True):
                     p.sub_(p - center, alpha=algorithm.lr * algorithm.lam)
@@ -404,7 +404,7 @@ def hypertorch(problem: Problem, path: Path) -> Implementation:
             phi = [p.detach().clone().requires_grad_() for p in theta]
             for _ in range(algorithm.inner_steps):
                 phi = inner(phi, theta, create_graph=False)
-            if algorithm.proximal == "pullback":
+            if algorithm.proximal == "after":
                 phi = [p - algorithm.lr * algorithm.lam * (p - c) for p, c in zip(phi, theta, strict=True)]
             implicit = hypergrad.GradientDescent(
                 lambda params, hparams, f=support_loss: f(params, hparams, algorithm.shift), step_size=1.0
@@ -453,7 +453,7 @@ def torchopt(problem: Problem) -> Implementation:
                     optimizer.zero_grad()
                     loss.backward(inputs=parameters)
                     optimizer.step()
-            if algorithm.proximal == "pullback":
+            if algorithm.proximal == "after":
                 with torch.no_grad():
                     for p, center in zip(parameters, self.meta_parameters(), strict=True):
                         p.sub_(p - center, alpha=algorithm.lr * algorithm.lam)
@@ -521,7 +521,7 @@ def jax(problem: Problem) -> Implementation:
             return phi - algorithm.lr * (support_gradient(phi) + pull * (phi - theta))
 
         phi = jax.lax.fori_loop(0, algorithm.inner_steps, descend, theta)
-        if algorithm.proximal == "pullback":
+        if algorithm.proximal == "after":
             phi = phi - algorithm.lr * algorithm.lam * (phi - theta)
         v = jax.grad(loss)(phi, query_x, query_y)
         _, hvp = jax.linearize(support_gradient, phi)

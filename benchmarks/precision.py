@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py --json benchmarks/results/precision.json
 
-iMAML with the settings of the preset `glyphs-5w1s` (Gauss-Newton matrix) and with the Hessian, from random parameters
+iMAML with the settings of the recipe `glyphs-5w1s` (Gauss-Newton matrix) and with the Hessian, from random parameters
 and from parameters that were meta-trained for a few steps. Relative distances from a float64 calculation: of the
 support gradient at θ, before any inner step; of the meta-gradient of one task, both in the median over `--tasks` of
 them; and of the mean of these meta-gradients. Products are rounded as tensor cores round their operands, so that a CPU
@@ -12,20 +12,18 @@ shows it too; nothing is timed.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import torch
-from hessian_free import trained
 from measure import full_precision, write_result
+from newton_cg import trained
 from torch import Tensor
 
 from imaml_ext.data import EpisodeBatch
 from imaml_ext.models.products import Precision
-from imaml_ext.training import PRESETS
-from imaml_ext.training.config import TrainConfig
-from imaml_ext.training.experiment import Experiment, build
+from imaml_ext.settings import changed
+from imaml_ext.train import Experiment, TrainConfig, build, load_recipe
 
 
 def gradients(experiment: Experiment, theta: Tensor, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
@@ -51,10 +49,10 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 
 def measured(config: TrainConfig, theta: Tensor, batch: EpisodeBatch) -> dict[str, dict[str, float]]:
-    exact_support, exact = gradients(build(replace(config, run=replace(config.run, dtype="float64"))), theta, batch)
+    exact_support, exact = gradients(build(changed(config, {"run.dtype": "float64"})), theta, batch)
     rows = {}
     for precision in get_args(Precision):
-        experiment = build(replace(config, model=replace(config.model, precision=precision)))
+        experiment = build(changed(config, {"model.precision": precision}))
         support, found = gradients(experiment, theta, batch)
         rows[precision] = {
             "support_gradient": distance(support, exact_support),
@@ -73,19 +71,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     full_precision()
-    preset = PRESETS["glyphs-5w1s"].config
-    config = replace(
-        preset,
-        model=replace(preset.model, filters=options.filters),
-        run=replace(preset.run, device=options.device),
-    )
+    recipe = load_recipe("glyphs-5w1s").config
+    config = changed(recipe, {"model.filters": options.filters, "run.device": options.device})
     starts = {"random θ": 0, f"θ after {options.meta_steps} meta-steps": options.meta_steps}
     batch = build(config).sampler("train", tasks=options.tasks, seed=1).sample(0)
     results = []
     for name, steps in starts.items():
         theta = trained(build(config), steps)
         for curvature in ("gauss_newton", "hessian"):
-            rows = measured(replace(config, meta=replace(config.meta, curvature=curvature)), theta, batch)
+            rows = measured(changed(config, {"algorithm.curvature": curvature}), theta, batch)
             results.append({"theta": name, "curvature": curvature, "results": rows})
             for precision, row in rows.items():
                 print(f"{name}, {curvature}, {precision}: " + ", ".join(f"{k} {v:.1e}" for k, v in row.items()))
@@ -96,8 +90,8 @@ def main() -> int:
             device=torch.device(options.device),
             tasks=options.tasks,
             filters=options.filters,
-            inner_steps=config.inner.steps,
-            cg_steps=config.meta.cg_steps,
+            inner_steps=config.algorithm.inner.steps,
+            cg_steps=config.algorithm.linear_solver.max_iterations,
             runs=results,
         )
     return 0

@@ -156,8 +156,8 @@ def _scaling(result: dict[str, Any]) -> str:
         t = result["training"]
         shares = ", ".join(f"{name} {share:.1%}" for name, share in t["shares"].items())
         parts.append(
-            f"Training `{t['preset']}` for {t['steps']} meta-steps: {t['outside']:.1%} of the time outside the "
-            f"meta-step ({shares}).\n"
+            f"Training `{t.get('recipe') or t['preset']}` for {t['steps']} meta-steps: {t['outside']:.1%} of the time "
+            f"outside the meta-step ({shares}).\n"
         )
     return "\n".join(parts)
 
@@ -252,7 +252,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         spread = [[p["median_ms"] - p["min_ms"] for p in points], [p["max_ms"] - p["median_ms"] for p in points]]
         plot.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2)
         plot.plot(x, [y[-1] * v / x[-1] for v in x], ":", color="grey", label="proportional")
-        plot.set(xscale="log", yscale="log", xlabel=axis.replace("_", " "), ylabel="ms a meta-step")
+        plot.set(xscale="log", yscale="log", xlabel=axis.replace("_", " "), ylabel="ms per meta-step")
         plot.set_xticks(x, [str(v) for v in x])
         plot.minorticks_off()
     plots.flat[0].legend()

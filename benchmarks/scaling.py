@@ -6,9 +6,9 @@
 
 An axis varies one number of the workload (5-way 1-shot, 8 tasks, 16 inner steps, 5 CG steps, 64 filters) and leaves the
 others. All points of an axis take turns. `ms / GFLOP` would be level if time were arithmetic (as counted in
-meta_step.py); the axis of the tasks also says how far the time a task is from that at the most tasks.
+meta_step.py); the axis of the tasks also says how far the time per task is from that at the most tasks.
 
-Training: `imaml_ext.training.train`, with clocks around the sampler, the meta-gradient and the outer update; what is
+Training: `imaml_ext.train.train`, with clocks around the sampler, the meta-gradient and the outer update; what is
 left of its training time is everything else (logging, statistics). Checkpoints and tests are no part of that time.
 """
 
@@ -32,7 +32,8 @@ from peers import Algorithm
 
 from imaml_ext import IMAML
 from imaml_ext.data import EpisodeSampler
-from imaml_ext.training import PRESETS, train
+from imaml_ext.settings import changed
+from imaml_ext.train import load_recipe, train
 
 AXES: dict[str, tuple[int, ...]] = {
     "tasks": (1, 2, 4, 8, 16, 32, 64),
@@ -72,12 +73,12 @@ def measure_axis(axis: str, values: tuple[int, ...], base: Workload, options: ar
     result: dict[str, Any] = {"points": points, "machine": machine.rates(times)}
     if axis == "tasks":
         result["deviation_from_linear"] = deviation_from_linear({p["value"]: p["median_ms"] for p in points})
-        print(f"time a task, from 4 tasks on: within {result['deviation_from_linear']:.1%} of that at {max(values)}")
+        print(f"time per task, from 4 tasks on: within {result['deviation_from_linear']:.1%} of that at {max(values)}")
     return result
 
 
 def deviation_from_linear(times: dict[int, float], *, smallest: int = 4) -> float:
-    """How far the time a task, from `smallest` tasks on, is at most from that at the most tasks, relative to that."""
+    """How far the time per task, from `smallest` tasks on, is at most from that at the most tasks, relative to that."""
     most = max(times)
     return round(max(abs(times[n] / n * most / times[most] - 1) for n in times if n >= min(smallest, most)), 4)
 
@@ -115,30 +116,31 @@ class Clock:
 
 
 def measure_training(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains a preset for some steps and prints where the time goes."""
-    preset = "omniglot-5w1s" if options.data == "omniglot" else "glyphs-5w1s"
-    config = PRESETS[preset].config
-    config = replace(
-        config,
-        outer=replace(config.outer, steps=options.training_steps),
-        evaluation=replace(config.evaluation, every=0, tasks=25),
-        run=replace(config.run, device=options.device, checkpoint_every=options.training_steps),
-    )
+    """Trains a recipe for some steps and prints where the time goes."""
+    recipe = "omniglot-5w1s" if options.data == "omniglot" else "glyphs-5w1s"
+    changes = {
+        "outer.steps": options.training_steps,
+        "evaluation.every": 0,
+        "evaluation.tasks": 25,
+        "run.device": options.device,
+        "run.checkpoint_every": options.training_steps,
+    }
+    config = changed(load_recipe(recipe).config, changes)
     clock = Clock(torch.device(options.device))
     with contextlib.ExitStack() as stack:
         stack.enter_context(clock.around(IMAML, "meta_gradient", "meta-gradient"))
         stack.enter_context(clock.around(torch.optim.Adam, "step", "outer update"))
         stack.enter_context(clock.around(EpisodeSampler, "sample", "sampler"))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        result = train(config, Path(folder) / "run", preset=preset)
+        result = train(config, Path(folder) / "run", recipe=recipe)
     total = result["train_seconds"]
     # What is called after the last step belongs to the test.
     shares = {name: sum(calls[: options.training_steps]) / total for name, calls in clock.seconds.items()}
     outside = 1 - shares["meta-gradient"] - shares["outer update"]
-    print(f"\n{preset}, {options.training_steps} meta-steps in {total:.1f} s: outside the meta-step {outside:.1%}")
+    print(f"\n{recipe}, {options.training_steps} meta-steps in {total:.1f} s: outside the meta-step {outside:.1%}")
     print("  " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     return {
-        "preset": preset,
+        "recipe": recipe,
         "steps": options.training_steps,
         "seconds": round(total, 3),
         "shares": {name: round(share, 4) for name, share in shares.items()},

@@ -95,7 +95,7 @@ def test_a_blocked_loop_gives_what_the_whole_one_gives():
             torch.testing.assert_close(x, whole)
 
 
-@pytest.mark.parametrize("proximal", ["pullback", "gradient"])
+@pytest.mark.parametrize("proximal", ["after", "gradient"])
 def test_grouped_and_both_models_agree_in_float64(proximal):
     exact = problem(proximal).double()
     truth = peers.grouped(exact)
@@ -111,13 +111,13 @@ def test_a_wrong_implementation_is_named(wrong):
         right = peers.grouped(problem)
         return replace(right, name="broken", gradient=lambda flat: wrong * flat)
 
-    task = problem("pullback")
+    task = problem("after")
     with pytest.raises(measure.MismatchError, match="broken by"):
         meta_step.check(task, task, {"broken": broken})
 
 
 def test_the_steps_leave_theta_alone():
-    task = problem("pullback")
+    task = problem("after")
     for make in (peers.imaml_ext, peers.imaml_ext_module, peers.grouped):
         implementation = make(task)
         first, second = (implementation.gradient(implementation.step()).clone() for _ in range(2))

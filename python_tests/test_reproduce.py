@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,23 @@ import pytest
 import torch
 from training_tools import assert_one_sentence, imaml
 
+from imaml_ext.data import Omniglot
 from imaml_ext.data.linear import LinearClosedForm, LinearSampler
-from imaml_ext.reproduce import EXPERIMENTS, cost
-from imaml_ext.reproduce.ablation import RECIPES, STUDIES, ablation_cells
-from imaml_ext.reproduce.cost_cell import CostCell, _cpu_memory, measure
-from imaml_ext.reproduce.omniglot_table import PUBLISHED, table_cells
-from imaml_ext.reproduce.options import ALGORITHMS, Ablation, OmniglotTable, Sinusoid
-from imaml_ext.reproduce.sinusoid import sinusoid_cells
-from imaml_ext.training import experiment as experiment_module
-from imaml_ext.training.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.training.config import knobs
+from imaml_ext.inner import NewtonCG
+from imaml_ext.meta import IMAML
+from imaml_ext.pretrained.weights import pretrained_names, read_weights
+from imaml_ext.reproduction import EXPERIMENTS, chains, cost
+from imaml_ext.reproduction.ablation import RECIPES, STUDIES, ablation_cells
+from imaml_ext.reproduction.cost_cell import CostCell, _cpu_memory, measure
+from imaml_ext.reproduction.omniglot_table import PUBLISHED, table_cells
+from imaml_ext.reproduction.options import ALGORITHMS, Ablation, Cost, OmniglotTable, Sinusoid
+from imaml_ext.reproduction.sinusoid import sinusoid_cells
+from imaml_ext.settings import changed, leaves, to_json
+from imaml_ext.solvers import CG
+from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
+from imaml_ext.train.config import EvaluationSettings, Outer, RunSettings, Theta, TrainConfig
+from imaml_ext.train.recipe import load_recipe, recipe_summaries
+from imaml_ext.train.run_directory import RunDirectory, read_config
 
 TRIAL = ("--budget", "trial", "--threads", "1", "--device", "cpu")
 
@@ -58,16 +66,17 @@ def test_help_names_the_experiments() -> None:
     ("arguments", "words"),
     [
         ("table", ["table", "omniglot-table"]),
-        ("exactness --condition-numbers 1", ["--condition-numbers must be one or more numbers >= 2, got 1.0"]),
-        ("exactness --condition-numbers nan", ["--condition-numbers must be", "nan"]),
-        ("exactness --eigenvalues 21", ["--eigenvalues must not exceed --features, 20, got 21"]),
-        ("exactness --cg-steps", ["--cg-steps must be one or more numbers >= 1, got none"]),
+        ("exactness --condition-numbers 1", ["condition_numbers must be at least 2, got 1.0"]),
+        ("exactness --condition-numbers nan", ["condition_numbers must be finite, got nan"]),
+        ("exactness --eigenvalues 21", ["eigenvalues must be no larger than features (20), got (21,)"]),
+        ("exactness --cg-steps", ["cg_steps must be one or more values, got ()"]),
         ("exactness --dtypes float16", ["float16", "float64"]),
         ("cost --methods reptile", ["reptile", "fomaml"]),
-        ("cost --steps 0", ["--steps must be one or more numbers >= 1, got 0"]),
-        ("cost --memory-limit -1", ["--memory-limit must be a positive number of GiB, got -1.0"]),
+        ("cost --steps 0", ["steps must be at least 1, got 0"]),
+        ("cost --memory-limit -1", ["memory_limit must be above 0, got -1.0"]),
         ("sinusoid --budget huge", ["huge", "published"]),
-        ("ablation --threads 0", ["--threads must be one or more numbers >= 1, got 0"]),
+        ("ablation --threads 0", ["threads must be at least 1, got 0"]),
+        ("cost --data glyphs --data-root here", ["data_root must be left out for the data set 'glyphs'"]),
         ("omniglot-table --cels 5w1s", ["Unrecognized options", "--cels"]),
     ],
 )
@@ -140,7 +149,7 @@ def test_exactness(tmp_path: Path) -> None:
 
 
 def _cost_cell(method: str, steps: int) -> CostCell:
-    return CostCell(method, steps, 1, 1, 2, 1, "cpu", torch.get_num_threads(), "glyphs", None)
+    return CostCell(method, steps, Cost(data="glyphs", filters=2, queries=1, repeats=1, device="cpu"))
 
 
 def test_peak_memory_is_the_allocators() -> None:
@@ -176,20 +185,8 @@ def test_memory_grows_with_mamls_steps_alone() -> None:
 
 def test_cost_keeps_what_it_has_measured(tmp_path: Path) -> None:
     def run(*more: object) -> Any:
-        options = [
-            "--filters",
-            2,
-            "--queries",
-            1,
-            "--repeats",
-            1,
-            "--threads",
-            1,
-            "--device",
-            "cpu",
-            "--data",
-            "glyphs",
-        ]
+        sizes = ["--filters", 2, "--queries", 1, "--repeats", 1]
+        options = [*sizes, "--threads", 1, "--device", "cpu", "--data", "glyphs"]
         return imaml("reproduce", "cost", "--output-dir", tmp_path, "--methods", "imaml-gd", *options, *more)
 
     first = run("--steps", 1)
@@ -242,28 +239,81 @@ def test_a_cell_whose_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("budget", ["small", "published", "trial"])
 def test_cells_differ_in_what_their_names_say(budget: Any) -> None:
-    table = {cell.name: dict(knobs(cell.config)) for cell in table_cells(OmniglotTable(budget=budget))}
+    table = {name: dict(leaves(config)) for name, config in table_cells(OmniglotTable(budget=budget)).items()}
     assert len(table) == 20
     for name, config in table.items():
         column, algorithm = name.split("/")
-        assert f"{config['data.ways']}w{config['data.shots']}s" == column
-        assert config["meta.algorithm"] == algorithm.removesuffix("-gd").removesuffix("-hf")
-        assert (config["inner.solver"] == "hessian_free") == (algorithm == "imaml-hf")
-        assert config["data.name"] == "omniglot"
+        assert f"{config['tasks.ways']}w{config['tasks.shots']}s" == column
+        assert config["algorithm"] == algorithm.removesuffix("-gd").removesuffix("-hf")
+        assert (config["algorithm.inner"] == "newton_cg") == (algorithm == "imaml-hf")
+        assert config["data"] == "omniglot"
     assert set(PUBLISHED) == set(ALGORITHMS)
 
-    regression = [dict(knobs(cell.config)) for cell in sinusoid_cells(Sinusoid(budget=budget))]
-    assert [config["data.shots"] for config in regression] == 5 * [5] + 5 * [10]
+    regression = sinusoid_cells(Sinusoid(budget=budget)).values()
+    assert [config.tasks.shots for config in regression] == 5 * [5] + 5 * [10]
 
-    ablation = {cell.name: dict(knobs(cell.config)) for cell in ablation_cells(Ablation(budget=budget))}
+    ablation = {name: dict(leaves(config)) for name, config in ablation_cells(Ablation(budget=budget)).items()}
     for study in STUDIES:
         recipe = ablation[f"recipe/{study.base}"]
-        for label, changed in study.cells.items():
+        for label, changes in study.cells.items():
             config = ablation[f"{study.name}/{label}"]
-            different = {knob: value for knob, value in config.items() if value != recipe[knob]}
+            different = {path: value for path, value in config.items() if value != recipe[path]}
             assert different, (study.name, label)
-            assert different.items() <= changed.items()
-    assert RECIPES["public-code"]["meta.damping"] + RECIPES["public-code"]["inner.lam"] == 24
+            assert different.items() <= changes.items()
+    assert RECIPES["public-code"].damping + RECIPES["public-code"].lam == 24
+
+
+RESULTS = Path(__file__).parents[1] / "docs" / "reproduction" / "results"
+RUNS = sorted(RESULTS.glob("omniglot-table/runs/small/*/*/config.json"))
+
+
+@pytest.mark.skipif(not RUNS, reason="the result files are not part of a source distribution")
+def test_cells_are_those_of_the_recorded_runs(tmp_path: Path) -> None:
+    cells = table_cells(OmniglotTable(threads=1))
+    for path in RUNS:  # of version 0.1; how often it logged and saved changes no result
+        cell, recorded = cells["/".join(path.parts[-3:-1])], read_config(RunDirectory(path.parent)).config
+        assert changed(recorded, {"run": cell.run}) == cell, path
+    shutil.copytree(RESULTS / "omniglot-table" / "runs", tmp_path / "runs")
+    drawn = imaml("reproduce", "omniglot-table", "--draw-only", "--output-dir", tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "omniglot-table.md").read_text() == (RESULTS / "omniglot-table/omniglot-table.md").read_text()
+
+
+CHAINS = Path(chains.__file__).parent
+
+
+def test_chains_are_what_the_published_weights_were_trained_by() -> None:
+    recipes = {name: load_recipe(name, (CHAINS,)) for name in recipe_summaries((CHAINS,))}
+    assert set(recipes) == set(pretrained_names())
+    for name, recipe in recipes.items():
+        weights, config = read_weights(name), recipe.config
+        assert weights.algorithm == config.algorithm, name
+        assert weights.shared_head == config.theta.shared_head
+        assert weights.card.trained_from == config.theta.weights
+        assert weights.card.tasks == to_json(config.tasks) | {"queries": weights.card.tasks["queries"]}
+        assert weights.card.data == to_json(config.data)
+        assert (weights.card.steps, weights.card.meta_batch) == (config.outer.steps, config.outer.meta_batch)
+        accuracy = f"{100 * weights.card.test['accuracy']:.2f} ± {100 * weights.card.test['accuracy_interval']:.2f} %"
+        assert f"Accuracy: {accuracy} on {weights.card.test['tasks']:,} test tasks." in recipe.description
+
+
+def test_a_chain_in_full() -> None:
+    changes = {
+        "data.split_protocol": "vinyals",
+        "augment.crop_padding": 1,
+        "theta": Theta("omniglot-vinyals-start", shared_head=True, feature_scale=3.0),
+        "algorithm": IMAML(
+            lam=0.1,
+            inner=NewtonCG(5, linear_solver=CG(2, rtol=0.0), curvature="gauss_newton"),
+            linear_solver=CG(5),
+            curvature="gauss_newton",
+        ),
+        "outer": Outer(steps=3000, meta_batch=16, lr=2e-3, schedule="cosine"),
+        "evaluation": EvaluationSettings(tasks=2000, every=500, validation_tasks=600),
+        "run": RunSettings(seed=2, log_every=100, checkpoint_every=1000),
+    }
+    expected = changed(TrainConfig(data=Omniglot()), changes)
+    assert load_recipe("omniglot-vinyals-5w1s-hf", (CHAINS,)).config == expected
 
 
 def test_sinusoid(tmp_path: Path) -> None:
@@ -301,23 +351,24 @@ def test_table_interrupted_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest
         return imaml("reproduce", "omniglot-table", "--data", "glyphs", "--output-dir", output, *TRIAL, *more)
 
     def theta(output: Path) -> torch.Tensor:
-        return load_checkpoint(list_checkpoints(output / "runs/trial/5w1s/imaml-gd/checkpoints")[-1]).theta
+        return load_checkpoint(list_checkpoints(output / "runs/trial/5w1s/imaml-gd/checkpoints")[-1]).params["theta"]
 
     assert_one_sentence(run(tmp_path / "a", "--cells", "5w2s"), "no cell is called '5w2s'", "5w1s/imaml-gd")
     assert_one_sentence(run(tmp_path / "a", "--draw-only"), "nothing to draw")
 
     calls = 0
 
-    class Interrupting(experiment_module.IMAML):  # type: ignore[misc]
-        def meta_gradient(self, *arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().meta_gradient(*arguments)
+    meta_gradient = IMAML.meta_gradient
+
+    def interrupting(self: IMAML, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return meta_gradient(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment_module, "IMAML", Interrupting)
+        patch.setattr(IMAML, "meta_gradient", interrupting)
         stopped = run(tmp_path / "a", "--cells", "5w1s/imaml-gd")
     assert stopped.returncode == 143, stopped.stderr
     assert not (tmp_path / "a" / "omniglot-table.md").exists()
@@ -332,7 +383,7 @@ def test_table_interrupted_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest
     results = _json(tmp_path / "a" / "omniglot-table.json")
     cells = results["cells"]
     assert list(cells) == ["5w1s/imaml-gd", "5w1s/reptile"]
-    assert cells["5w1s/reptile"]["config"]["data"]["train_shots"] == 10
+    assert cells["5w1s/reptile"]["config"]["tasks"]["train_shots"] == 10
     test = cells["5w1s/imaml-gd"]["test"]
     table = (tmp_path / "a" / "omniglot-table.md").read_text()
     accuracy = f"{100 * test['accuracy']:.2f} ± {100 * test['accuracy_interval']:.2f}"
@@ -361,14 +412,15 @@ def test_ablation_and_a_cell_that_diverges(tmp_path: Path, monkeypatch: pytest.M
     def run(*more: object) -> Any:
         return imaml("reproduce", "ablation", "--data", "glyphs", "--output-dir", tmp_path, *TRIAL, *more)
 
-    class Diverging(experiment_module.IMAML):  # type: ignore[misc]
-        def meta_gradient(self, theta: torch.Tensor, episodes: Any) -> Any:
-            meta = super().meta_gradient(theta, episodes)
-            if self.damping == 1.0:
-                meta.gradient.fill_(float("nan"))
-            return meta
+    meta_gradient = IMAML.meta_gradient
 
-    monkeypatch.setattr(experiment_module, "IMAML", Diverging)
+    def diverging(self: IMAML, *arguments: Any) -> Any:
+        meta = meta_gradient(self, *arguments)
+        if self.damping == 1.0:
+            meta.gradient.fill_(float("nan"))
+        return meta
+
+    monkeypatch.setattr(IMAML, "meta_gradient", diverging)
     trained = run("--cells", "recipe/base", "damping/1")
     assert trained.returncode == 0, trained.stderr
     assert "2 of 44 cells are finished" in trained.stderr

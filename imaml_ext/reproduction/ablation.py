@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import FOMAML, IMAML, MetaAlgorithm
-from imaml_ext.reproduction.cells import Cells, Outcome, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.cells import TRIAL, Cells, Outcome, Outcomes, Report, cell, run_cells
 from imaml_ext.reproduction.figures import finish, learning_curve, panels
 from imaml_ext.reproduction.omniglot_table import NEWTON
 from imaml_ext.reproduction.options import Ablation
@@ -24,14 +24,13 @@ from imaml_ext.reproduction.results import markdown_table
 from imaml_ext.train.recipe import load_recipe
 
 _PAPER, _LARGER = GradientDescent(steps=16, lr=0.1), GradientDescent(steps=16, lr=0.4)
+_AFTERWARDS = GradientDescent(steps=16, lr=0.1, proximal="after")
 RECIPES: dict[str, MetaAlgorithm] = {
     "literal": IMAML(lam=2.0, inner=_PAPER, curvature="hessian"),
     "base": IMAML(lam=0.1, inner=_LARGER, curvature="gauss_newton"),
     "hessian-free": IMAML(lam=0.1, inner=NEWTON, curvature="gauss_newton"),
     # Its operator is (H + 24 I)/12 = (H + λ + δ)/12 with λ = 2, δ = 22; Adam does not see the factor.
-    "public-code": IMAML(
-        lam=2.0, inner=GradientDescent(steps=16, lr=0.1, proximal="after"), damping=22.0, curvature="hessian"
-    ),
+    "public-code": IMAML(lam=2.0, inner=_AFTERWARDS, damping=22.0, curvature="hessian"),
     "first-order": FOMAML(lam=0.1, inner=_LARGER),
 }
 
@@ -51,81 +50,67 @@ def _values(path: str, *values: float) -> dict[str, dict[str, Any]]:
     return {f"{value:g}": {path: value} for value in values}
 
 
-_HANDLING: dict[str, dict[str, Any]] = {
-    f"hessian-{what}": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": what}
-    for what in ("keep", "gradient", "skip")
-} | {"gauss-newton": {"algorithm.curvature": "gauss_newton"}}
-_HANDLING_TITLE = "curvature, and tasks where it is negative"
-_AFTER: dict[str, dict[str, Any]] = {"pullback": {"algorithm.inner.proximal": "after"}}
-_RATES = _values("outer.lr", 0.003, 0.01, 0.03)
-_FASTER = {"outer.lr": 0.003}
-_SCHEDULES: dict[str, dict[str, Any]] = {
-    "cosine": {**_FASTER, "outer.schedule": "cosine"},
-    "linear": {**_FASTER, "outer.schedule": "linear"},
-    "average": {**_FASTER, "outer.average": 0.98},
+_HANDLING = {
+    "hessian-keep": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "keep"},
+    "hessian-gradient": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "gradient"},
+    "hessian-skip": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "skip"},
+    "gauss-newton": {"algorithm.curvature": "gauss_newton"},
 }
-_NEWTON = "algorithm.inner.linear_solver.max_iterations"
-_DIRECTIONS: dict[str, dict[str, Any]] = {
-    f"{newton}x{cg}": {"outer.lr": 0.01, "algorithm.inner.steps": newton, _NEWTON: cg}
+_CURVATURE = "curvature, and tasks where it is negative"
+_LITERAL_HANDLING, _BASE_HANDLING = (
+    {label: changes for label, changes in _HANDLING.items() if label != own} for own in ("hessian-keep", "gauss-newton")
+)
+_AFTER = {"pullback": {"algorithm.inner.proximal": "after"}}
+_RATES = _values("outer.lr", 0.003, 0.01, 0.03)
+_SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {"outer.lr": 0.003, "outer.schedule": "cosine"},
+    "linear": {"outer.lr": 0.003, "outer.schedule": "linear"},
+    "average": {"outer.lr": 0.003, "outer.average": 0.98},
+}
+_ITERATIONS = "algorithm.inner.linear_solver.max_iterations"
+_DIRECTIONS = {
+    f"{newton}x{cg}": {"outer.lr": 0.01, "algorithm.inner.steps": newton, _ITERATIONS: cg}
     for newton, cg in ((4, 1), (16, 1), (5, 2), (2, 5))
 }
-
-
-def _without(label: str) -> dict[str, dict[str, Any]]:
-    return {other: changes for other, changes in _HANDLING.items() if other != label}
-
-
+_STEPS = "hessian-free at outer rate 0.01: Newton × CG steps"
 STUDIES = (
     Study("literal-damping", "literal: damping δ", "literal", "0", _values("algorithm.damping", 1, 4, 22, 100)),
-    Study("literal-curvature", f"literal: {_HANDLING_TITLE}", "literal", "hessian-keep", _without("hessian-keep")),
+    Study("literal-curvature", f"literal: {_CURVATURE}", "literal", "hessian-keep", _LITERAL_HANDLING),
     Study("literal-inner", "literal: inner step", "literal", "gradient", _AFTER),
     Study("lam", "base: λ", "base", "0.1", _values("algorithm.lam", 0.02, 0.5, 2)),
     Study("cg-steps", "base: CG steps", "base", "5", _values("algorithm.linear_solver.max_iterations", 1, 2, 10, 20)),
     Study("damping", "base: damping δ", "base", "0", _values("algorithm.damping", 0.1, 1, 10)),
-    Study("curvature", f"base: {_HANDLING_TITLE}", "base", "gauss-newton", _without("gauss-newton")),
+    Study("curvature", f"base: {_CURVATURE}", "base", "gauss-newton", _BASE_HANDLING),
     Study("inner", "base: inner step", "base", "gradient", _AFTER),
     Study("inner-steps", "base: inner steps", "base", "16", _values("algorithm.inner.steps", 1, 2, 4, 8)),
     Study("outer-lr", "base: outer learning rate", "base", "0.001", _RATES),
     Study("outer-schedule", "base at outer rate 0.003: schedule, average", "base", "constant, 0.001", _SCHEDULES),
     Study("hessian-free-outer-lr", "hessian-free: outer learning rate", "hessian-free", "0.001", _RATES),
-    Study(
-        "hessian-free-steps",
-        "hessian-free at outer rate 0.01: Newton × CG steps",
-        "hessian-free",
-        "8×1, 0.001",
-        _DIRECTIONS,
-    ),
+    Study("hessian-free-steps", _STEPS, "hessian-free", "8×1, 0.001", _DIRECTIONS),
 )
-
-
-def _budget(steps: int, meta_batch: int, tasks: int) -> dict[str, Any]:
-    return {"outer.steps": steps, "outer.meta_batch": meta_batch, "outer.lr": 1e-3, "evaluation.tasks": tasks}
-
-
-_COMMON = {"run.log_every": 10}
 BUDGETS: dict[str, dict[str, Any]] = {
-    "small": _COMMON | _budget(300, 8, 600),
-    "published": _COMMON | _budget(2000, 16, 1000),
-    "trial": _budget(3, 2, 10) | {"model.filters": 4, "run.log_every": 1},
+    "small": {"outer.steps": 300, "outer.meta_batch": 8, "evaluation.tasks": 600, "run.log_every": 10},
+    "published": {"outer.steps": 2000, "outer.meta_batch": 16, "evaluation.tasks": 1000, "run.log_every": 10},
+    "trial": TRIAL | {"outer.steps": 3, "model.filters": 4},
 }
 
 
 def ablation_cells(options: Ablation) -> Cells:
     """Returns the configuration of every cell, recipe/LABEL or STUDY/LABEL."""
-    base = load_recipe("omniglot-5w1s").config
-    layers = {name: (BUDGETS[options.budget], {"algorithm": algorithm}) for name, algorithm in RECIPES.items()}
-    cells = {f"recipe/{name}": cell(base, options, *layers[name]) for name in RECIPES}
+    base, budget = load_recipe("omniglot-5w1s").config, {**BUDGETS[options.budget], "outer.lr": 1e-3}
+    cells = {f"recipe/{name}": cell(base, options, budget, {"algorithm": RECIPES[name]}) for name in RECIPES}
     for study in STUDIES:
         for label, changes in study.cells.items():
-            cells[f"{study.name}/{label}"] = cell(base, options, *layers[study.base], changes)
+            cells[f"{study.name}/{label}"] = cell(cells[f"recipe/{study.base}"], options, changes)
     return cells
 
 
 def run(options: Ablation, *, command: str = "") -> None:
-    def report(found: Outcomes) -> Report:
-        return Report(_table(options, found), {"ablation.png": _draw(options, found)})
+    run_cells(options, ablation_cells(options), _report, command=command)
 
-    run_cells(options, ablation_cells(options), report, command=command)
+
+def _report(options: Ablation, found: Outcomes) -> Report:
+    return Report(_table(options, found), {"ablation.png": _draw(options, found)})
 
 
 def _groups(found: Outcomes) -> list[tuple[str, dict[str, Outcome]]]:
@@ -135,9 +120,7 @@ def _groups(found: Outcomes) -> list[tuple[str, dict[str, Outcome]]]:
         of_study = {label: f"{study.name}/{label}" for label in study.cells}
         if any(name in found for name in of_study.values()):
             groups.append((study.title, {f"{study.base_value} ({study.base})": f"recipe/{study.base}", **of_study}))
-    finished = [
-        (title, {label: found[name] for label, name in names.items() if name in found}) for title, names in groups
-    ]
+    finished = ((title, {label: found[n] for label, n in cells.items() if n in found}) for title, cells in groups)
     return [(title, members) for title, members in finished if members]
 
 

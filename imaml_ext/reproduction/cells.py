@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
@@ -21,6 +20,10 @@ from imaml_ext.train.reports import write_figure
 from imaml_ext.train.run_directory import RunDirectory, read_config
 from imaml_ext.train.trainer import check_directory, train
 
+_DIVERGED = "diverged.json"
+# Of the budget `trial` of every experiment.
+TRIAL = {"outer.meta_batch": 2, "evaluation.tasks": 10, "evaluation.every": 0, "run.log_every": 1}
+Options = TypeVar("Options", bound=TrainedOptions)
 # The name of a cell, such as "5w1s/maml", is that of its run directory under runs/BUDGET too.
 Cells = Mapping[str, TrainConfig]
 
@@ -66,16 +69,15 @@ class Report:
 
 def cell(base: TrainConfig, options: TrainedOptions, *layers: Mapping[str, Any]) -> TrainConfig:
     """Returns `base` with layers of changes, {path: value}, and with what all cells take from the options."""
-    common = {"run.device": options.device, "run.threads": options.threads, "run.seed": options.seed}
-    data = {"data": data_source(options)} if isinstance(options, ImageOptions) else {}
-    for layer in ({"run.tensorboard": False}, *layers, common | data):
+    common: dict[str, Any] = {"run.device": options.device, "run.threads": options.threads, "run.seed": options.seed}
+    if isinstance(options, ImageOptions):
+        common["data"] = data_source(options)
+    for layer in ({"run.tensorboard": False}, *layers, common):
         base = changed(base, layer)
     return base
 
 
-def run_cells(
-    options: TrainedOptions, cells: Cells, report: Callable[[Outcomes], Report], *, command: str = ""
-) -> None:
+def run_cells(options: Options, cells: Cells, report: Callable[[Options, Outcomes], Report], *, command: str) -> None:
     """Trains the cells chosen that are not finished, and draws what is finished after each of them.
 
     A cell that was interrupted continues from its newest checkpoint. One whose meta-gradient became non-finite is
@@ -83,13 +85,33 @@ def run_cells(
 
     Raises:
         ConfigError: no cell has a name asked for, or a run directory holds a run with other settings.
-        RunError: no cell is finished in the end.
-        RunError, DataError, Interrupted: as `imaml_ext.train.train`.
+        RunError: no cell is finished in the end, or as `imaml_ext.train.train`; as do DataError, Interrupted.
     """
     chosen = [] if options.draw_only else _chosen(cells, options.cells)
-    output_folder(options)
+    folder = output_folder(options)
+    directories = {name: RunDirectory(folder / "runs" / options.budget / name) for name in cells}
+
+    def draw() -> int:
+        """Writes NAME.json, NAME.md and the figures; returns the number of finished cells."""
+        results = {name: _result(directory) for name, directory in directories.items()}
+        found = {
+            name: Outcome(directories[name], read_config(directories[name]).config, result)
+            for name, result in results.items()
+            if result is not None
+        }
+        if not found:
+            runs = folder / "runs" / options.budget
+            raise RunError(f"{runs} holds no finished run of this experiment: there is nothing to draw")
+        drawn = report(options, found)
+        content = {name: {**outcome.result, "config": to_json(outcome.config)} for name, outcome in found.items()}
+        write_results(options, resolve_device(options.device), command=command, **drawn.content, cells=content)
+        atomic_write(folder / f"{options.name}.md", drawn.table.encode())
+        for name, figure in drawn.figures.items():
+            write_figure(figure, folder / name)
+        return len(found)
+
     for number, name in enumerate(chosen, 1):
-        directory, title = _directory(options, name), f"{options.name} {number}/{len(chosen)}: {name}"
+        directory, title = directories[name], f"{options.name} {number}/{len(chosen)}: {name}"
         check_directory(directory, cells[name], resume=True)
         if _result(directory) is not None:
             say(f"{title} is finished")
@@ -99,52 +121,20 @@ def run_cells(
             train(cells[name], directory.path, recipe=name, command=command, resume=True)
         except Diverged as error:
             say(str(error))
-            atomic_write(_diverged(directory), json_bytes({"diverged": str(error)}))
-        _draw(options, cells, report, command)
-    finished = _draw(options, cells, report, command)
-    say(f"{finished} of {len(cells)} cells are finished; results are in {options.folder}")
-
-
-def _draw(options: TrainedOptions, cells: Cells, report: Callable[[Outcomes], Report], command: str) -> int:
-    """Writes NAME.json, NAME.md and the figures; returns the number of finished cells."""
-    found = {}
-    for name in cells:
-        directory = _directory(options, name)
-        result = _result(directory)
-        if result is not None:
-            found[name] = Outcome(directory, read_config(directory).config, result)
-    if not found:
-        raise RunError(f"{_directory(options).path} holds no finished run of this experiment: there is nothing to draw")
-    drawn = report(found)
-    content = {name: {**outcome.result, "config": to_json(outcome.config)} for name, outcome in found.items()}
-    write_results(options, resolve_device(options.device), command=command, **drawn.content, cells=content)
-    atomic_write(options.folder / f"{options.name}.md", drawn.table.encode())
-    for name, figure in drawn.figures.items():
-        write_figure(figure, options.folder / name)
-    return len(found)
-
-
-def _directory(options: TrainedOptions, cell: str = "") -> RunDirectory:
-    return RunDirectory(options.folder / "runs" / options.budget / cell)
-
-
-def _diverged(directory: RunDirectory) -> Path:
-    return directory.path / "diverged.json"
+            atomic_write(directory.path / _DIVERGED, json_bytes({"diverged": str(error)}))
+        draw()
+    say(f"{draw()} of {len(cells)} cells are finished; results are in {folder}")
 
 
 def _result(directory: RunDirectory) -> dict[str, Any] | None:
     """The result of a run, None where there is none yet."""
     advice = "remove it, and its cell is tested again"
-    return read_json(directory.result, advice) or read_json(_diverged(directory), advice)
+    return read_json(directory.result, advice) or read_json(directory.path / _DIVERGED, advice)
 
 
 def _chosen(cells: Cells, names: Sequence[str]) -> list[str]:
     """The cells that are named, each by its whole name or by a beginning of it that ends before a "/"."""
-
-    def matches(cell: str, name: str) -> bool:
-        return cell == name or cell.startswith(name.rstrip("/") + "/")
-
-    for name in names:
-        if not any(matches(cell, name) for cell in cells):
-            raise ConfigError(f"--cells: no cell is called {name!r}; there are: {', '.join(cells)}")
-    return [cell for cell in cells if not names or any(matches(cell, name) for name in names)]
+    of_name = {name: {cell for cell in cells if f"{cell}/".startswith(f"{name.rstrip('/')}/")} for name in names}
+    for name in (name for name in names if not of_name[name]):
+        raise ConfigError(f"--cells: no cell is called {name!r}; there are: {', '.join(cells)}")
+    return [cell for cell in cells if not names or any(cell in found for found in of_name.values())]

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,27 +32,24 @@ from imaml_ext.train.progress import ProgressBar, say
 from imaml_ext.train.reports import write_figure
 
 _GIB = 2**30
-_OF_A_CELL = ("meta_batch", "queries", "filters", "repeats")
 Measured = dict[str, dict[str, Any]]  # "method/steps" -> what was measured, or why nothing was
 
 
 def run(options: Cost, *, command: str = "") -> None:
-    source = data_source(options)
-    source.load()  # what is missing is said before anything is measured
+    data_source(options).load()  # what is missing is said before anything is measured
     device = resolve_device(options.device)
     path = output_folder(options) / "cost.json"
     settings = _settings(options, device)
+    resolved = replace(options, device=settings["device"], threads=settings["threads"])
     cells = _known_cells(path, settings)
-    wanted = [(method, steps) for method in options.methods for steps in sorted(set(options.steps))]
-    of_a_cell = {name: settings[name] for name in (*_OF_A_CELL, "device", "threads")}
+    wanted = [CostCell(method, steps, resolved) for method in options.methods for steps in sorted(set(options.steps))]
 
     def write() -> None:
         write_results(options, device, command=command, settings=settings, cells=cells)
         write_figure(_draw(cells, settings), path.with_suffix(".png"))
 
     with ProgressBar("cost", total=len(wanted)) as bar:
-        for done, (method, steps) in enumerate(wanted):
-            cell = CostCell(method=method, steps=steps, data=source, **of_a_cell)
+        for done, cell in enumerate(wanted):
             bar.update(done, {"cell": cell.name})
             if "peak_bytes" not in cells.get(cell.name, {}):
                 cells[cell.name] = _measured(cell, cells, _limit(options, device))
@@ -66,11 +64,10 @@ def run(options: Cost, *, command: str = "") -> None:
 def _settings(options: Cost, device: torch.device) -> dict[str, Any]:
     """What all cells of a cost.json share, the machine and the versions included."""
     machine = {name: value for name, value in environment(device).items() if name != "commit"}
-    return {
-        **{name: getattr(options, name) for name in (*_OF_A_CELL, "data")},
-        **{"ways": WAYS, "shots": SHOTS, "lam": LAM, "cg_steps": CG_STEPS},
-        **{**machine, "device": str(device), "threads": options.threads or torch.get_num_threads()},
-    }
+    given = {name: getattr(options, name) for name in ("meta_batch", "queries", "filters", "repeats", "data")}
+    task = {"ways": WAYS, "shots": SHOTS, "lam": LAM, "cg_steps": CG_STEPS}
+    threads = options.threads or torch.get_num_threads()
+    return {**given, **task, **machine, "device": str(device), "threads": threads}
 
 
 def _known_cells(path: Path, settings: Mapping[str, Any]) -> Measured:
@@ -79,18 +76,15 @@ def _known_cells(path: Path, settings: Mapping[str, Any]) -> Measured:
     Raises:
         RunError: the file is damaged. ConfigError: its cells were measured with other settings, or elsewhere.
     """
-    results = read_json(path)
-    if results is None:
-        return {}
+    results = read_json(path) or {"settings": settings, "cells": {}}
     recorded, cells = results.get("settings"), results.get("cells")
     if not isinstance(recorded, dict) or not isinstance(cells, dict):
         raise RunError(f"{path} holds no results of this experiment: remove it, or give another --output-dir")
-    for name in settings:
-        if recorded.get(name) != settings[name]:
-            raise ConfigError(
-                f"{path} was measured with {name} {recorded.get(name)!r}, now {settings[name]!r}: its cells cannot be "
-                "compared with new ones; remove it, or give another --output-dir"
-            )
+    for name in (name for name in settings if recorded.get(name) != settings[name]):
+        raise ConfigError(
+            f"{path} was measured with {name} {recorded.get(name)!r}, now {settings[name]!r}: its cells cannot be "
+            "compared with new ones; remove it, or give another --output-dir"
+        )
     return cells
 
 

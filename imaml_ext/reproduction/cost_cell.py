@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from imaml_ext.data import DataSource
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.losses import TaskLoss
 from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm
 from imaml_ext.models import Conv4
+from imaml_ext.reproduction.options import Cost
+from imaml_ext.reproduction.results import data_source
 from imaml_ext.solvers import CG
 
 WAYS, SHOTS = 20, 5
@@ -29,17 +30,11 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 @dataclass(frozen=True)
 class CostCell:
-    """Says what is measured; everything but `method` and `steps` is common to the cells of an experiment."""
+    """Says what is measured; `options` name a device and a number of threads, and are common to all cells."""
 
     method: str
     steps: int
-    meta_batch: int
-    queries: int
-    filters: int
-    repeats: int
-    device: str
-    threads: int
-    data: DataSource
+    options: Cost
 
     @property
     def name(self) -> str:
@@ -47,17 +42,12 @@ class CostCell:
 
     def algorithm(self) -> MetaAlgorithm:
         descent, newton = GradientDescent(steps=self.steps, lr=LR), NewtonCG(steps=self.steps)
-        implicit: dict[str, Any] = {"lam": LAM, "linear_solver": CG(max_iterations=CG_STEPS)}
-        match self.method:
-            case "maml" | "maml-checkpoint":
-                return MAML(inner=descent, lam=LAM, checkpoint=self.method == "maml-checkpoint")
-            case "fomaml":
-                return FOMAML(inner=descent, lam=LAM)
-            case "imaml-gd":
-                return IMAML(inner=descent, **implicit)
-            case "imaml-hf":
-                return IMAML(inner=newton, **implicit)
-        raise ValueError(f"no such method: {self.method!r}")
+        if self.method == "fomaml":
+            return FOMAML(inner=descent, lam=LAM)
+        if self.method in ("maml", "maml-checkpoint"):
+            return MAML(inner=descent, lam=LAM, checkpoint=self.method == "maml-checkpoint")
+        solver = CG(max_iterations=CG_STEPS)
+        return IMAML(inner=newton if self.method == "imaml-hf" else descent, lam=LAM, linear_solver=solver)
 
 
 def measure(cell: CostCell) -> dict[str, Any]:
@@ -67,19 +57,12 @@ def measure(cell: CostCell) -> dict[str, Any]:
     the growth of the resident set, which knows of every other buffer too, the profiler's records among them. On CUDA
     it is `torch.cuda.max_memory_allocated`.
     """
-    device = torch.device(cell.device)
-    torch.set_num_threads(cell.threads)
-    sampler = cell.data.load().sampler(
-        "train",
-        ways=WAYS,
-        shots=SHOTS,
-        queries=cell.queries,
-        meta_batch=cell.meta_batch,
-        seed=0,
-        device=device,
-        dtype=torch.float32,
-    )
-    model = Conv4(WAYS, filters=cell.filters)
+    options, device = cell.options, torch.device(cell.options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    sizes: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": options.queries, "meta_batch": options.meta_batch}
+    sampler = data_source(options).load().sampler("train", **sizes, seed=0, device=device, dtype=torch.float32)
+    model = Conv4(WAYS, filters=options.filters)
     # The native engine keeps no graph: MAML on it would be checkpointed already.
     engine = "torch" if cell.method == "maml" else "auto"
     algorithm = cell.algorithm().bound(TaskLoss(model, "cross_entropy", engine=engine))
@@ -92,7 +75,7 @@ def measure(cell: CostCell) -> dict[str, Any]:
 
     memory = _cuda_memory(meta_gradient, device) if device.type == "cuda" else _cpu_memory(meta_gradient)
     seconds = []
-    for _ in range(cell.repeats):
+    for _ in range(options.repeats):
         began = time.perf_counter()
         meta_gradient()
         seconds.append(time.perf_counter() - began)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,10 +33,8 @@ def style(algorithm: str) -> dict[str, Any]:
     return {"color": COLORS[algorithm], "label": LABELS[algorithm]}
 
 
-def panels(
-    title: str, rows: int, columns: int, *, size: tuple[float, float], **sharing: Any
-) -> tuple[Figure, np.ndarray]:
-    """Returns a figure of `size` inches under a title, and its axes [rows, columns]."""
+def panels(title: str, rows: int, columns: int, *, size: tuple[float, float], **sharing: Any) -> tuple[Figure, Any]:
+    """Returns a figure of `size` inches under a title, and its axes as an array [rows, columns]."""
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
@@ -52,9 +48,7 @@ def finish(axis: Axes, *, legend: bool = True, **settings: Any) -> None:
         axis.legend(frameon=False, fontsize=8)
 
 
-def curve_with_band(
-    axis: Axes, x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any
-) -> None:
+def curve_with_band(axis: Axes, x: Any, y: Any, low: Any, high: Any, **style: Any) -> None:
     axis.plot(x, y, **style)
     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 

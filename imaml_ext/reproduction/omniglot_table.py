@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
-from imaml_ext.reproduction.cells import Cells, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.cells import TRIAL, Cells, Outcomes, Report, cell, run_cells
 from imaml_ext.reproduction.figures import LABELS, finish, learning_curve, panels, style
 from imaml_ext.reproduction.options import ALGORITHMS, OmniglotTable
 from imaml_ext.reproduction.results import markdown_table
@@ -67,7 +67,7 @@ def _budget(steps: int, tasks: int, lr: float) -> dict[str, Any]:
     return {"outer.steps": steps, "outer.meta_batch": tasks, "outer.lr": lr, "outer.schedule": "cosine"}
 
 
-_TRIAL = {"outer.steps": 4, "outer.meta_batch": 2, "model.filters": 4, "evaluation.tasks": 10, "run.log_every": 1}
+_TRIAL = TRIAL | {"outer.steps": 4, "model.filters": 4}
 BUDGETS: dict[str, dict[int, dict[str, Any]]] = {  # by name and ways
     "small": {5: _budget(5000, 16, 3e-3), 20: _budget(1000, 4, 3e-3)},
     "published": {5: _budget(20_000, 32, 1e-3), 20: _budget(20_000, 16, 1e-3)},
@@ -89,14 +89,12 @@ def table_cells(options: OmniglotTable) -> Cells:
 
 
 def run(options: OmniglotTable, *, command: str = "") -> None:
-    def report(found: Outcomes) -> Report:
-        figures = {
-            "omniglot-table.png": _draw_table(options, found),
-            "learning-curves.png": _draw_curves(options, found),
-        }
-        return Report(_table(options, found), figures, {"published": PUBLISHED})
+    run_cells(options, table_cells(options), _report, command=command)
 
-    run_cells(options, table_cells(options), report, command=command)
+
+def _report(options: OmniglotTable, found: Outcomes) -> Report:
+    figures = {"omniglot-table.png": _draw_table(options, found), "learning-curves.png": _draw_curves(options, found)}
+    return Report(_table(options, found), figures, {"published": PUBLISHED})
 
 
 def _table(options: OmniglotTable, found: Outcomes) -> str:

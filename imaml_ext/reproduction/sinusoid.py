@@ -17,7 +17,7 @@ from imaml_ext.errors import RunError
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, MAML, Reptile
-from imaml_ext.reproduction.cells import Cells, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.cells import TRIAL, Cells, Outcomes, Report, cell, run_cells
 from imaml_ext.reproduction.figures import LABELS, curve_with_band, finish, learning_curve, panels, style
 from imaml_ext.reproduction.options import ALGORITHMS, Sinusoid
 from imaml_ext.reproduction.results import markdown_table, read_json
@@ -51,14 +51,7 @@ ALGORITHM_CHANGES: dict[str, dict[str, Any]] = {
 BUDGETS: dict[str, dict[str, Any]] = {
     "small": {},
     "published": {"outer.steps": 30_000},
-    "trial": {
-        "outer.steps": 4,
-        "outer.meta_batch": 2,
-        "model.hidden": (8,),
-        "evaluation.tasks": 10,
-        "evaluation.every": 0,
-        "run.log_every": 1,
-    },
+    "trial": TRIAL | {"outer.steps": 4, "model.hidden": (8,)},
 }
 
 
@@ -73,15 +66,14 @@ def sinusoid_cells(options: Sinusoid) -> Cells:
 
 
 def run(options: Sinusoid, *, command: str = "") -> None:
-    def report(found: Outcomes) -> Report:
-        adaptation = {name: _adaptation(outcome.directory) for name, outcome in found.items() if outcome.test}
-        figures = {
-            "sinusoid.png": _draw_errors(options, found, adaptation),
-            "functions.png": _draw_functions(adaptation),
-        }
-        return Report(_table(options, found), figures, {"adaptation": adaptation})
+    run_cells(options, sinusoid_cells(options), _report, command=command)
 
-    run_cells(options, sinusoid_cells(options), report, command=command)
+
+def _report(options: Sinusoid, found: Outcomes) -> Report:
+    adaptation = {name: _adaptation(outcome.directory) for name, outcome in found.items() if outcome.test}
+    errors, functions = _draw_errors(options, found, adaptation), _draw_functions(adaptation)
+    figures = {"sinusoid.png": errors, "functions.png": functions}
+    return Report(_table(options, found), figures, {"adaptation": adaptation})
 
 
 def _adaptation(directory: RunDirectory) -> dict[str, Any]:
@@ -161,11 +153,8 @@ def _draw_errors(options: Sinusoid, found: Outcomes, adaptation: Mapping[str, An
                 _draw_error(left, adaptation[name], **style(algorithm))
             if name in found:
                 learning_curve(right, found[name].directory, "query_loss", **style(algorithm))
-        at_test: dict[str, Any] = {
-            "xlabel": "inner steps at test (dot: as tested)",
-            "ylabel": "mean squared error, 95 % band",
-        }
-        finish(left, title=f"{points}: test tasks", **at_test)
+        left.set(xlabel="inner steps at test (dot: as tested)", ylabel="mean squared error, 95 % band")
+        finish(left, title=f"{points}: test tasks")
         finish(right, title=f"{points}: training tasks, running mean", xlabel="meta-step", ylabel="query loss")
     return figure
 

@@ -32,43 +32,37 @@ def with_shared_head(weights: str, recipe: Recipe) -> Recipe:
     At such parameters support sets keep a curvature that the implicit gradient can use: CG takes five steps for it, and
     gradient descent smaller ones where the ways are few. The seed gives other tasks than the weights have seen.
     """
-    config = recipe.config
-    smaller = isinstance(config.algorithm.inner, GradientDescent) and config.tasks.ways <= 5
+    smaller = isinstance(recipe.config.algorithm.inner, GradientDescent) and recipe.config.tasks.ways <= 5
     changes = {"theta.weights": weights, "theta.shared_head": True, "augment": Augmentation(crop_padding=1)}
     changes |= {"algorithm.inner.lr": 0.2} if smaller else {}
     return _with(recipe, changes | {"algorithm.linear_solver.max_iterations": 5, "outer.lr": 2e-3, "run.seed": 1})
 
 
-def by_smaller_inner_steps(
-    weights: str, *, ways: int = 5, shots: int = 1, newton: bool, steps: int, feature_scale: float = 1.0
-) -> Recipe:
+def by_smaller_inner_steps(weights: str, *, newton: bool, feature_scale: float = 1.0, **tasks: int) -> Recipe:
     """Returns the end of a training by larger inner steps, which overshoot at what they have made of the parameters.
 
     NewtonCG takes fewer steps then, each of more CG iterations. Features three times as large leave the last layer
     lambda / 9; NewtonCG stands that, gradient descent would run away. Weights trained so have the scale in them.
     """
-    recipe = with_shared_head(weights, from_random_parameters(ways=ways, shots=shots, newton=newton, steps=steps))
+    recipe = with_shared_head(weights, from_random_parameters(newton=newton, **tasks))
     finer = {"steps": 5, "linear_solver.max_iterations": 2} if newton else {"steps": 16, "lr": 0.1}
-    changes: dict[str, Any] = {f"algorithm.inner.{name}": value for name, value in finer.items()}
-    changes |= {"theta.feature_scale": feature_scale, "outer.lr": 2e-3 if newton else 1e-3, "run.seed": 2}
-    return _with(recipe, changes)
+    changes = {"theta.feature_scale": feature_scale, "outer.lr": 2e-3 if newton else 1e-3, "run.seed": 2}
+    return _with(recipe, changes | {f"algorithm.inner.{name}": value for name, value in finer.items()})
 
 
 def for_other_tasks(weights: str, *, ways: int, shots: int, newton: bool, steps: int) -> Recipe:
-    """Returns a short training on tasks of another kind, from weights of 5-way 1-shot tasks with a shared head.
-
-    One task of 20 ways and 5 shots costs as much as forty of 5 ways and 1 shot; four make a meta-step.
-    """
+    """Returns a short training on tasks of another kind, which are dear, from weights with a shared head."""
     recipe = by_smaller_inner_steps(weights, ways=ways, shots=shots, newton=newton, steps=steps)
     changes = {"evaluation.tasks": 1000 if ways <= 5 else 500 if shots == 1 else 200, "outer.meta_batch": 4}
     return _with(recipe, changes | {"run.log_every": 20, "run.checkpoint_every": 100, "run.seed": 3})
 
 
-def on_vinyals_split(recipe: Recipe, *, validated: bool = False) -> Recipe:
-    """Returns the recipe on Vinyals' split with a shared last layer; `validated` looks at validation too."""
+def on_vinyals_split(recipe: Recipe) -> Recipe:
+    """Returns the recipe on Vinyals' split, with a shared head; 5-way 1-shot is tested on validation classes too."""
     changes = {"data.split_protocol": "vinyals", "theta.shared_head": True, "algorithm.linear_solver.max_iterations": 5}
-    every = {"evaluation.every": min(500, recipe.config.outer.steps // 2), "evaluation.validation_tasks": 600}
-    return _with(recipe, changes | (every if validated else {}))
+    if (recipe.config.tasks.ways, recipe.config.tasks.shots) == (5, 1):
+        changes |= {"evaluation.every": min(500, recipe.config.outer.steps // 2), "evaluation.validation_tasks": 600}
+    return _with(recipe, changes)
 
 
 def _with(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

@@ -1,4 +1,4 @@
-"""Omniglot, 20-way 1-shot, 1,200 / 423, NewtonCG: 3,200 tasks from omniglot-5w1s-hf-longer.
+"""Omniglot, 20-way 1-shot, 1,200 / 423, by Newton-CG: 3,200 tasks from omniglot-5w1s-hf-longer.
 
 Command: imaml train omniglot-20w1s-hf-longer --data.root FOLDER
 Time: 13 minutes on one CPU core.

@@ -1,4 +1,4 @@
-"""Omniglot, 20-way 5-shot, 1,200 / 423, NewtonCG: 240 tasks from omniglot-5w1s-hf-longer.
+"""Omniglot, 20-way 5-shot, 1,200 / 423, by Newton-CG: 240 tasks from omniglot-5w1s-hf-longer.
 
 Command: imaml train omniglot-20w5s-hf --data.root FOLDER
 Time: 5 minutes on one CPU core.

@@ -7,4 +7,4 @@ Accuracy: 98.42 ± 0.14 % on 2,000 test tasks.
 
 from imaml_ext.reproduction.chains._common import from_random_parameters
 
-recipe = from_random_parameters(ways=5, shots=1, newton=False, steps=36_000)
+recipe = from_random_parameters(newton=False, steps=36_000)

@@ -7,4 +7,4 @@ Accuracy: 98.49 ± 0.17 % on 2,000 test tasks.
 
 from imaml_ext.reproduction.chains._common import from_random_parameters, with_shared_head
 
-recipe = with_shared_head("omniglot-5w1s-gd", from_random_parameters(ways=5, shots=1, newton=False, steps=7000))
+recipe = with_shared_head("omniglot-5w1s-gd", from_random_parameters(newton=False, steps=7000))

@@ -1,4 +1,4 @@
-"""Omniglot, 5-way 1-shot, 1,200 / 423 characters, NewtonCG: from omniglot-5w1s-gd-shared.
+"""Omniglot, 5-way 1-shot, 1,200 / 423 characters, by Newton-CG: from omniglot-5w1s-gd-shared.
 
 Command: imaml train omniglot-5w1s-hf-longer --data.root FOLDER
 Time: 82 minutes on one CPU core.

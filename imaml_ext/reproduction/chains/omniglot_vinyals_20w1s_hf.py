@@ -1,4 +1,4 @@
-"""Omniglot, 20-way 1-shot, Vinyals' split, NewtonCG: 3,200 tasks from omniglot-vinyals-5w1s-hf.
+"""Omniglot, 20-way 1-shot, Vinyals' split, by Newton-CG: 3,200 tasks from omniglot-vinyals-5w1s-hf.
 
 Command: imaml train omniglot-vinyals-20w1s-hf --data.root FOLDER
 Time: 13 minutes on one CPU core.

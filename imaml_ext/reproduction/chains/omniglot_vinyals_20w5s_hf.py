@@ -1,4 +1,4 @@
-"""Omniglot, 20-way 5-shot, Vinyals' split, NewtonCG: 240 tasks from omniglot-vinyals-5w1s-hf.
+"""Omniglot, 20-way 5-shot, Vinyals' split, by Newton-CG: 240 tasks from omniglot-vinyals-5w1s-hf.
 
 Command: imaml train omniglot-vinyals-20w5s-hf --data.root FOLDER
 Time: 5 minutes on one CPU core.

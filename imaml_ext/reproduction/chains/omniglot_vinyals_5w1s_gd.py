@@ -7,4 +7,4 @@ Accuracy: 97.44 ± 0.20 % on 2,000 test tasks.
 
 from imaml_ext.reproduction.chains._common import by_smaller_inner_steps, on_vinyals_split
 
-recipe = on_vinyals_split(by_smaller_inner_steps("omniglot-vinyals-start", newton=False, steps=400), validated=True)
+recipe = on_vinyals_split(by_smaller_inner_steps("omniglot-vinyals-start", newton=False, steps=400))

@@ -1,4 +1,4 @@
-"""Omniglot, 5-way 5-shot, Vinyals' split, NewtonCG: 1,200 tasks from omniglot-vinyals-5w1s-hf.
+"""Omniglot, 5-way 5-shot, Vinyals' split, by Newton-CG: 1,200 tasks from omniglot-vinyals-5w1s-hf.
 
 Command: imaml train omniglot-vinyals-5w5s-hf --data.root FOLDER
 Time: 5 minutes on one CPU core.
