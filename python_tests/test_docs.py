@@ -133,6 +133,18 @@ def test_files_that_are_named_exist() -> None:
                 assert (ROOT / path).exists(), f"{name_of(page)} names {path}"
 
 
+def test_recipes_and_weights_that_are_named_exist() -> None:
+    from imaml_ext.cli.train import CHAINS, RECIPES
+    from imaml_ext.pretrained import pretrained_names
+    from imaml_ext.train import recipe_names
+
+    known = {*recipe_names((RECIPES, CHAINS)), *pretrained_names()}
+    for page in PAGES:
+        named = re.findall(r"`((?:glyphs|omniglot|mini-imagenet|cifar-fs|fc100|sinusoid)-\d\w*(?:-\w+)*)`", prose(page))
+        for name in named:
+            assert name in known, f"{name_of(page)} names {name}"
+
+
 # --- command lines ------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ NEWTON = NewtonCG(steps=8, linear_solver=CG(max_iterations=1, rtol=0.0), curvatu
 def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
     """Returns what each algorithm sets differently on tasks of 5 or 20 ways.
 
-    iMAML: as the recipe omniglot-5w1s-1000, and not the paper's letter (docs/algorithms.md). NewtonCG takes many short
+    iMAML: as the recipe omniglot-5w1s-1000, and not the paper's letter (docs/reproduction/). NewtonCG takes many short
     directions, which reach a lower objective for their cost than few long ones, at an outer rate of its own: with 3e-3
     it learns more slowly than gradient descent, with 1e-2 faster, where gradient descent gains nothing. MAML,
     first-order MAML: Finn et al. (2017), appendix A.1. Reptile: Nichol et al. (2018), appendix A, but for an inner rate
