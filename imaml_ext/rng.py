@@ -58,7 +58,7 @@ def choose_distinct(words: np.ndarray, population: int | np.ndarray) -> np.ndarr
     A partial Fisher-Yates shuffle, vectorised over rows. A word w becomes an index below n as ⌊(w ≫ 32)·n / 2³²⌋: the
     probabilities are uniform to within n/2³².
 
-    Args: words uint64 [rows, count]; population, for all rows or one a row [rows], count ≤ population < 2³².
+    Args: words uint64 [rows, count]; population, for all rows or one per row [rows], count ≤ population < 2³².
     Returns int64 [rows, count].
     """
     rows, count = words.shape

@@ -86,7 +86,7 @@ def _begin(config: TrainConfig, *, static: bool) -> tuple[Experiment, Sampler, S
     experiment = build(config)
     params = experiment.initial_params()
     optimizer = outer_optimizer(config.outer, params, static=static)
-    averages = {"theta": params["theta"].clone()} if config.outer.average else {}
+    averages = {name: value.clone() for name, value in params.items()} if config.outer.average else {}
     state = State(0, params, averages, optimizer, MetricAccumulator(experiment.device), 0.0)
     return experiment, experiment.sampler("train", tasks=config.outer.meta_batch, seed=config.run.seed), state
 

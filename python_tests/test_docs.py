@@ -192,9 +192,11 @@ def test_command_lines_are_understood(
         parse(*args, **keywords)
         raise Understood
 
-    for found in pkgutil.iter_modules(cli.__path__, "imaml_ext.cli."):
-        if hasattr(importlib.import_module(found.name), "parse"):
-            monkeypatch.setattr(f"{found.name}.parse", stop)
+    # All of them are imported first: one that is imported later would keep the parser that is put in place here.
+    modules = [importlib.import_module(found.name) for found in pkgutil.iter_modules(cli.__path__, "imaml_ext.cli.")]
+    for loaded in modules:
+        if hasattr(loaded, "parse"):
+            monkeypatch.setattr(loaded, "parse", stop)
     module = importlib.import_module(f"imaml_ext.cli.{command}")
     with joined() as ranks, pytest.raises((Understood, SystemExit)) as ended:
         module.run(arguments, ranks)

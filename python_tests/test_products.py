@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from imaml_ext.errors import ConfigError
 from imaml_ext.losses import TaskLoss
 from imaml_ext.models import MLP, Conv4
 from imaml_ext.models.products import product, rounded
-from imaml_ext.training import PRESETS
-from imaml_ext.training.config import from_json, to_json, with_knobs
+from imaml_ext.recipes import glyphs_5w1s
+from imaml_ext.settings import changed
 
 FRACTION = {"tf32": 10, "bfloat16": 7}
 
@@ -93,14 +91,6 @@ def test_errors_name_the_precision():
         model(params, x)
     with pytest.raises(ValueError, match="engine must be 'auto' or 'torch' for a MLP of precision 'tf32'"):
         TaskLoss(MLP(2, [], 1, precision="tf32"), "mse", engine="native")
-    config = PRESETS["glyphs-5w1s"].config
+    config = glyphs_5w1s.recipe.config
     with pytest.raises(ConfigError, match=r"model\.precision must be 'float32' with run\.dtype 'float64'"):
-        with_knobs(config, {"model.precision": "bfloat16", "run.dtype": "float64"})
-
-
-def test_a_configuration_from_before_there_was_a_precision_is_of_float32():
-    config = with_knobs(PRESETS["glyphs-5w1s"].config, {"outer.steps": 3})
-    old = to_json(config)
-    del old["model"]["precision"]
-    assert from_json(type(config), old) == config
-    assert dataclasses.replace(config.model, precision="tf32") != config.model
+        changed(config, {"model.precision": "bfloat16", "run.dtype": "float64"})

@@ -32,7 +32,7 @@ class Checkpoint:
     seed: int
     config: dict[str, Any]  # JSON form
     params: dict[str, Tensor]  # the meta-parameters: theta [N], and what is learnt beside it
-    averages: dict[str, Tensor]  # exponential averages of meta-parameters, of theta where one is kept
+    averages: dict[str, Tensor]  # exponential averages of the meta-parameters, where they are kept
     optimizer: dict[str, Any]
     metrics: dict[str, Tensor] = field(default_factory=dict)  # their sums since the last line of the log
     seconds: float = 0.0  # training time until here

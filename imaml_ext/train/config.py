@@ -57,7 +57,7 @@ class Outer(Settings):
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     # Largest norm of a meta-parameter's gradient; longer ones are scaled down to it. Unset: no limit.
     clip_norm: Annotated[float | None, POSITIVE] = None
-    # Decay of an exponential average of theta that is evaluated in its place; 0: off.
+    # Decay of exponential averages of the meta-parameters, which are evaluated in their place; 0: off.
     average: Annotated[float, FRACTION] = 0.0
 
     def __post_init__(self) -> None:

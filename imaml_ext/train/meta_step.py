@@ -22,7 +22,7 @@ class State:
 
     step: int  # finished meta-steps
     params: dict[str, Tensor]  # theta [N], and what is learnt beside it
-    averages: dict[str, Tensor]  # of theta [N], where one is kept
+    averages: dict[str, Tensor]  # of the meta-parameters, where they are kept
     optimizer: torch.optim.Optimizer
     metrics: MetricAccumulator
     seconds: float  # training time, validation and checkpoints left out

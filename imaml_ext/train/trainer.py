@@ -306,12 +306,13 @@ def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, 
     params = experiment.initial_params(start)
     if saved is not None:
         params = experiment.restored(saved.params, params)
-    averages = {"theta": params["theta"].clone()} if config.outer.average else {}
+    averages = {name: value.clone() for name, value in params.items()} if config.outer.average else {}
     optimizer = outer_optimizer(config.outer, params, static=config.run.capture)
     metrics = MetricAccumulator(experiment.device)
     if saved is None:
         return State(0, params, averages, optimizer, metrics, 0.0)
-    averages = experiment.restored(saved.averages, averages)
+    # Older checkpoints average theta alone; such a run goes on with that.
+    averages = experiment.restored(saved.averages, {name: params[name] for name in saved.averages} or averages)
     load_optimizer_state(optimizer, saved.optimizer)
     metrics.load_state(saved.metrics)
     return State(saved.step, params, averages, optimizer, metrics, saved.seconds)

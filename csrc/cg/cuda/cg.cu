@@ -32,7 +32,7 @@ int64_t part_of_row(int64_t cols, int size) {
 }
 
 // What thread 0 of each block decides from the team's sums, for the others to read.
-struct Desk {
+struct TeamDecision {
   RowState state;
   int32_t status;
   int32_t iterations;
@@ -85,29 +85,29 @@ __device__ __forceinline__ auto load_z(const CgArguments<T>& a, int64_t row, int
 // Vectors of a block's part of a row in shared memory, where a step keeps them from pass to pass; a thread finds what
 // it has put there itself. Null where the part does not fit.
 template <typename C>
-struct Kept {
+struct StagedRow {
   C* p = nullptr;
   C* r = nullptr;  // A p before
 };
 
 // x ← x + α p,   then   p ← z + β p   or   p ← x
 template <typename T, int V, bool kKeep = false>
-__device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const Desk& desk,
-                                       const Kept<typename CgArguments<T>::C>& row_part = {}) {
+__device__ __forceinline__ void update(const CgArguments<T>& a, const RowTeam<3>& team, const TeamDecision& decision,
+                                       const StagedRow<typename CgArguments<T>::C>& row_part = {}) {
   using C = typename CgArguments<T>::C;
   const int64_t row = team.row();
   const int64_t start = row * a.cols;
-  const bool to_direction = a.update_direction && desk.status == kIterating;
-  const bool to_solution = a.update_direction && desk.status == kVerifying;
-  if (!desk.take_step && !to_direction && !to_solution) return;
-  const C alpha = static_cast<C>(desk.alpha);
-  const C beta = static_cast<C>(desk.beta);
+  const bool to_direction = a.update_direction && decision.status == kIterating;
+  const bool to_solution = a.update_direction && decision.status == kVerifying;
+  if (!decision.take_step && !to_direction && !to_solution) return;
+  const C alpha = static_cast<C>(decision.alpha);
+  const C beta = static_cast<C>(decision.beta);
   for_each_pack<V>(a.cols, team.rank(), team.size(), [&](int64_t i, int kept) {
     const auto p = kKeep ? load_pack<V>(row_part.p + kept) : widened<V>(load_pack<V>(a.p_now() + start + i));
-    if (desk.take_step || to_solution) {
+    if (decision.take_step || to_solution) {
       Pack<T, V> x;
       if (!a.first) x = load_pack<V>(a.x + start + i);
-      if (desk.take_step) {
+      if (decision.take_step) {
 #pragma unroll
         for (int k = 0; k < V; ++k) {
           const C from = a.first ? C(0) : static_cast<C>(x.v[k]);
@@ -149,7 +149,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
   using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
-  __shared__ Desk desk;
+  __shared__ TeamDecision decision;
   RowTeam<3> team(storage);
   const int64_t row = team.row();
   const int64_t start = row * a.cols;
@@ -180,33 +180,34 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
   team.sum(0, sums);
   if (threadIdx.x == 0) {
     const double* s = storage.team_sums[0];
-    desk.status = row_begin(desk.state, s[0], s[1], s[2], a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
-                            a.unit_roundoff(), desk.clear_solution);
-    desk.take_step = false;
-    desk.alpha = 0.0;
-    desk.beta = 0.0;
+    decision.status = row_begin(decision.state, s[0], s[1], s[2], a.rtol[row * a.rtol_stride],
+                                a.atol[row * a.atol_stride], a.unit_roundoff(), decision.clear_solution);
+    decision.take_step = false;
+    decision.alpha = 0.0;
+    decision.beta = 0.0;
   }
   __syncthreads();
 
   // z = M r,  rᵀz,  p = z (written where there is a p)
-  if (a.update_direction && row_is_active(desk.status)) {
+  if (a.update_direction && row_is_active(decision.status)) {
     double rz = storage.team_sums[0][1];
     if (a.inverse_diagonal.data != nullptr) rz = dot_rz<T, V>(a, team, 1);
     __syncthreads();  // every thread has read the status
-    if (threadIdx.x == 0) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
+    if (threadIdx.x == 0) decision.beta = row_direction(decision.state, decision.status, rz, a.largest());
     __syncthreads();
-    if (a.p != nullptr) update<T, V>(a, team, desk);
+    if (a.p != nullptr) update<T, V>(a, team, decision);
   }
 
   // x = 0 unless it is a warm start to keep. Even a row that is over has a direction, for the operator to be given
   // something finite.
   if (a.x != nullptr) {
-    clear<T, V>(a, team, desk.clear_solution || a.hp == nullptr, !a.update_direction || !row_is_active(desk.status));
+    clear<T, V>(a, team, decision.clear_solution || a.hp == nullptr,
+                !a.update_direction || !row_is_active(decision.status));
   }
   team.sync();  // no block leaves while another may still read its sums
   if (team.leads()) {
-    a.state[row] = desk.state;
-    a.status[row] = desk.status;
+    a.state[row] = decision.state;
+    a.status[row] = decision.status;
     a.iterations[row] = 0;
   }
 }
@@ -217,8 +218,8 @@ template <typename T, int V, bool kKeep>
 __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int part) {
   using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
-  __shared__ Desk desk;
-  Kept<C> row_part;
+  __shared__ TeamDecision decision;
+  StagedRow<C> row_part;
   if constexpr (kKeep) row_part = {dynamic_shared<C>(), dynamic_shared<C>() + part};
   RowTeam<3> team(storage);
   const int64_t row = team.row();
@@ -226,12 +227,12 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
   const int rank = team.rank();
   const int size = team.size();
   if (threadIdx.x == 0) {
-    desk.state = a.state[row];
-    desk.status = a.status[row];
-    desk.iterations = a.iterations[row];
+    decision.state = a.state[row];
+    decision.status = a.status[row];
+    decision.iterations = a.iterations[row];
   }
   __syncthreads();
-  if (!row_is_active(desk.status)) {  // the same in every block: nobody has written yet, nobody will
+  if (!row_is_active(decision.status)) {  // the same in every block: nobody has written yet, nobody will
     if (a.first) clear<T, V>(a, team, true, !a.last);
     return;
   }
@@ -264,22 +265,24 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
   const Curvature c{storage.team_sums[0][0], storage.team_sums[0][1], storage.team_sums[0][2]};
 
   // α = rᵀz / pᵀAp
-  const bool verifying = desk.status == kVerifying;
+  const bool verifying = decision.status == kVerifying;
   __syncthreads();
   if (threadIdx.x == 0) {
-    desk.take_step = false;
-    desk.beta = 0.0;
-    desk.alpha = row_step_length(desk.state, desk.status, c, a.unit_roundoff(), a.largest(), desk.take_scaled_rhs);
-    desk.may_overflow = row_is_active(desk.status) && row_may_overflow(desk.state, desk.alpha, c, a.largest());
-    if (desk.take_scaled_rhs) {
-      row_scaled_rhs(desk.state, c, a.shift.col_stride == 0, static_cast<double>(at(a.shift, row, 0)));
+    decision.take_step = false;
+    decision.beta = 0.0;
+    decision.alpha =
+        row_step_length(decision.state, decision.status, c, a.unit_roundoff(), a.largest(), decision.take_scaled_rhs);
+    decision.may_overflow =
+        row_is_active(decision.status) && row_may_overflow(decision.state, decision.alpha, c, a.largest());
+    if (decision.take_scaled_rhs) {
+      row_scaled_rhs(decision.state, c, a.shift.col_stride == 0, static_cast<double>(at(a.shift, row, 0)));
     }
   }
   __syncthreads();
-  const C alpha = static_cast<C>(desk.alpha);
+  const C alpha = static_cast<C>(decision.alpha);
 
   // x ← b / shift where the shift is positive and the quotient finite
-  if (desk.take_scaled_rhs) {
+  if (decision.take_scaled_rhs) {
     for_each_pack<1>(a.cols, rank, size, [&](int64_t i) {
       const C s = at(a.shift, row, i);
       const T quotient = s > C(0) ? static_cast<T>(static_cast<C>(a.b[start + i]) / s) : static_cast<T>(0.0f);
@@ -288,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
   }
 
   // Only looked at where a bound does not settle it: how many x + α p are not finite in T.
-  if (desk.may_overflow) {
+  if (decision.may_overflow) {
     double infinite[1] = {0.0};
     for_each_pack<1>(a.cols, rank, size, [&](int64_t i) {
       const C from = a.first ? C(0) : static_cast<C>(a.x[start + i]);
@@ -296,11 +299,11 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
       if (!is_finite(static_cast<double>(x))) infinite[0] += 1.0;
     });
     team.sum(1, infinite);
-    if (threadIdx.x == 0 && storage.team_sums[1][0] > 0.0) desk.status = kNonFinite;
+    if (threadIdx.x == 0 && storage.team_sums[1][0] > 0.0) decision.status = kNonFinite;
     __syncthreads();
   }
 
-  if (row_is_active(desk.status)) {
+  if (row_is_active(decision.status)) {
     // r ← r − α A p   or   r ← b − A x, where p is x;   rᵀr, rᵀ M r
     double residual[2] = {0.0, 0.0};
     for_each_pack<V>(a.cols, rank, size, [&](int64_t i, int kept) {
@@ -329,23 +332,24 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
     if (threadIdx.x == 0) {
       const double rr = storage.team_sums[2][0];
       const double rz = a.inverse_diagonal.data != nullptr ? storage.team_sums[2][1] : rr;
-      desk.take_step = row_residual(desk.state, desk.status, desk.iterations, desk.alpha, c, rr, a.unit_roundoff());
-      if (a.update_direction) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
+      decision.take_step =
+          row_residual(decision.state, decision.status, decision.iterations, decision.alpha, c, rr, a.unit_roundoff());
+      if (a.update_direction) decision.beta = row_direction(decision.state, decision.status, rz, a.largest());
     }
     __syncthreads();
-    update<T, V, kKeep>(a, team, desk, row_part);
+    update<T, V, kKeep>(a, team, decision, row_part);
   }
 
   // A row that is over after its first step had neither of them yet.
   if (a.first) {
-    clear<T, V>(a, team, !desk.take_step && !desk.take_scaled_rhs, !a.last && !row_is_active(desk.status));
+    clear<T, V>(a, team, !decision.take_step && !decision.take_scaled_rhs, !a.last && !row_is_active(decision.status));
   }
 
   team.sync();  // every block has read the row's state, and no block leaves while another may still read its sums
   if (team.leads()) {
-    a.state[row] = desk.state;
-    a.status[row] = desk.status;
-    a.iterations[row] = desk.iterations;
+    a.state[row] = decision.state;
+    a.status[row] = decision.status;
+    a.iterations[row] = decision.iterations;
   }
 }
 
@@ -353,25 +357,25 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
   __shared__ TeamStorage<3> storage;
-  __shared__ Desk desk;
+  __shared__ TeamDecision decision;
   RowTeam<3> team(storage);
   const int64_t row = team.row();
   if (threadIdx.x == 0) {
-    desk.state = a.state[row];
-    desk.status = a.status[row];
-    desk.take_step = false;
-    desk.alpha = 0.0;
+    decision.state = a.state[row];
+    decision.status = a.status[row];
+    decision.take_step = false;
+    decision.alpha = 0.0;
   }
   __syncthreads();
-  if (!row_is_active(desk.status)) return;
+  if (!row_is_active(decision.status)) return;
   const double rz = dot_rz<T, V>(a, team, 0);
-  if (threadIdx.x == 0) desk.beta = row_direction(desk.state, desk.status, rz, a.largest());
+  if (threadIdx.x == 0) decision.beta = row_direction(decision.state, decision.status, rz, a.largest());
   __syncthreads();
-  update<T, V>(a, team, desk);
+  update<T, V>(a, team, decision);
   team.sync();
   if (team.leads()) {
-    a.state[row] = desk.state;
-    a.status[row] = desk.status;
+    a.state[row] = decision.state;
+    a.status[row] = decision.status;
   }
 }
 
