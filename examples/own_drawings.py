@@ -2,8 +2,8 @@
 
     python examples/own_drawings.py a.png b.png c.png --which unknown1.png unknown2.png
 
-One image per class, on any plain ground, with dark or light ink. Without arguments, five glyphs in the fonts of
-matplotlib take their place.
+One image per class, on any plain ground, with dark or light ink. Without arguments, five glyphs take their place, which
+are drawn with the fonts of matplotlib.
 """
 
 from __future__ import annotations

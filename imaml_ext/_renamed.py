@@ -41,7 +41,7 @@ def old_keywords(translate: Callable[[dict[str, Any]], str]) -> Callable[[T], T]
     """Decorates a function or a class: `translate` puts new keywords for old ones, and says which, "" where none."""
 
     def decorate(target: Any) -> Any:
-        function = target.__init__ if isinstance(target, type) else target
+        function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
 
         @functools.wraps(function)
         def accepting(*args: Any, **keywords: Any) -> Any:
@@ -52,7 +52,7 @@ def old_keywords(translate: Callable[[dict[str, Any]], str]) -> Callable[[T], T]
 
         if not isinstance(target, type):
             return accepting
-        target.__init__ = accepting
+        target.__init__ = accepting  # type: ignore[misc]
         return target
 
     return decorate

@@ -29,9 +29,10 @@ def atomic_write(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # there is none where all went well
+            temporary.unlink()
 
 
 def _sync_directory(path: Path) -> None:

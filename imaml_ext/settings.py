@@ -69,7 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = _checked(field_types(type(self))[field.name], getattr(self, field.name), self._called(field.name))
+            value = _checked(field_types(type(self))[field.name], getattr(self, field.name), self._called(field.name))  # type: ignore[arg-type]
             object.__setattr__(self, field.name, value)
 
     def require(self, condition: bool, field: str, expected: str) -> None:
@@ -177,7 +177,7 @@ def _checked(expected: Any, value: Any, name: str, bounds: Bounds | None = None)
     return value
 
 
-def _checked_plain(expected: type, value: Any, name: str, bounds: Bounds | None) -> Any:
+def _checked_plain(expected: Any, value: Any, name: str, bounds: Bounds | None) -> Any:
     """A number, string, path or truth value."""
     if expected in (int, float) and not isinstance(value, bool) and hasattr(value, "__index__"):
         value = expected(value.__index__())
@@ -219,7 +219,7 @@ def changed(settings: S, values: Mapping[str, Any]) -> S:
 
 def _with(settings: Any, names: list[str], value: Any, path: str) -> Any:
     first, *rest = names
-    if not isinstance(settings, Settings) or first not in field_types(type(settings)):
+    if not isinstance(settings, Settings) or first not in field_types(type(settings)):  # type: ignore[arg-type]
         raise ConfigError(f"there is no setting {path}")
     if rest:
         value = _with(getattr(settings, first), rest, value, path)
@@ -269,7 +269,7 @@ def from_json(cls: type[S], values: Any, path: str = "") -> S:
         raise ConfigError(f"unknown setting {dot}{unknown}; known here: {', '.join(names)}")
     for missing in (name for name in names if name not in values):
         raise ConfigError(f"setting {dot}{missing} is missing")
-    return cls(**{name: _read(field_types(cls)[name], values[name], f"{dot}{name}") for name in names})
+    return cls(**{name: _read(field_types(cls)[name], values[name], f"{dot}{name}") for name in names})  # type: ignore[arg-type]
 
 
 def _read(expected: Any, value: Any, path: str) -> Any:

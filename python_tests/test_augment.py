@@ -135,7 +135,7 @@ def test_augmentation_changes_images_but_not_which() -> None:
     assert np.array_equal(plain.indices(2).support, changed.indices(2).support)
     before, after = plain.sample(2), changed.sample(2)
     assert torch.equal(before.support_y, after.support_y)
-    ratio = after.support_x.sum((2, 3, 4)) / before.support_x.sum((2, 3, 4))  # [B, S]: an image each
+    ratio = after.support_x.sum((2, 3, 4)) / before.support_x.sum((2, 3, 4))  # [B, S]
     assert ((ratio - 1).abs() < 0.11).all()
     assert ratio.unique().numel() == ratio.numel()
     assert torch.equal(sampler(Augmentation()).sample(2).query_x, before.query_x)
@@ -167,5 +167,5 @@ def test_only_training_is_augmented() -> None:
 
 
 def test_regression_has_no_images_to_change() -> None:
-    with pytest.raises(ConfigError, match=r"augment\.crop_padding"):
+    with pytest.raises(ConfigError, match=r"augment\.crop_padding must be left out for the data set 'linear', which"):
         TrainConfig(data=Linear(), model=MLP(), augment=Augmentation(crop_padding=1))

@@ -281,6 +281,7 @@ def test_packed_file_that_is_something_else(tmp_path: Path) -> None:
         (lambda a: a.update(images=a["images"].reshape(32460, 784)), r"got uint8 \(32460, 784\)"),
         (lambda a: a.update(alphabet=a["alphabet"].astype(float)), "'alphabet' must be an unsigned integer"),
         (lambda a: a.update(alphabet=a["alphabet"] + np.uint8(1)), "'alphabet' does not go through Omniglot"),
+        (lambda a: a["alphabet"].__setitem__(0, 50), "'alphabet' does not go through Omniglot"),
         (lambda a: a.update(character=a["character"][::-1]), "'character' does not go through Omniglot"),
         (lambda a: a.update(drawer=a["drawer"][::-1]), "'drawer' does not go through Omniglot"),
         (lambda a: a.update(alphabet_names=np.array([None] * 50)), "is damaged"),  # would need pickle

@@ -133,6 +133,18 @@ def test_files_that_are_named_exist() -> None:
                 assert (ROOT / path).exists(), f"{name_of(page)} names {path}"
 
 
+def test_recipes_and_weights_that_are_named_exist() -> None:
+    from imaml_ext.cli.train import CHAINS, RECIPES
+    from imaml_ext.pretrained import pretrained_names
+    from imaml_ext.train import recipe_names
+
+    known = {*recipe_names((RECIPES, CHAINS)), *pretrained_names()}
+    for page in PAGES:
+        named = re.findall(r"`((?:glyphs|omniglot|mini-imagenet|cifar-fs|fc100|sinusoid)-\d\w*(?:-\w+)*)`", prose(page))
+        for name in named:
+            assert name in known, f"{name_of(page)} names {name}"
+
+
 # --- command lines ------------------------------------------------------------------------------------------------
 
 
@@ -180,9 +192,11 @@ def test_command_lines_are_understood(
         parse(*args, **keywords)
         raise Understood
 
-    for found in pkgutil.iter_modules(cli.__path__, "imaml_ext.cli."):
-        if hasattr(importlib.import_module(found.name), "parse"):
-            monkeypatch.setattr(f"{found.name}.parse", stop)
+    # All of them are imported first: one that is imported later would keep the parser that is put in place here.
+    modules = [importlib.import_module(found.name) for found in pkgutil.iter_modules(cli.__path__, "imaml_ext.cli.")]
+    for loaded in modules:
+        if hasattr(loaded, "parse"):
+            monkeypatch.setattr(loaded, "parse", stop)
     module = importlib.import_module(f"imaml_ext.cli.{command}")
     with joined() as ranks, pytest.raises((Understood, SystemExit)) as ended:
         module.run(arguments, ranks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from imaml_ext.errors import ConfigError
 from imaml_ext.losses import TaskLoss
 from imaml_ext.models import MLP, Conv4
 from imaml_ext.models.products import product, rounded
+from imaml_ext.recipes import glyphs_5w1s
 from imaml_ext.settings import changed
 from imaml_ext.train.legacy import config_from_old
-from imaml_ext.train.recipe import load_recipe
 
 FRACTION = {"tf32": 10, "bfloat16": 7}
 
@@ -96,7 +95,7 @@ def test_errors_name_the_precision():
         model(params, x)
     with pytest.raises(ValueError, match="engine must be 'auto' or 'torch' for a MLP of precision 'tf32'"):
         TaskLoss(MLP(2, [], 1, precision="tf32"), "mse", engine="native")
-    config = load_recipe("glyphs-5w1s").config
+    config = glyphs_5w1s.recipe.config
     with pytest.raises(ConfigError, match=r"model\.precision must be 'float32' with run\.dtype 'float64'"):
         changed(config, {"model.precision": "bfloat16", "run.dtype": "float64"})
 
@@ -108,4 +107,4 @@ def test_a_configuration_from_before_there_was_a_precision_is_of_float32():
     config = config_from_old(old)
     del old["model"]["precision"]
     assert config_from_old(old) == config
-    assert dataclasses.replace(config.model, precision="tf32") != config.model
+    assert changed(config, {"model.precision": "tf32"}) != config

@@ -23,7 +23,7 @@ from imaml_ext.meta import IMAML
 from imaml_ext.pretrained.weights import pretrained_names, read_weights
 from imaml_ext.reproduction import EXPERIMENTS, chains, cost
 from imaml_ext.reproduction.ablation import RECIPES, STUDIES, ablation_cells
-from imaml_ext.reproduction.cost_cell import CostCell, _cpu_memory, measure
+from imaml_ext.reproduction.cost import CostCell, _cpu_memory, measure
 from imaml_ext.reproduction.omniglot_table import PUBLISHED, table_cells
 from imaml_ext.reproduction.options import ALGORITHMS, Ablation, Cost, OmniglotTable, Sinusoid
 from imaml_ext.reproduction.sinusoid import sinusoid_cells

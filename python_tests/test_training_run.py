@@ -334,10 +334,10 @@ class TestEvaluation:
             experiment = build(config)
             theta = experiment.initial_params()["theta"]
             long, short = (evaluate(experiment, theta, split="test", tasks=n, seed=3) for n in (130, number))
-            assert long.first.tasks == short.tasks == number
-            assert long.first.loss == pytest.approx(short.loss, rel=1e-6)
+            assert long.first["tasks"] == short.tasks == number
+            assert long.first["loss"] == pytest.approx(short.loss, rel=1e-6)
             assert long.loss != pytest.approx(short.loss, rel=1e-6)
-            assert long.first.accuracy == short.first.accuracy == short.accuracy
+            assert long.first["accuracy"] == short.first["accuracy"] == short.accuracy
 
     def test_the_interval_is_the_one_stated(self) -> None:
         config = small_config()

@@ -35,7 +35,7 @@ void check_rows(const char* op, const char* name, const at::Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
                    ": ", name, " must be float32, float64, bfloat16 or float16, got ", name_of(dtype));
-  TORCH_CHECK_VALUE(tensor.dim() == 2, op, ": ", name, " must have shape [B, N] (one row a task), got ",
+  TORCH_CHECK_VALUE(tensor.dim() == 2, op, ": ", name, " must have shape [B, N] (one row per task), got ",
                     tensor.sizes());
   TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", tensor.strides());
 }

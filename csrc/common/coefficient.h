@@ -1,4 +1,4 @@
-// A coefficient of a task or of a parameter (shift, λ, η): a number, one a row, one a column, or one an element,
+// A coefficient of a task or of a parameter (shift, λ, η): a number, one per row, one per column, or one per element,
 // read through two strides of which either may be zero. Nothing is ever expanded in memory.
 #pragma once
 

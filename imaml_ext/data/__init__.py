@@ -5,13 +5,13 @@ from imaml_ext.data.augment import Augmentation
 from imaml_ext.data.cifar import FC100, CifarFS, cifar_split
 from imaml_ext.data.class_images import ClassImages
 from imaml_ext.data.datasets import Dataset, ImageDataset, Sampler
-from imaml_ext.data.episodes import EpisodeIndices, EpisodeSampler
+from imaml_ext.data.episodes import EpisodeSampler
 from imaml_ext.data.folder import Folder
 from imaml_ext.data.glyphs import Glyphs, glyph_split, load_glyphs
 from imaml_ext.data.linear import Linear, LinearClosedForm, LinearSampler
 from imaml_ext.data.mini_imagenet import MiniImageNet
 from imaml_ext.data.omniglot import Omniglot, load_omniglot, omniglot_split
-from imaml_ext.data.pictures import LabelledImages, open_picture
+from imaml_ext.data.pictures import open_picture
 from imaml_ext.data.sheets import image_grid, nearest_neighbour_accuracy, sample_sheet, summary
 from imaml_ext.data.sinusoid import Sinusoid, SinusoidSampler
 from imaml_ext.data.source import DataSource, load_dataset
@@ -26,12 +26,10 @@ __all__ = [
     "DataSource",
     "Dataset",
     "EpisodeBatch",
-    "EpisodeIndices",
     "EpisodeSampler",
     "Folder",
     "Glyphs",
     "ImageDataset",
-    "LabelledImages",
     "Linear",
     "LinearClosedForm",
     "LinearSampler",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ def download_through_torchvision(what: str, where: Path, fetch: Callable[[Any], 
     except Exception as error:
         reason, advice = f"{type(error).__name__}: {error}", f"try again, or put {by_hand} there"
         raise DataError(f"downloading {what} into {where} failed ({reason}); {advice}") from error
+
+
+def files_digest(folder: Path, paths: Sequence[Path], *also: object) -> str:
+    """Returns what tells a state of pictures in a folder: a digest of their names, sizes and times."""
+    state = hashlib.blake2b(f"{folder.resolve()} {also}".encode(), digest_size=8)
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"the picture {path} cannot be read ({error.strerror})") from error
+        state.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return state.hexdigest()
 
 
 def cached_arrays(path: Path, expected: Expected, make: Callable[[], Arrays]) -> Arrays:

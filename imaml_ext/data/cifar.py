@@ -67,11 +67,10 @@ class _Cifar(FileSource):
 
     download: bool = False  # Download the data set through torchvision when it is not under the root.
 
-    name: ClassVar[str]
     description: ClassVar[str]
 
     def load(self) -> Dataset:
-        return self.read().dataset(self.name, self.description, published=600)
+        return self.read().dataset(self.kind_name, self.description, published=600)
 
     def read(self) -> LabelledImages:
         """Reads CIFAR-100, images uint8 [n, 32, 32, 3], and its splits.
@@ -103,14 +102,13 @@ class _Cifar(FileSource):
         if counts.min() == 0:
             raise DataError(f"{source} holds no image of the class {class_names()[int(counts.argmin())]!r}")
         images = images[np.argsort(labels, kind="stable")]
-        return LabelledImages(images, class_names(), counts, cifar_split(self.name))
+        return LabelledImages(images, class_names(), counts, cifar_split(self.kind_name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CifarFS(_Cifar):
     """CIFAR-FS: the classes of CIFAR-100 split at random."""
 
-    name: ClassVar[str] = "cifar-fs"
     description: ClassVar[str] = "CIFAR-FS, the classes of CIFAR-100, 32×32 in colour"
 
 
@@ -118,7 +116,6 @@ class CifarFS(_Cifar):
 class FC100(_Cifar):
     """FC100: the classes of CIFAR-100 split by superclass."""
 
-    name: ClassVar[str] = "fc100"
     description: ClassVar[str] = "FC100, CIFAR-100 split by superclass, 32×32 in colour"
 
 

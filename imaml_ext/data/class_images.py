@@ -123,11 +123,7 @@ class ClassImages:
         return self.with_images(self.images.to(device))
 
     def gather(self, classes: np.ndarray, drawings: np.ndarray, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the images of some classes and drawings, dtype […, C, H, W] in [0, 1], on the device of the images.
-
-        Args:
-            classes, drawings: int64 arrays of one shape […].
-        """
+        """Returns the images of classes and drawings, both int64 […]: `dtype` […, C, H, W] in [0, 1], on the device."""
         shape, classes = classes.shape, classes.reshape(-1)
         rows = self._first_row[classes] + drawings.reshape(-1)
         flat = self.images.flatten(0, self._leading - 1)  # [all drawings, H, W(, C)]

@@ -25,51 +25,27 @@ class Sampler(Protocol):
 
 
 class Dataset(ABC):
-    """A source of tasks with named splits.
+    """A source of tasks with named splits."""
 
-    Attributes:
-        name: as `load_dataset` knows it.
-        kind: what its tasks are.
-        description: one line.
-        splits: the names that `sampler` accepts.
-        input_shape: of one example: (C, H, W) of an image, (features,) in regression.
-    """
+    name: str  # as `load_dataset` knows it
+    kind: Literal["classification", "regression"]  # what its tasks are
+    description: str  # one line
+    splits: tuple[str, ...]  # the names that `sampler` accepts
+    input_shape: tuple[int, ...]  # of one example: (C, H, W) of an image, (features,) in regression
 
-    name: str
-    kind: Literal["classification", "regression"]
-    description: str
-    splits: tuple[str, ...]
-    input_shape: tuple[int, ...]
-
+    @abstractmethod
     def sampler(
-        self,
-        split: str,
-        *,
-        ways: int | None = None,
-        shots: int,
-        queries: int,
-        meta_batch: int,
-        seed: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        augmentation: Augmentation | None = None,
+        self, split: str, *, ways: int | None = None, augmentation: Augmentation | None = None, **sizes: Any
     ) -> Sampler:
         """Makes a sampler of the tasks of one split, whose name is the random stream.
 
         Args:
             ways, augmentation: see `EpisodeSampler`; None in regression.
-            Others: see `TaskSampler`.
+            sizes: shots, queries, meta_batch, seed; device and dtype (float32) where wanted: see `TaskSampler`.
 
         Raises:
             ValueError, TypeError: an unknown split, or numbers that the data cannot fill.
         """
-        check_choice(f"split of {self.name}", split, self.splits)
-        sizes = {"shots": shots, "queries": queries, "meta_batch": meta_batch, "seed": seed, "dtype": dtype}
-        return self._sampler(split, ways=ways, augmentation=augmentation, device=device, **sizes)
-
-    @abstractmethod
-    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
-        """Makes the sampler of a split that there is; `sizes` are the other arguments of `sampler`."""
 
     @abstractmethod
     def rows(self) -> list[dict[str, str | int]]:
@@ -97,20 +73,16 @@ class ImageDataset(Dataset):
     def images(self, split: str, *, device: torch.device | str | None = None) -> ClassImages:
         """Returns the classes of a split, their images on `device`."""
         part = self._parts[check_choice(f"split of {self.name}", split, self.splits)]
-        if device is None:
-            return part
-        where = torch.device(device)
-        if where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())
+        where = part.device if device is None else torch.empty(0, device=device).device  # "cuda" gets its number
         if where == part.device:
             return part
         if where not in self._on_device:
             self._on_device[where] = part.images.to(where)
         return part.with_images(self._on_device[where])
 
-    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> EpisodeSampler:
-        images = self.images(split, device=device)
-        return EpisodeSampler(images, ways=ways, augmentation=augmentation, stream=split, **sizes)
+    def sampler(self, split: str, *, ways: Any = None, **sizes: Any) -> EpisodeSampler:
+        images = self.images(split, device=sizes.pop("device", None))
+        return EpisodeSampler(images, ways=ways, stream=split, **sizes)
 
     def rows(self) -> list[dict[str, str | int]]:
         rows = []
@@ -137,12 +109,13 @@ class RegressionDataset(Dataset):
         self.name, self.description, self.input_shape = name, description, (features,)
         self._sampler_class = sampler_class
 
-    def _sampler(self, split: str, *, ways: Any, augmentation: Any, device: Any, **sizes: Any) -> Sampler:
+    def sampler(self, split: str, *, ways: Any = None, augmentation: Any = None, **sizes: Any) -> Sampler:
+        check_choice(f"split of {self.name}", split, self.splits)
         if ways is not None:
             raise ValueError(f"ways must be None for {self.name}, which is regression, got {ways}")
         if augmentation is not None:
             raise ValueError(f"augmentation must be None for {self.name}, which has no images")
-        return self._sampler_class(stream=split, device=device, **sizes)
+        return self._sampler_class(stream=split, **{"dtype": torch.float32} | sizes)
 
     def rows(self) -> list[dict[str, str | int]]:
         return [{"split": split, "what": "an unlimited stream of tasks"} for split in self.splits]

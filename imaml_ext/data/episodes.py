@@ -8,6 +8,7 @@ resuming a run, or splitting the batch over processes, changes no task.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,7 @@ def class_labels(tasks: int, ways: int, each: int, device: torch.device) -> Tens
     return torch.arange(ways, device=device).repeat_interleave(each, output_size=ways * each).repeat(tasks, 1)
 
 
-@dataclass(frozen=True)
-class EpisodeIndices:
+class EpisodeIndices(NamedTuple):
     """Which images make a batch. classes [B, ways]; support [B, ways, shots] and query [B, ways, queries]: drawings."""
 
     classes: np.ndarray
@@ -38,23 +38,17 @@ class EpisodeIndices:
 class TaskSampler:
     """The sizes that all samplers share, checked, and the words that the tasks of a meta-step are drawn from.
 
-    Args:
-        shots, queries: support and query examples, per class or per task.
-        meta_batch: tasks per step.
-        seed, stream: what the tasks depend on beside the step; give each use (train, val, test) a stream of its own.
-        device, dtype: of the tensors; dtype is a floating-point type.
-
     Raises:
         TypeError, ValueError: an argument of the wrong type, or a number that is not positive.
     """
 
-    shots: int
-    queries: int
-    meta_batch: int
+    shots: int  # support examples, per class or per task
+    queries: int  # query examples, likewise
+    meta_batch: int  # tasks per step
     seed: int
-    stream: str = "train"
+    stream: str = "train"  # beside the seed and the step, what tasks depend on: train, val and test have their own
     device: torch.device | str | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # a floating-point type
 
     def __post_init__(self) -> None:
         for name, minimum in (("shots", 1), ("queries", 1), ("meta_batch", 1), ("seed", 0)):
@@ -83,21 +77,17 @@ class EpisodeSampler(TaskSampler):
     Within a task classes are distinct, and no drawing is in both support and query. Both sets are ordered by class:
     example i of the support has label ⌊i / shots⌋.
 
-    Args:
-        images: the classes to draw from.
-        ways: classes per task; shots and queries are images per class.
-        augmentation: random changes to every image, a function of (seed, stream, step) too.
-        device: where episodes are made, and the uint8 images are kept; by default where they are.
-        Others: see `TaskSampler`.
+    Shots and queries are images per class. `device` is where episodes are made, and the uint8 images are kept; by
+    default where they are. For the others see `TaskSampler`.
 
     Raises:
         TypeError, ValueError: see `TaskSampler`; `ways` exceeds the classes, `shots + queries` the drawings of a class,
             or images cannot be augmented so.
     """
 
-    images: ClassImages = field(kw_only=False)
-    ways: int
-    augmentation: Augmentation | None = None
+    images: ClassImages = field(kw_only=False)  # the classes to draw from
+    ways: int  # classes per task
+    augmentation: Augmentation | None = None  # changes to every image, a function of (seed, stream, step) too
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,10 +98,8 @@ class EpisodeSampler(TaskSampler):
         smallest = int(images.drawings.argmin())
         if self.shots + self.queries > images.drawings[smallest]:
             whose = "a class has" if images.num_drawings is not None else f"class {images.name(smallest)!r} has"
-            raise ValueError(
-                f"shots + queries must not exceed the {images.drawings[smallest]} drawings {whose}, "
-                f"got {self.shots} + {self.queries}"
-            )
+            wanted = f"must not exceed the {images.drawings[smallest]} drawings {whose}"
+            raise ValueError(f"shots + queries {wanted}, got {self.shots} + {self.queries}")
         if self.augmentation is not None:
             self.augmentation.check_images(images.image_shape)
         self.images = images if self.device is None else images.to(self.device)
@@ -133,30 +121,22 @@ class EpisodeSampler(TaskSampler):
         labels.
         """
         chosen = self.indices(step, shard=shard)
-        support_x, query_x = self._images(chosen.classes, chosen.support), self._images(chosen.classes, chosen.query)
-        if self.augmentation is not None:
-            support_x, query_x = self._augment(self.augmentation, support_x, query_x, step, shard)
-        labels = [
-            class_labels(len(support_x), self.ways, each, self.images.device) for each in (self.shots, self.queries)
-        ]
-        return EpisodeBatch(support_x, labels[0], query_x, labels[1])
+        words = self._augmentation_words(step, shard)
+        tensors: list[Tensor] = []
+        for drawings in (chosen.support, chosen.query):
+            tasks, ways, each = drawings.shape
+            classes = np.repeat(chosen.classes, each, axis=1)  # [B, ways · each]
+            x = self.images.gather(classes, drawings.reshape(tasks, -1), dtype=self.dtype)
+            if self.augmentation is not None:
+                own, words = words[:, : ways * each], words[:, ways * each :]
+                x = self.augmentation(x.flatten(0, 1), own.reshape(-1, Augmentation.WORDS)).view(x.shape)
+            tensors += [x, class_labels(tasks, ways, each, x.device)]
+        return EpisodeBatch(*tensors)
 
-    def _images(self, classes: np.ndarray, drawings: np.ndarray) -> Tensor:
-        """classes [B, ways], drawings [B, ways, each] -> [B, ways · each, C, H, W]."""
-        tasks, ways, each = drawings.shape
-        drawings = drawings.reshape(tasks, ways * each)
-        return self.images.gather(np.repeat(classes, each, axis=1), drawings, dtype=self.dtype)
-
-    def _augment(
-        self, augmentation: Augmentation, support_x: Tensor, query_x: Tensor, step: int, shard: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Changes each image by words of its own, apart from those that chose it."""
-        (tasks, shown), asked = support_x.shape[:2], query_x.shape[1]
-        words = self._words(step, shard, (shown + asked) * augmentation.WORDS, stream=f"{self.stream}/augmentation")
-        words = words.reshape(tasks, shown + asked, augmentation.WORDS)
-
-        def change(images: Tensor, words: np.ndarray) -> Tensor:
-            flat = words.reshape(-1, augmentation.WORDS)
-            return augmentation(images.flatten(0, 1), flat).view(images.shape)
-
-        return change(support_x, words[:, :shown]), change(query_x, words[:, shown:])
+    def _augmentation_words(self, step: int, shard: tuple[int, int] | None) -> np.ndarray:
+        """Draws the words that change each image, apart from those that chose it: [B, images, WORDS]."""
+        if self.augmentation is None:
+            return np.empty((0, 0, 0))
+        images = self.ways * (self.shots + self.queries)
+        words = self._words(step, shard, images * Augmentation.WORDS, stream=f"{self.stream}/augmentation")
+        return words.reshape(len(words), images, Augmentation.WORDS)

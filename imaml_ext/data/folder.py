@@ -61,10 +61,8 @@ class Folder(CachedSource):
         parts, begin = {}, 0
         for split, size in {"train": len(ranked) - val - test, "val": val, "test": test}.items():
             if size < 1 and not (split == "val" and self.val_fraction == 0):
-                raise DataError(
-                    f"{folder} holds {len(ranked)} classes, which leaves none for {split!r} with val_fraction = "
-                    f"{self.val_fraction:g} and test_fraction = {self.test_fraction:g}"
-                )
+                given = f"val_fraction = {self.val_fraction:g} and test_fraction = {self.test_fraction:g}"
+                raise DataError(f"{folder} holds {len(ranked)} classes, which leaves none for {split!r} with {given}")
             parts[split] = {name: classes[name] for name in sorted(ranked[begin : begin + size])}
             begin += size
         return {split: members for split, members in parts.items() if members}

@@ -50,25 +50,19 @@ class LinearSampler(TaskSampler):
     many distinct values as asked for, and a random rotation R for each task and side; the true weights w_b are standard
     normal around a centre common to all tasks of the seed.
 
-    Args:
-        features: inputs per task, at least 1.
-        shots, queries: points per task, each at least `features` (or XᵀX would be singular).
-        condition_number: largest over smallest eigenvalue of XᵀX/S, at least 1.
-        eigenvalues: distinct eigenvalues of XᵀX/S, at least 2 and at most `features`, whose number is the default;
-            conjugate gradients end after as many steps.
-        noise: standard deviation of what is added to y.
-        dtype: of the tensors; by default float64, as closed forms are compared to.
-        Others: see `TaskSampler`.
+    Shots and queries are points per task, each at least `features` (or XᵀX would be singular). The others: see
+    `TaskSampler`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
     """
 
-    features: int
-    condition_number: float = 10.0
+    features: int  # inputs per task, at least 1
+    condition_number: float = 10.0  # largest over smallest eigenvalue of XᵀX/S, at least 1
+    # Distinct eigenvalues of XᵀX/S, 2 to `features` (the default); conjugate gradients end after as many steps.
     eigenvalues: int | None = None
-    noise: float = 0.1
-    dtype: torch.dtype = torch.float64
+    noise: float = 0.1  # standard deviation of what is added to y
+    dtype: torch.dtype = torch.float64  # for comparisons with closed forms
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,12 +80,9 @@ class LinearSampler(TaskSampler):
     def sample(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeBatch:
         """Makes episodes with x [B, points, features] and y [B, points, 1]."""
         weights = self._weights(step, shard)
-        sides = [
-            array
-            for side, points in (("support", self.shots), ("query", self.queries))
-            for array in self._side(side, points, weights, step, shard)
-        ]
-        return EpisodeBatch(*map(self._tensor, sides))
+        support = self._side("support", self.shots, weights, step, shard)
+        query = self._side("query", self.queries, weights, step, shard)
+        return EpisodeBatch(*map(self._tensor, (*support, *query)))
 
     def weights(self, step: int, *, shard: tuple[int, int] | None = None) -> Tensor:
         """Returns the true weights w of the tasks, [B, features]."""
@@ -100,9 +91,8 @@ class LinearSampler(TaskSampler):
     def _weights(self, step: int, shard: tuple[int, int] | None) -> np.ndarray:
         d, stream = self.features, f"linear/{self.stream}/centre"
         # The centre is that of the seed, whatever the step and the task.
-        centre = random_words(
-            seed=self.seed, stream=stream, step=0, first_task=0, num_tasks=1, words_per_task=d + d % 2
-        )
+        words = d + d % 2
+        centre = random_words(seed=self.seed, stream=stream, step=0, first_task=0, num_tasks=1, words_per_task=words)
         return normal(centre)[:, :d] + self._normal("weights", step, shard, (d,))  # [B, d]
 
     def _side(

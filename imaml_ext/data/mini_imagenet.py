@@ -56,19 +56,16 @@ class MiniImageNet(FileSource):
             for folder in (where / place for place in _PLACES):
                 missing = [file for file in files if not (folder / file).exists()]
                 if not missing:
-                    return _checked(folder, read(folder, cache))
+                    found = read(folder, cache)
+                    for split, wanted in NUM_CLASSES.items():
+                        if (got := found.splits[split].size) != wanted:
+                            must = f"must have {wanted} classes in {split!r}, found {got}"
+                            raise DataError(f"mini-ImageNet in {folder} {must}")
+                    return found
                 if len(missing) < len(files):
                     raise DataError(f"mini-ImageNet in {folder} is incomplete: {missing[0]} is missing")
         holds = f"{_CACHE_FILES[0]}, {_CATEGORY_FILES[0]}, train.csv nor train/"
         raise not_found("mini-ImageNet", holds, where, origin, download=False)
-
-
-def _checked(folder: Path, found: LabelledImages) -> LabelledImages:
-    for split, wanted in NUM_CLASSES.items():
-        got = found.splits[split].size
-        if got != wanted:
-            raise DataError(f"mini-ImageNet in {folder} must have {wanted} classes in {split!r}, found {got}")
-    return found
 
 
 def _read_pickles(folder: Path, files: tuple[str, ...], read: Callable[[Path, str], _SplitClasses]) -> LabelledImages:
@@ -81,8 +78,7 @@ def _read_pickles(folder: Path, files: tuple[str, ...], read: Callable[[Path, st
             raise DataError(f"{folder / file}: the classes must name each of the {len(found)} images once")
         sizes[split] = {name: rows.size for name, rows in classes.items()}
         images.append(found if np.array_equal(order, np.arange(len(found))) else found[order])
-    labels = label_splits(folder, sizes)
-    return LabelledImages(np.concatenate(images), *labels)
+    return LabelledImages(np.concatenate(images), *label_splits(folder, sizes))
 
 
 def _read_cache_file(path: Path, split: str) -> _SplitClasses:

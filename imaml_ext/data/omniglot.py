@@ -176,7 +176,7 @@ def _labels() -> dict[str, np.ndarray]:
 def _load_packed(path: Path) -> np.ndarray:
     found, known = cache.load_arrays(path, _PACKED_ARRAYS), _labels()
     for labels in (found, known):
-        labels["alphabet"] = labels["alphabet_names"][labels["alphabet"] % 50]
+        labels["alphabet"] = np.append(labels["alphabet_names"], "")[np.minimum(labels["alphabet"], 50)]
     for name in ("alphabet", "character", "drawer"):
         if not np.array_equal(found[name], known[name]):
             raise DataError(f"{path}: '{name}' does not go through Omniglot in the expected order; create it again")
@@ -186,15 +186,11 @@ def _load_packed(path: Path) -> np.ndarray:
 def _load_tree(folder: Path, packs: Path) -> np.ndarray:
     """Reads torchvision's tree, or the file packed from it earlier, whose name carries sizes and times."""
     drawings = _list_tree(folder)
-    state = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8)
-    for path in drawings:
-        stat = path.stat()
-        state.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
 
     def read() -> cache.Arrays:
         return {"images": np.stack([_read_drawing(path) for path in drawings]), **_labels()}
 
-    packed = packs / "omniglot-packed" / f"omniglot28-{state.hexdigest()}.npz"
+    packed = packs / "omniglot-packed" / f"omniglot28-{cache.files_digest(folder, drawings)}.npz"
     return cache.cached_arrays(packed, _PACKED_ARRAYS, read)["images"]
 
 

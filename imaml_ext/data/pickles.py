@@ -28,9 +28,8 @@ def load_pickle(path: Path, *keys: str) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle raises errors of many kinds
         reason = error or type(error).__name__
-        raise DataError(
-            f"{path} is damaged or not a pickle of arrays ({reason}); download or create it again"
-        ) from error
+        wanted = f"damaged or not a pickle of arrays ({reason})"
+        raise DataError(f"{path} is {wanted}; download or create it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a dictionary, got {type(content).__name__}")
     named = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}

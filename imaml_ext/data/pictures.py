@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from imaml_ext.data.cache import cached_arrays
+from imaml_ext.data.cache import cached_arrays, files_digest
 from imaml_ext.data.class_images import ClassImages, number_range
 from imaml_ext.data.datasets import ImageDataset
 from imaml_ext.errors import DataError
@@ -21,23 +20,17 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_Pictures = Mapping[str, Mapping[str, Sequence[Path]]]  # {split: {class: its pictures}}
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images of named classes, one class after another.
+    """Images of named classes, one class after another."""
 
-    Attributes:
-        images: uint8 [n, H, W], or [n, H, W, 3].
-        names: one per class.
-        counts: images of each class, int [classes], n in sum.
-        splits: the classes of each split, indices into `names`.
-    """
-
-    images: np.ndarray
-    names: tuple[str, ...]
-    counts: np.ndarray
-    splits: Mapping[str, np.ndarray]
+    images: np.ndarray  # uint8 [n, H, W], or [n, H, W, 3]
+    names: tuple[str, ...]  # one per class
+    counts: np.ndarray  # images of each class, int [classes], n in sum
+    splits: Mapping[str, np.ndarray]  # the classes of each split, indices into `names`
 
     def dataset(self, name: str, description: str, *, published: int | None = None) -> ImageDataset:
         """Makes a data set of photographs; a published one is complete with `published` images per class."""
@@ -56,11 +49,7 @@ class LabelledImages:
 def label_splits(
     folder: Path, sizes: Mapping[str, Mapping[str, int]]
 ) -> tuple[tuple[str, ...], np.ndarray, dict[str, np.ndarray]]:
-    """Returns `names`, `counts` and `splits` of `LabelledImages`, from {split: {class: number of its images}}.
-
-    Raises:
-        DataError: a class is in two splits, or has no image.
-    """
+    """Returns `names`, `counts` and `splits` of `LabelledImages`, from {split: {class: number of its images}}."""
     splits: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for split, members in sizes.items():
@@ -75,11 +64,7 @@ def label_splits(
 
 
 def open_picture(path: Path, mode: str, *, upright: bool = False) -> Image:
-    """Decodes a picture file.
-
-    Args:
-        mode: "RGB", or "L" for grey.
-        upright: turn the picture as its EXIF orientation says.
+    """Decodes a picture file as "RGB", or "L" for grey; `upright` turns it as its EXIF orientation says.
 
     Raises:
         DataError: the file is missing, damaged or no picture, or Pillow is not installed.
@@ -105,11 +90,7 @@ def shrink(picture: Image, size: int) -> np.ndarray:
 
 
 def list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Lists the pictures of every class: {name of a folder in `folder`: its .png and .jpg files}, in order of name.
-
-    Raises:
-        DataError: there is no folder of a class, or one without pictures.
-    """
+    """Lists the pictures of every class: {name of a folder in `folder`: its .png and .jpg files}, in order of name."""
     classes = {
         path.name: sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
         for path in sorted(folder.iterdir())
@@ -124,11 +105,7 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def list_splits(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """Lists the pictures in `train/<class>/`, `val/<class>/` and `test/<class>/`; `val` may be missing.
-
-    Raises:
-        DataError: `train` or `test` is missing, or see `list_classes`.
-    """
+    """Lists the pictures in `train/<class>/`, `val/<class>/` and `test/<class>/`; `val` may be missing."""
     for split in ("train", "test"):
         if not (folder / split).is_dir():
             needed = "the folders train/ and test/, with or without val/"
@@ -137,31 +114,13 @@ def list_splits(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
 
 def load_classes(
-    folder: Path,
-    classes: Mapping[str, Mapping[str, Sequence[Path]]],
-    *,
-    size: int,
-    greyscale: bool = False,
-    cache: Path,
+    folder: Path, classes: _Pictures, *, size: int, greyscale: bool = False, cache: Path
 ) -> LabelledImages:
-    """Loads the pictures of {split: {class: its pictures}}, all below `folder`, scaled to size × size.
-
-    They are decoded once: the file that they are packed into carries names, sizes and times of the pictures in its
-    name, and is read from then on.
-
-    Raises:
-        DataError: a class is in two splits, a picture is missing or damaged, or the cache cannot be written.
-    """
+    """Loads pictures below `folder`, scaled to size × size; they are decoded once, and packed into a file whose name
+    carries names, sizes and times of the pictures."""
     labels = label_splits(folder, {split: {c: len(p) for c, p in part.items()} for split, part in classes.items()})
     pictures = [path for part in classes.values() for paths in part.values() for path in paths]
     shape = (len(pictures), size, size) if greyscale else (len(pictures), size, size, 3)
-    state = hashlib.blake2b(f"{folder.resolve()} {shape}".encode(), digest_size=8)
-    for path in pictures:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise DataError(f"the picture {path} cannot be read ({error.strerror})") from error
-        state.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
 
     def read() -> dict[str, np.ndarray]:
         images = np.empty(shape, dtype=np.uint8)
@@ -169,5 +128,5 @@ def load_classes(
             images[row] = shrink(open_picture(path, "L" if greyscale else "RGB"), size)
         return {"images": images}
 
-    packed = cache / "pictures" / f"{folder.resolve().name}-{size}-{state.hexdigest()}.npz"
+    packed = cache / "pictures" / f"{folder.resolve().name}-{size}-{files_digest(folder, pictures, shape)}.npz"
     return LabelledImages(cached_arrays(packed, {"images": ("uint8", shape)}, read)["images"], *labels)

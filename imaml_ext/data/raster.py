@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-SIZE = 28  # pixels a side
-SUB = 256  # horizontal units a pixel; both axes use the same units
-LINES = 4  # scan lines sampled a pixel row
+SIZE = 28  # pixels per side
+SUB = 256  # horizontal units per pixel; both axes use the same units
+LINES = 4  # scan lines sampled per pixel row
 HALF = 1 << 14  # outlines are scaled so that the longer side of their bounding box runs from −HALF to HALF
 _CURVE_STEPS = 6
 _UNIT = 16  # font units are refined by this factor before rounding
@@ -35,11 +35,8 @@ class FontFile:
         self._glyf = self._font["glyf"]
         self._cmap: dict[int, str] = self._font.getBestCmap() or {}
 
-    def code_points(self) -> set[int]:
-        return set(self._cmap)
-
     def outline(self, code_point: int) -> np.ndarray | None:
-        """Edges of the character, int64 [edges, 4] as (x0, y0, x1, y1) in the scale of HALF, y upwards.
+        """Returns the edges of the character, int64 [edges, 4] as (x0, y0, x1, y1) in the scale of HALF, y upwards.
 
         Centred on the middle of its bounding box. None where the font lacks the character or it draws nothing.
         """
@@ -71,7 +68,7 @@ class FontFile:
 
 
 def _flatten(points: np.ndarray, on_curve: np.ndarray) -> np.ndarray:
-    """A closed TrueType contour (quadratic curves, implied points between off-curve neighbours) as a polygon [n, 2]."""
+    """Turns a closed TrueType contour (quadratic curves, implied points between two off it) into a polygon [n, 2]."""
     after, after_on = np.concatenate([points[1:], points[:1]]), np.concatenate([on_curve[1:], on_curve[:1]])
     # Coordinates are doubled, so that the implied midpoints are whole: [p0, mid(p0, p1), p1, …], then those that exist.
     full = np.stack([2 * points, points + after], axis=1).reshape(-1, 2)
@@ -91,7 +88,7 @@ def _flatten(points: np.ndarray, on_curve: np.ndarray) -> np.ndarray:
 
 
 def transform(edges: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Edges in units of the picture (SUB a pixel, y downwards), int64 [edges, 4].
+    """Returns edges in units of the picture (SUB per pixel, y downwards), int64 [edges, 4].
 
     matrix int64 [2, 2]: units of the picture that HALF units of the outline make; shift int64 [2]: of the centre.
     """
@@ -103,10 +100,10 @@ def transform(edges: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.nd
 
 
 def draw(edges: np.ndarray, image: np.ndarray, count: int) -> np.ndarray:
-    """Fill the outlines (non-zero winding): uint8 [count, SIZE, SIZE], ink = 255.
+    """Fills the outlines (non-zero winding): uint8 [count, SIZE, SIZE], ink = 255.
 
-    Coverage is exact along x to 1/256 pixel and sampled on four scan lines a pixel row along y; only where the borders
-    of two overlapping contours cross the same pixel do their shares add.
+    Coverage is exact along x to 1/256 pixel and sampled on four scan lines per pixel row along y; only where the
+    borders of two overlapping contours cross the same pixel do their shares add.
 
     Args: edges int64 [n, 4] of all pictures in units of the picture; image int64 [n]: which picture an edge belongs to.
     """

@@ -46,9 +46,8 @@ def image_grid(images: Tensor | np.ndarray, *, columns: int, padding: int = 2, b
     array = array.astype(np.float32).transpose(0, 2, 3, 1) * np.float32(scale)  # [n, H, W, C]
     count, height, width, channels = array.shape
     down, right = height + padding, width + padding
-    sheet = np.full(
-        (-(-count // columns) * down + padding, columns * right + padding, channels), background, np.float32
-    )
+    size = (-(-count // columns) * down + padding, columns * right + padding, channels)
+    sheet = np.full(size, background, np.float32)
     for i in range(count):
         top, left = padding + i // columns * down, padding + i % columns * right
         sheet[top : top + height, left : left + width] = array[i]

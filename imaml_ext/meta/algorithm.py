@@ -76,7 +76,7 @@ class MetaAlgorithm(Choice):
 
     _: KW_ONLY
 
-    _given: dict[str, Any] = field(default_factory=dict, repr=False, metadata={"recorded": False})  # of a LearnableLam
+    _given: dict[str, Any] = field(default_factory=dict, repr=False, metadata={"recorded": False})
 
     # Regularisation lambda: how strongly a task's parameters are held at theta; 0 holds them not at all.
     lam: Annotated[Coefficient, NOT_NEGATIVE] = 0.0

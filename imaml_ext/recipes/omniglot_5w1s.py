@@ -2,7 +2,7 @@
 
 The paper's settings (section 4 and appendix): lambda 2, 16 gradient steps (25 where there are 20 ways), 5 CG steps,
 Adam. The curvature is the Gauss-Newton matrix, because with the Hessian these settings get worse as they train
-(docs/algorithms.md).
+(docs/reproduction/experiments.md).
 
 Command: imaml train omniglot-5w1s --data.root FOLDER
 """

@@ -1,7 +1,5 @@
 """The paper's experiments, one per file: `imaml reproduce NAME` writes their numbers (JSON) and figures (PNG)."""
 
-from __future__ import annotations
-
 import importlib
 
 from imaml_ext.reproduction.options import EXPERIMENTS, ExperimentOptions
@@ -13,9 +11,8 @@ def reproduce(options: ExperimentOptions, *, command: str = "") -> None:
     """Runs the experiment that the options are of, and leaves its numbers and figures in `options.folder`.
 
     Raises:
-        ConfigError, DataError: what was asked for cannot be run.
-        RunError: the folder cannot be written, or holds results that do not belong to these options.
-        Interrupted: SIGINT or SIGTERM came; what is finished is kept, and the same command goes on from there.
+        ConfigError, DataError: what was asked for cannot be run. RunError: the folder cannot be written, or holds other
+            results. Interrupted: SIGINT or SIGTERM came; the same command goes on from what is finished.
     """
     module = importlib.import_module(f"imaml_ext.reproduction.{options.name.replace('-', '_')}")
     module.run(options, command=command)

@@ -8,7 +8,7 @@ of the paper's public code, and the first-order gradient.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -24,13 +24,12 @@ from imaml_ext.reproduction.results import markdown_table
 from imaml_ext.train.recipe import load_recipe
 
 _PAPER, _LARGER = GradientDescent(steps=16, lr=0.1), GradientDescent(steps=16, lr=0.4)
-_AFTERWARDS = GradientDescent(steps=16, lr=0.1, proximal="after")
 RECIPES: dict[str, MetaAlgorithm] = {
     "literal": IMAML(lam=2.0, inner=_PAPER, curvature="hessian"),
     "base": IMAML(lam=0.1, inner=_LARGER, curvature="gauss_newton"),
     "hessian-free": IMAML(lam=0.1, inner=NEWTON, curvature="gauss_newton"),
     # Its operator is (H + 24 I)/12 = (H + λ + δ)/12 with λ = 2, δ = 22; Adam does not see the factor.
-    "public-code": IMAML(lam=2.0, inner=_AFTERWARDS, damping=22.0, curvature="hessian"),
+    "public-code": IMAML(lam=2.0, inner=replace(_PAPER, proximal="after"), damping=22.0, curvature="hessian"),
     "first-order": FOMAML(lam=0.1, inner=_LARGER),
 }
 
@@ -51,11 +50,9 @@ def _values(path: str, *values: float) -> dict[str, dict[str, Any]]:
 
 
 _HANDLING = {
-    "hessian-keep": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "keep"},
-    "hessian-gradient": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "gradient"},
-    "hessian-skip": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": "skip"},
-    "gauss-newton": {"algorithm.curvature": "gauss_newton"},
-}
+    f"hessian-{word}": {"algorithm.curvature": "hessian", "algorithm.on_breakdown": word}
+    for word in ("keep", "gradient", "skip")
+} | {"gauss-newton": {"algorithm.curvature": "gauss_newton"}}
 _CURVATURE = "curvature, and tasks where it is negative"
 _LITERAL_HANDLING, _BASE_HANDLING = (
     {label: changes for label, changes in _HANDLING.items() if label != own} for own in ("hessian-keep", "gauss-newton")
@@ -63,8 +60,7 @@ _LITERAL_HANDLING, _BASE_HANDLING = (
 _AFTER = {"pullback": {"algorithm.inner.proximal": "after"}}
 _RATES = _values("outer.lr", 0.003, 0.01, 0.03)
 _SCHEDULES: dict[str, dict[str, Any]] = {
-    "cosine": {"outer.lr": 0.003, "outer.schedule": "cosine"},
-    "linear": {"outer.lr": 0.003, "outer.schedule": "linear"},
+    **{word: {"outer.lr": 0.003, "outer.schedule": word} for word in ("cosine", "linear")},
     "average": {"outer.lr": 0.003, "outer.average": 0.98},
 }
 _ITERATIONS = "algorithm.inner.linear_solver.max_iterations"
@@ -106,11 +102,10 @@ def ablation_cells(options: Ablation) -> Cells:
 
 
 def run(options: Ablation, *, command: str = "") -> None:
-    run_cells(options, ablation_cells(options), _report, command=command)
+    def report(found: Outcomes) -> Report:
+        return Report(_table(options, found), {"ablation.png": _draw(options, found)})
 
-
-def _report(options: Ablation, found: Outcomes) -> Report:
-    return Report(_table(options, found), {"ablation.png": _draw(options, found)})
+    run_cells(options, ablation_cells(options), report, command=command)
 
 
 def _groups(found: Outcomes) -> list[tuple[str, dict[str, Outcome]]]:
@@ -138,15 +133,13 @@ def _table(options: Ablation, found: Outcomes) -> str:
 def _draw(options: Ablation, found: Outcomes) -> Figure:
     """Left, the test accuracy of every cell, with that of its recipe as a line; right, the recipes as they learn."""
     groups = _groups(found)
-    rows = sum(len(members) + 1 for _, members in groups)
+    height = max(4.0, 0.26 * sum(len(members) + 1 for _, members in groups) + 1.2)
     title = f"iMAML on {options.data} 5-way 1-shot, budget {options.budget}"
-    figure, axes = panels(title, 1, 2, size=(13, max(4.0, 0.26 * rows + 1.2)))
-    left, right = axes[0]
+    figure, [(left, right)] = panels(title, 1, 2, size=(13, height))
     _draw_accuracies(left, groups)
     for index, label in enumerate(RECIPES):
         if f"recipe/{label}" in found:
-            run = found[f"recipe/{label}"].directory
-            learning_curve(right, run, "query_accuracy", color=f"C{index}", label=label)
+            learning_curve(right, found[f"recipe/{label}"].directory, "query_accuracy", color=f"C{index}", label=label)
     finish(right, xlabel="meta-step", ylabel="query error (%), training tasks, running mean")
     return figure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -21,11 +21,15 @@ from imaml_ext.train.run_directory import RunDirectory, read_config
 from imaml_ext.train.trainer import check_directory, train
 
 _DIVERGED = "diverged.json"
-# Of the budget `trial` of every experiment.
-TRIAL = {"outer.meta_batch": 2, "evaluation.tasks": 10, "evaluation.every": 0, "run.log_every": 1}
-Options = TypeVar("Options", bound=TrainedOptions)
+TRIAL = {"outer.meta_batch": 2, "evaluation.tasks": 10, "evaluation.every": 0, "run.log_every": 1}  # a budget
+REPTILE: dict[str, Any] = {
+    "outer.optimizer": "sgd",
+    "outer.lr": 1.0,
+    "outer.schedule": "linear",
+}  # Nichol et al. (2018)
 # The name of a cell, such as "5w1s/maml", is that of its run directory under runs/BUDGET too.
 Cells = Mapping[str, TrainConfig]
+Outcomes = Mapping[str, "Outcome"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,9 @@ class Outcome:
         return "diverged" if self.test is None else "{:.2f} ± {:.2f}".format(*self.percent())
 
 
-Outcomes = Mapping[str, Outcome]
-
-
 @dataclass(frozen=True)
 class Report:
-    """Holds what an experiment makes of its finished cells.
-
-    Attributes:
-        table: in Markdown. figures: by file name. content: of NAME.json, beside the cells.
-    """
+    """Holds the table in Markdown, the figures by file name, and what NAME.json has beside the cells."""
 
     table: str
     figures: Mapping[str, Figure]
@@ -77,11 +74,10 @@ def cell(base: TrainConfig, options: TrainedOptions, *layers: Mapping[str, Any])
     return base
 
 
-def run_cells(options: Options, cells: Cells, report: Callable[[Options, Outcomes], Report], *, command: str) -> None:
+def run_cells(options: TrainedOptions, cells: Cells, report: Callable[[Outcomes], Report], *, command: str) -> None:
     """Trains the cells chosen that are not finished, and draws what is finished after each of them.
 
-    A cell that was interrupted continues from its newest checkpoint. One whose meta-gradient became non-finite is
-    finished too: that is its result.
+    An interrupted cell continues from its newest checkpoint. One whose meta-gradient became non-finite is finished.
 
     Raises:
         ConfigError: no cell has a name asked for, or a run directory holds a run with other settings.
@@ -89,20 +85,17 @@ def run_cells(options: Options, cells: Cells, report: Callable[[Options, Outcome
     """
     chosen = [] if options.draw_only else _chosen(cells, options.cells)
     folder = output_folder(options)
-    directories = {name: RunDirectory(folder / "runs" / options.budget / name) for name in cells}
+    runs = folder / "runs" / options.budget
+    directories = {name: RunDirectory(runs / name) for name in cells}
 
     def draw() -> int:
         """Writes NAME.json, NAME.md and the figures; returns the number of finished cells."""
-        results = {name: _result(directory) for name, directory in directories.items()}
-        found = {
-            name: Outcome(directories[name], read_config(directories[name]).config, result)
-            for name, result in results.items()
-            if result is not None
-        }
+        results = {name: result for name in cells if (result := _result(directories[name])) is not None}
+        configs = {name: read_config(directories[name]).config for name in results}
+        found = {name: Outcome(directories[name], configs[name], result) for name, result in results.items()}
         if not found:
-            runs = folder / "runs" / options.budget
             raise RunError(f"{runs} holds no finished run of this experiment: there is nothing to draw")
-        drawn = report(options, found)
+        drawn = report(found)
         content = {name: {**outcome.result, "config": to_json(outcome.config)} for name, outcome in found.items()}
         write_results(options, resolve_device(options.device), command=command, **drawn.content, cells=content)
         atomic_write(folder / f"{options.name}.md", drawn.table.encode())

@@ -25,7 +25,7 @@ from imaml_ext.batch import Data, EpisodeBatch
 from imaml_ext.data.linear import LinearClosedForm, LinearSampler
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML, MAML, MetaAlgorithm
-from imaml_ext.reproduction.figures import COLORS, curve_with_band, finish, panels
+from imaml_ext.reproduction.figures import STYLES, curve_with_band, finish, panels
 from imaml_ext.reproduction.options import Exactness
 from imaml_ext.reproduction.results import output_folder, write_results
 from imaml_ext.solvers import CG
@@ -54,26 +54,20 @@ class Curve:
         self.eps = float(torch.finfo(getattr(torch, self.dtype)).eps)
         self.rounding = 4 * self.inner_condition_number * self.eps  # relative error by the arithmetic alone
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("inner_condition_number", "eps")}
-
     def inner_steps(self) -> list[int]:
         """Every number up to 6, then two per octave, up to where gradient descent has arrived."""
         last = math.ceil(_ENOUGH_STEPS * self.inner_condition_number)
         octaves = {round(2 ** (exponent / 2)) for exponent in range(6, math.ceil(2 * math.log2(last)))}
         return [*range(1, 7), *sorted(octaves), last]
 
-    def methods(self, inner_steps: int, cg_steps: Sequence[int]) -> dict[str, MetaAlgorithm]:
+    def measure(self, inner_steps: int, tasks: Sequence[Tasks], cg_steps: Sequence[int]) -> None:
+        """Adds the relative error of each method: median, smallest and largest over the draws."""
         inner = GradientDescent(steps=inner_steps, lr=self.lr)
         methods: dict[str, MetaAlgorithm] = {"maml": MAML(_loss, inner=inner, lam=self.lam)}
         for steps in cg_steps:
             solver = CG(max_iterations=steps, rtol=self.eps)  # a solve at the limit of rounding ends
             methods[f"imaml-{steps}"] = IMAML(_loss, lam=self.lam, inner=inner, linear_solver=solver)
-        return methods
-
-    def measure(self, inner_steps: int, tasks: Sequence[Tasks], cg_steps: Sequence[int]) -> None:
-        """Adds the relative error of each method: median, smallest and largest over the draws."""
-        for name, method in self.methods(inner_steps, cg_steps).items():
+        for name, method in methods.items():
             errors = [
                 float(torch.linalg.vector_norm(method.meta_gradient(theta, batch).gradient.double() - exact) / scale)
                 for batch, theta, exact, scale in tasks
@@ -85,15 +79,14 @@ class Curve:
 def run(options: Exactness, *, command: str = "") -> None:
     folder = output_folder(options)
     curves = [Curve(*choice) for choice in product(options.condition_numbers, options.eigenvalues, options.dtypes)]
-    tasks = [list(_draw_tasks(curve, options)) for curve in curves]
-    work = [(curve, drawn, steps) for curve, drawn in zip(curves, tasks, strict=True) for steps in curve.inner_steps()]
+    tasks = [(curve, list(_draw_tasks(curve, options))) for curve in curves]
+    work = [(curve, drawn, steps) for curve, drawn in tasks for steps in curve.inner_steps()]
     with ProgressBar("exactness", total=len(work)) as bar:
         for done, (curve, drawn, steps) in enumerate(work, 1):
             curve.measure(steps, drawn, options.cg_steps)
             bar.update(done, {"κ": f"{curve.condition_number:g}", "inner steps": steps})
     findings = [_findings(curve, max(options.cg_steps)) for curve in curves]
-    content = {"findings": findings, "curves": [curve.to_json() for curve in curves]}
-    write_results(options, torch.device("cpu"), command=command, **content)
+    write_results(options, torch.device("cpu"), command=command, findings=findings, curves=[vars(c) for c in curves])
     write_figure(_draw(curves, options), folder / "exactness.png")
     for finding in findings:
         say(_sentence(finding))
@@ -101,17 +94,11 @@ def run(options: Exactness, *, command: str = "") -> None:
 
 
 def _draw_tasks(curve: Curve, options: Exactness) -> Iterator[Tasks]:
-    sampler = LinearSampler(
-        features=options.features,
-        shots=2 * options.features,
-        queries=2 * options.features,
-        meta_batch=options.tasks,
-        seed=options.seed,
-        condition_number=curve.condition_number,
-        eigenvalues=curve.eigenvalues,
-        dtype=getattr(torch, curve.dtype),
-    )
-    theta = torch.zeros(options.features, dtype=sampler.dtype)
+    size, dtype = options.features, getattr(torch, curve.dtype)
+    sizes: dict[str, Any] = {"features": size, "shots": 2 * size, "queries": 2 * size, "meta_batch": options.tasks}
+    conditioning: dict[str, Any] = {"condition_number": curve.condition_number, "eigenvalues": curve.eigenvalues}
+    sampler = LinearSampler(**sizes, **conditioning, seed=options.seed, dtype=dtype)
+    theta = torch.zeros(size, dtype=dtype)
     for draw in range(options.draws):
         batch = sampler.sample(draw)
         exact, _ = LinearClosedForm(batch.to(dtype=torch.float64)).meta_gradient(theta.double(), curve.lam)
@@ -124,10 +111,7 @@ def _loss(params: Tensor, data: Data) -> Tensor:
 
 
 def _findings(curve: Curve, most_cg_steps: int) -> dict[str, Any]:
-    """What the paper says of these curves, as figures: the terminal error of every method, and who is closer.
-
-    Where MAML's error is rounding alone, nothing is compared.
-    """
+    """The terminal error of every method, and who is closer; nothing is compared where MAML's error is rounding."""
     by_method: dict[str, dict[int, float]] = {}
     for point in curve.points:
         by_method.setdefault(point["method"], {})[point["inner_steps"]] = point["median"]
@@ -157,24 +141,19 @@ def _draw(curves: Sequence[Curve], options: Exactness) -> Figure:
     """One column per condition number, one row per dtype and spectrum; error against inner steps, both logarithmic."""
     rows, columns = [*product(map(str, options.dtypes), options.eigenvalues)], options.condition_numbers
     title = "Relative error of the meta-gradient: linear regression, mean over tasks"
-    size = (4.4 * len(columns), 3.1 * len(rows) + 1)
-    figure, axes = panels(title, len(rows), len(columns), size=size, sharex="col")
+    figure, axes = panels(title, len(rows), len(columns), size=(4.4 * len(columns), 3.1 * len(rows) + 1), sharex="col")
     for curve in curves:
         axis = axes[rows.index((curve.dtype, curve.eigenvalues)), columns.index(curve.condition_number)]
         _draw_curve(axis, curve, sorted(options.cg_steps))
         spectrum = f"κ(∇²L) = {curve.condition_number:g}, κ(∇²L + λI) = {curve.inner_condition_number:g}"
         axis.set_title(f"{spectrum}\n{curve.eigenvalues} distinct eigenvalues, {curve.dtype}", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("inner gradient steps")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("relative error")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
 def _draw_curve(axis: Axes, curve: Curve, cg_steps: Sequence[int]) -> None:
-    styles: dict[str, dict[str, Any]] = {"maml": {"label": "MAML", "color": COLORS["maml"], "linestyle": "-"}}
+    styles: dict[str, dict[str, Any]] = {"maml": {"label": "MAML", "color": STYLES["maml"]["color"], "linestyle": "-"}}
     for index, steps in enumerate(cg_steps):
         look = {"color": _BLUES[min(index, len(_BLUES) - 1)], "linestyle": ("-", "--", "-.", ":")[index % 4]}
         styles[f"imaml-{steps}"] = {"label": f"iMAML, {steps} CG steps", **look}
@@ -182,4 +161,5 @@ def _draw_curve(axis: Axes, curve: Curve, cg_steps: Sequence[int]) -> None:
         points = [point for point in curve.points if point["method"] == method]
         columns = ([point[name] for point in points] for name in ("inner_steps", "median", "smallest", "largest"))
         curve_with_band(axis, *columns, **style)
-    finish(axis, legend=False, xscale="log", yscale="log")
+    labels = {"xlabel": "inner gradient steps", "ylabel": "relative error"}
+    finish(axis, legend=False, xscale="log", yscale="log", **labels)

@@ -1,7 +1,5 @@
 """What the figures of all experiments share: one name and one colour for each algorithm, panels, bands and curves."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,27 +8,16 @@ from matplotlib.figure import Figure
 from imaml_ext.train.reports import column, running_mean
 from imaml_ext.train.run_directory import RunDirectory, read_metrics
 
-LABELS = {
-    "maml": "MAML",
-    "maml-checkpoint": "MAML, checkpointed",
-    "fomaml": "first-order MAML",
-    "reptile": "Reptile",
-    "imaml-gd": "iMAML, gradient descent",
-    "imaml-hf": "iMAML, Hessian-free",  # the paper's word for NewtonCG
+_NAMES = {
+    "maml": ("MAML", "#d62728"),
+    "maml-checkpoint": ("MAML, checkpointed", "#ff7f0e"),
+    "fomaml": ("first-order MAML", "#2ca02c"),
+    "reptile": ("Reptile", "#8c564b"),
+    "imaml-gd": ("iMAML, gradient descent", "#1f77b4"),
+    "imaml-hf": ("iMAML, Hessian-free", "#9467bd"),  # the paper's word for NewtonCG
 }
-COLORS = {
-    "maml": "#d62728",
-    "maml-checkpoint": "#ff7f0e",
-    "fomaml": "#2ca02c",
-    "reptile": "#8c564b",
-    "imaml-gd": "#1f77b4",
-    "imaml-hf": "#9467bd",
-}
-
-
-def style(algorithm: str) -> dict[str, Any]:
-    """Returns the colour and the label of an algorithm's curve."""
-    return {"color": COLORS[algorithm], "label": LABELS[algorithm]}
+LABELS = {algorithm: label for algorithm, (label, _) in _NAMES.items()}
+STYLES = {algorithm: {"label": label, "color": color} for algorithm, (label, color) in _NAMES.items()}  # of curves
 
 
 def panels(title: str, rows: int, columns: int, *, size: tuple[float, float], **sharing: Any) -> tuple[Figure, Any]:

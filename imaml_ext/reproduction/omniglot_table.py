@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
-from imaml_ext.reproduction.cells import TRIAL, Cells, Outcomes, Report, cell, run_cells
-from imaml_ext.reproduction.figures import LABELS, finish, learning_curve, panels, style
+from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.figures import LABELS, STYLES, finish, learning_curve, panels
 from imaml_ext.reproduction.options import ALGORITHMS, OmniglotTable
 from imaml_ext.reproduction.results import markdown_table
 from imaml_ext.solvers import CG
@@ -35,7 +35,7 @@ NEWTON = NewtonCG(steps=8, linear_solver=CG(max_iterations=1, rtol=0.0), curvatu
 def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
     """Returns what each algorithm sets differently on tasks of 5 or 20 ways.
 
-    iMAML: as the recipe omniglot-5w1s-1000, and not the paper's letter (docs/algorithms.md). NewtonCG takes many short
+    iMAML: as the recipe omniglot-5w1s-1000, and not the paper's letter (docs/reproduction/). NewtonCG takes many short
     directions, which reach a lower objective for their cost than few long ones, at an outer rate of its own: with 3e-3
     it learns more slowly than gradient descent, with 1e-2 faster, where gradient descent gains nothing. MAML,
     first-order MAML: Finn et al. (2017), appendix A.1. Reptile: Nichol et al. (2018), appendix A, but for an inner rate
@@ -44,7 +44,7 @@ def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
     few = ways == 5
     descent = GradientDescent(steps=16 if few else 25, lr=0.4)
     unrolled = GradientDescent(steps=1, lr=0.4) if few else GradientDescent(steps=5, lr=0.1)
-    tested: dict[str, Any] = {"evaluation.inner_steps": 3 if few else None}
+    tested = {"evaluation.inner_steps": 3 if few else None}
     steps, batch_size = (5, 10) if few else (10, 20)
     batches = GradientDescent(steps, lr=1e-2, optimizer="adam", betas=(0.0, 0.999), batch_size=batch_size)
     return {
@@ -52,26 +52,16 @@ def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
         "imaml-hf": {"algorithm": IMAML(lam=0.1, inner=NEWTON, curvature="gauss_newton"), "outer.lr": 1e-2},
         "maml": {"algorithm": MAML(inner=unrolled), **tested},
         "fomaml": {"algorithm": FOMAML(inner=unrolled), **tested},
-        "reptile": {
-            "algorithm": Reptile(inner=batches),
-            "tasks.train_shots": 10,
-            "evaluation.inner_steps": 50,
-            "outer.optimizer": "sgd",
-            "outer.lr": 1.0,
-            "outer.schedule": "linear",
-        },
+        "reptile": REPTILE
+        | {"algorithm": Reptile(inner=batches), "tasks.train_shots": 10, "evaluation.inner_steps": 50},
     }
 
 
-def _budget(steps: int, tasks: int, lr: float) -> dict[str, Any]:
-    return {"outer.steps": steps, "outer.meta_batch": tasks, "outer.lr": lr, "outer.schedule": "cosine"}
-
-
-_TRIAL = TRIAL | {"outer.steps": 4, "model.filters": 4}
-BUDGETS: dict[str, dict[int, dict[str, Any]]] = {  # by name and ways
-    "small": {5: _budget(5000, 16, 3e-3), 20: _budget(1000, 4, 3e-3)},
-    "published": {5: _budget(20_000, 32, 1e-3), 20: _budget(20_000, 16, 1e-3)},
-    "trial": {5: _TRIAL, 20: _TRIAL},
+# Meta-steps, tasks per meta-step, outer rate and its schedule, by name and ways.
+BUDGETS = {
+    "small": {5: (5000, 16, 3e-3, "cosine"), 20: (1000, 4, 3e-3, "cosine")},
+    "published": {5: (20_000, 32, 1e-3, "cosine"), 20: (20_000, 16, 1e-3, "cosine")},
+    "trial": {5: (4, 2, 1e-3, "constant"), 20: (4, 2, 1e-3, "constant")},
 }
 
 
@@ -80,21 +70,22 @@ def table_cells(options: OmniglotTable) -> Cells:
     cells = {}
     for column in COLUMNS:
         base = load_recipe(f"omniglot-{column}").config
-        ways = base.tasks.ways
-        changes = algorithm_changes(ways)
+        ways, changes = base.tasks.ways, algorithm_changes(base.tasks.ways)
+        of_outer = ("outer.steps", "outer.meta_batch", "outer.lr", "outer.schedule")
+        budget = {"evaluation.tasks": 1000} | dict(zip(of_outer, BUDGETS[options.budget][ways], strict=True))
+        budget |= TRIAL | {"model.filters": 4} if options.budget == "trial" else {}
         for algorithm in ALGORITHMS:
-            layers = ({"evaluation.tasks": 1000}, BUDGETS[options.budget][ways], changes[algorithm])
-            cells[f"{column}/{algorithm}"] = cell(base, options, *layers)
+            cells[f"{column}/{algorithm}"] = cell(base, options, budget, changes[algorithm])
     return cells
 
 
 def run(options: OmniglotTable, *, command: str = "") -> None:
-    run_cells(options, table_cells(options), _report, command=command)
+    def report(found: Outcomes) -> Report:
+        table, curves = _draw_table(options, found), _draw_curves(options, found)
+        figures = {"omniglot-table.png": table, "learning-curves.png": curves}
+        return Report(_table(options, found), figures, {"published": PUBLISHED})
 
-
-def _report(options: OmniglotTable, found: Outcomes) -> Report:
-    figures = {"omniglot-table.png": _draw_table(options, found), "learning-curves.png": _draw_curves(options, found)}
-    return Report(_table(options, found), figures, {"published": PUBLISHED})
+    run_cells(options, table_cells(options), report, command=command)
 
 
 def _table(options: OmniglotTable, found: Outcomes) -> str:
@@ -118,7 +109,7 @@ def _draw_table(options: OmniglotTable, found: Outcomes) -> Figure:
     figure, axes = panels(title, 1, len(COLUMNS), size=(13, 3.8), sharey=True)
     for axis, (column, name) in zip(axes[0], COLUMNS.items(), strict=True):
         for row, algorithm in enumerate(ALGORITHMS):
-            point: dict[str, Any] = {"color": style(algorithm)["color"], "fmt": "o", "capsize": 2}
+            point: dict[str, Any] = {"color": STYLES[algorithm]["color"], "fmt": "o", "capsize": 2}
             mean, interval = PUBLISHED[algorithm][column]
             axis.errorbar(mean, row + 0.15, xerr=interval, markerfacecolor="white", **point)
             if f"{column}/{algorithm}" in found:
@@ -137,8 +128,7 @@ def _draw_curves(options: OmniglotTable, found: Outcomes) -> Figure:
     for axis, column in zip(axes[0], columns, strict=True):
         for algorithm in ALGORITHMS:
             if f"{column}/{algorithm}" in found:
-                run = found[f"{column}/{algorithm}"].directory
-                learning_curve(axis, run, "query_accuracy", **style(algorithm))
+                learning_curve(axis, found[f"{column}/{algorithm}"].directory, "query_accuracy", **STYLES[algorithm])
         finish(axis, title=COLUMNS[column], xlabel="meta-step")
     axes[0, 0].set_ylabel("query error (%)")
     return figure

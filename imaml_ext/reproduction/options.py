@@ -18,16 +18,16 @@ class ExperimentOptions(Settings):
     """Options of every experiment."""
 
     name: ClassVar[str]
-
     output_dir: Path | None = None  # Where numbers, tables and figures are written; unset: results/NAME.
 
     @property
     def folder(self) -> Path:
         return self.output_dir or Path("results") / self.name
 
-    def _require_some(self, *fields: str) -> None:
-        for field in fields:
-            self.require(bool(getattr(self, field)), field, "one or more values")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, value in vars(self).items():
+            self.require(value != () or field == "cells", field, "one or more values")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class Exactness(ExperimentOptions):
     """Error of the meta-gradient against inner steps, on linear regression, where it is known exactly."""
 
     name: ClassVar[str] = "exactness"
-
     # Condition numbers of the support loss.
     condition_numbers: Annotated[tuple[float, ...], _TWO] = (10.0, 50.0, 250.0)
     # Distinct eigenvalues of the support loss; CG is exact after as many steps.
@@ -83,7 +82,6 @@ class Exactness(ExperimentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_some("condition_numbers", "eigenvalues", "dtypes", "cg_steps")
         expected = f"no larger than features ({self.features})"
         self.require(max(self.eigenvalues) <= self.features, "eigenvalues", expected)
 
@@ -93,7 +91,6 @@ class Cost(ImageOptions, DeviceOptions):
     """Time and peak memory of one meta-gradient against inner steps, 20-way 5-shot, Conv4."""
 
     name: ClassVar[str] = "cost"
-
     # Algorithms; cells that cost.json has already are not measured again.
     methods: tuple[Method, ...] = ("maml", "maml-checkpoint", "fomaml", "imaml-gd", "imaml-hf")
     steps: Annotated[tuple[int, ...], COUNT] = (1, 2, 4, 8, 16, 32, 64)  # Inner steps; Newton steps for imaml-hf.
@@ -104,10 +101,6 @@ class Cost(ImageOptions, DeviceOptions):
     repeats: Annotated[int, COUNT] = 3
     # GiB; a cell that would need more is left out. Unset: nine tenths of what the device has free.
     memory_limit: Annotated[float | None, POSITIVE] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_some("methods", "steps")
 
 
 @dataclass(frozen=True)
@@ -131,5 +124,4 @@ class Ablation(ImageOptions, TrainedOptions):
     name: ClassVar[str] = "ablation"
 
 
-_ALL: tuple[type[ExperimentOptions], ...] = (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)
-EXPERIMENTS = {kind.name: kind for kind in _ALL}
+EXPERIMENTS = {kind.name: kind for kind in (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)}

@@ -1,7 +1,5 @@
 """The files that every experiment leaves: NAME.json, stamped with what it comes from, and tables beside it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,13 +45,13 @@ def read_json(path: Path, advice: str = "remove it, or give another --output-dir
     """
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no results")
+        return values
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}): {advice}") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{path} holds no results: {advice}")
-    return values
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,8 +17,8 @@ from imaml_ext.errors import RunError
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, MAML, Reptile
-from imaml_ext.reproduction.cells import TRIAL, Cells, Outcomes, Report, cell, run_cells
-from imaml_ext.reproduction.figures import LABELS, curve_with_band, finish, learning_curve, panels, style
+from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.figures import LABELS, STYLES, curve_with_band, finish, learning_curve, panels
 from imaml_ext.reproduction.options import ALGORITHMS, Sinusoid
 from imaml_ext.reproduction.results import markdown_table, read_json
 from imaml_ext.settings import changed
@@ -40,19 +40,10 @@ ALGORITHM_CHANGES: dict[str, dict[str, Any]] = {
     "imaml-hf": {"algorithm.inner": NewtonCG(steps=3, curvature="gauss_newton")},
     "maml": {"algorithm": MAML(inner=GradientDescent(steps=5, lr=0.01))},
     "fomaml": {"algorithm": FOMAML(inner=GradientDescent(steps=5, lr=0.01))},
-    "reptile": {
-        "algorithm": Reptile(inner=GradientDescent(steps=32, lr=0.02)),
-        "tasks.train_shots": 50,
-        "outer.optimizer": "sgd",
-        "outer.lr": 1.0,
-        "outer.schedule": "linear",
-    },
+    "reptile": {**REPTILE, "algorithm": Reptile(inner=GradientDescent(steps=32, lr=0.02)), "tasks.train_shots": 50},
 }
-BUDGETS: dict[str, dict[str, Any]] = {
-    "small": {},
-    "published": {"outer.steps": 30_000},
-    "trial": TRIAL | {"outer.steps": 4, "model.hidden": (8,)},
-}
+_TRIAL = TRIAL | {"outer.steps": 4, "model.hidden": (8,)}
+BUDGETS: dict[str, dict[str, Any]] = {"small": {}, "published": {"outer.steps": 30_000}, "trial": _TRIAL}
 
 
 def sinusoid_cells(options: Sinusoid) -> Cells:
@@ -66,22 +57,17 @@ def sinusoid_cells(options: Sinusoid) -> Cells:
 
 
 def run(options: Sinusoid, *, command: str = "") -> None:
-    run_cells(options, sinusoid_cells(options), _report, command=command)
+    def report(found: Outcomes) -> Report:
+        adaptation = {name: _adaptation(outcome.directory) for name, outcome in found.items() if outcome.test}
+        errors, functions = _draw_errors(options, found, adaptation), _draw_functions(adaptation)
+        figures = {"sinusoid.png": errors, "functions.png": functions}
+        return Report(_table(options, found), figures, {"adaptation": adaptation})
 
-
-def _report(options: Sinusoid, found: Outcomes) -> Report:
-    adaptation = {name: _adaptation(outcome.directory) for name, outcome in found.items() if outcome.test}
-    errors, functions = _draw_errors(options, found, adaptation), _draw_functions(adaptation)
-    figures = {"sinusoid.png": errors, "functions.png": functions}
-    return Report(_table(options, found), figures, {"adaptation": adaptation})
+    run_cells(options, sinusoid_cells(options), report, command=command)
 
 
 def _adaptation(directory: RunDirectory) -> dict[str, Any]:
-    """Test error after each number of inner steps, and some adapted functions; kept in adaptation.json of the run.
-
-    Raises:
-        RunError: that file, or the run's newest checkpoint, is damaged.
-    """
+    """Test error after each number of inner steps, and some adapted functions; kept in adaptation.json of the run."""
     path = directory.path / "adaptation.json"
     adaptation = read_json(path, "remove it, and it is made again")
     if adaptation is None:
@@ -115,15 +101,10 @@ def _functions(experiment: Experiment, theta: Tensor) -> dict[str, Any]:
     grid = torch.linspace(-5, 5, _POINTS_DRAWN, dtype=phi.dtype, device=phi.device)
     with torch.no_grad():
         values = experiment.loss.outputs(phi, grid[None, :, None].expand(len(phi), -1, 1)).squeeze(-1)  # [B, grid]
-    x, y = episodes.support_x, episodes.support_y
-    points = {
-        "support_x": x,
-        "support_y": y,
-        "task_x": torch.cat([x, episodes.query_x], 1),
-        "task_y": torch.cat([y, episodes.query_y], 1),
-    }  # [B, points, 1]
-    lists = {name: value.squeeze(-1).tolist() for name, value in points.items()}
-    return {"x": grid.tolist(), "y": values.tolist(), **lists}
+    points = {"support_x": episodes.support_x, "support_y": episodes.support_y}  # [B, points, 1]
+    points["task_x"] = torch.cat([episodes.support_x, episodes.query_x], 1)
+    points["task_y"] = torch.cat([episodes.support_y, episodes.query_y], 1)
+    return {"x": grid.tolist(), "y": values.tolist()} | {name: p.squeeze(-1).tolist() for name, p in points.items()}
 
 
 def _table(options: Sinusoid, found: Outcomes) -> str:
@@ -142,17 +123,16 @@ def _table(options: Sinusoid, found: Outcomes) -> str:
 
 def _draw_errors(options: Sinusoid, found: Outcomes, adaptation: Mapping[str, Any]) -> Figure:
     """One row per shot: error against inner steps at test with its 95 % band, and the learning curves."""
-    title = f"Sinusoid regression, budget {options.budget}"
-    figure, axes = panels(title, len(SHOTS), 2, size=(11, 3.8 * len(SHOTS)))
+    figure, axes = panels(f"Sinusoid regression, budget {options.budget}", 2, 2, size=(11, 7.6))
     for (left, right), (shots, points) in zip(axes, SHOTS.items(), strict=True):
         left.set_yscale("log")
         left.set_xscale("symlog", linthresh=1, base=2)
         for algorithm in ALGORITHMS:
             name = f"{shots}/{algorithm}"
             if name in adaptation:
-                _draw_error(left, adaptation[name], **style(algorithm))
+                _draw_error(left, adaptation[name], **STYLES[algorithm])
             if name in found:
-                learning_curve(right, found[name].directory, "query_loss", **style(algorithm))
+                learning_curve(right, found[name].directory, "query_loss", **STYLES[algorithm])
         left.set(xlabel="inner steps at test (dot: as tested)", ylabel="mean squared error, 95 % band")
         finish(left, title=f"{points}: test tasks")
         finish(right, title=f"{points}: training tasks, running mean", xlabel="meta-step", ylabel="query loss")
@@ -172,10 +152,8 @@ def _draw_error(axis: Axes, adaptation: Mapping[str, Any], *, color: str, label:
 
 def _draw_functions(adaptation: Mapping[str, Any]) -> Figure:
     """One row per algorithm, 10 points: the model before and after adaptation to test tasks, the same in all rows."""
-    names = [f"10shot/{algorithm}" for algorithm in ALGORITHMS if f"10shot/{algorithm}" in adaptation]
-    names = names or list(adaptation)
-    rows = max(1, len(names))
-    size = (4 * _TASKS_DRAWN, 2.2 * rows + 0.6)
+    names = [name for name in adaptation if name.startswith("10shot/")] or list(adaptation)
+    rows, size = max(1, len(names)), (4 * _TASKS_DRAWN, 2.2 * max(1, len(names)) + 0.6)
     figure, axes = panels("Adapted functions on test tasks", rows, _TASKS_DRAWN, size=size, sharex=True, sharey="col")
     for row, name in zip(axes, names, strict=False):
         shots, algorithm = name.split("/")
@@ -183,7 +161,7 @@ def _draw_functions(adaptation: Mapping[str, Any]) -> Figure:
         row[0].set_ylabel(f"{LABELS[algorithm]}\n{SHOTS[shots]}", fontsize=8)
         for task, axis in enumerate(row):
             axis.plot(before["x"], before["y"][task], color="#bbbbbb", linestyle="--", label="before")
-            axis.plot(after["x"], after["y"][task], color=style(algorithm)["color"], label="after")
+            axis.plot(after["x"], after["y"][task], color=STYLES[algorithm]["color"], label="after")
             axis.scatter(after["task_x"][task], after["task_y"][task], s=8, color="#888888", label="task")
             axis.scatter(after["support_x"][task], after["support_y"][task], marker="^", color="black", label="support")
             finish(axis, legend=axis is axes[0, 0])

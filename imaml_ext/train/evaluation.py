@@ -36,20 +36,13 @@ class FromScratch(Settings):
 
 
 @dataclass(frozen=True)
-class FirstTasks:
-    """Holds means over the first of an evaluation's tasks, 1,250 query examples: enough to know the parameters again.
-
-    A short evaluation of so many tasks, and of the same seed, has the same.
-    """
-
-    tasks: int
-    loss: float
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """Holds means over tasks; an interval is 1.96 · std / √tasks. Accuracies are fractions, None for regression."""
+    """Holds means over tasks; an interval is 1.96 · std / √tasks. Accuracies are fractions, None for regression.
+
+    Attributes:
+        first: the means over the first tasks, 1,250 query examples of them: enough to know the parameters again. A
+            short evaluation of so many tasks, and of the same seed, has the same.
+    """
 
     split: str
     tasks: int
@@ -60,7 +53,7 @@ class Evaluation:
     loss_interval: float
     accuracy: float | None
     accuracy_interval: float | None
-    first: FirstTasks
+    first: dict[str, Any]  # tasks, loss, accuracy
     device: torch.device  # not in the JSON: the stamp beside it has it
     from_scratch: Evaluation | None = None  # the same tasks without meta-learning, where that was asked for
 
@@ -77,7 +70,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         baseline = {} if self.from_scratch is None else {"from_scratch": self.from_scratch.to_json()}
         values = {name: value for name, value in vars(self).items() if name not in ("device", "from_scratch")}
-        return values | {"first": dict(vars(self.first))} | baseline
+        return values | baseline
 
 
 def evaluate(
@@ -139,7 +132,7 @@ def evaluate(
         loss_interval=loss_interval,
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
-        first=FirstTasks(first, losses[:first].mean().item(), first_accuracy),
+        first={"tasks": first, "loss": losses[:first].mean().item(), "accuracy": first_accuracy},
         device=experiment.device,
     )
 

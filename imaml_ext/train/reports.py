@@ -160,12 +160,7 @@ def _regression_episodes(experiment: Experiment, episodes: EpisodeBatch, phi: Te
 
 
 def draw_samples(path: Path, dataset: Dataset) -> None:
-    """Draws a picture of a data set: up to ten classes of each split, one row per class.
-
-    Raises:
-        DataError: the data set has no images.
-        RunError: the picture cannot be written.
-    """
+    """Draws up to ten classes of each split of a data set, one row per class; DataError where it has no images."""
     sheets = {split: sample_sheet(dataset, split) for split in dataset.splits}
     figure = Figure(figsize=(4.5 * len(sheets), 5), layout="constrained")
     figure.suptitle(f"{dataset.name}: one row per class")

@@ -127,7 +127,7 @@ IMAML_INLINE Lanes<at::opmath_type<T>> rounded(const Lanes<at::opmath_type<T>>& 
   }
 }
 
-// Row `row` of a coefficient: one number, or one a column.
+// Row `row` of a coefficient: one number, or one per column.
 template <typename C>
 struct NumberRow {
   Lanes<C> value;

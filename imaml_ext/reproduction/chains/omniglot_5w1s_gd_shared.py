@@ -1,4 +1,4 @@
-"""Omniglot, 5-way 1-shot, 1,200 / 423 characters: 112,000 tasks more from the weights omniglot-5w1s-gd.
+"""Omniglot, 5-way 1-shot, 1,200 / 423 characters: 112,000 tasks more from omniglot-5w1s-gd.
 
 Command: imaml train omniglot-5w1s-gd-shared --data.root FOLDER
 Time: 53 minutes on one CPU core.
