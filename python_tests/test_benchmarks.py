@@ -47,7 +47,6 @@ def problem(proximal: str) -> peers.Problem:
     return meta_step.make_problem(workload, algorithm, data="glyphs", device=torch.device("cpu"), seed=seed)
 
 
-@pytest.mark.long
 def test_meta_step_writes_figures_of_every_implementation(monkeypatch, tmp_path):
     result = run(monkeypatch, meta_step, "5w1s-1q", "20w1s", *TINY, "--hvp", "--json", str(tmp_path / "r.json"))
     assert [r["name"] for r in result["runs"]] == ["5w1s-1q", "20w1s"]
@@ -62,7 +61,6 @@ def test_meta_step_writes_figures_of_every_implementation(monkeypatch, tmp_path)
     assert "### 20w1s" in render._meta_step(result)
 
 
-@pytest.mark.long
 def test_scaling_writes_every_axis_and_the_training_shares(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "Workload", lambda **sizes: meta_step.Workload(**sizes, filters=3, inner_steps=2))
     monkeypatch.setitem(scaling.AXES, "filters", (2, 3))
@@ -164,7 +162,6 @@ def test_the_document_is_what_the_result_files_say():
     assert (render.ROOT / "docs" / "benchmarks.md").read_text() == render.render()
 
 
-@pytest.mark.long
 def test_precision_is_measured_against_float64(monkeypatch, tmp_path):
     arguments = ["--tasks", "2", "--filters", "3", "--meta-steps", "1", "--json", str(tmp_path / "r.json")]
     result = run(monkeypatch, precision, *arguments)
