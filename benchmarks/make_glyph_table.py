@@ -14,6 +14,7 @@ The list ships with the package; this is how it came about, and how to change it
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
@@ -177,6 +178,7 @@ def write_table(path: Path, table: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0] + ".").parse_args()
     result = build_table(font_folder())
     write_table(Path(glyphs.__file__).with_name("glyphs.json"), result)
     for entry in result["scripts"]:  # type: ignore[attr-defined]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from imaml_ext.models import MLP, Conv4
 from imaml_ext.models.products import product, rounded
 from imaml_ext.recipes import glyphs_5w1s
 from imaml_ext.settings import changed
+from imaml_ext.train.legacy import config_from_old
 
 FRACTION = {"tf32": 10, "bfloat16": 7}
 
@@ -94,3 +98,13 @@ def test_errors_name_the_precision():
     config = glyphs_5w1s.recipe.config
     with pytest.raises(ConfigError, match=r"model\.precision must be 'float32' with run\.dtype 'float64'"):
         changed(config, {"model.precision": "bfloat16", "run.dtype": "float64"})
+
+
+def test_a_configuration_from_before_there_was_a_precision_is_of_float32():
+    recorded = Path(__file__).with_name("old_runs") / "gradient-descent" / "config.json"
+    old = json.loads(recorded.read_text())["config"]
+    assert old["model"]["precision"] == "float32"
+    config = config_from_old(old)
+    del old["model"]["precision"]
+    assert config_from_old(old) == config
+    assert changed(config, {"model.precision": "tf32"}) != config
