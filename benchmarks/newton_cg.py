@@ -222,7 +222,7 @@ def main() -> int:
     experiment = build(changed(recipe, {"data.root": options.data_root}))
     after = f"{options.meta_steps} meta-steps"
     starts = {"initial": experiment.initial_params()["theta"], after: trained(experiment, options.meta_steps)}
-    starts |= {name: load_pretrained(name).weights.theta for name in PUBLISHED}
+    starts |= {name: load_pretrained(name).weights.params["theta"] for name in PUBLISHED}
 
     def asked(part: str) -> bool:
         return options.part in (part, "all")

@@ -227,7 +227,7 @@ def test_every_setting_is_explained() -> None:
             if field.metadata.get("recorded", True) and not field.metadata.get("from_data", False)
         }
         assert shown <= _field_help(kind).keys(), f"{kind.__name__}: {shown - _field_help(kind).keys()} has no help"
-        assert all(text.endswith(".") for text in _field_help(kind).values()), kind
+        assert all(_field_help(kind)[name].endswith(".") for name in shown), kind
 
 
 def test_configurations_are_frozen_and_their_settings_are_listed() -> None:
