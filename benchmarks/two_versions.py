@@ -2,9 +2,10 @@
 
     python benchmarks/two_versions.py ../before 5w1s-1q 5w1s-1task --json result.json
 
-Each visit runs `benchmarks/meta_step.py` of both checkouts, one after the other, the first of them in turn. A ratio is
-the median over the visits of this version's median time over the other's in the same visit. The extension of the other
-checkout must be built in place: `python setup.py build_ext --inplace`.
+Each visit runs `benchmarks/meta_step.py` of both checkouts, one after the other, the first of them in turn. A time is
+the shortest of the rounds of a visit, which a disturbed machine changes least. A ratio is the median over the visits of
+this version's time over the other's in the same visit. The extension of the other checkout must be built in place:
+`python setup.py build_ext --inplace`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("other", type=Path, help="a checkout of the version to compare with")
     parser.add_argument("workloads", nargs="*", default=["5w1s-1q", "5w1s-1task"], metavar="WORKLOAD")
     parser.add_argument("--visits", type=int, default=8, help="times that each version is measured")
-    parser.add_argument("--rounds", type=int, default=5, help="meta-steps per visit")
+    parser.add_argument("--rounds", type=int, default=15, help="meta-steps per visit")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     checkouts = {"this": HERE, "other": options.other.resolve()}
@@ -59,7 +60,7 @@ def main() -> int:
             found = visit(checkouts[version], options.workloads, options.rounds)
             commits[version] = found["stamp"]["commit"]
             for run in found["runs"]:
-                times[run["name"]][version].append(run["results"][OURS]["median_ms"])
+                times[run["name"]][version].append(run["results"][OURS]["min_ms"])
     print(f"{'':12} {'other ms':>10} {'this ms':>10} {'this ÷ other':>13} {'min':>6} {'max':>6}")
     results = {}
     for name, by_version in times.items():
