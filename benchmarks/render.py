@@ -221,8 +221,25 @@ def _compiled_module(result: dict[str, Any]) -> str:
     )
 
 
+def _two_versions(result: dict[str, Any]) -> str:
+    rows, commits = [], result["commits"]
+    for name, row in result["results"].items():
+        before, after, ratio = row["other"]["median_ms"], row["this"]["median_ms"], row["ratio"]
+        spread = f"{ratio['min']:.3f} – {ratio['max']:.3f}"
+        rows.append([name, f"{before:,.1f}", f"{after:,.1f}", f"{ratio['median']:.3f}", spread])
+    return "\n".join(
+        [
+            _heading("A meta-step before and after a change", result),
+            f"Before is commit {commits['other']}, after is {commits['this']}. They take turns, as processes. "
+            "A time is the shortest of the rounds of a process; the median over the processes is shown.\n",
+            _table(["", "before, ms", "after, ms", "after ÷ before", "min – max"], rows),
+        ]
+    )
+
+
 _SECTIONS = {
     "meta_step": _meta_step,
+    "two_versions": _two_versions,
     "scaling": _scaling,
     "cg": _cg,
     "precision": _precision,

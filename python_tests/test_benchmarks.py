@@ -22,6 +22,7 @@ import peers  # noqa: E402
 import precision  # noqa: E402
 import render  # noqa: E402
 import scaling  # noqa: E402
+import two_versions  # noqa: E402
 
 TINY = ["--filters", "3", "--tasks", "2", "--inner-steps", "2", "--cg-steps", "2", "--rounds", "2"]
 
@@ -170,3 +171,21 @@ def test_precision_is_measured_against_float64(monkeypatch, tmp_path):
         off = {name: row["support_gradient"] for name, row in measured["results"].items()}
         assert off["float32"] < off["tf32"] / 100 < off["bfloat16"] / 100
     assert "| bfloat16 |" in render._precision(result)
+
+
+def test_two_versions_take_turns_and_are_compared_within_a_visit(monkeypatch, tmp_path):
+    visited, times = [], iter([10.0, 20.0, 30.0, 40.0])
+
+    def visit(checkout: Path, workloads: list[str], rounds: int) -> dict:
+        visited.append(checkout)
+        row = {"name": "5w1s-1q", "results": {two_versions.OURS: {"min_ms": next(times)}}}
+        return {"stamp": {"commit": "c"}, "runs": [row]}
+
+    monkeypatch.setattr(two_versions, "visit", visit)
+    other = tmp_path / "other"
+    (other / "benchmarks").mkdir(parents=True)
+    (other / "benchmarks" / "meta_step.py").touch()
+    result = run(monkeypatch, two_versions, str(other), "5w1s-1q", "--visits", "2", "--json", str(tmp_path / "r.json"))
+    assert visited == [other, two_versions.HERE, two_versions.HERE, other]
+    assert result["results"]["5w1s-1q"]["ratio"] == {"median": 1.375, "min": 0.75, "max": 2.0}
+    assert "| 5w1s-1q | 25.0 | 25.0 | 1.375 | 0.750 – 2.000 |" in render._two_versions(result)
