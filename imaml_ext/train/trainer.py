@@ -312,7 +312,8 @@ def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, 
     if saved is None:
         return State(0, params, averages, optimizer, metrics, 0.0)
     # Older checkpoints average theta alone; such a run goes on with that.
-    averages = experiment.restored(saved.averages, {name: params[name] for name in saved.averages} or averages)
+    kept = {name: value for name, value in averages.items() if name in saved.averages}
+    averages = experiment.restored(saved.averages, kept or averages)
     load_optimizer_state(optimizer, saved.optimizer)
     metrics.load_state(saved.metrics)
     return State(saved.step, params, averages, optimizer, metrics, saved.seconds)
