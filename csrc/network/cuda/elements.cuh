@@ -13,10 +13,10 @@ __device__ __forceinline__ void over_elements(int64_t size, int blocks, const Bo
   const int64_t k = static_cast<int64_t>(blockIdx.x % blocks) * kElementThreads + threadIdx.x;
   if (k < size) body(static_cast<int64_t>(blockIdx.x / blocks), k);
 }
-template <typename Argument>
-void launch_elements(void (*kernel)(Argument, int64_t, int), const Argument& argument, int64_t size, int64_t tasks) {
+template <auto kKernel, typename Argument>
+void launch_elements(cudaStream_t stream, const Argument& argument, int64_t size, int64_t tasks) {
   const int64_t blocks = ceil_div(size, kElementThreads);
-  launch(kernel, grid_of(blocks, tasks), kElementThreads, 0, argument, size, static_cast<int>(blocks));
+  launch<kKernel>(stream, {grid_of(blocks, tasks), kElementThreads}, argument, size, static_cast<int>(blocks));
 }
 
 // x [S, C, H, W] to the rows that the first layer reads: pixels, or 3×3 patches of `stride`.

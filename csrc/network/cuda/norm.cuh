@@ -358,14 +358,14 @@ __global__ void __launch_bounds__(kNormThreads) norm_second_kernel(NormRows<T> n
 }
 
 // `sums`: whether rows meet in a sum, which takes a second launch where there is more than one slice.
-template <typename T>
-void launch_norm(void (*kernel)(NormRows<T>, NormPhase), const NormRows<T>& n, bool sums, int64_t tasks) {
+template <auto kKernel, typename T>
+void launch_norm(cudaStream_t stream, const NormRows<T>& n, bool sums, int64_t tasks) {
   const unsigned grid = grid_of(static_cast<int64_t>(n.width / kGroup) * n.slices, tasks);
   if (!sums || n.slices == 1) {
-    launch(kernel, grid, kNormThreads, 0, n, NormPhase::kWhole);
+    launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kWhole);
   } else {
-    launch(kernel, grid, kNormThreads, 0, n, NormPhase::kSums);
-    launch(kernel, grid, kNormThreads, 0, n, NormPhase::kApply);
+    launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kSums);
+    launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kApply);
   }
 }
 

@@ -1,4 +1,4 @@
-// Of libtorch, what the sources of the ops include.
+// Of libtorch, what the sources of the ops include: precompiled by CMakeLists.txt.
 #pragma once
 
 #include <ATen/Dispatch.h>
