@@ -1,6 +1,7 @@
 // The machine that runs CUDA kernels on the host (cuda_on_cpu): kernels whose results are known, and kernels with the
 // faults that it is there to find.
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #include <cstdlib>
 #include <numeric>
@@ -227,6 +228,130 @@ void a_block_that_leaves_its_cluster_is_reported() {
                        "map_shared_rank: the block of rank"));
 }
 
+// --- asynchronous copies
+// ------------------------------------------------------------------------------------------------
+
+// A thread's elements, one after another, by way of `kStages` places in shared memory that are filled ahead. It waits
+// for all but the last `kBehind` of the copies, of which kStages − 2 is right.
+template <int kStages, int kBehind>
+__global__ void staged_kernel(const float* from, float* to, int count) {
+  __shared__ float stages[kStages][kThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto fetch = [&](int i) {
+    if (i < count) __pipeline_memcpy_async(&stages[i % kStages][thread], from + i * kThreads + thread, 4);
+    __pipeline_commit();
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch(i);
+  for (int i = 0; i < count; ++i) {
+    __pipeline_wait_prior(kBehind);
+    to[i * kThreads + thread] = stages[i % kStages][thread];
+    fetch(i + kStages - 1);
+  }
+  __pipeline_wait_prior(0);
+}
+
+void a_copy_is_there_after_its_wait_and_not_before() {
+  const auto from = counted<float>(5 * kThreads);
+  std::vector<float> to(from.size());
+  imaml_ext::launch(staged_kernel<3, 1>, 1, kThreads, 0, from.data(), to.data(), 5);
+  EXPECT(to == from);
+  imaml_ext::launch(staged_kernel<3, 2>, 1, kThreads, 0, from.data(), to.data(), 5);
+  for (const float value : to) EXPECT(std::isnan(value));
+}
+
+__global__ void quad_copy_kernel(const float* from, float* to, int shift, int zeros, bool wait) {
+  __shared__ __align__(16) float quads[8];
+  __pipeline_memcpy_async(quads + shift, from, 16, static_cast<size_t>(zeros));
+  __pipeline_commit();
+  if (wait) __pipeline_wait_prior(0);
+  for (int i = 0; i < 4; ++i) to[i] = quads[shift + i];
+}
+
+void the_faults_of_a_copy_are_reported() {
+  alignas(16) const float from[5] = {1, 2, 3, 4, 5};
+  std::vector<float> to(4);
+  const auto run = [&](int offset, int shift, int zeros, bool wait) {
+    imaml_ext::launch(quad_copy_kernel, 1, 1, 0, from + offset, to.data(), shift, zeros, wait);
+  };
+  run(0, 4, 8, true);
+  EXPECT(to == (std::vector<float>{1, 2, 0, 0}));
+  const std::string unaligned =
+      "__pipeline_memcpy_async of 16 bytes at an address that is no multiple of it (test_cuda";
+  EXPECT(throws_saying([&] { run(1, 0, 0, true); }, unaligned));
+  EXPECT(throws_saying([&] { run(0, 1, 0, true); }, unaligned));
+  EXPECT(throws_saying([&] { run(0, 0, 17, true); }, "with more zeros than bytes"));
+  EXPECT(throws_saying([&] { run(0, 0, 0, false); }, "asynchronous copies that it has not waited for"));
+}
+
+// --- dependent launches
+// -------------------------------------------------------------------------------------------------
+
+__global__ void dependent_kernel(int* to, unsigned threads) {
+  if (threadIdx.x >= threads) return;
+  cudaGridDependencySynchronize();
+  to[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<int>(cooperative_groups::this_cluster().block_rank());
+  cudaTriggerProgrammaticLaunchCompletion();
+}
+
+cudaError_t launch_dependent(std::vector<int>& to, unsigned threads, bool dependent) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = dependent ? 1 : 0;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = 2;
+  config.blockDim = 4;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, dependent_kernel, to.data(), threads);
+}
+
+void a_dependent_launch_waits_in_every_thread() {
+  std::vector<int> to(8, -1);
+  EXPECT(launch_dependent(to, 4, true) == cudaSuccess);
+  EXPECT(to == (std::vector<int>{0, 0, 0, 0, 1, 1, 1, 1}));
+  EXPECT(launch_dependent(to, 3, false) == cudaSuccess);
+  EXPECT(throws_saying([&] { launch_dependent(to, 3, true); }, "dependent_kernel"));
+  EXPECT(throws_saying([&] { launch_dependent(to, 3, true); }, "thread (3, 0, 0)"));
+  EXPECT(throws_saying([&] { launch_dependent(to, 3, true); }, "ends without cudaGridDependencySynchronize()"));
+}
+
+// --- loads and stores, votes
+// --------------------------------------------------------------------------------------------
+
+__global__ void words_kernel(const float* from, float* to) {
+  const auto quad = __ldg(reinterpret_cast<const float4*>(from));
+  __stcg(reinterpret_cast<float4*>(to), make_float4(quad.w, quad.z, quad.y, quad.x));
+  __stcs(to + 4, __ldcg(from) + 0.5);
+}
+
+void a_word_must_be_aligned() {
+  alignas(16) const float from[5] = {1, 2, 3, 4, 5};
+  alignas(16) float to[9] = {};
+  imaml_ext::launch(words_kernel, 1, 1, 0, from, to);
+  EXPECT(std::vector<float>(to, to + 5) == (std::vector<float>{4, 3, 2, 1, 1.5f}));
+  EXPECT(throws_saying([&] { imaml_ext::launch(words_kernel, 1, 1, 0, from + 1, to); }, "__ldg of 16 bytes at"));
+  EXPECT(throws_saying([&] { imaml_ext::launch(words_kernel, 1, 1, 0, from, to + 2); }, "__stcg of 16 bytes at"));
+}
+
+__global__ void votes_kernel(int* to, unsigned most) {
+  to[0] = __syncthreads_count(threadIdx.x < most ? 2 : 0);
+  to[1] = __syncthreads_or(threadIdx.x < most);
+  to[2] = __syncthreads_and(threadIdx.x < most);
+}
+
+void a_block_votes() {
+  std::vector<int> to(3);
+  const auto votes = [&](unsigned most) {
+    imaml_ext::launch(votes_kernel, 1, kThreads, 0, to.data(), most);
+    return to;
+  };
+  EXPECT(votes(0) == (std::vector<int>{0, 0, 0}));
+  EXPECT(votes(40) == (std::vector<int>{40, 1, 0}));
+  EXPECT(votes(kThreads) == (std::vector<int>{kThreads, 1, 1}));
+}
+
 // --- launches
 // -----------------------------------------------------------------------------------------------------------
 
@@ -262,6 +387,11 @@ int main() {
       {"lanes exchange", lanes_exchange},
       {"clusters sum", clusters_sum},
       {"a block that leaves its cluster is reported", a_block_that_leaves_its_cluster_is_reported},
+      {"a copy is there after its wait and not before", a_copy_is_there_after_its_wait_and_not_before},
+      {"the faults of a copy are reported", the_faults_of_a_copy_are_reported},
+      {"a dependent launch waits in every thread", a_dependent_launch_waits_in_every_thread},
+      {"a word must be aligned", a_word_must_be_aligned},
+      {"a block votes", a_block_votes},
       {"every thread runs once", every_thread_runs_once},
       {"limits are those of the card", limits_are_those_of_the_card},
   });

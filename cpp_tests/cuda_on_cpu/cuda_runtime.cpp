@@ -22,17 +22,39 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr int kUnasked = 48 * 1024;  // bytes of shared memory that a kernel may use without asking
-int most_dynamic_shared(int arch) { return arch >= 900 ? static_cast<int>(kMostDynamicShared) : 163 * 1024; }
+
+// What a multiprocessor has.
+struct Card {
+  int multiprocessors;
+  int shared;
+  int reserved = 1024;  // of `shared`, for every block
+  int threads = 2048;
+  int blocks = 32;
+  int most_shared() const { return shared - reserved; }  // that a block may have, static arrays included
+};
+Card card(int arch) { return arch >= 900 ? Card{132, 228 * 1024} : Card{108, 164 * 1024}; }
 
 std::mutex mutex;
 std::map<const void*, int> allowed;  // bytes of dynamic shared memory, by kernel
+
+int most_dynamic_shared(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = allowed.find(kernel);
+  return found == allowed.end() ? kUnasked : std::max(kUnasked, found->second);
+}
 
 }  // namespace
 
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int arch) {
   switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = kUnasked;
+      return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = arch >= 900 ? 132 : 108;
+      *value = card(arch).multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = card(arch).threads;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = arch / 100;
@@ -40,17 +62,46 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int arch) {
     case cudaDevAttrComputeCapabilityMinor:
       *value = arch / 10 % 10;
       return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = card(arch).shared;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = most_dynamic_shared(arch);
+      *value = card(arch).most_shared();
+      return cudaSuccess;
+    case cudaDevAttrMaxBlocksPerMultiprocessor:
+      *value = card(arch).blocks;
+      return cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = card(arch).reserved;
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
 
-cudaError_t allow_dynamic_shared(const void* kernel, int bytes, int arch) {
-  if (bytes < 0 || bytes > most_dynamic_shared(arch)) return cudaErrorInvalidValue;
-  const std::lock_guard<std::mutex> lock(mutex);
-  allowed[kernel] = bytes;
+cudaError_t kernel_attributes(cudaFuncAttributes* attributes, const void* kernel, int arch) {
+  *attributes = {0, 1024, arch / 10, arch / 10, most_dynamic_shared(kernel)};
+  return cudaSuccess;
+}
+
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value, int arch) {
+  switch (attribute) {
+    case cudaFuncAttributeMaxDynamicSharedMemorySize: {
+      if (value < 0 || value > card(arch).most_shared()) return cudaErrorInvalidValue;
+      const std::lock_guard<std::mutex> lock(mutex);
+      allowed[kernel] = value;
+      return cudaSuccess;
+    }
+    case cudaFuncAttributePreferredSharedMemoryCarveout:
+      return value < -1 || value > 100 ? cudaErrorInvalidValue : cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t blocks_per_multiprocessor(int* blocks, const void*, int threads, size_t dynamic_shared, int arch) {
+  if (threads < 1 || threads > 1024) return cudaErrorInvalidValue;
+  const Card on = card(arch);
+  const int shared = (static_cast<int>(dynamic_shared) + on.reserved + 127) / 128 * 128;
+  *blocks = std::min({on.blocks, on.threads / ((threads + 31) / 32 * 32), on.shared / shared});
   return cudaSuccess;
 }
 
@@ -58,21 +109,21 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, int arc
                    const std::function<void()>& thread) {
   Launch launch{kernel, config.gridDim, config.blockDim, 1, config.dynamicSmemBytes};
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    const auto& size = config.attrs[i].val.clusterDim;
-    if (arch < 900 || size.y != 1 || size.z != 1) return cudaErrorInvalidValue;
-    launch.cluster = size.x;
+    const auto& [id, val] = config.attrs[i];
+    if (arch < 900) return cudaErrorInvalidValue;
+    if (id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      launch.dependent = val.programmaticStreamSerializationAllowed != 0;
+    } else {
+      if (val.clusterDim.y != 1 || val.clusterDim.z != 1) return cudaErrorInvalidValue;
+      launch.cluster = val.clusterDim.x;
+    }
   }
   const auto& [x, y, z] = launch.grid;
   const size_t threads = size_t{launch.block.x} * launch.block.y * launch.block.z;
   if (x < 1 || x > 0x7fffffffu || y < 1 || y > 65535 || z < 1 || z > 65535) return cudaErrorInvalidConfiguration;
   if (threads < 1 || threads > 1024 || launch.block.z > 64) return cudaErrorInvalidConfiguration;
   if (launch.cluster < 1 || launch.cluster > 8 || x % launch.cluster != 0) return cudaErrorInvalidConfiguration;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = allowed.find(kernel);
-    const int most = found == allowed.end() ? kUnasked : std::max(kUnasked, found->second);
-    if (launch.dynamic_shared > static_cast<size_t>(most)) return cudaErrorInvalidValue;
-  }
+  if (launch.dynamic_shared > static_cast<size_t>(most_dynamic_shared(kernel))) return cudaErrorInvalidValue;
   run(launch, thread);
   return cudaSuccess;
 }

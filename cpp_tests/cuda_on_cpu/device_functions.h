@@ -5,10 +5,21 @@
 #include <type_traits>
 
 #include "machine.h"
+#include "vector_types.h"
 
 #define CUDA_ON_CPU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(CUDA_ON_CPU_SITE) { cuda_on_cpu::wait_for_block({file, line}); }
+
+inline int __syncthreads_count(int predicate, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::wait_for_block({file, line}, predicate != 0);
+}
+inline int __syncthreads_or(int predicate, CUDA_ON_CPU_SITE) {
+  return __syncthreads_count(predicate != 0, file, line) != 0;
+}
+inline int __syncthreads_and(int predicate, CUDA_ON_CPU_SITE) {
+  return __syncthreads_count(predicate == 0, file, line) == 0;
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) {
   cuda_on_cpu::exchange({"__syncwarp", mask, cuda_on_cpu::lane(), 0}, {file, line});
@@ -73,9 +84,42 @@ T atomicAdd(T* to, std::type_identity_t<T> value) {
   return before;
 }
 
-template <typename T>
-T __ldg(const T* from) {
-  return *from;
-}
+// Nothing is out of order, between two places where threads wait.
+inline void __threadfence_block() {}
+inline void __threadfence() {}
+
+inline void cudaGridDependencySynchronize() { cuda_on_cpu::wait_for_launch(); }
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+
+// Loads and stores that say how they use the caches.
+#define CUDA_ON_CPU_LOAD(name)                                          \
+  template <cuda_on_cpu::Word T>                                        \
+  T name(const T* from, CUDA_ON_CPU_SITE) {                             \
+    cuda_on_cpu::require_aligned(from, sizeof(T), #name, {file, line}); \
+    return *from;                                                       \
+  }
+CUDA_ON_CPU_LOAD(__ldg)
+CUDA_ON_CPU_LOAD(__ldca)
+CUDA_ON_CPU_LOAD(__ldcg)
+CUDA_ON_CPU_LOAD(__ldcs)
+CUDA_ON_CPU_LOAD(__ldcv)
+#undef CUDA_ON_CPU_LOAD
+
+#define CUDA_ON_CPU_STORE(name)                                       \
+  template <cuda_on_cpu::Word T>                                      \
+  void name(T* to, std::type_identity_t<T> value, CUDA_ON_CPU_SITE) { \
+    cuda_on_cpu::require_aligned(to, sizeof(T), #name, {file, line}); \
+    *to = value;                                                      \
+  }
+CUDA_ON_CPU_STORE(__stwb)
+CUDA_ON_CPU_STORE(__stcg)
+CUDA_ON_CPU_STORE(__stcs)
+CUDA_ON_CPU_STORE(__stwt)
+#undef CUDA_ON_CPU_STORE
+
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 inline double rsqrt(double a) { return 1.0 / std::sqrt(a); }

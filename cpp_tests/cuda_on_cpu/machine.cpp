@@ -1,7 +1,9 @@
 #include "machine.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -36,6 +38,13 @@ struct Thread {
   Site site{};          // where it waits
   Exchange exchange{};  // what it waits for, kInWarp
   uint64_t taken = 0;   // and what came of it
+  struct Pending {
+    Copy copy;
+    size_t group;
+  };
+  std::vector<Pending> copies;  // asked for and not yet performed, the oldest first
+  size_t groups = 0;            // of copies, committed
+  bool met_launch = false;      // has waited for the launch ahead
   Fiber* fiber = nullptr;
 };
 
@@ -173,6 +182,46 @@ class Machine {
     return thread_->taken;
   }
 
+  int wait_for_block(Site site, bool vote) {
+    thread_->exchange.give = vote ? 1 : 0;
+    wait(State::kAtBarrier, site);
+    return static_cast<int>(thread_->taken);
+  }
+
+  // A thread that reads the destination too early finds it spoilt, and one that writes the source too early spoils it.
+  void copy_later(const Copy& copy, Site site) {
+    const auto& [to, from, size, zeros] = copy;
+    const char* const op = "__pipeline_memcpy_async";
+    if (size != 4 && size != 8 && size != 16) refuse(std::string(op) + " of " + std::to_string(size) + " bytes", site);
+    if (zeros > size) refuse(std::string(op) + " with more zeros than bytes", site);
+    require_aligned(to, size, op, site);
+    require_aligned(from, size, op, site);
+    if (!shared_->holds(to)) refuse(std::string(op) + " to what is not shared memory", site);
+    if (shared_->holds(from)) refuse(std::string(op) + " from shared memory", site);
+    std::memset(to, SharedMemory::kSpoilt, size);
+    thread_->copies.push_back({copy, thread_->groups});
+  }
+
+  void commit_copies() { ++thread_->groups; }
+
+  void wait_for_copies(size_t groups) {
+    std::vector<Thread::Pending>& copies = thread_->copies;
+    size_t done = 0;
+    for (; done < copies.size() && copies[done].group + groups < thread_->groups; ++done) {
+      const auto& [to, from, size, zeros] = copies[done].copy;
+      std::memcpy(to, from, size - zeros);
+      std::memset(static_cast<std::byte*>(to) + size - zeros, 0, zeros);
+    }
+    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(done));
+  }
+
+  void wait_for_launch() { thread_->met_launch = true; }
+
+  void require_aligned(const void* address, size_t bytes, const char* op, Site site) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+    refuse(std::string(op) + " of " + std::to_string(bytes) + " bytes at an address that is no multiple of it", site);
+  }
+
   int lane() const { return thread_->lane; }
   const Block& block() const { return *block_; }
   unsigned cluster_blocks() const { return launch_->cluster; }
@@ -193,6 +242,10 @@ class Machine {
   // What every fiber does: one CUDA thread after another, each to its end.
   [[noreturn]] static void work_through();
   void end(Fiber*& fiber) {
+    if (!thread_->copies.empty()) refuse("ends with asynchronous copies that it has not waited for");
+    if (launch_->dependent && !thread_->met_launch) {
+      refuse("ends without cudaGridDependencySynchronize(), in a dependent launch");
+    }
     thread_->state = State::kEnded;
     idle_.push_back(fiber);
     go_on(*std::exchange(fiber, nullptr));
@@ -230,6 +283,8 @@ class Machine {
     idle_.pop_back();
     return fiber;
   }
+
+  void refuse(const std::string& complaint, Site site) { refuse(complaint + " (" + text_of(site) + ")"); }
 
   // What a thread asks for is impossible.
   void refuse(const std::string& complaint) {
@@ -270,6 +325,9 @@ class Machine {
       thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
       thread.lane = static_cast<int>(i % kWarp);
       thread.state = State::kReady;
+      thread.copies.clear();
+      thread.groups = 0;
+      thread.met_launch = false;
     }
   }
 
@@ -340,13 +398,18 @@ class Machine {
   // All these threads must wait at the same place; they go on.
   void meet(State state, std::span<Block> blocks) {
     const Site& site = blocks[0].threads[0].site;
+    uint64_t votes = 0;
     for (const Block& block : blocks) {
       for (const Thread& thread : block.threads) {
         if (thread.state != state || !same(thread.site, site)) fail("the threads do not meet: " + whereabouts(blocks));
+        votes += thread.exchange.give;
       }
     }
     for (Block& block : blocks) {
-      for (Thread& thread : block.threads) thread.state = State::kReady;
+      for (Thread& thread : block.threads) {
+        thread.state = State::kReady;
+        thread.taken = votes;
+      }
     }
   }
 
@@ -387,10 +450,17 @@ void Machine::work_through() {
 
 void run(const Launch& launch, const std::function<void()>& thread) { machine.run(launch, thread); }
 
-void wait_for_block(Site site) { machine.wait(State::kAtBarrier, site); }
+int wait_for_block(Site site, bool vote) { return machine.wait_for_block(site, vote); }
 void wait_for_cluster(Site site) { machine.wait(State::kAtClusterBarrier, site); }
 uint64_t exchange(const Exchange& exchange, Site site) { return machine.exchange(exchange, site); }
 int lane() { return machine.lane(); }
+void copy_later(const Copy& copy, Site site) { machine.copy_later(copy, site); }
+void commit_copies() { machine.commit_copies(); }
+void wait_for_copies(size_t groups) { machine.wait_for_copies(groups); }
+void wait_for_launch() { machine.wait_for_launch(); }
+void require_aligned(const void* address, size_t bytes, const char* op, Site site) {
+  machine.require_aligned(address, bytes, op, site);
+}
 unsigned cluster_blocks() { return machine.cluster_blocks(); }
 unsigned cluster_rank() { return machine.block().rank; }
 void* map_shared(const void* variable, unsigned rank) { return machine.map_shared(variable, rank); }

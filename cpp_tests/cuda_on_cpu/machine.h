@@ -19,6 +19,7 @@ struct Launch {
   dim3 block;
   unsigned cluster = 1;  // blocks along x
   size_t dynamic_shared = 0;
+  bool dependent = false;  // it may begin before the launch ahead of it has ended
 };
 
 // `thread` is what one CUDA thread does. Throws std::runtime_error, naming kernel, block and places, where the threads
@@ -34,7 +35,8 @@ struct Site {
   int line;
 };
 
-void wait_for_block(Site site);
+// How many threads of the block said `vote`.
+int wait_for_block(Site site, bool vote = false);
 void wait_for_cluster(Site site);
 
 // What the lanes in `mask` hand one another once all of them are there. Each takes what lane `from` gives, all bits set
@@ -48,6 +50,22 @@ struct Exchange {
 constexpr int kFromAll = -1000;
 uint64_t exchange(const Exchange& exchange, Site site);
 int lane();
+
+// Copies into shared memory, performed group by group: wait_for_copies(n) performs all but the last n groups.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+  size_t zeros;  // how many of them, at the end, are written as zero and not read
+};
+void copy_later(const Copy& copy, Site site);
+void commit_copies();
+void wait_for_copies(size_t groups);
+
+// For the launch ahead, where this one is dependent.
+void wait_for_launch();
+
+void require_aligned(const void* address, size_t bytes, const char* op, Site site);
 
 unsigned cluster_blocks();
 unsigned cluster_rank();

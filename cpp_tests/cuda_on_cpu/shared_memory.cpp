@@ -2,6 +2,7 @@
 
 #include <link.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -53,7 +54,7 @@ SharedMemory::SharedMemory(size_t dynamic) {
 }
 
 void SharedMemory::spoil() {
-  for (const Range& range : ranges_) std::memset(range.first, 0xff, range.size);
+  for (const Range& range : ranges_) std::memset(range.first, kSpoilt, range.size);
 }
 
 std::vector<std::byte> SharedMemory::copy() const {
@@ -68,6 +69,12 @@ void SharedMemory::restore(const std::vector<std::byte>& copy) {
     std::memcpy(range.first, from, range.size);
     from += range.size;
   }
+}
+
+bool SharedMemory::holds(const void* address) const {
+  const auto* const place = static_cast<const std::byte*>(address);
+  return std::ranges::any_of(
+      ranges_, [&](const Range& range) { return place >= range.first && place < range.first + range.size; });
 }
 
 void* SharedMemory::in(std::vector<std::byte>& copy, const void* variable) const {

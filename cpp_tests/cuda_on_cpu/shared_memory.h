@@ -16,10 +16,13 @@ class SharedMemory {
   explicit SharedMemory(size_t dynamic);
 
   // What a block finds: bytes that are NaN as a number of any width, and no valid index.
+  static constexpr int kSpoilt = 0xff;
   void spoil();
 
   std::vector<std::byte> copy() const;
   void restore(const std::vector<std::byte>& copy);
+
+  bool holds(const void* address) const;
 
   // The same variable, in a copy.
   void* in(std::vector<std::byte>& copy, const void* variable) const;
