@@ -1,5 +1,5 @@
-// The CPU's part of every op, done by the CUDA kernels that the host runs: linked in place of csrc/*/cpu, beside the same
-// checks and registrations.
+// The CPU's part of every op, done by the CUDA kernels that the host runs: linked in place of csrc/*/cpu, beside the
+// same checks and registrations.
 #include "cg/arguments.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
@@ -49,11 +49,11 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
   network_curvature(kEmulated, a);
 }
 
-#define IMAML_INSTANTIATE_ROWS(T)                                         \
-  template void cg_begin(OnCpu, const CgArguments<T>&);                   \
-  template void cg_direction(OnCpu, const CgArguments<T>&);               \
-  template void cg_step(OnCpu, const CgArguments<T>&);                    \
-  template void prox_update(OnCpu, ProxUpdate, const ProxArguments<T>&);  \
+#define IMAML_INSTANTIATE_ROWS(T)                                        \
+  template void cg_begin(OnCpu, const CgArguments<T>&);                  \
+  template void cg_direction(OnCpu, const CgArguments<T>&);              \
+  template void cg_step(OnCpu, const CgArguments<T>&);                   \
+  template void prox_update(OnCpu, ProxUpdate, const ProxArguments<T>&); \
   template void prox_penalty(OnCpu, const ProxArguments<T>&);
 IMAML_INSTANTIATE_ROWS(float)
 IMAML_INSTANTIATE_ROWS(double)

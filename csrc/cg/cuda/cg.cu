@@ -144,6 +144,7 @@ __device__ __forceinline__ double dot_rz(const CgArguments<T>& a, RowTeam<3>& te
 // r = b − (H x0 + shift x0), or b itself (written where there is an r);   ‖b‖², ‖r‖², ‖x0‖²
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
+  wait_for_launch_ahead();
   using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
   __shared__ TeamDecision decision;
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
 // memory between the passes.
 template <typename T, int V, bool kKeep>
 __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int part) {
+  wait_for_launch_ahead();
   using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
   __shared__ TeamDecision decision;
@@ -353,6 +355,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
 // z = M r,  rᵀz,  p ← z + β p   (or p ← x for a row that verifies)
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
+  wait_for_launch_ahead();
   __shared__ TeamStorage<3> storage;
   __shared__ TeamDecision decision;
   RowTeam<3> team(storage);

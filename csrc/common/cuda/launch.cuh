@@ -27,7 +27,7 @@ __device__ __forceinline__ T* dynamic_shared() {
 
 // What a kernel can have on a device.
 struct KernelFacts {
-  bool clusters;    // what the running code was compiled for decides, not the card: code for an older card has none
+  bool hopper;      // has clusters and dependent launches: by what the running code was compiled for, not by the card
   int most_shared;  // bytes of dynamic shared memory beside its static arrays
 };
 
@@ -56,29 +56,46 @@ const KernelFacts& kernel_facts() {
   return facts[device];
 }
 
+// The first statement of every kernel. A launch may begin while the one ahead of it in the stream is still at work
+// (programmatic dependent launch, Hopper and later): nothing in memory may be read or written before this.
+__device__ __forceinline__ void wait_for_launch_ahead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Lets the next launch of the stream take multiprocessors as blocks of this one leave them.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
-  int cluster = 1;  // blocks along x: gridDim.x is a multiple of it; above 1 it needs clusters
+  int cluster = 1;  // blocks along x: gridDim.x is a multiple of it; above 1 the card must have clusters
 };
 
 // Launches the kernel on a stream of the current device.
 template <auto kKernel, typename... Arguments>
-void launch(cudaStream_t stream, const LaunchShape& shape, const Arguments&... arguments) {
-  kernel_facts<kKernel>();
+void launch(cudaStream_t stream, const LaunchShape& shape, Arguments... arguments) {
+  const bool hopper = kernel_facts<kKernel>().hopper;
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.attrs = attributes.data();
+  config.numAttrs = !hopper ? 0 : shape.cluster > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...));
 }
 

@@ -96,7 +96,7 @@ struct RowTeam {
 template <auto kKernel>
 int team_size(int64_t cols) {
   int size = 1;
-  while (kernel_facts<kKernel>().clusters && size < kMaxTeam && size * kColsPerBlock < cols) size *= 2;
+  while (kernel_facts<kKernel>().hopper && size < kMaxTeam && size * kColsPerBlock < cols) size *= 2;
   return size;
 }
 

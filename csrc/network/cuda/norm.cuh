@@ -217,6 +217,7 @@ struct NormPart {
 // With a batch norm   x̂ = s (y − mean y),  s = 1 / √(var y + ε),  z = γ x̂ + β;   else   z = y + β;   a = act(z)
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormRows<T> n, NormPhase phase) {
+  wait_for_launch_ahead();
   __shared__ NormShared shared;
   const NormPart<T> part(n, shared);
   T* const hat = n.hat.of(part.task);
@@ -246,6 +247,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormRows<T> n, NormP
 // z̄ = act′ ā;   β̄ = Σ z̄,  γ̄ = Σ z̄ x̂;   ȳ = s γ (z̄ − mean z̄ − x̂ mean(z̄ x̂))
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(NormRows<T> n, NormPhase phase) {
+  wait_for_launch_ahead();
   __shared__ NormShared shared;
   const NormPart<T> part(n, shared);
   const bool batch = n.norm == Norm::kBatch;
@@ -278,6 +280,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(NormRows<T>
 // x̂˙ = s (ẏ − mean ẏ − x̂ mean(x̂ ẏ));   ż = γ x̂˙ + γ̇ x̂ + β̇;   ȧ = act′ ż
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) norm_tangent_kernel(NormRows<T> n, NormPhase phase) {
+  wait_for_launch_ahead();
   __shared__ NormShared shared;
   const NormPart<T> part(n, shared);
   const T* const hats = n.hat.of(part.task);
@@ -315,6 +318,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_tangent_kernel(NormRows<T> 
 //   ȳ˙ = (s γ)˙ u + s γ (z̄˙ − mean z̄˙ − x̂˙ mean(z̄ x̂) − x̂ mean((z̄ x̂)˙)),   s˙ = −s² mean(x̂ ẏ)
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) norm_second_kernel(NormRows<T> n, NormPhase phase) {
+  wait_for_launch_ahead();
   __shared__ NormShared shared;
   const NormPart<T> part(n, shared);
   const bool batch = n.norm == Norm::kBatch;

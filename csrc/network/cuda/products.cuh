@@ -248,6 +248,7 @@ struct ProductLoader {
 
 template <typename Tile, bool kTransposed>
 __global__ void __launch_bounds__(Tile::kThreads) product_kernel(ProductArguments<typename Tile::T> a) {
+  wait_for_launch_ahead();
   using T = typename Tile::T;
   __shared__ typename Tile::Shared shared;
   const Place<Tile> at;
@@ -395,6 +396,7 @@ struct OuterLoader {
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) outer_kernel(OuterArguments<typename Tile::T> a) {
+  wait_for_launch_ahead();
   using T = typename Tile::T;
   __shared__ typename Tile::Shared shared;
   const Place<Tile> at;
@@ -432,6 +434,7 @@ constexpr int kElementThreads = 256;
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
     add_slices_kernel(PerTask<const T> slices, int count, PerTask<T> weight_bar, int64_t size, int blocks) {
+  wait_for_launch_ahead();
   const int64_t task = blockIdx.x / blocks;
   const int64_t k = static_cast<int64_t>(blockIdx.x % blocks) * kElementThreads + threadIdx.x;
   if (k >= size) return;

@@ -75,6 +75,7 @@ struct AdamRule {
 
 template <typename T, typename Rule>
 __global__ void __launch_bounds__(kElementThreads) rule_kernel(ProxArguments<T> a) {
+  wait_for_launch_ahead();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kElementThreads;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     for (int64_t col = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x; col < a.cols; col += stride) {
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(kElementThreads) rule_kernel(ProxArguments<T> 
 // ½ Σ λ (φ − θ)²
 template <typename T>
 __global__ void __launch_bounds__(kThreads) penalty_kernel(ProxArguments<T> a) {
+  wait_for_launch_ahead();
   using C = typename ProxArguments<T>::C;
   __shared__ TeamStorage<1> storage;
   RowTeam<1> team(storage);
