@@ -8,7 +8,8 @@ launch that asks for dynamic shared memory can have fewer, which cpp_tests/cuda_
 
 `--check` prints one sentence for each rule that a kernel breaks, and exits with 1 if there is one:
 
-- A thread has no stack, and nothing is loaded from or stored to local memory: no register is spilled.
+- A thread has no stack, and nothing is loaded from or stored to local memory: registers are neither spilled nor saved
+  around a call.
 - Where launch bounds promise a number of blocks, so many fit. The number is read from the limit of registers that nvcc
   has made of it; one that limits no registers is not seen.
 - A kernel of packs of 16 bytes (`name<float, 4, …>`, `name<double, 2, …>`, `name<c10::Half, 8, …>`) stores 16 bytes at

@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "shared_memory.h"
+
 namespace cuda_on_cpu {
 namespace {
 
@@ -70,8 +72,15 @@ class Module {
       open.insert(open.end(), function.callees.begin(), function.callees.end());
     }
     size_t bytes = 0;
-    for (const auto* variable : variables) bytes += variable->st_size;
-    return bytes;
+    bool is_followed = false;  // by dynamic shared memory
+    for (const auto* variable : variables) {
+      if (is_dynamic(*variable)) {
+        is_followed = true;
+      } else {
+        bytes += variable->st_size;
+      }
+    }
+    return is_followed ? (bytes + kAlignmentOfDynamicShared - 1) & -kAlignmentOfDynamicShared : bytes;
   }
 
   bool is_relative() const { return is_relative_; }
@@ -90,6 +99,10 @@ class Module {
   }
   static int type_of(const ElfW(Sym) & symbol) { return symbol.st_info & 0xf; }
 
+  bool is_dynamic(const ElfW(Sym) & variable) const {
+    return std::string_view(names_ + variable.st_name).ends_with("dynamic_shared_memoryE");
+  }
+
   // The function whose code holds the address.
   Functions::iterator around(Address address) {
     auto next = functions_.upper_bound(address);
@@ -103,9 +116,7 @@ class Module {
     if (from == functions_.end()) return;
     const auto& symbol = symbols_[relocation.r_info >> (sizeof(Address) == 8 ? 32 : 8)];
     if (type_of(symbol) == STT_TLS) {
-      if (!std::string_view(names_ + symbol.st_name).ends_with("dynamic_shared_memoryE")) {
-        from->second.variables.insert(&symbol);
-      }
+      from->second.variables.insert(&symbol);
       return;
     }
     // A function is named by its section too, from the end of the field that the linker fills in: four bytes on.
