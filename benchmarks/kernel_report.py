@@ -215,9 +215,11 @@ def read_kernels(files: Iterable[Path]) -> tuple[dict[str, Kernel], str]:
     """All kernels by their short names, and the version of the compiler that made them.
 
     Raises:
-        ReportError: there are none for sm_90.
+        ReportError: there are none for sm_90, or two of one name.
     """
-    cuobjdump, found, version = find_cuobjdump(), dict[str, Kernel](), ""
+    cuobjdump, version = find_cuobjdump(), ""
+    found: dict[str, Kernel] = {}
+    owners: dict[str, str] = {}  # mangled names: a kernel can be in an object and in the extension
     for file in device_files(files):
         kernels: dict[str, Kernel] = {}
         read_usage(dump(cuobjdump, "--dump-resource-usage", file), kernels)
@@ -228,8 +230,10 @@ def read_kernels(files: Iterable[Path]) -> tuple[dict[str, Kernel], str]:
             version = made_by[1]
         read_bounds(elf, kernels)
         read_code(dump(cuobjdump, "-sass", file), kernels)
-        names = demangled(list(kernels))
-        found |= {short_name(names[name]): kernel for name, kernel in kernels.items()}
+        for mangled, name in demangled(list(kernels)).items():
+            if owners.setdefault(short_name(name), mangled) != mangled:
+                raise ReportError(f"two kernels are called {short_name(name)}: a report holds one")
+            found[short_name(name)] = kernels[mangled]
     if not found:
         raise ReportError(f"no kernel for {ARCHITECTURE} in {', '.join(map(str, files)) or 'no file'}")
     return dict(sorted(found.items())), version

@@ -22,6 +22,8 @@ namespace cuda_on_cpu {
 namespace {
 
 using Address = ElfW(Addr);
+using Symbol = ElfW(Sym);
+using Relocation = ElfW(Rela);
 
 // The file that a kernel is in: its functions, and what each refers to by the relocations that the linker has left.
 class Module {
@@ -35,7 +37,7 @@ class Module {
     const std::span sections(at<ElfW(Shdr)>(header.e_shoff), header.e_shnum);
     for (const auto& section : sections) {
       if (section.sh_type != SHT_SYMTAB) continue;
-      symbols_ = {at<ElfW(Sym)>(section.sh_offset), section.sh_size / sizeof(ElfW(Sym))};
+      symbols_ = {at<Symbol>(section.sh_offset), section.sh_size / sizeof(Symbol)};
       names_ = at<char>(sections[section.sh_link].sh_offset);
     }
     for (const auto& symbol : symbols_) {
@@ -47,7 +49,7 @@ class Module {
       if ((sections[section.sh_info].sh_flags & SHF_EXECINSTR) == 0) continue;
       has_relocations = true;
       for (const auto& relocation :
-           std::span(at<ElfW(Rela)>(section.sh_offset), section.sh_size / sizeof(ElfW(Rela)))) {
+           std::span(at<Relocation>(section.sh_offset), section.sh_size / sizeof(Relocation))) {
         refer(relocation);
       }
     }
@@ -61,7 +63,7 @@ class Module {
 
   size_t static_shared(Address address) const {
     std::set<Address> reached;
-    std::set<const ElfW(Sym)*> variables;
+    std::set<const Symbol*> variables;
     std::vector<Address> open{address};
     while (!open.empty()) {
       const Address next = open.back();
@@ -87,8 +89,8 @@ class Module {
 
  private:
   struct Function {
-    const ElfW(Sym) * symbol;
-    std::set<const ElfW(Sym)*> variables;
+    const Symbol* symbol;
+    std::set<const Symbol*> variables;
     std::set<Address> callees;
   };
   using Functions = std::map<Address, Function>;
@@ -97,9 +99,9 @@ class Module {
   const T* at(size_t offset) const {
     return reinterpret_cast<const T*>(bytes_.data() + offset);
   }
-  static int type_of(const ElfW(Sym) & symbol) { return symbol.st_info & 0xf; }
+  static int type_of(const Symbol& symbol) { return symbol.st_info & 0xf; }
 
-  bool is_dynamic(const ElfW(Sym) & variable) const {
+  bool is_dynamic(const Symbol& variable) const {
     return std::string_view(names_ + variable.st_name).ends_with("dynamic_shared_memoryE");
   }
 
@@ -111,7 +113,7 @@ class Module {
     return address - next->first < next->second.symbol->st_size ? next : functions_.end();
   }
 
-  void refer(const ElfW(Rela) & relocation) {
+  void refer(const Relocation& relocation) {
     const auto from = around(relocation.r_offset);
     if (from == functions_.end()) return;
     const auto& symbol = symbols_[relocation.r_info >> (sizeof(Address) == 8 ? 32 : 8)];
@@ -128,7 +130,7 @@ class Module {
 
   std::vector<char> bytes_;
   bool is_relative_ = false;
-  std::span<const ElfW(Sym)> symbols_;
+  std::span<const Symbol> symbols_;
   const char* names_ = nullptr;
   Functions functions_;
 };
