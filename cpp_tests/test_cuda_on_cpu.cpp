@@ -44,6 +44,7 @@ __device__ double block_sum(double value) {
 }
 
 __global__ void sum_kernel(const double* from, double* to) {
+  imaml_ext::wait_for_launch_ahead();
   const double total = block_sum(from[blockIdx.x * kThreads + threadIdx.x]);
   to[blockIdx.x * kThreads + threadIdx.x] = total;
 }
@@ -54,7 +55,7 @@ void a_block_sums() {
   for (int seed = 0; seed < 20; ++seed) {
     set_seed(seed);
     std::vector<double> to(from.size(), 0.0);
-    imaml_ext::launch(sum_kernel, kBlocks, kThreads, 0, from.data(), to.data());
+    imaml_ext::launch<sum_kernel>(nullptr, {kBlocks, kThreads}, from.data(), to.data());
     for (size_t i = 0; i < to.size(); ++i) {
       const double first = from[i / kThreads * kThreads];
       EXPECT_CLOSE(to[i], kThreads * (first + (kThreads - 1) / 2.0), 0.0);
@@ -65,6 +66,7 @@ void a_block_sums() {
 // Each element from its neighbour across the block, by way of shared memory.
 template <bool kWaits>
 __global__ void reverse_kernel(const int* from, int* to) {
+  imaml_ext::wait_for_launch_ahead();
   int* const shared = imaml_ext::dynamic_shared<int>();
   shared[threadIdx.x] = from[threadIdx.x];
   if (kWaits) __syncthreads();
@@ -79,7 +81,7 @@ int seeds_with_a_wrong_result() {
   for (int seed = 0; seed < 10; ++seed) {
     set_seed(seed);
     std::vector<int> to(from.size());
-    imaml_ext::launch(reverse_kernel<kWaits>, 1, kThreads, kThreads * sizeof(int), from.data(), to.data());
+    imaml_ext::launch<reverse_kernel<kWaits>>(nullptr, {1, kThreads, kThreads * sizeof(int)}, from.data(), to.data());
     wrong += to != reversed ? 1 : 0;
   }
   return wrong;
@@ -93,6 +95,7 @@ void a_missing_barrier_shows() {
 // Thread 0 reads what its neighbour of the same warp has written: __syncwarp is enough, and needed.
 template <bool kWaits>
 __global__ void neighbour_kernel(int* to) {
+  imaml_ext::wait_for_launch_ahead();
   __shared__ int number;
   if (threadIdx.x == 1) number = 7;
   if (kWaits) __syncwarp();
@@ -104,15 +107,16 @@ void a_missing_wait_in_a_warp_shows() {
   for (int seed = 0; seed < 40; ++seed) {
     set_seed(seed);
     int to = 0;
-    imaml_ext::launch(neighbour_kernel<true>, 1, 32, 0, &to);
+    imaml_ext::launch<neighbour_kernel<true>>(nullptr, {1, 32}, &to);
     EXPECT(to == 7);
-    imaml_ext::launch(neighbour_kernel<false>, 1, 32, 0, &to);
+    imaml_ext::launch<neighbour_kernel<false>>(nullptr, {1, 32}, &to);
     right += to == 7 ? 1 : 0;
   }
   EXPECT(right > 0 && right < 40);
 }
 
 __global__ void unwritten_kernel(float* to, bool write) {
+  imaml_ext::wait_for_launch_ahead();
   __shared__ float number;
   if (write) number = 1.0f;
   *to = number;
@@ -120,9 +124,9 @@ __global__ void unwritten_kernel(float* to, bool write) {
 
 void shared_memory_begins_as_nan() {
   float to = 0.0f;
-  imaml_ext::launch(unwritten_kernel, 1, 1, 0, &to, true);
+  imaml_ext::launch<unwritten_kernel>(nullptr, {1, 1}, &to, true);
   EXPECT(to == 1.0f);
-  imaml_ext::launch(unwritten_kernel, 1, 1, 0, &to, false);
+  imaml_ext::launch<unwritten_kernel>(nullptr, {1, 1}, &to, false);
   EXPECT(std::isnan(to));
 }
 
@@ -130,10 +134,12 @@ void shared_memory_begins_as_nan() {
 // ------------------------------------------------------------------------------------------
 
 __global__ void half_kernel() {
+  imaml_ext::wait_for_launch_ahead();
   if (threadIdx.x < 32) __syncthreads();
 }
 
 __global__ void two_places_kernel() {
+  imaml_ext::wait_for_launch_ahead();
   if (threadIdx.y == 0) {
     __syncthreads();
   } else {
@@ -142,19 +148,21 @@ __global__ void two_places_kernel() {
 }
 
 __global__ void lane_kernel() {
+  imaml_ext::wait_for_launch_ahead();
   if (threadIdx.x != 3) __shfl_sync(0xffffffffu, 1, 0);
   if (threadIdx.x == 3) __syncthreads();
 }
 
 void divergence_is_reported() {
   set_seed(3);
-  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, kThreads, 0); }, "half_kernel"));
+  EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {1, kThreads}); }, "half_kernel"));
   EXPECT(throws_saying(
-      [] { imaml_ext::launch(half_kernel, 1, kThreads, 0); },
+      [] { imaml_ext::launch<half_kernel>(nullptr, {1, kThreads}); },
       "64 have ended, the first of them (32, 0, 0) of block (0, 0, 0); 32 wait at test_cuda_on_cpu.cpp:"));
-  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, kThreads, 0); }, "CUDA_ON_CPU_SEED=3"));
-  EXPECT(throws_saying([] { imaml_ext::launch(two_places_kernel, 1, dim3(8, 2), 0); }, "the threads do not meet"));
-  EXPECT(throws_saying([] { imaml_ext::launch(lane_kernel, 1, 32, 0); }, "(__shfl_sync, mask 0xffffffff)"));
+  EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {1, kThreads}); }, "CUDA_ON_CPU_SEED=3"));
+  EXPECT(
+      throws_saying([] { imaml_ext::launch<two_places_kernel>(nullptr, {1, dim3(8, 2)}); }, "the threads do not meet"));
+  EXPECT(throws_saying([] { imaml_ext::launch<lane_kernel>(nullptr, {1, 32}); }, "(__shfl_sync, mask 0xffffffff)"));
   a_block_sums();  // and afterwards all is well
 }
 
@@ -168,6 +176,7 @@ struct Lanes {
 };
 
 __global__ void lanes_kernel(Lanes* to) {
+  imaml_ext::wait_for_launch_ahead();
   const int lane = static_cast<int>(threadIdx.x);
   Lanes& mine = to[lane];
   mine.down = __shfl_down_sync(0xffffffffu, lane, 3);
@@ -184,7 +193,7 @@ __global__ void lanes_kernel(Lanes* to) {
 
 void lanes_exchange() {
   std::vector<Lanes> to(32);
-  imaml_ext::launch(lanes_kernel, 1, 32, 0, to.data());
+  imaml_ext::launch<lanes_kernel>(nullptr, {1, 32}, to.data());
   for (int lane = 0; lane < 32; ++lane) {
     const Lanes& found = to[static_cast<size_t>(lane)];
     EXPECT(found.down == (lane < 29 ? lane + 3 : lane) + (lane < 16 ? 100 : 0));
@@ -203,6 +212,7 @@ void lanes_exchange() {
 // Every block's number, summed over the cluster by each of its blocks.
 template <bool kStays>
 __global__ void cluster_kernel(int* to) {
+  imaml_ext::wait_for_launch_ahead();
   __shared__ int number;
   const auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x == 0) number = static_cast<int>(blockIdx.x);
@@ -219,17 +229,17 @@ void clusters_sum() {
   for (int seed = 0; seed < 10; ++seed) {
     set_seed(seed);
     std::vector<int> to(12);
-    imaml_ext::launch_clusters(cluster_kernel<true>, 4, 12, 32, 0, to.data());
+    imaml_ext::launch<cluster_kernel<true>>(nullptr, {12, 32, 0, 4}, to.data());
     for (int block = 0; block < 12; ++block) EXPECT(to[static_cast<size_t>(block)] == block / 4 * 16 + 6);
   }
   std::vector<int> alone(3);
-  imaml_ext::launch(cluster_kernel<true>, 3, 32, 0, alone.data());
+  imaml_ext::launch<cluster_kernel<true>>(nullptr, {3, 32}, alone.data());
   EXPECT(alone == (std::vector<int>{0, 1, 2}));
 }
 
 void a_block_that_leaves_its_cluster_is_reported() {
   std::vector<int> to(4);
-  EXPECT(throws_saying([&] { imaml_ext::launch_clusters(cluster_kernel<false>, 4, 4, 32, 0, to.data()); },
+  EXPECT(throws_saying([&] { imaml_ext::launch<cluster_kernel<false>>(nullptr, {4, 32, 0, 4}, to.data()); },
                        "map_shared_rank: the block of rank"));
 }
 
@@ -240,6 +250,7 @@ void a_block_that_leaves_its_cluster_is_reported() {
 // for all but the last `kBehind` of the copies, of which kStages − 2 is right.
 template <int kStages, int kBehind>
 __global__ void staged_kernel(const float* from, float* to, int count) {
+  imaml_ext::wait_for_launch_ahead();
   __shared__ float stages[kStages][kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const auto fetch = [&](int i) {
@@ -258,13 +269,14 @@ __global__ void staged_kernel(const float* from, float* to, int count) {
 void a_copy_is_there_after_its_wait_and_not_before() {
   const auto from = counted<float>(5 * kThreads);
   std::vector<float> to(from.size());
-  imaml_ext::launch(staged_kernel<3, 1>, 1, kThreads, 0, from.data(), to.data(), 5);
+  imaml_ext::launch<staged_kernel<3, 1>>(nullptr, {1, kThreads}, from.data(), to.data(), 5);
   EXPECT(to == from);
-  imaml_ext::launch(staged_kernel<3, 2>, 1, kThreads, 0, from.data(), to.data(), 5);
+  imaml_ext::launch<staged_kernel<3, 2>>(nullptr, {1, kThreads}, from.data(), to.data(), 5);
   for (const float value : to) EXPECT(std::isnan(value));
 }
 
 __global__ void quad_copy_kernel(const float* from, float* to, int shift, int zeros, bool wait) {
+  imaml_ext::wait_for_launch_ahead();
   __shared__ __align__(16) float quads[8];
   __pipeline_memcpy_async(quads + shift, from, 16, static_cast<size_t>(zeros));
   __pipeline_commit();
@@ -276,7 +288,7 @@ void the_faults_of_a_copy_are_reported() {
   alignas(16) const float from[5] = {1, 2, 3, 4, 5};
   std::vector<float> to(4);
   const auto run = [&](int offset, int shift, int zeros, bool wait) {
-    imaml_ext::launch(quad_copy_kernel, 1, 1, 0, from + offset, to.data(), shift, zeros, wait);
+    imaml_ext::launch<quad_copy_kernel>(nullptr, {1, 1}, from + offset, to.data(), shift, zeros, wait);
   };
   run(0, 4, 8, true);
   EXPECT(to == (std::vector<float>{1, 2, 0, 0}));
@@ -326,6 +338,7 @@ void a_dependent_launch_waits_in_every_thread() {
 // --------------------------------------------------------------------------------------------
 
 __global__ void words_kernel(const float* from, float* to) {
+  imaml_ext::wait_for_launch_ahead();
   const auto quad = __ldg(reinterpret_cast<const float4*>(from));
   __stcg(reinterpret_cast<float4*>(to), make_float4(quad.w, quad.z, quad.y, quad.x));
   __stcs(to + 4, __ldcg(from) + 0.5);
@@ -334,13 +347,16 @@ __global__ void words_kernel(const float* from, float* to) {
 void a_word_must_be_aligned() {
   alignas(16) const float from[5] = {1, 2, 3, 4, 5};
   alignas(16) float to[9] = {};
-  imaml_ext::launch(words_kernel, 1, 1, 0, from, to);
+  imaml_ext::launch<words_kernel>(nullptr, {1, 1}, from, to);
   EXPECT(std::vector<float>(to, to + 5) == (std::vector<float>{4, 3, 2, 1, 1.5f}));
-  EXPECT(throws_saying([&] { imaml_ext::launch(words_kernel, 1, 1, 0, from + 1, to); }, "__ldg of 16 bytes at"));
-  EXPECT(throws_saying([&] { imaml_ext::launch(words_kernel, 1, 1, 0, from, to + 2); }, "__stcg of 16 bytes at"));
+  EXPECT(
+      throws_saying([&] { imaml_ext::launch<words_kernel>(nullptr, {1, 1}, from + 1, to); }, "__ldg of 16 bytes at"));
+  EXPECT(
+      throws_saying([&] { imaml_ext::launch<words_kernel>(nullptr, {1, 1}, from, to + 2); }, "__stcg of 16 bytes at"));
 }
 
 __global__ void votes_kernel(int* to, unsigned most) {
+  imaml_ext::wait_for_launch_ahead();
   to[0] = __syncthreads_count(threadIdx.x < most ? 2 : 0);
   to[1] = __syncthreads_or(threadIdx.x < most);
   to[2] = __syncthreads_and(threadIdx.x < most);
@@ -349,7 +365,7 @@ __global__ void votes_kernel(int* to, unsigned most) {
 void a_block_votes() {
   std::vector<int> to(3);
   const auto votes = [&](unsigned most) {
-    imaml_ext::launch(votes_kernel, 1, kThreads, 0, to.data(), most);
+    imaml_ext::launch<votes_kernel>(nullptr, {1, kThreads}, to.data(), most);
     return to;
   };
   EXPECT(votes(0) == (std::vector<int>{0, 0, 0}));
@@ -361,6 +377,7 @@ void a_block_votes() {
 // -----------------------------------------------------------------------------------------------------------
 
 __global__ void index_kernel(int* to) {
+  imaml_ext::wait_for_launch_ahead();
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
   atomicAdd(to + block * blockDim.x * blockDim.y * blockDim.z + thread, 1);
@@ -368,16 +385,16 @@ __global__ void index_kernel(int* to) {
 
 void every_thread_runs_once() {
   std::vector<int> to(2 * 3 * 5 * 7 * 4 * 2, 0);
-  imaml_ext::launch(index_kernel, dim3(2, 3, 5), dim3(7, 4, 2), 0, to.data());
+  imaml_ext::launch<index_kernel>(nullptr, {dim3(2, 3, 5), dim3(7, 4, 2)}, to.data());
   EXPECT(to == std::vector<int>(to.size(), 1));
 }
 
 void limits_are_those_of_the_card() {
-  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 0, 32, 0); }, "invalid configuration"));
-  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, 1025, 0); }, "invalid configuration"));
-  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, dim3(1, 65536), 32, 0); }, "invalid configuration"));
-  EXPECT(throws_saying([] { imaml_ext::launch_clusters(half_kernel, 4, 6, 32, 0); }, "invalid configuration"));
-  EXPECT(throws_saying([] { imaml_ext::launch(half_kernel, 1, 32, 228 * 1024); }, "invalid argument"));
+  EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {0, 32}); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {1, 1025}); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {dim3(1, 65536), 32}); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {6, 32, 0, 4}); }, "invalid configuration"));
+  EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {1, 32, 228 * 1024}); }, "invalid argument"));
 }
 
 // --- what a kernel takes

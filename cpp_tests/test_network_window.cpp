@@ -54,7 +54,7 @@ void both_ways_are_the_pairs() {
       for (const int64_t height : {1, 2, 3, 7, 8})
         for (const int64_t width : {1, 2, 5, 6})
           for (const int64_t channels : {1, 9}) {  // patches, and pixels
-            const Network net = Network::parse({channels, height, width, kernel, stride, 4, 0, 0, 0});
+            const Network net = Network::parse(std::vector<int64_t>{channels, height, width, kernel, stride, 4, 0, 0, 0});
             const Layer& layer = net.layers[0];
             const std::vector<Triple> expected = pairs_of(layer);
             std::vector<Triple> forward =

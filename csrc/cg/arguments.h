@@ -1,21 +1,20 @@
-// Validated arguments of the conjugate-gradient ops, as plain pointers: what a kernel sees.
+// The conjugate-gradient ops on plain pointers, checked before: what a device's code sees.
 #pragma once
 
-#include <ATen/OpMathType.h>
-#include <ATen/core/Tensor.h>
+#include <cstdint>
 #include <limits>
-#include <utility>
 
 #include "cg/row.h"
-#include "common/checks.h"
 #include "common/coefficient.h"
+#include "common/device.h"
 #include "common/host_device.h"
+#include "common/number.h"
 
 namespace imaml_ext {
 
 template <typename T>
 struct CgArguments {
-  using C = at::opmath_type<T>;  // float for bfloat16, float16, float32; double for float64
+  using C = compute_t<T>;  // float for bfloat16, float16, float32; double for float64
   int64_t rows = 0;
   int64_t cols = 0;
   const T* b = nullptr;   // [B, N]
@@ -45,50 +44,18 @@ struct CgArguments {
   static constexpr double largest() { return static_cast<double>(std::numeric_limits<T>::max()); }
 };
 
-// The tensors of one solve, as the ops receive them; one that an op does not use stays undefined.
-struct CgTensors {
-  at::Tensor b, hp, z, shift, inverse_diagonal, rtol, atol, x, r, p, state, status, iterations;
-  bool update_direction = true, first = false, last = false;
-
-  // The only place that validates. Each failure names the op and the argument. Returns the vectors' dtype.
-  at::ScalarType check(const char* op) const;
-
-  template <typename T>
-  CgArguments<T> arguments() const;
-
- private:
-  // The tensor that says how many rows and columns there are, and its name.
-  std::pair<const char*, at::Tensor> leader() const;
-};
-
+// A device's part of the ops, for float, double, c10::BFloat16 and c10::Half.
 template <typename T>
-CgArguments<T> CgTensors::arguments() const {
-  using C = typename CgArguments<T>::C;
-  CgArguments<T> a;
-  const at::Tensor like = leader().second;
-  a.rows = like.size(0);
-  a.cols = like.size(1);
-  if (b.defined()) a.b = b.const_data_ptr<T>();
-  if (hp.defined()) a.hp = hp.const_data_ptr<T>();
-  if (z.defined()) a.z = z.const_data_ptr<T>();
-  if (x.defined()) a.x = x.mutable_data_ptr<T>();
-  if (r.defined()) a.r = r.mutable_data_ptr<T>();
-  if (p.defined()) a.p = p.mutable_data_ptr<T>();
-  if (shift.defined()) a.shift = as_coefficient<C>(shift);
-  if (inverse_diagonal.defined()) a.inverse_diagonal = as_coefficient<C>(inverse_diagonal);
-  if (rtol.defined()) {
-    a.rtol = rtol.const_data_ptr<double>();
-    a.atol = atol.const_data_ptr<double>();
-    a.rtol_stride = rtol.size(0) == 1 ? 0 : 1;
-    a.atol_stride = atol.size(0) == 1 ? 0 : 1;
-  }
-  a.state = reinterpret_cast<RowState*>(state.mutable_data_ptr<double>());
-  a.status = status.mutable_data_ptr<int32_t>();
-  if (iterations.defined()) a.iterations = iterations.mutable_data_ptr<int32_t>();
-  a.update_direction = update_direction;
-  a.first = first;
-  a.last = last;
-  return a;
-}
+void cg_begin(OnCpu, const CgArguments<T>& a);
+template <typename T>
+void cg_direction(OnCpu, const CgArguments<T>& a);
+template <typename T>
+void cg_step(OnCpu, const CgArguments<T>& a);
+template <typename T>
+void cg_begin(OnCuda, const CgArguments<T>& a);
+template <typename T>
+void cg_direction(OnCuda, const CgArguments<T>& a);
+template <typename T>
+void cg_step(OnCuda, const CgArguments<T>& a);
 
 }  // namespace imaml_ext

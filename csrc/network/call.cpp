@@ -2,12 +2,14 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 #include "common/checks.h"
 
 namespace imaml_ext {
 
 NetworkCall::NetworkCall(const char* op, const at::Tensor& params, at::IntArrayRef network, const char* name)
-    : net(Network::parse(network)) {
+    : net(Network::parse({network.data(), network.size()})) {
   TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble, op, ": ", name,
                    " must be float32 or float64, got ", params.scalar_type());
   TORCH_CHECK_VALUE(params.dim() == 2 && params.size(1) == net.parameters && params.is_contiguous(), op, ": ", name,
@@ -25,6 +27,7 @@ void NetworkCall::read_x(const char* op, const at::Tensor& x, const at::Tensor& 
                     op, ": x must be contiguous of shape [", tasks, ", S, *] with ", net.input_size(),
                     " entries an example, got ", x.sizes());
   images = x.size(1);
+  if (params.is_cuda()) check_sizes_on_cuda(op);
 }
 
 void NetworkCall::read_y(const char* op, const at::Tensor& y, const at::Tensor& params, bool check_labels) const {
@@ -52,6 +55,17 @@ void NetworkCall::read_direction(const char* op, const at::Tensor& y, const at::
   images = y.size(1);
   read_y(op, y, params, false);
   check_like(op, "p", p, "params", params);
+  if (params.is_cuda()) check_sizes_on_cuda(op);
+}
+
+void NetworkCall::check_sizes_on_cuda(const char* op) const {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  for (const Layer& layer : net.layers) {
+    const int64_t pixels = images * std::max(layer.pixels(), layer.pixels_in);
+    const int64_t depth = static_cast<int64_t>(layer.taps.size()) * layer.depth_width();
+    TORCH_CHECK_VALUE(pixels <= kMost && depth <= kMost && layer.width() <= kMost, op, ": on CUDA a layer has at most ",
+                      kMost, " pixels per task, and as many weights per channel, got ", pixels, " and ", depth);
+  }
 }
 
 }  // namespace imaml_ext

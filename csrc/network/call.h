@@ -23,8 +23,9 @@ struct NetworkCall {
   // What follows on network_linearise: y, as it was there, which says how many images there are, and p [B, N].
   void read_direction(const char* op, const at::Tensor& y, const at::Tensor& p, const at::Tensor& params);
 
-  // Numbers of y a task.
-  int64_t targets(const at::Tensor& y) const { return y.scalar_type() == at::kLong ? images : images * net.outputs(); }
+ private:
+  // Kernels on CUDA count a task's pixels and channels in 32 bits, its numbers in 64.
+  void check_sizes_on_cuda(const char* op) const;
 };
 
 }  // namespace imaml_ext

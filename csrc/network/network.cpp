@@ -1,5 +1,6 @@
 #include "network/storage.h"
 
+#include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -46,7 +47,8 @@ Window everything(int64_t size) {
 
 }  // namespace
 
-Network Network::parse(at::IntArrayRef d) {
+Network Network::parse(std::span<const int64_t> description) {
+  const at::IntArrayRef d(description.data(), description.size());
   const int64_t size = static_cast<int64_t>(d.size());
   TORCH_CHECK_VALUE(size > kHeader && (size - kHeader) % kPerLayer == 0,
                     "network must hold 3 numbers and 6 a layer, got ", size);
@@ -99,7 +101,7 @@ Network Network::parse(at::IntArrayRef d) {
   return net;
 }
 
-int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size) {
+int64_t network_tape_size(std::span<const int64_t> description, int64_t images, int64_t item_size) {
   const Network net = Network::parse(description);
   return item_size == sizeof(float) ? tape_size<float>(net, images) : tape_size<double>(net, images);
 }

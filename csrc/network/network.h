@@ -2,10 +2,8 @@
 // pooling.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/ArrayRef.h>
-
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "network/window.h"
@@ -60,7 +58,7 @@ struct Network {
   std::vector<Layer> layers;
   int64_t parameters;
 
-  static Network parse(at::IntArrayRef description);
+  static Network parse(std::span<const int64_t> description);
   int64_t outputs() const { return layers.back().channels; }
   int64_t input_size() const { return in_channels * height * width; }
 };
@@ -68,6 +66,6 @@ struct Network {
 constexpr double kBatchNormEps = 1e-5;
 
 // Bytes a task of the tape that network_linearise makes, of `images` examples in a type of `item_size` bytes.
-int64_t network_tape_size(at::IntArrayRef description, int64_t images, int64_t item_size);
+int64_t network_tape_size(std::span<const int64_t> description, int64_t images, int64_t item_size);
 
 }  // namespace imaml_ext

@@ -1,13 +1,15 @@
-// Validated arguments of the proximal ops, as plain pointers: what a kernel sees.
+// The proximal ops on plain pointers, checked before: what a device's code sees.
 #pragma once
 
-#include <ATen/OpMathType.h>
-#include <ATen/core/Tensor.h>
+#include <cstdint>
 
-#include "common/checks.h"
 #include "common/coefficient.h"
+#include "common/device.h"
+#include "common/number.h"
 
 namespace imaml_ext {
+
+enum class ProxUpdate { kGradient, kSgd, kMomentum, kAdam };  // the first changes the gradient, the others φ
 
 // What the update rules need beside the tensors, in float64.
 struct ProxRule {
@@ -22,7 +24,7 @@ struct ProxRule {
 
 template <typename T>
 struct ProxArguments {
-  using C = at::opmath_type<T>;
+  using C = compute_t<T>;
   int64_t rows = 0;
   int64_t cols = 0;
   T* phi = nullptr;          // [B, N]
@@ -37,38 +39,14 @@ struct ProxArguments {
   ProxRule rule;
 };
 
-struct ProxTensors {
-  at::Tensor phi, grad, theta, first, second, lam, lr, penalty;
-  const char* first_name = "velocity";
-  ProxRule rule{};
-
-  // The only place that validates. Each failure names the op and the argument. Returns the vectors' dtype.
-  at::ScalarType check(const char* op) const;
-
-  template <typename T>
-  ProxArguments<T> arguments() const;
-};
-
+// A device's part of the ops, for float, double, c10::BFloat16 and c10::Half.
 template <typename T>
-ProxArguments<T> ProxTensors::arguments() const {
-  using C = typename ProxArguments<T>::C;
-  ProxArguments<T> a;
-  a.rows = phi.size(0);
-  a.cols = phi.size(1);
-  a.phi = const_cast<T*>(phi.const_data_ptr<T>());
-  if (grad.defined()) a.grad = const_cast<T*>(grad.const_data_ptr<T>());
-  a.theta = theta.const_data_ptr<T>();
-  a.theta_row_stride = theta.size(0) == 1 ? 0 : a.cols;
-  if (first.defined()) a.first = first.mutable_data_ptr<T>();
-  if (second.defined()) a.second = second.mutable_data_ptr<T>();
-  a.lam = as_coefficient<C>(lam);
-  if (lr.defined()) a.lr = as_coefficient<C>(lr);
-  if (penalty.defined()) a.penalty = penalty.mutable_data_ptr<C>();
-  a.rule = rule;
-  return a;
-}
-
-// Adam's rule at step t = 1, 2, …; throws ValueError for a step below 1.
-ProxRule adam_rule(const char* op, double beta1, double beta2, double eps, int64_t step);
+void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a);
+template <typename T>
+void prox_penalty(OnCpu, const ProxArguments<T>& a);
+template <typename T>
+void prox_update(OnCuda, ProxUpdate update, const ProxArguments<T>& a);
+template <typename T>
+void prox_penalty(OnCuda, const ProxArguments<T>& a);
 
 }  // namespace imaml_ext

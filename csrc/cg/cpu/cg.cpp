@@ -1,9 +1,7 @@
 // The conjugate-gradient ops on the CPU: who works on which piece of which row, and what a row decides between passes.
 #include "cg/arguments.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <vector>
 
@@ -173,55 +171,29 @@ void direction_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t
   next_direction(a, kernels, row, split_row, rz, /*take_step=*/false, 0.0);
 }
 
-// Validates, then works through the rows in the vectors' type.
-template <typename RowWork>
-void run(const char* op, const CgTensors& tensors, const RowWork& work) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensors.check(op), "imaml_ext", [&] {
-    const auto arguments = tensors.arguments<scalar_t>();
-    const auto& kernels = cg_kernels<scalar_t>();
-    over_rows(arguments.rows, arguments.cols,
-              [&](int64_t row, bool split_row) { work(arguments, kernels, row, split_row); });
-  });
-}
-
-void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
-               const std::optional<at::Tensor>& inverse_diagonal, const at::Tensor& rtol, const at::Tensor& atol,
-               const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& r,
-               const std::optional<at::Tensor>& p, at::Tensor& state, at::Tensor& status, at::Tensor& iterations,
-               bool update_direction) {
-  CgTensors t;
-  t.b = b, t.hp = hx.value_or(at::Tensor()), t.shift = shift, t.rtol = rtol, t.atol = atol;
-  t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x.value_or(at::Tensor()), t.r = r.value_or(at::Tensor()), t.p = p.value_or(at::Tensor());
-  t.state = state, t.status = status, t.iterations = iterations, t.update_direction = update_direction;
-  run("cg_begin_", t, [](const auto&... row) { begin_row(row...); });
-}
-
-void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,
-                   const at::Tensor& x, const at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status) {
-  CgTensors t;
-  t.z = z.value_or(at::Tensor()), t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status;
-  run("cg_direction_", t, [](const auto&... row) { direction_row(row...); });
-}
-
-void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
-              const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first,
-              bool last) {
-  CgTensors t;
-  t.hp = hp, t.b = b, t.shift = shift, t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
-  t.update_direction = update_direction && !last, t.first = first, t.last = last;
-  run("cg_step_", t, [](const auto&... row) { step_row(row...); });
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
-  m.impl("cg_begin_", &cg_begin_);
-  m.impl("cg_direction_", &cg_direction_);
-  m.impl("cg_step_", &cg_step_);
+template <typename T>
+void cg_begin(OnCpu, const CgArguments<T>& a) {
+  over_rows(a.rows, a.cols, [&](int64_t row, bool split_row) { begin_row(a, cg_kernels<T>(), row, split_row); });
 }
+template <typename T>
+void cg_direction(OnCpu, const CgArguments<T>& a) {
+  over_rows(a.rows, a.cols, [&](int64_t row, bool split_row) { direction_row(a, cg_kernels<T>(), row, split_row); });
+}
+template <typename T>
+void cg_step(OnCpu, const CgArguments<T>& a) {
+  over_rows(a.rows, a.cols, [&](int64_t row, bool split_row) { step_row(a, cg_kernels<T>(), row, split_row); });
+}
+
+#define IMAML_INSTANTIATE(T)                                \
+  template void cg_begin(OnCpu, const CgArguments<T>&);     \
+  template void cg_direction(OnCpu, const CgArguments<T>&); \
+  template void cg_step(OnCpu, const CgArguments<T>&);
+IMAML_INSTANTIATE(float)
+IMAML_INSTANTIATE(double)
+IMAML_INSTANTIATE(c10::BFloat16)
+IMAML_INSTANTIATE(c10::Half)
+#undef IMAML_INSTANTIATE
 
 }  // namespace imaml_ext

@@ -1,7 +1,4 @@
 // The conjugate-gradient ops on CUDA: one launch an op, a team of blocks a row (common/cuda/row_team.cuh).
-#include <ATen/Dispatch.h>
-#include <torch/library.h>
-
 #include "cg/arguments.h"
 #include "common/cuda/row_team.cuh"
 
@@ -60,9 +57,9 @@ __device__ __forceinline__ void clear(const CgArguments<T>& a, const RowTeam<3>&
 
 template <int V, typename T>
 __device__ __forceinline__ auto widened(const Pack<T, V>& from) {
-  Pack<at::opmath_type<T>, V> wide;
+  Pack<compute_t<T>, V> wide;
 #pragma unroll
-  for (int k = 0; k < V; ++k) wide.v[k] = static_cast<at::opmath_type<T>>(from.v[k]);
+  for (int k = 0; k < V; ++k) wide.v[k] = static_cast<compute_t<T>>(from.v[k]);
   return wide;
 }
 
@@ -147,6 +144,7 @@ __device__ __forceinline__ double dot_rz(const CgArguments<T>& a, RowTeam<3>& te
 // r = b − (H x0 + shift x0), or b itself (written where there is an r);   ‖b‖², ‖r‖², ‖x0‖²
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
+  wait_for_launch_ahead();
   using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
   __shared__ TeamDecision decision;
@@ -216,6 +214,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(CgArguments<T> a) {
 // memory between the passes.
 template <typename T, int V, bool kKeep>
 __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int part) {
+  wait_for_launch_ahead();
   using C = typename CgArguments<T>::C;
   __shared__ TeamStorage<3> storage;
   __shared__ TeamDecision decision;
@@ -356,6 +355,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(CgArguments<T> a, int pa
 // z = M r,  rᵀz,  p ← z + β p   (or p ← x for a row that verifies)
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
+  wait_for_launch_ahead();
   __shared__ TeamStorage<3> storage;
   __shared__ TeamDecision decision;
   RowTeam<3> team(storage);
@@ -379,73 +379,55 @@ __global__ void __launch_bounds__(kThreads) direction_kernel(CgArguments<T> a) {
   }
 }
 
-// Validates, then launches launch(arguments, V) in the vectors' type, V elements at a time where the layout allows it.
-template <typename Launch>
-void run(const char* op, const CgTensors& tensors, const Launch& launch) {
-  const auto dtype = tensors.check(op);
-  const c10::cuda::CUDAGuard guard(tensors.state.device());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
-    const auto a = tensors.arguments<scalar_t>();
-    if (can_pack<scalar_t>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p)) {
-      launch(a, std::integral_constant<int, 16 / sizeof(scalar_t)>{});
-    } else {
-      launch(a, std::integral_constant<int, 1>{});
-    }
-  });
-}
-
-void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
-               const std::optional<at::Tensor>& inverse_diagonal, const at::Tensor& rtol, const at::Tensor& atol,
-               const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& r,
-               const std::optional<at::Tensor>& p, at::Tensor& state, at::Tensor& status, at::Tensor& iterations,
-               bool update_direction) {
-  CgTensors t;
-  t.b = b, t.hp = hx.value_or(at::Tensor()), t.shift = shift, t.rtol = rtol, t.atol = atol;
-  t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x.value_or(at::Tensor()), t.r = r.value_or(at::Tensor()), t.p = p.value_or(at::Tensor());
-  t.state = state, t.status = status, t.iterations = iterations, t.update_direction = update_direction;
-  run("cg_begin_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
-    launch_row_teams(begin_kernel<T, V>, a.rows, a.cols, 0, a);
-  });
-}
-
-void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,
-                   const at::Tensor& x, const at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status) {
-  CgTensors t;
-  t.z = z.value_or(at::Tensor()), t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status;
-  run("cg_direction_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
-    launch_row_teams(direction_kernel<T, V>, a.rows, a.cols, 0, a);
-  });
-}
-
-void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
-              const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first,
-              bool last) {
-  CgTensors t;
-  t.hp = hp, t.b = b, t.shift = shift, t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
-  t.update_direction = update_direction && !last, t.first = first, t.last = last;
-  run("cg_step_", t, []<typename T, int V>(const CgArguments<T>& a, std::integral_constant<int, V>) {
-    // The same bits either way: what a step keeps of a row is what it would read or compute again.
-    const auto keeping = step_kernel<T, V, true>;
-    const int64_t part = part_of_row<V>(a.cols, team_size(keeping, a.cols));
-    const int64_t bytes = 2 * part * static_cast<int64_t>(sizeof(typename CgArguments<T>::C));
-    if (bytes <= most_shared_bytes(keeping)) {
-      launch_row_teams(keeping, a.rows, a.cols, bytes, a, static_cast<int>(part));
-    } else {
-      launch_row_teams(step_kernel<T, V, false>, a.rows, a.cols, 0, a, 0);
-    }
-  });
+// launch(V), V elements at a time where the layout allows it.
+template <typename T, typename Launch>
+void in_packs(const CgArguments<T>& a, const Launch& launch) {
+  if (can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p)) {
+    launch(std::integral_constant<int, 16 / sizeof(T)>{});
+  } else {
+    launch(std::integral_constant<int, 1>{});
+  }
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(imaml_ext, CUDA, m) {
-  m.impl("cg_begin_", &cg_begin_);
-  m.impl("cg_direction_", &cg_direction_);
-  m.impl("cg_step_", &cg_step_);
+template <typename T>
+void cg_begin(OnCuda device, const CgArguments<T>& a) {
+  in_packs(a, [&]<int V>(std::integral_constant<int, V>) {
+    launch_row_teams<begin_kernel<T, V>>(device.stream, a.rows, a.cols, 0, a);
+  });
 }
+
+template <typename T>
+void cg_direction(OnCuda device, const CgArguments<T>& a) {
+  in_packs(a, [&]<int V>(std::integral_constant<int, V>) {
+    launch_row_teams<direction_kernel<T, V>>(device.stream, a.rows, a.cols, 0, a);
+  });
+}
+
+template <typename T>
+void cg_step(OnCuda device, const CgArguments<T>& a) {
+  in_packs(a, [&]<int V>(std::integral_constant<int, V>) {
+    // The same bits either way: what a step keeps of a row is what it would read or compute again.
+    constexpr auto kKeeping = step_kernel<T, V, true>;
+    const int64_t part = part_of_row<V>(a.cols, team_size<kKeeping>(a.cols));
+    const int64_t bytes = 2 * part * static_cast<int64_t>(sizeof(compute_t<T>));
+    if (bytes <= kernel_facts<kKeeping>().most_shared) {
+      launch_row_teams<kKeeping>(device.stream, a.rows, a.cols, bytes, a, static_cast<int>(part));
+    } else {
+      launch_row_teams<step_kernel<T, V, false>>(device.stream, a.rows, a.cols, 0, a, 0);
+    }
+  });
+}
+
+#define IMAML_INSTANTIATE(T)                                 \
+  template void cg_begin(OnCuda, const CgArguments<T>&);     \
+  template void cg_direction(OnCuda, const CgArguments<T>&); \
+  template void cg_step(OnCuda, const CgArguments<T>&);
+IMAML_INSTANTIATE(float)
+IMAML_INSTANTIATE(double)
+IMAML_INSTANTIATE(c10::BFloat16)
+IMAML_INSTANTIATE(c10::Half)
+#undef IMAML_INSTANTIATE
 
 }  // namespace imaml_ext

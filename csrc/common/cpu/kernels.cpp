@@ -46,12 +46,12 @@ const NetworkKernels<T>& network_kernels() {
 
 template const CgKernels<float>& cg_kernels();
 template const CgKernels<double>& cg_kernels();
-template const CgKernels<at::BFloat16>& cg_kernels();
-template const CgKernels<at::Half>& cg_kernels();
+template const CgKernels<c10::BFloat16>& cg_kernels();
+template const CgKernels<c10::Half>& cg_kernels();
 template const ProxKernels<float>& prox_kernels();
 template const ProxKernels<double>& prox_kernels();
-template const ProxKernels<at::BFloat16>& prox_kernels();
-template const ProxKernels<at::Half>& prox_kernels();
+template const ProxKernels<c10::BFloat16>& prox_kernels();
+template const ProxKernels<c10::Half>& prox_kernels();
 template const NetworkKernels<float>& network_kernels();
 template const NetworkKernels<double>& network_kernels();
 

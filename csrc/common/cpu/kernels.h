@@ -21,12 +21,12 @@ const NetworkKernels<T>& network_kernels();
 #define IMAML_INSTANTIATE_TABLES                          \
   template const CgKernels<float>& cg_table();            \
   template const CgKernels<double>& cg_table();           \
-  template const CgKernels<at::BFloat16>& cg_table();     \
-  template const CgKernels<at::Half>& cg_table();         \
+  template const CgKernels<c10::BFloat16>& cg_table();     \
+  template const CgKernels<c10::Half>& cg_table();         \
   template const ProxKernels<float>& prox_table();        \
   template const ProxKernels<double>& prox_table();       \
-  template const ProxKernels<at::BFloat16>& prox_table(); \
-  template const ProxKernels<at::Half>& prox_table();     \
+  template const ProxKernels<c10::BFloat16>& prox_table(); \
+  template const ProxKernels<c10::Half>& prox_table();     \
   template const NetworkKernels<float>& network_table();  \
   template const NetworkKernels<double>& network_table();
 

@@ -86,8 +86,8 @@ IMAML_INLINE Lanes<double> widen(const Lanes<C>& a) {
 
 // `count` < 16 marks the end of a row: absent lanes read as zero and are not written.
 template <typename T>
-IMAML_INLINE Lanes<at::opmath_type<T>> load(const T* from, int count = kLanes) {
-  using C = at::opmath_type<T>;
+IMAML_INLINE Lanes<compute_t<T>> load(const T* from, int count = kLanes) {
+  using C = compute_t<T>;
   Lanes<C> out;
   if constexpr (std::is_same_v<T, C>) {
     if (count == kLanes) {
@@ -102,8 +102,8 @@ IMAML_INLINE Lanes<at::opmath_type<T>> load(const T* from, int count = kLanes) {
 }
 
 template <typename T>
-IMAML_INLINE void store(T* to, const Lanes<at::opmath_type<T>>& lanes, int count = kLanes) {
-  using C = at::opmath_type<T>;
+IMAML_INLINE void store(T* to, const Lanes<compute_t<T>>& lanes, int count = kLanes) {
+  using C = compute_t<T>;
   if constexpr (std::is_same_v<T, C>) {
     if (count == kLanes) {
       each_part<T>([&](auto k) { std::memcpy(to + k * Lanes<T>::kWidth, &lanes.part[k], sizeof(lanes.part[k])); });
@@ -117,8 +117,8 @@ IMAML_INLINE void store(T* to, const Lanes<at::opmath_type<T>>& lanes, int count
 
 // What storing in T and reading again gives.
 template <typename T>
-IMAML_INLINE Lanes<at::opmath_type<T>> rounded(const Lanes<at::opmath_type<T>>& lanes) {
-  if constexpr (std::is_same_v<T, at::opmath_type<T>>) {
+IMAML_INLINE Lanes<compute_t<T>> rounded(const Lanes<compute_t<T>>& lanes) {
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
     return lanes;
   } else {
     T values[kLanes];

@@ -4,16 +4,13 @@
 // sums are folded in a fixed order: a row's result has the same bits whatever stands beside it.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <array>
-#include <atomic>
 #include <cstdint>
 #include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "common/coefficient.h"
 #include "common/cuda/launch.cuh"
@@ -95,69 +92,25 @@ struct RowTeam {
   }
 };
 
-// What is asked of the runtime once a device: `ask()` ≥ 0.
-class OncePerDevice {
- public:
-  template <typename Ask>
-  int operator()(const Ask& ask) {
-    const int device = c10::cuda::current_device();
-    if (device >= kDevices) return ask(device);
-    int answer = answers_[device].load(std::memory_order_relaxed) - 1;
-    if (answer < 0) {
-      answer = ask(device);
-      answers_[device].store(answer + 1, std::memory_order_relaxed);
-    }
-    return answer;
-  }
-
- private:
-  static constexpr int kDevices = 64;
-  std::array<std::atomic<int>, kDevices> answers_{};  // 1 more than the answer; 0 not asked yet
-};
-
-template <typename Kernel>
-cudaFuncAttributes attributes_of(Kernel kernel) {
-  cudaFuncAttributes attributes;
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
-  return attributes;
-}
-
 // How many blocks a kernel gives to a row of `cols`.
-template <typename Kernel>
-int team_size(Kernel kernel, int64_t cols) {
-  // What the running code was compiled for decides, not the card: code for an older card has no clusters.
-  static OncePerDevice clusters;
-  const bool has_clusters = clusters([&](int device) {
-    int major = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return attributes_of(kernel).ptxVersion >= 90 && major >= 9 ? 1 : 0;
-  });
+template <auto kKernel>
+int team_size(int64_t cols) {
   int size = 1;
-  while (has_clusters && size < kMaxTeam && size * kColsPerBlock < cols) size *= 2;
+  while (kernel_facts<kKernel>().hopper && size < kMaxTeam && size * kColsPerBlock < cols) size *= 2;
   return size;
 }
 
-// Bytes of dynamic shared memory that a block of the kernel can have beside its static arrays.
-template <typename Kernel>
-int most_shared_bytes(Kernel kernel) {
-  static OncePerDevice most;
-  return most([&](int device) {
-    int bytes = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return std::max(0, bytes - static_cast<int>(attributes_of(kernel).sharedSizeBytes));
-  });
-}
-
-// Launches `kernel` with a team for each row and so much dynamic shared memory for each block, on the current stream of
-// the current device.
-template <typename... Parameters>
-void launch_row_teams(void (*kernel)(Parameters...), int64_t rows, int64_t cols, size_t shared_bytes,
-                      const std::type_identity_t<Parameters>&... arguments) {
-  if (rows == 0) return;
-  const int size = team_size(kernel, cols);
-  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max() / size, "imaml_ext: at most ",
-                    std::numeric_limits<int32_t>::max() / size, " rows on CUDA, got ", rows);
-  launch_clusters(kernel, size, dim3(static_cast<unsigned>(rows * size)), dim3(kThreads), shared_bytes, arguments...);
+// Launches the kernel with a team for each row and so much dynamic shared memory for each block.
+template <auto kKernel, typename... Arguments>
+void launch_row_teams(cudaStream_t stream, int64_t rows, int64_t cols, size_t shared_bytes,
+                      const Arguments&... arguments) {
+  const int size = team_size<kKernel>(cols);
+  const int64_t most = std::numeric_limits<int32_t>::max() / size;
+  if (rows > most) {
+    throw std::runtime_error("imaml_ext: at most " + std::to_string(most) + " rows on CUDA, got " +
+                             std::to_string(rows));
+  }
+  launch<kKernel>(stream, {static_cast<unsigned>(rows * size), kThreads, shared_bytes, size}, arguments...);
 }
 
 template <typename C>

@@ -1,19 +1,17 @@
 // The reference networks on the CPU: a task at a time through all of its layers, so that its activations stay in the
 // cache, and tasks side by side; where tasks are fewer than threads, the work inside a task is split.
-#include "common/checks.h"
-#include "network/call.h"
+#include "network/arguments.h"
 #include "network/criterion.h"
 #include "network/pass.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
+#include <new>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -360,14 +358,10 @@ struct Criterion {
   const int64_t* labels = nullptr;  // [S]
   const T* targets = nullptr;       // [S, channels]
 
-  Criterion(const NetworkCall& call, const at::Tensor& y, int64_t task)
-      : images(call.images), channels(call.net.outputs()), width(call.net.layers.back().width()) {
-    const int64_t at = task * call.targets(y);
-    if (y.scalar_type() == at::kLong) {
-      labels = y.const_data_ptr<int64_t>() + at;
-    } else {
-      targets = y.const_data_ptr<T>() + at;
-    }
+  Criterion(const NetworkArguments<T>& a, int64_t task)
+      : images(a.images), channels(a.net.outputs()), width(a.net.layers.back().width()) {
+    if (a.labels != nullptr) labels = a.labels + task * a.targets_per_task();
+    if (a.targets != nullptr) targets = a.targets + task * a.targets_per_task();
   }
 
   // The loss; its derivative in the outputs; the softmax, for `curve`.
@@ -420,25 +414,17 @@ void over_tasks(int64_t tasks, int64_t bytes, const Body& body) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t together = tasks / threads * threads;
   const int64_t lanes = together > 0 ? threads : 1;
-  const at::Tensor memory = at::empty({lanes, bytes}, at::kByte);
-  char* const base = static_cast<char*>(memory.mutable_data_ptr());
+  constexpr std::align_val_t kCacheLine{64};
+  const auto release = [](char* memory) { ::operator delete[](memory, kCacheLine); };
+  const std::unique_ptr<char[], decltype(release)> memory(
+      static_cast<char*>(::operator new[](static_cast<size_t>(lanes * bytes), kCacheLine)), release);
+  char* const base = memory.get();
   const int64_t share = together / threads;
   at::parallel_for(0, together > 0 ? threads : 0, 1, [&](int64_t first, int64_t last) {
     for (int64_t lane = first; lane < last; ++lane)
       for (int64_t task = lane * share; task < (lane + 1) * share; ++task) body(task, base + lane * bytes);
   });
   for (int64_t task = together; task < tasks; ++task) body(task, base);
-}
-
-// Room for tapes. The last one is kept when it is not too large, and taken again once nobody else holds it: fresh
-// memory costs about as much as filling it.
-at::Tensor take_tape(int64_t tasks, int64_t bytes) {
-  constexpr int64_t kMostKept = int64_t{256} << 20;
-  static thread_local at::Tensor kept;
-  if (kept.defined() && kept.use_count() == 1 && kept.size(0) == tasks && kept.size(1) == bytes) return kept;
-  const at::Tensor tape = at::empty({tasks, bytes}, at::kByte);
-  if (tape.numel() <= kMostKept) kept = tape;
-  return tape;
 }
 
 // [S, width] without the padding
@@ -450,210 +436,139 @@ void copy_outputs(const Network& net, int64_t images, const T* from, T* to) {
   }
 }
 
-at::Tensor network_outputs(const at::Tensor& params, const at::Tensor& x, at::IntArrayRef network) {
-  NetworkCall call("network_outputs", params, network);
-  call.read_x("network_outputs", x, params);
-  const Network& net = call.net;
-  const at::Tensor outputs = at::empty({call.tasks, call.images, net.outputs()}, params.options());
-  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
-    using T = scalar_t;
-    const auto layout = [&](void* base) {
-      Arena arena(base);
-      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
-      Storage<T> storage(net, call.images, Keep::kNothing, false, arena);
-      return std::tuple(scratch, std::move(storage), arena.used());
-    };
-    over_tasks(call.tasks, std::get<2>(layout(nullptr)), [&](int64_t task, void* memory) {
-      auto [scratch, storage, used] = layout(memory);
-      const TaskKernels<T> kernels(net, call.images, scratch);
-      const NetworkPass<TaskKernels<T>> pass(net, kernels);
-      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
-      pass.forward(params.const_data_ptr<T>() + task * net.parameters, storage);
-      copy_outputs(net, call.images, storage.values.back().out,
-                   outputs.mutable_data_ptr<T>() + task * call.images * net.outputs());
-    });
+// For every task: the derivative of its values along the direction, the criterion's second derivative of it in
+// output_bar, and then finish(task, pass, storage, dots).
+template <typename T, typename Finish>
+void along(const NetworkArguments<T>& a, const Finish& finish) {
+  const Network& net = a.net;
+  const int64_t stored = tape_size<T>(net, a.images);
+  Arena work(nullptr);
+  work.take<T>(TaskKernels<T>::scratch_size(net));
+  DotStorage<T>(net, a.images, work);
+  over_tasks(a.tasks, work.used(), [&](int64_t task, char* memory) {
+    Arena kept(a.tape + task * stored);
+    Storage<T> storage(net, a.images, Keep::kBars, true, kept);
+    Arena arena(memory);
+    T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
+    DotStorage<T> dots(net, a.images, arena);
+    const TaskKernels<T> kernels(net, a.images, scratch);
+    const NetworkPass<TaskKernels<T>> pass(net, kernels);
+    const int64_t row = task * net.parameters;
+    pass.tangent(a.params + row, a.direction + row, storage, dots);
+    Criterion<T>(a, task).curve(storage.probabilities, dots.dots.back().out_dot, pass.output_bar(dots));
+    finish(task, pass, storage, dots);
   });
-  return outputs;
-}
-
-// Losses [B], outputs [B, S, K] and gradients [B, N]; with Keep::kBars also what second derivatives need, [B, bytes].
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(const char* op, const at::Tensor& params,
-                                                                         const at::Tensor& x, const at::Tensor& y,
-                                                                         at::IntArrayRef network, Keep keep) {
-  NetworkCall call(op, params, network);
-  call.read_x(op, x, params);
-  call.read_y(op, y, params, true);
-  const Network& net = call.net;
-  const at::Tensor losses = at::empty({call.tasks}, params.options());
-  const at::Tensor outputs = at::empty({call.tasks, call.images, net.outputs()}, params.options());
-  const at::Tensor gradient = at::empty_like(params);
-  at::Tensor tape;
-  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
-    using T = scalar_t;
-    Arena scratch_measure(nullptr), storage_measure(nullptr);
-    scratch_measure.take<T>(TaskKernels<T>::scratch_size(net));
-    Storage<T>(net, call.images, keep, true, storage_measure);
-    const int64_t stored = storage_measure.used();
-    if (keep == Keep::kBars) tape = take_tape(call.tasks, stored);
-    const int64_t bytes = scratch_measure.used() + (keep == Keep::kBars ? 0 : stored);
-    over_tasks(call.tasks, bytes, [&](int64_t task, char* memory) {
-      void* const place = keep == Keep::kBars ? static_cast<char*>(tape.mutable_data_ptr()) + task * stored
-                                              : memory + scratch_measure.used();
-      Arena arena(place);
-      Storage<T> storage(net, call.images, keep, true, arena);
-      const TaskKernels<T> kernels(net, call.images, reinterpret_cast<T*>(memory));
-      const NetworkPass<TaskKernels<T>> pass(net, kernels);
-      const T* const row = params.const_data_ptr<T>() + task * net.parameters;
-      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
-      pass.forward(row, storage);
-      const T* const out = storage.values.back().out;
-      losses.mutable_data_ptr<T>()[task] =
-          Criterion<T>(call, y, task)(out, storage.probabilities, storage.bars.back().out_bar);
-      copy_outputs(net, call.images, out, outputs.mutable_data_ptr<T>() + task * call.images * net.outputs());
-      pass.backward(row, storage, gradient.mutable_data_ptr<T>() + task * net.parameters);
-    });
-  });
-  return {losses, outputs, gradient, tape};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> network_gradient(const at::Tensor& params, const at::Tensor& x,
-                                                                const at::Tensor& y, at::IntArrayRef network) {
-  auto [losses, outputs, gradient, tape] = differentiate("network_gradient", params, x, y, network, Keep::kNothing);
-  return {losses, outputs, gradient};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> network_linearise(const at::Tensor& params,
-                                                                             const at::Tensor& x, const at::Tensor& y,
-                                                                             at::IntArrayRef network) {
-  return differentiate("network_linearise", params, x, y, network, Keep::kBars);
-}
-
-// A task takes all of its steps before the next one begins: its φ, its gradient and its activations stay in the cache.
-at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::Tensor& lam, const at::Tensor& lr,
-                            const at::Tensor& x, const at::Tensor& y, at::IntArrayRef network, int64_t steps) {
-  const char* const op = "network_descend_";
-  NetworkCall call(op, phi, network, "phi");
-  call.read_x(op, x, phi);
-  call.read_y(op, y, phi, true);
-  TORCH_CHECK_VALUE(steps >= 0, op, ": steps must be at least 0, got ", steps);
-  ProxTensors prox;
-  prox.phi = phi, prox.theta = theta, prox.lam = lam, prox.lr = lr;
-  prox.check(op);
-  const Network& net = call.net;
-  const at::Tensor losses = at::empty({steps, call.tasks}, phi.options());
-  AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "imaml_ext", [&] {
-    using T = scalar_t;
-    const ProxArguments<T> rows = prox.arguments<T>();
-    const auto step = prox_kernels<T>().sgd;
-    const auto layout = [&](void* base) {
-      Arena arena(base);
-      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
-      T* const gradient = arena.take<T>(net.parameters);
-      Storage<T> storage(net, call.images, Keep::kNothing, true, arena);
-      return std::tuple(scratch, gradient, std::move(storage), arena.used());
-    };
-    over_tasks(call.tasks, std::get<3>(layout(nullptr)), [&](int64_t task, char* memory) {
-      auto [scratch, gradient, storage, used] = layout(memory);
-      const TaskKernels<T> kernels(net, call.images, scratch);
-      const NetworkPass<TaskKernels<T>> pass(net, kernels);
-      kernels.read_input(x.const_data_ptr<T>() + task * call.images * net.input_size(), storage.input);
-      const Criterion<T> criterion(call, y, task);
-      ProxArguments<T> row = rows;  // of this task alone
-      row.rows = 1;
-      row.phi += task * rows.cols;
-      row.theta += task * rows.theta_row_stride;
-      row.lam.data += task * rows.lam.row_stride;
-      row.lr.data += task * rows.lr.row_stride;
-      row.grad = gradient;
-      for (int64_t k = 0; k < steps; ++k) {
-        pass.forward(row.phi, storage);
-        losses.mutable_data_ptr<T>()[k * call.tasks + task] =
-            criterion(storage.values.back().out, storage.probabilities, storage.bars.back().out_bar);
-        pass.backward(row.phi, storage, gradient);
-        split(pieces_of(rows.cols),
-              [&](int64_t first, int64_t last) { step(row, 0, first * kPiece, std::min(last * kPiece, rows.cols)); });
-      }
-    });
-  });
-  return losses;
-}
-
-// For every task: the derivative of its values along p, the criterion's second derivative of it in output_bar, and then
-// finish(task, call, pass, storage, dots).
-template <typename Finish>
-void along(const char* op, const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
-           at::IntArrayRef network, const Finish& finish) {
-  NetworkCall call(op, params, network);
-  const Network& net = call.net;
-  call.read_direction(op, y, p, params);
-  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
-    using T = scalar_t;
-    const int64_t stored = tape_size<T>(net, call.images);
-    check_table(op, "tape", tape, at::kByte, {call.tasks, stored}, params);
-    Arena work(nullptr);
-    work.take<T>(TaskKernels<T>::scratch_size(net));
-    DotStorage<T>(net, call.images, work);
-    over_tasks(call.tasks, work.used(), [&](int64_t task, char* memory) {
-      Arena kept(const_cast<char*>(static_cast<const char*>(tape.const_data_ptr())) + task * stored);
-      Storage<T> storage(net, call.images, Keep::kBars, true, kept);
-      Arena arena(memory);
-      T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
-      DotStorage<T> dots(net, call.images, arena);
-      const TaskKernels<T> kernels(net, call.images, scratch);
-      const NetworkPass<TaskKernels<T>> pass(net, kernels);
-      const int64_t row = task * net.parameters;
-      pass.tangent(params.const_data_ptr<T>() + row, p.const_data_ptr<T>() + row, storage, dots);
-      Criterion<T>(call, y, task).curve(storage.probabilities, dots.dots.back().out_dot, pass.output_bar(dots));
-      finish(task, call, pass, storage, dots);
-    });
-  });
-}
-
-at::Tensor network_product(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
-                           at::IntArrayRef network, bool gauss_newton) {
-  const at::Tensor product = at::empty_like(p);
-  along("network_product", params, tape, y, p, network,
-        [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
-                        const Storage<T>& storage, const DotStorage<T>& dots) {
-          const int64_t row = task * call.net.parameters;
-          const T* const theta = params.const_data_ptr<T>() + row;
-          T* const to = product.mutable_data_ptr<T>() + row;
-          if (gauss_newton) {
-            pass.gauss_newton(theta, storage, dots, to);
-          } else {
-            pass.second(theta, p.const_data_ptr<T>() + row, storage, dots, to);
-          }
-        });
-  return product;
-}
-
-at::Tensor network_curvature(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
-                             at::IntArrayRef network) {
-  const at::Tensor curvature = at::empty({params.size(0)}, params.options().dtype(at::kDouble));
-  along("network_curvature", params, tape, y, p, network,
-        [&]<typename T>(int64_t task, const NetworkCall& call, const NetworkPass<TaskKernels<T>>& pass,
-                        const Storage<T>&, const DotStorage<T>& dots) {
-          const T* const dot = dots.dots.back().out_dot;  // J p
-          const T* const bar = pass.output_bar(dots);     // C J p
-          const int64_t width = call.net.layers.back().width();
-          double sum = 0.0;
-          for (int64_t image = 0; image < call.images; ++image)
-            for (int64_t c = 0; c < call.net.outputs(); ++c)
-              sum += static_cast<double>(dot[image * width + c]) * static_cast<double>(bar[image * width + c]);
-          curvature.mutable_data_ptr<double>()[task] = sum;
-        });
-  return curvature;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) {
-  m.impl("network_outputs", &network_outputs);
-  m.impl("network_gradient", &network_gradient);
-  m.impl("network_descend_", &network_descend_);
-  m.impl("network_linearise", &network_linearise);
-  m.impl("network_product", &network_product);
-  m.impl("network_curvature", &network_curvature);
+template <typename T>
+void network_outputs(OnCpu, const NetworkArguments<T>& a) {
+  const Network& net = a.net;
+  const auto layout = [&](void* base) {
+    Arena arena(base);
+    T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
+    Storage<T> storage(net, a.images, Keep::kNothing, false, arena);
+    return std::tuple(scratch, std::move(storage), arena.used());
+  };
+  over_tasks(a.tasks, std::get<2>(layout(nullptr)), [&](int64_t task, void* memory) {
+    auto [scratch, storage, used] = layout(memory);
+    const TaskKernels<T> kernels(net, a.images, scratch);
+    const NetworkPass<TaskKernels<T>> pass(net, kernels);
+    kernels.read_input(a.x + task * a.images * net.input_size(), storage.input);
+    pass.forward(a.params + task * net.parameters, storage);
+    copy_outputs(net, a.images, storage.values.back().out, a.outputs + task * a.images * net.outputs());
+  });
 }
+
+template <typename T>
+void network_gradient(OnCpu, const NetworkArguments<T>& a) {
+  const Network& net = a.net;
+  const Keep keep = a.tape != nullptr ? Keep::kBars : Keep::kNothing;
+  Arena scratch_measure(nullptr), storage_measure(nullptr);
+  scratch_measure.take<T>(TaskKernels<T>::scratch_size(net));
+  Storage<T>(net, a.images, keep, true, storage_measure);
+  const int64_t stored = storage_measure.used();
+  const int64_t bytes = scratch_measure.used() + (keep == Keep::kBars ? 0 : stored);
+  over_tasks(a.tasks, bytes, [&](int64_t task, char* memory) {
+    Arena arena(keep == Keep::kBars ? a.tape + task * stored : memory + scratch_measure.used());
+    Storage<T> storage(net, a.images, keep, true, arena);
+    const TaskKernels<T> kernels(net, a.images, reinterpret_cast<T*>(memory));
+    const NetworkPass<TaskKernels<T>> pass(net, kernels);
+    const T* const row = a.params + task * net.parameters;
+    kernels.read_input(a.x + task * a.images * net.input_size(), storage.input);
+    pass.forward(row, storage);
+    const T* const out = storage.values.back().out;
+    a.losses[task] = Criterion<T>(a, task)(out, storage.probabilities, storage.bars.back().out_bar);
+    copy_outputs(net, a.images, out, a.outputs + task * a.images * net.outputs());
+    pass.backward(row, storage, a.gradient + task * net.parameters);
+  });
+}
+
+// A task takes all of its steps before the next one begins: its φ, its gradient and its activations stay in the cache.
+template <typename T>
+void network_descend(OnCpu, const NetworkArguments<T>& a, const ProxArguments<T>& prox, int64_t steps) {
+  const Network& net = a.net;
+  const auto step = prox_kernels<T>().sgd;
+  const auto layout = [&](void* base) {
+    Arena arena(base);
+    T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
+    T* const gradient = arena.take<T>(net.parameters);
+    Storage<T> storage(net, a.images, Keep::kNothing, true, arena);
+    return std::tuple(scratch, gradient, std::move(storage), arena.used());
+  };
+  over_tasks(a.tasks, std::get<3>(layout(nullptr)), [&](int64_t task, char* memory) {
+    auto [scratch, gradient, storage, used] = layout(memory);
+    const TaskKernels<T> kernels(net, a.images, scratch);
+    const NetworkPass<TaskKernels<T>> pass(net, kernels);
+    kernels.read_input(a.x + task * a.images * net.input_size(), storage.input);
+    const Criterion<T> criterion(a, task);
+    ProxArguments<T> row = prox;  // of this task alone
+    row.rows = 1;
+    row.phi += task * prox.cols;
+    row.theta += task * prox.theta_row_stride;
+    row.lam.data += task * prox.lam.row_stride;
+    row.lr.data += task * prox.lr.row_stride;
+    row.grad = gradient;
+    for (int64_t k = 0; k < steps; ++k) {
+      pass.forward(row.phi, storage);
+      a.losses[k * a.tasks + task] =
+          criterion(storage.values.back().out, storage.probabilities, storage.bars.back().out_bar);
+      pass.backward(row.phi, storage, gradient);
+      split(pieces_of(prox.cols),
+            [&](int64_t first, int64_t last) { step(row, 0, first * kPiece, std::min(last * kPiece, prox.cols)); });
+    }
+  });
+}
+
+template <typename T>
+void network_product(OnCpu, const NetworkArguments<T>& a, bool gauss_newton) {
+  along(a, [&](int64_t task, const NetworkPass<TaskKernels<T>>& pass, const Storage<T>& storage,
+               const DotStorage<T>& dots) {
+    const int64_t row = task * a.net.parameters;
+    if (gauss_newton) {
+      pass.gauss_newton(a.params + row, storage, dots, a.product + row);
+    } else {
+      pass.second(a.params + row, a.direction + row, storage, dots, a.product + row);
+    }
+  });
+}
+
+template <typename T>
+void network_curvature(OnCpu, const NetworkArguments<T>& a) {
+  along(a, [&](int64_t task, const NetworkPass<TaskKernels<T>>& pass, const Storage<T>&, const DotStorage<T>& dots) {
+    const T* const dot = dots.dots.back().out_dot;  // J p
+    const T* const bar = pass.output_bar(dots);     // C J p
+    const int64_t width = a.net.layers.back().width();
+    double sum = 0.0;
+    for (int64_t image = 0; image < a.images; ++image)
+      for (int64_t c = 0; c < a.net.outputs(); ++c)
+        sum += static_cast<double>(dot[image * width + c]) * static_cast<double>(bar[image * width + c]);
+    a.curvature[task] = sum;
+  });
+}
+
+IMAML_INSTANTIATE_NETWORK(OnCpu, float)
+IMAML_INSTANTIATE_NETWORK(OnCpu, double)
 
 }  // namespace imaml_ext

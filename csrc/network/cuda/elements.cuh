@@ -13,10 +13,10 @@ __device__ __forceinline__ void over_elements(int64_t size, int blocks, const Bo
   const int64_t k = static_cast<int64_t>(blockIdx.x % blocks) * kElementThreads + threadIdx.x;
   if (k < size) body(static_cast<int64_t>(blockIdx.x / blocks), k);
 }
-template <typename Argument>
-void launch_elements(void (*kernel)(Argument, int64_t, int), const Argument& argument, int64_t size, int64_t tasks) {
+template <auto kKernel, typename Argument>
+void launch_elements(cudaStream_t stream, const Argument& argument, int64_t size, int64_t tasks) {
   const int64_t blocks = ceil_div(size, kElementThreads);
-  launch(kernel, grid_of(blocks, tasks), kElementThreads, 0, argument, size, static_cast<int>(blocks));
+  launch<kKernel>(stream, {grid_of(blocks, tasks), kElementThreads}, argument, size, static_cast<int>(blocks));
 }
 
 // x [S, C, H, W] to the rows that the first layer reads: pixels, or 3×3 patches of `stride`.
@@ -30,6 +30,7 @@ struct InputArguments {
 
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads) input_kernel(InputArguments<T> a, int64_t size, int blocks) {
+  wait_for_launch_ahead();
   over_elements(size, blocks, [&](int64_t task, int64_t k) {
     const int column = static_cast<int>(k % a.row_width);
     const int pixel = static_cast<int>(k / a.row_width % a.pixels);
@@ -72,6 +73,7 @@ __device__ __forceinline__ int64_t of_window(const PoolArguments<T>& a, int64_t 
 // a = act(max of z over 2×2 pixels), the first of equal ones winning
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads) max_pool_kernel(PoolArguments<T> a, int64_t size, int blocks) {
+  wait_for_launch_ahead();
   over_elements(size, blocks, [&](int64_t task, int64_t k) {
     const int c = static_cast<int>(k % a.width);
     const bool batch = a.norm == Norm::kBatch && c < a.channels;
@@ -97,6 +99,7 @@ __global__ void __launch_bounds__(kElementThreads) max_pool_kernel(PoolArguments
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
     max_pool_tangent_kernel(PoolArguments<T> a, int64_t size, int blocks) {
+  wait_for_launch_ahead();
   over_elements(size, blocks, [&](int64_t task, int64_t k) {
     const int c = static_cast<int>(k % a.width);
     const bool batch = a.norm == Norm::kBatch && c < a.channels;
@@ -119,6 +122,7 @@ struct MeanArguments {
 
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads) mean_pool_kernel(MeanArguments<T> a, int64_t size, int blocks) {
+  wait_for_launch_ahead();
   over_elements(size, blocks, [&](int64_t task, int64_t k) {
     const T* const in = a.in.of(task) + k / a.width * a.pixels * a.width + k % a.width;
     const T share = T(1) / static_cast<T>(a.pixels);
@@ -163,6 +167,7 @@ __device__ __forceinline__ double largest_of_warp(double value) {
 // [0, channels) makes the loss and every derivative of its task NaN: to raise here would be to wait for the device.
 template <typename T>
 __global__ void __launch_bounds__(kCriterionThreads) criterion_kernel(CriterionArguments<T> a) {
+  wait_for_launch_ahead();
   __shared__ double sums[kCriterionWarps];
   const int64_t task = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -207,6 +212,7 @@ __global__ void __launch_bounds__(kCriterionThreads) criterion_kernel(CriterionA
 // bar = C dot
 template <typename T>
 __global__ void __launch_bounds__(kCriterionThreads) curve_kernel(CriterionArguments<T> a) {
+  wait_for_launch_ahead();
   const int64_t task = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool classifies = a.labels.first != nullptr;
@@ -232,6 +238,7 @@ __global__ void __launch_bounds__(kCriterionThreads) curve_kernel(CriterionArgum
 // dotᵀ bar = dotᵀ C dot of a task, by a warp
 template <typename T>
 __global__ void __launch_bounds__(kCriterionThreads) curvature_kernel(CriterionArguments<T> a, double* curvature) {
+  wait_for_launch_ahead();
   const int64_t task = blockIdx.x;
   if (threadIdx.x >= 32) return;
   double sum = 0.0;
@@ -247,6 +254,7 @@ __global__ void __launch_bounds__(kCriterionThreads) curvature_kernel(CriterionA
 // [S, width] without the padding
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads) outputs_kernel(CriterionArguments<T> a, int64_t size, int blocks) {
+  wait_for_launch_ahead();
   over_elements(size, blocks, [&](int64_t task, int64_t k) {
     a.outputs[task * size + k] = a.values.of(task)[k / a.channels * a.width + k % a.channels];
   });

@@ -40,8 +40,9 @@ class BatchKernels {
   using Bars = LayerBars<T, TaskMemory>;
   using Dots = LayerDots<T, TaskMemory>;
 
-  BatchKernels(const Network& net, int64_t tasks, int64_t images, const Scratch<T, TaskMemory>& scratch)
-      : net_(net), tasks_(tasks), images_(images), scratch_(scratch) {}
+  BatchKernels(cudaStream_t stream, const Network& net, int64_t tasks, int64_t images,
+               const Scratch<T, TaskMemory>& scratch)
+      : stream_(stream), net_(net), tasks_(tasks), images_(images), scratch_(scratch) {}
 
   void read_input(Read x, P input) const {
     const Layer& first = net_.layers.front();
@@ -51,20 +52,20 @@ class BatchKernels {
     a.stride = narrow(net_.patch_stride);
     a.cols = narrow(net_.patch_stride == 0 ? net_.width : first.cols);
     a.pixels = narrow(first.pixels_in), a.row_width = narrow(first.depth_width());
-    launch_elements(input_kernel<T>, a, images_ * first.pixels_in * first.depth_width(), tasks_);
+    launch_elements<input_kernel<T>>(stream_, a, images_ * first.pixels_in * first.depth_width(), tasks_);
   }
 
   void multiply(const Layer& layer, P out, Terms operands) const {
     ProductArguments<T> a = product(layer, out, operands);
     a.from_width = narrow(layer.depth_width()), a.out_width = narrow(layer.width());
     a.depth = narrow(layer.depth), a.channels = narrow(layer.channels);
-    launch_product<false>(a, tasks_);
+    launch_product<false>(stream_, a, tasks_);
   }
   void multiply_transposed(const Layer& layer, P in_bar, Terms operands) const {
     ProductArguments<T> a = product(layer, in_bar, operands);
     a.from_width = narrow(layer.width()), a.out_width = narrow(layer.depth_width());
     a.depth = narrow(layer.channels), a.channels = narrow(layer.depth);
-    launch_product<true>(a, tasks_);
+    launch_product<true>(stream_, a, tasks_);
   }
   void outer(const Layer& layer, P weight_bar, Terms pairs) const {
     OuterArguments<T> a{};
@@ -74,13 +75,13 @@ class BatchKernels {
     a.depth = narrow(layer.depth), a.channels = narrow(layer.channels);
     a.depth_width = narrow(layer.depth_width()), a.width = narrow(layer.width());
     a.rows_a_slice = narrow(rows_a_slice(layer)), a.slices = narrow(slices_of(layer, images_));
-    launch_outer(a, weight_bar, scratch_.outer, tasks_);
+    launch_outer(stream_, a, weight_bar, scratch_.outer, tasks_);
   }
 
   void norm(const Layer& layer, Read params, const Values& v) const {
-    launch_norm(norm_kernel<T>, arguments(layer, params, v), layer.norm == Norm::kBatch, tasks_);
+    launch_norm<norm_kernel<T>>(stream_, arguments(layer, params, v), layer.norm == Norm::kBatch, tasks_);
     if (layer.pool == Pool::kMax) {
-      launch_elements(max_pool_kernel<T>, pooling(layer, params, v), pooled_size(layer, images_), tasks_);
+      launch_elements<max_pool_kernel<T>>(stream_, pooling(layer, params, v), pooled_size(layer, images_), tasks_);
     }
     if (layer.pool == Pool::kMean) mean_pool(layer, v.act, v.out);
   }
@@ -90,16 +91,17 @@ class BatchKernels {
     n.out_bar = layer.pool == Pool::kNone ? b.z_bar : b.out_bar;
     n.z_bar = b.z_bar, n.y_bar = b.y_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
     n.gamma_out = gradient + layer.gamma, n.beta_out = gradient + layer.beta;
-    launch_norm(norm_backward_kernel<T>, n, true, tasks_);
+    launch_norm<norm_backward_kernel<T>>(stream_, n, true, tasks_);
   }
 
   void norm_tangent(const Layer& layer, Read params, Read direction, const Values& v, const Dots& d) const {
-    launch_norm(norm_tangent_kernel<T>, arguments(layer, params, direction, v, d), layer.norm == Norm::kBatch, tasks_);
+    launch_norm<norm_tangent_kernel<T>>(stream_, arguments(layer, params, direction, v, d), layer.norm == Norm::kBatch,
+                                        tasks_);
     if (layer.pool == Pool::kMax) {
       PoolArguments<T> a = pooling(layer, params, v);
       a.gamma_dot = direction + layer.gamma, a.beta_dot = direction + layer.beta;
       a.hat_dot = d.hat_dot, a.act_dot = d.act_dot;
-      launch_elements(max_pool_tangent_kernel<T>, a, pooled_size(layer, images_), tasks_);
+      launch_elements<max_pool_tangent_kernel<T>>(stream_, a, pooled_size(layer, images_), tasks_);
     }
     if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
   }
@@ -112,7 +114,7 @@ class BatchKernels {
     n.z_bar = b.z_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
     n.y_bar_dot = bar_dot;
     n.gamma_out = product + layer.gamma, n.beta_out = product + layer.beta;
-    launch_norm(norm_second_kernel<T>, n, true, tasks_);
+    launch_norm<norm_second_kernel<T>>(stream_, n, true, tasks_);
   }
 
  private:
@@ -160,9 +162,10 @@ class BatchKernels {
     MeanArguments<T> a;
     a.in = in, a.out = out;
     a.pixels = narrow(layer.pixels()), a.width = narrow(layer.width());
-    launch_elements(mean_pool_kernel<T>, a, pooled_size(layer, images_), tasks_);
+    launch_elements<mean_pool_kernel<T>>(stream_, a, pooled_size(layer, images_), tasks_);
   }
 
+  const cudaStream_t stream_;
   const Network& net_;
   const int64_t tasks_;
   const int64_t images_;

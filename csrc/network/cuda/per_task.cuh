@@ -6,9 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
-#include "common/checks.h"
 #include "network/storage.h"
 
 namespace imaml_ext {
@@ -54,8 +55,10 @@ __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 // A grid of `tiles` blocks a task, all along x: of block i, i / tiles is the task.
 inline unsigned grid_of(int64_t tiles, int64_t tasks) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(tiles <= kMost / tasks, "imaml_ext: at most ", kMost / tiles,
-                    " tasks of this network on CUDA, got ", tasks);
+  if (tiles > kMost / tasks) {
+    throw std::runtime_error("imaml_ext: at most " + std::to_string(kMost / tiles) +
+                             " tasks of this network on CUDA, got " + std::to_string(tasks));
+  }
   return static_cast<unsigned>(tiles * tasks);
 }
 

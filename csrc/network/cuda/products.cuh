@@ -248,6 +248,7 @@ struct ProductLoader {
 
 template <typename Tile, bool kTransposed>
 __global__ void __launch_bounds__(Tile::kThreads) product_kernel(ProductArguments<typename Tile::T> a) {
+  wait_for_launch_ahead();
   using T = typename Tile::T;
   __shared__ typename Tile::Shared shared;
   const Place<Tile> at;
@@ -395,6 +396,7 @@ struct OuterLoader {
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) outer_kernel(OuterArguments<typename Tile::T> a) {
+  wait_for_launch_ahead();
   using T = typename Tile::T;
   __shared__ typename Tile::Shared shared;
   const Place<Tile> at;
@@ -432,6 +434,7 @@ constexpr int kElementThreads = 256;
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
     add_slices_kernel(PerTask<const T> slices, int count, PerTask<T> weight_bar, int64_t size, int blocks) {
+  wait_for_launch_ahead();
   const int64_t task = blockIdx.x / blocks;
   const int64_t k = static_cast<int64_t>(blockIdx.x % blocks) * kElementThreads + threadIdx.x;
   if (k >= size) return;
@@ -455,15 +458,15 @@ constexpr int64_t kManyRows = 512;
 
 // The way that out[to] = Σ in[from] · weight[tap] goes, or its adjoint.
 template <bool kTransposed, typename T>
-void launch_product(ProductArguments<T> a, int64_t tasks) {
+void launch_product(cudaStream_t stream, ProductArguments<T> a, int64_t tasks) {
   const auto with = [&]<typename Tile>(std::type_identity<Tile>) {
     const int64_t classes = kTransposed ? static_cast<int64_t>(a.down.stride) * a.across.stride : 1;
     const Axis down = kTransposed ? a.down.backward(0) : a.down.forward();  // the class of most pixels
     const Axis across = kTransposed ? a.across.backward(0) : a.across.forward();
     a.row_tiles = static_cast<int>(ceil_div(static_cast<int64_t>(a.images) * down.count * across.count, Tile::kRows));
     a.col_tiles = static_cast<int>(ceil_div(a.out_width, Tile::kCols));
-    launch(product_kernel<Tile, kTransposed>, grid_of(classes * a.row_tiles * a.col_tiles, tasks), Tile::kThreads, 0,
-           a);
+    launch<product_kernel<Tile, kTransposed>>(stream,
+                                              {grid_of(classes * a.row_tiles * a.col_tiles, tasks), Tile::kThreads}, a);
   };
   const Axis down = kTransposed ? a.down.backward(0) : a.down.forward();
   const Axis across = kTransposed ? a.across.backward(0) : a.across.forward();
@@ -493,14 +496,14 @@ inline int64_t slices_size(const Layer& layer, int64_t images) {
 
 // `partial` has room for slices_size.
 template <typename T>
-void launch_outer(OuterArguments<T> a, PerTask<T> weight_bar, PerTask<T> partial, int64_t tasks) {
+void launch_outer(cudaStream_t stream, OuterArguments<T> a, PerTask<T> weight_bar, PerTask<T> partial, int64_t tasks) {
   a.weight_bar = a.slices == 1 ? weight_bar : partial;
   const int64_t taps = static_cast<int64_t>(a.down.kernel) * a.across.kernel;
   const auto with = [&]<typename Tile>(std::type_identity<Tile>) {
     a.row_tiles = static_cast<int>(ceil_div(taps * a.depth_width, Tile::kRows));
     a.col_tiles = static_cast<int>(ceil_div(a.width, Tile::kCols));
     const int64_t tiles = static_cast<int64_t>(a.row_tiles) * a.col_tiles * a.slices;
-    launch(outer_kernel<Tile>, grid_of(tiles, tasks), Tile::kThreads, 0, a);
+    launch<outer_kernel<Tile>>(stream, {grid_of(tiles, tasks), Tile::kThreads}, a);
   };
   if (a.width <= 32 || taps * a.depth_width < 256) {
     with(std::type_identity<typename Tiles<T>::Small>{});
@@ -510,8 +513,8 @@ void launch_outer(OuterArguments<T> a, PerTask<T> weight_bar, PerTask<T> partial
   if (a.slices == 1) return;
   const int64_t size = taps * a.depth * a.channels;
   const int64_t blocks = ceil_div(size, kElementThreads);
-  launch(add_slices_kernel<T>, grid_of(blocks, tasks), kElementThreads, 0, partial, a.slices, weight_bar, size,
-         static_cast<int>(blocks));
+  launch<add_slices_kernel<T>>(stream, {grid_of(blocks, tasks), kElementThreads}, PerTask<const T>(partial), a.slices,
+                               weight_bar, size, static_cast<int>(blocks));
 }
 
 }  // namespace imaml_ext

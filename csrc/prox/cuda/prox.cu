@@ -1,11 +1,6 @@
 // The proximal ops on CUDA.
-#include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
-#include <torch/library.h>
-
 #include "common/cuda/row_team.cuh"
 #include "prox/arguments.h"
-#include "prox/cuda/prox.cuh"
 
 namespace imaml_ext {
 namespace {
@@ -80,6 +75,7 @@ struct AdamRule {
 
 template <typename T, typename Rule>
 __global__ void __launch_bounds__(kElementThreads) rule_kernel(ProxArguments<T> a) {
+  wait_for_launch_ahead();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kElementThreads;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     for (int64_t col = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x; col < a.cols; col += stride) {
@@ -91,6 +87,7 @@ __global__ void __launch_bounds__(kElementThreads) rule_kernel(ProxArguments<T> 
 // ½ Σ λ (φ − θ)²
 template <typename T>
 __global__ void __launch_bounds__(kThreads) penalty_kernel(ProxArguments<T> a) {
+  wait_for_launch_ahead();
   using C = typename ProxArguments<T>::C;
   __shared__ TeamStorage<1> storage;
   RowTeam<1> team(storage);
@@ -106,74 +103,43 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(ProxArguments<T> a) {
   if (team.leads()) a.penalty[row] = static_cast<C>(0.5 * storage.team_sums[0][0]);
 }
 
-// Validates, then applies the rule to every element.
-template <typename Rule>
-void apply_rule(const char* op, const ProxTensors& tensors) {
-  const auto dtype = tensors.check(op);
-  const c10::cuda::CUDAGuard guard(tensors.phi.device());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
-    const auto a = tensors.arguments<scalar_t>();
-    if (a.rows == 0 || a.cols == 0) return;
-    const int64_t blocks = (a.cols + kElementThreads - 1) / kElementThreads;
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max())),
-                    static_cast<unsigned>(std::min<int64_t>(a.rows, 65535)));
-    launch(rule_kernel<scalar_t, Rule>, grid, kElementThreads, 0, a);
-  });
-}
-
-void prox_gradient_(at::Tensor& grad, const at::Tensor& phi, const at::Tensor& theta, const at::Tensor& lam) {
-  ProxTensors t;
-  t.phi = phi, t.grad = grad, t.theta = theta, t.lam = lam;
-  apply_rule<GradientRule>("prox_gradient_", t);
-}
-
-at::Tensor prox_penalty(const at::Tensor& phi, const at::Tensor& theta, const at::Tensor& lam) {
-  ProxTensors t;
-  t.phi = phi, t.theta = theta, t.lam = lam;
-  const auto dtype = t.check("prox_penalty");
-  const c10::cuda::CUDAGuard guard(phi.device());
-  t.penalty = at::empty({phi.size(0)}, phi.options().dtype(compute_type(dtype)));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
-    const auto a = t.arguments<scalar_t>();
-    launch_row_teams(penalty_kernel<scalar_t>, a.rows, a.cols, 0, a);
-  });
-  return t.penalty;
-}
-
-void prox_momentum_step_(at::Tensor& phi, at::Tensor& velocity, const at::Tensor& grad, const at::Tensor& theta,
-                         const at::Tensor& lam, const at::Tensor& lr, double momentum, bool nesterov) {
-  ProxTensors t;
-  t.phi = phi, t.grad = grad, t.theta = theta, t.lam = lam, t.lr = lr, t.first = velocity;
-  t.rule.momentum = momentum;
-  t.rule.nesterov = nesterov;
-  apply_rule<MomentumRule>("prox_momentum_step_", t);
-}
-
-void prox_adam_step_(at::Tensor& phi, at::Tensor& exp_avg, at::Tensor& exp_avg_sq, const at::Tensor& grad,
-                     const at::Tensor& theta, const at::Tensor& lam, const at::Tensor& lr, double beta1, double beta2,
-                     double eps, int64_t step) {
-  ProxTensors t;
-  t.phi = phi, t.grad = grad, t.theta = theta, t.lam = lam, t.lr = lr, t.first = exp_avg, t.second = exp_avg_sq;
-  t.first_name = "exp_avg";
-  t.rule = adam_rule("prox_adam_step_", beta1, beta2, eps, step);
-  apply_rule<AdamRule>("prox_adam_step_", t);
+template <typename Rule, typename T>
+void apply_rule(cudaStream_t stream, const ProxArguments<T>& a) {
+  const int64_t blocks = (a.cols + kElementThreads - 1) / kElementThreads;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max())),
+                  static_cast<unsigned>(std::min<int64_t>(a.rows, 65535)));
+  launch<rule_kernel<T, Rule>>(stream, {grid, kElementThreads}, a);
 }
 
 }  // namespace
 
-void prox_sgd_step_on_cuda(at::Tensor& phi, const at::Tensor& grad, const at::Tensor& theta, const at::Tensor& lam,
-                           const at::Tensor& lr) {
-  ProxTensors t;
-  t.phi = phi, t.grad = grad, t.theta = theta, t.lam = lam, t.lr = lr;
-  apply_rule<SgdRule>("prox_sgd_step_", t);
+template <typename T>
+void prox_update(OnCuda device, ProxUpdate update, const ProxArguments<T>& a) {
+  if (a.cols == 0) return;
+  switch (update) {
+    case ProxUpdate::kGradient:
+      return apply_rule<GradientRule>(device.stream, a);
+    case ProxUpdate::kSgd:
+      return apply_rule<SgdRule>(device.stream, a);
+    case ProxUpdate::kMomentum:
+      return apply_rule<MomentumRule>(device.stream, a);
+    case ProxUpdate::kAdam:
+      return apply_rule<AdamRule>(device.stream, a);
+  }
 }
 
-TORCH_LIBRARY_IMPL(imaml_ext, CUDA, m) {
-  m.impl("prox_gradient_", &prox_gradient_);
-  m.impl("prox_penalty", &prox_penalty);
-  m.impl("prox_sgd_step_", &prox_sgd_step_on_cuda);
-  m.impl("prox_momentum_step_", &prox_momentum_step_);
-  m.impl("prox_adam_step_", &prox_adam_step_);
+template <typename T>
+void prox_penalty(OnCuda device, const ProxArguments<T>& a) {
+  launch_row_teams<penalty_kernel<T>>(device.stream, a.rows, a.cols, 0, a);
 }
+
+#define IMAML_INSTANTIATE(T)                                              \
+  template void prox_update(OnCuda, ProxUpdate, const ProxArguments<T>&); \
+  template void prox_penalty(OnCuda, const ProxArguments<T>&);
+IMAML_INSTANTIATE(float)
+IMAML_INSTANTIATE(double)
+IMAML_INSTANTIATE(c10::BFloat16)
+IMAML_INSTANTIATE(c10::Half)
+#undef IMAML_INSTANTIATE
 
 }  // namespace imaml_ext

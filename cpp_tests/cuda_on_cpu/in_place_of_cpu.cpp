@@ -1,0 +1,65 @@
+// The CPU's part of every op, done by the CUDA kernels that the host runs: linked in place of csrc/*/cpu, beside the
+// same checks and registrations.
+#include "cg/arguments.h"
+#include "network/arguments.h"
+#include "prox/arguments.h"
+
+namespace imaml_ext {
+
+constexpr OnCuda kEmulated{nullptr};
+
+template <typename T>
+void cg_begin(OnCpu, const CgArguments<T>& a) {
+  cg_begin(kEmulated, a);
+}
+template <typename T>
+void cg_direction(OnCpu, const CgArguments<T>& a) {
+  cg_direction(kEmulated, a);
+}
+template <typename T>
+void cg_step(OnCpu, const CgArguments<T>& a) {
+  cg_step(kEmulated, a);
+}
+template <typename T>
+void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a) {
+  prox_update(kEmulated, update, a);
+}
+template <typename T>
+void prox_penalty(OnCpu, const ProxArguments<T>& a) {
+  prox_penalty(kEmulated, a);
+}
+template <typename T>
+void network_outputs(OnCpu, const NetworkArguments<T>& a) {
+  network_outputs(kEmulated, a);
+}
+template <typename T>
+void network_gradient(OnCpu, const NetworkArguments<T>& a) {
+  network_gradient(kEmulated, a);
+}
+template <typename T>
+void network_descend(OnCpu, const NetworkArguments<T>& a, const ProxArguments<T>& prox, int64_t steps) {
+  network_descend(kEmulated, a, prox, steps);
+}
+template <typename T>
+void network_product(OnCpu, const NetworkArguments<T>& a, bool gauss_newton) {
+  network_product(kEmulated, a, gauss_newton);
+}
+template <typename T>
+void network_curvature(OnCpu, const NetworkArguments<T>& a) {
+  network_curvature(kEmulated, a);
+}
+
+#define IMAML_INSTANTIATE_ROWS(T)                                        \
+  template void cg_begin(OnCpu, const CgArguments<T>&);                  \
+  template void cg_direction(OnCpu, const CgArguments<T>&);              \
+  template void cg_step(OnCpu, const CgArguments<T>&);                   \
+  template void prox_update(OnCpu, ProxUpdate, const ProxArguments<T>&); \
+  template void prox_penalty(OnCpu, const ProxArguments<T>&);
+IMAML_INSTANTIATE_ROWS(float)
+IMAML_INSTANTIATE_ROWS(double)
+IMAML_INSTANTIATE_ROWS(c10::BFloat16)
+IMAML_INSTANTIATE_ROWS(c10::Half)
+IMAML_INSTANTIATE_NETWORK(OnCpu, float)
+IMAML_INSTANTIATE_NETWORK(OnCpu, double)
+
+}  // namespace imaml_ext

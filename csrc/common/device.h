@@ -1,0 +1,14 @@
+// Where an op runs. Its checks and its registration stand once, in the ops.cpp of its family; what each device does
+// with plain pointers is an overload on one of these two.
+#pragma once
+
+struct CUstream_st;  // cudaStream_t points to it
+
+namespace imaml_ext {
+
+struct OnCpu {};
+struct OnCuda {
+  CUstream_st* stream;
+};
+
+}  // namespace imaml_ext

@@ -1,0 +1,38 @@
+// From a tensor to the device that its op runs on, and the registration of an op for every device that was compiled.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#if defined(IMAML_EXT_WITH_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include "common/device.h"
+
+namespace imaml_ext {
+
+// Calls work(device) for the device of `tensor`: on CUDA with that device current, and its current stream.
+template <typename Work>
+void on_device_of([[maybe_unused]] const at::Tensor& tensor, const Work& work) {
+#if defined(IMAML_EXT_WITH_CUDA)
+  if (tensor.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(tensor.device());
+    work(OnCuda{c10::cuda::getCurrentCUDAStream()});
+    return;
+  }
+#endif
+  work(OnCpu{});
+}
+
+}  // namespace imaml_ext
+
+// TORCH_LIBRARY_IMPL for every device: the same functions serve all of them.
+#if defined(IMAML_EXT_WITH_CUDA)
+#define IMAML_REGISTER(register_ops)                         \
+  TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) { register_ops(m); } \
+  TORCH_LIBRARY_IMPL(imaml_ext, CUDA, m) { register_ops(m); }
+#else
+#define IMAML_REGISTER(register_ops) \
+  TORCH_LIBRARY_IMPL(imaml_ext, CPU, m) { register_ops(m); }
+#endif
