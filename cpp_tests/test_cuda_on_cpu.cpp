@@ -409,6 +409,7 @@ void limits_are_those_of_the_card() {
 
 template <int kFloats>
 __global__ void shared_kernel(double* to) {
+  imaml_ext::wait_for_launch_ahead();
   __shared__ float floats[kFloats];
   floats[threadIdx.x] = 1.0f;
   __syncthreads();
@@ -468,8 +469,8 @@ void launches_are_counted_and_reported() {
     setenv("CUDA_ON_CPU_REPORT", path.c_str(), 1);
     cuda_on_cpu_launches();
     std::vector<double> to(kThreads);
-    for (int i = 0; i < 3; ++i) imaml_ext::launch(shared_kernel<256>, 1, 64, 8192, to.data());
-    imaml_ext::launch(shared_kernel<256>, dim3(2, 3), 64, 0, to.data());
+    for (int i = 0; i < 3; ++i) imaml_ext::launch<shared_kernel<256>>(nullptr, {1, 64, 8192}, to.data());
+    imaml_ext::launch<shared_kernel<256>>(nullptr, {dim3(2, 3), 64}, to.data());
     std::exit(cuda_on_cpu_launches() == 4 && cuda_on_cpu_launches() == 0 ? 0 : 1);
   }
   int status = -1;

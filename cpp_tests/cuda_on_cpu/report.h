@@ -14,4 +14,4 @@ void report(const Launch& launch, size_t static_shared, int blocks_per_multiproc
 }  // namespace cuda_on_cpu
 
 // The launches since the last call. Python finds it in the extension module, by ctypes.
-extern "C" uint64_t cuda_on_cpu_launches();
+extern "C" __attribute__((visibility("default"))) uint64_t cuda_on_cpu_launches();
