@@ -254,14 +254,14 @@ def broken_rules(kernels: Mapping[str, Kernel]) -> Iterator[str]:
         if kernel.stack:
             yield f"{name} has a stack of {kernel.stack} bytes per thread."
         if kernel.local:
-            yield f"{name} loads from or stores to local memory in {kernel.local} places."
+            yield f"{name} loads from or stores to local memory ({kernel.local} × in its code)."
         if kernel.blocks < kernel.promised_blocks:
             yield f"{name} promises {kernel.promised_blocks} blocks per multiprocessor, and {kernel.blocks} fit."
         if has_packs(name):
             if "16" not in kernel.stores:
                 yield f"{name} has packs of 16 bytes and stores none at once."
             if places := sum(count for size, count in kernel.in_pieces.items() if int(size) < 8):
-                yield f"{name} stores packs of 16 bytes in pieces in {places} places."
+                yield f"{name} stores 16 bytes in pieces ({places} × in its code)."
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

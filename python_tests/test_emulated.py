@@ -43,7 +43,8 @@ def solved(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> list[Ten
 
 
 def penalties() -> list[Tensor]:
-    return [ops.prox_penalty(random(3, 40_000), random(40_000), 0.5)]
+    """In float64: float32 would round away in which order the doubles were added."""
+    return [ops.prox_penalty(random(3, 40_000, dtype=torch.float64), random(40_000, dtype=torch.float64), 0.5)]
 
 
 def network(batch: int = 2) -> tuple[TaskModel, Tensor, Tensor, Tensor]:

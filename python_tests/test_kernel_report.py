@@ -149,10 +149,10 @@ def test_each_rule_can_be_broken():
     broken = list(kernel_report.broken_rules(kernels))
     assert broken == [
         "stack has a stack of 8 bytes per thread.",
-        "local loads from or stores to local memory in 2 places.",
+        "local loads from or stores to local memory (2 × in its code).",
         "promise promises 4 blocks per multiprocessor, and 2 fit.",
         "none<c10::Half, 8> has packs of 16 bytes and stores none at once.",
-        "pieces<float, 4, true> stores packs of 16 bytes in pieces in 1 places.",
+        "pieces<float, 4, true> stores 16 bytes in pieces (1 × in its code).",
     ]
 
 
