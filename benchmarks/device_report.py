@@ -1,7 +1,7 @@
 """The stamp of a GPU check: hardware and versions, and whether the extension runs on the device. Printed as JSON.
 
-    python benchmarks/device_report.py                # exit code 1 where the extension does not run on a GPU
-    python benchmarks/device_report.py --device cpu
+python benchmarks/device_report.py                # exit code 1 where the extension does not run on a GPU
+python benchmarks/device_report.py --device cpu
 """
 
 from __future__ import annotations

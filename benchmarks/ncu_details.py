@@ -1,4 +1,4 @@
-"""What Nsight Compute says of a few launches of a gradient, a product with the Hessian and a step of conjugate gradients.
+"""What Nsight Compute says of a few launches of a gradient, a product with the Hessian, and a step of a solve.
 
     python benchmarks/ncu_details.py --details ncu.csv            # needs a GPU and ncu
     python benchmarks/ncu_details.py --device cpu --tasks 2       # a rehearsal: the calls alone
@@ -46,7 +46,9 @@ SHOWN = {
 
 def parts(tasks: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int, int]]:
     """By name: a call, how many times it is made, and how many launches are measured."""
-    sampler = load_dataset("glyphs").sampler("train", ways=5, shots=1, queries=1, meta_batch=tasks, seed=0, device=device)
+    sampler = load_dataset("glyphs").sampler(
+        "train", ways=5, shots=1, queries=1, meta_batch=tasks, seed=0, device=device
+    )
     support = sampler.sample(0).support
     model = Conv4(5)
     loss = TaskLoss(model, "cross_entropy", engine="native")

@@ -84,7 +84,9 @@ def main() -> int:
     workload = replace(WORKLOADS["5w1s-1q"], **changed)
     device = torch.device(options.device)
     measure.full_precision()
-    problem = make_problem(workload, Algorithm("after", workload.inner_steps, workload.cg_steps), data="glyphs", device=device)
+    problem = make_problem(
+        workload, Algorithm("after", workload.inner_steps, workload.cg_steps), data="glyphs", device=device
+    )
     ways = {"eager": peers.imaml_ext}
     if device.type == "cuda":
         ways["replayed"] = peers.imaml_ext_replayed

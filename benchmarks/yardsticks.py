@@ -3,8 +3,8 @@
     python benchmarks/yardsticks.py --device cuda --json result.json
     python benchmarks/yardsticks.py --tasks 2 --rounds 2        # torch.bmm alone, on the CPU
 
-[32, 245, 576] × [32, 576, 64]: 32 tasks, 5 images of 7 × 7 pixels, 9 taps of 64 channels, 64 channels out. In float32 by
-torch.bmm; in TF32 by torch.bmm, three digits fewer; and by Triton's `tl.dot(input_precision="tf32x3")`, three TF32
+[32, 245, 576] × [32, 576, 64]: 32 tasks, 5 images of 7 × 7 pixels, 9 taps of 64 channels, 64 channels out. In float32
+by torch.bmm; in TF32 by torch.bmm, three digits fewer; and by Triton's `tl.dot(input_precision="tf32x3")`, three TF32
 products for one, which is to be about as precise as float32. Errors are relative to float64. A call is `--repeat`
 products, so that launching is hidden; the operands fit a GPU's L2 cache, as activations do that were just written.
 """
