@@ -72,7 +72,7 @@ def _results() -> Iterator[tuple[str, dict[str, Any]]]:
     path = RESULTS / "gpu_check.json"
     if path.exists():
         measured = json.loads(path.read_text())["benchmarks"]
-        yield from ((name, measured[name]) for name in _SECTIONS if name in measured)
+        yield from ((name, measured[key]) for name in _SECTIONS for key in measured if key.partition("-")[0] == name)
 
 
 def _heading(title: str, result: dict[str, Any]) -> str:
@@ -91,7 +91,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _ms(row: dict[str, Any]) -> list[str]:
-    return [f"{row['median_ms']:,.1f}", f"{row['min_ms']:,.1f} – {row['max_ms']:,.1f}"]
+    digits = 1 if row["median_ms"] >= 10 else 3
+    return [f"{row['median_ms']:,.{digits}f}", f"{row['min_ms']:,.{digits}f} – {row['max_ms']:,.{digits}f}"]
 
 
 def _words(w: dict[str, Any]) -> str:
@@ -124,6 +125,8 @@ def _meta_step(result: dict[str, Any]) -> str:
             cells = [contestant, *_ms(row), f"{row['ratio_to_ours']:.2f}", f"{row['share_of_sgemm']:.0%}"]
             rows.append([*cells, f"{row['distance_from_float64']:.1e}"] + [_mib(row)] * gpu)
         parts.append(_table(header, rows))
+        for name, what in run.get("wrong", {}).items():
+            parts.append(f"Not timed: {name} ({what}).\n")
         if "product" in run:
             rows = [[what, *_ms(row), f"{row['ratio_to_gradient']:.2f}"] for what, row in run["product"].items()]
             parts.append("On the support sets of these tasks, by imaml_ext:\n")
@@ -184,6 +187,46 @@ def _cg(result: dict[str, Any]) -> str:
                 f"{bound['ms_at_copy_speed']:.1f} ms at the speed of a copy, {result['copy_gb_per_s']:.1f} GB/s.\n"
                 for name, bound in result["bounds"].items()
             ),
+            *_cg_step(result),
+        ]
+    )
+
+
+def _cg_step(result: dict[str, Any]) -> Iterator[str]:
+    if (step := result.get("step")) is not None:
+        yield (
+            f"A step alone, without its callback, moves {step['words_moved_per_unknown']} words per unknown in "
+            f"{step['median_ms']:.3f} ms: {step['share_of_copy_rate']:.0%} of the rate of a copy.\n"
+        )
+
+
+def _profile_step(result: dict[str, Any]) -> str:
+    parts = [_heading("Where the time of a meta-step goes", result)]
+    for way, measured in result["results"].items():
+        rows = [
+            [row["name"][:80].replace("|", "\\|"), row["grid"], str(row["count"]), f"{row['total_us']:,.1f}"]
+            for row in measured["by_kernel"][:20]
+        ]
+        parts.append(
+            f"{_words(result['workload'])}; {way}: {measured['launches']} launches, {measured['busy_us'] / 1e3:.3f} ms "
+            f"of a span of {measured['span_us'] / 1e3:.3f} ms.\n"
+        )
+        parts.append(_table(["kernel", "grid", "launches", "µs together"], rows))
+    return "\n".join(parts)
+
+
+def _yardsticks(result: dict[str, Any]) -> str:
+    product = result["product"]
+    sizes = "[{tasks}, {rows}, {inner}] × [{tasks}, {inner}, {cols}]".format(**product)
+    rows = [
+        [name, *_ms(row), f"{row['tflops']:.2f}", f"{row['relative_error']:.1e}"]
+        for name, row in result["results"].items()
+    ]
+    return "\n".join(
+        [
+            _heading("The products of layer 2 by others", result),
+            f"{sizes}, {product['flop'] / 1e9:.3f} GFLOP.\n",
+            _table(["", "median ms", "min – max", "TFLOP/s", "error"], rows),
         ]
     )
 
@@ -242,6 +285,8 @@ _SECTIONS = {
     "two_versions": _two_versions,
     "scaling": _scaling,
     "cg": _cg,
+    "profile_step": _profile_step,
+    "yardsticks": _yardsticks,
     "precision": _precision,
     "compiled_module": _compiled_module,
 }
