@@ -5,8 +5,8 @@
     python benchmarks/every_kernel.py --device cuda --only 'cg, warm start, float32, 2x4096'
 
 Small enough for compute-sanitizer, where every access is checked. Every type meets every size and every kind of
-coefficient: the CPU's side of it all is about five seconds. A case that fails is named on a line of its own, in the
-words that `--only` takes.
+coefficient: the CPU's side of it all is about five seconds. A case is named before it is called, so that one that never
+ends is known too, and again where it fails, in the words that `--only` takes.
 """
 
 from __future__ import annotations
@@ -202,6 +202,7 @@ def main() -> int:
         if options.only and name not in options.only:
             continue
         calls += 1
+        print(f"case: {name}", flush=True)
         try:
             off = list(differences(call(options.device), call("cpu"), tolerance))
         except RuntimeError as error:  # after an error of the device every later call fails

@@ -91,7 +91,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _ms(row: dict[str, Any]) -> list[str]:
-    digits = 1 if row["median_ms"] >= 10 else 3
+    digits = 1 if row["median_ms"] >= 10 else 2 if row["median_ms"] >= 1 else 3
     return [f"{row['median_ms']:,.{digits}f}", f"{row['min_ms']:,.{digits}f} – {row['max_ms']:,.{digits}f}"]
 
 
@@ -101,6 +101,10 @@ def _words(w: dict[str, Any]) -> str:
         f"{w['tasks']} {'task' if w['tasks'] == 1 else 'tasks'}, {w['inner_steps']} inner steps, "
         f"{w['cg_steps']} CG steps, {w['filters']} filters"
     )
+
+
+def _not_timed(result: dict[str, Any]) -> list[str]:
+    return [f"Not timed: {name} ({what}).\n" for name, what in result.get("wrong", {}).items()]
 
 
 def _mib(row: dict[str, Any]) -> str:
@@ -125,8 +129,7 @@ def _meta_step(result: dict[str, Any]) -> str:
             cells = [contestant, *_ms(row), f"{row['ratio_to_ours']:.2f}", f"{row['share_of_sgemm']:.0%}"]
             rows.append([*cells, f"{row['distance_from_float64']:.1e}"] + [_mib(row)] * gpu)
         parts.append(_table(header, rows))
-        for name, what in run.get("wrong", {}).items():
-            parts.append(f"Not timed: {name} ({what}).\n")
+        parts += _not_timed(run)
         if "product" in run:
             rows = [[what, *_ms(row), f"{row['ratio_to_gradient']:.2f}"] for what, row in run["product"].items()]
             parts.append("On the support sets of these tasks, by imaml_ext:\n")
@@ -187,6 +190,7 @@ def _cg(result: dict[str, Any]) -> str:
                 f"{bound['ms_at_copy_speed']:.1f} ms at the speed of a copy, {result['copy_gb_per_s']:.1f} GB/s.\n"
                 for name, bound in result["bounds"].items()
             ),
+            *_not_timed(result),
             *_cg_step(result),
         ]
     )

@@ -99,6 +99,15 @@ def test_cg_compares_ours_and_in_place_loops_whole_and_in_blocks(monkeypatch, tm
     assert "2 rows at a time and its callback move 3 words" in render._cg(result)
 
 
+def test_a_solver_that_is_off_is_recorded_and_the_others_are_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(cg, "linear_operator_peer", lambda: lambda hvp, b, shift, iterations: 0 * b)
+    arguments = ["--rows", "5", "--cols", "60", "--blocks", "--rounds", "2", "--json", str(tmp_path / "r.json")]
+    result = run(monkeypatch, cg, *arguments)
+    assert result["wrong"] == {"linear_operator": "off by 1, more than 1e-04"}
+    assert "linear_operator" not in result["results"]
+    assert "Not timed: linear_operator (off by 1, more than 1e-04)." in render._cg(result)
+
+
 def test_a_blocked_loop_gives_what_the_whole_one_gives():
     d, b = torch.rand(5, 30) + 1, torch.randn(5, 30)
     for dot in ("bmm", "vecdot", "mul_sum"):
@@ -343,10 +352,12 @@ def test_a_result_of_an_earlier_call_is_not_that_of_a_step_that_fails(tmp_path):
 def test_the_case_that_failed_is_what_memcheck_looks_at(tmp_path, monkeypatch):
     check = runner(tmp_path).check
     monkeypatch.setattr(gpu_check.Check, "tool", lambda self, name: name)
-    (tmp_path / "every_kernel.log").write_text("$ python\nFAILED: cg, float32, 2x4096\n  off by 1\nFAILED: other\n")
-    (command,) = gpu_check.memcheck_of_the_failure(check)
-    assert command[command.index("--tool") + 1] == "memcheck"
-    assert command[command.index("--only") + 1] == "cg, float32, 2x4096"
+    log, lines = tmp_path / "every_kernel.log", "$ python\ncase: cg, float32, 2x31\ncase: cg, float32, 2x4096\n"
+    for more, case in (("", "2x4096"), ("FAILED: cg, float32, 2x31\n  off by 1\nFAILED: other\n", "2x31")):
+        log.write_text(lines + more)
+        (command,) = gpu_check.memcheck_of_the_failure(check)
+        assert command[command.index("--tool") + 1] == "memcheck"
+        assert command[command.index("--only") + 1] == f"cg, float32, {case}"
 
 
 def test_a_prebuilt_extension_is_taken_only_for_this_torch(tmp_path, monkeypatch):
