@@ -53,6 +53,43 @@ for which it does not hang on the rounding of one activation.
 `torch.mm` reaches in the same rounds. `benchmarks/meta_step.py` counts this arithmetic. The share can be above 100 %:
 pixels of the padding are counted and not computed, and the `torch.mm` of some builds does without AVX-512 where a
 processor has it.
+
+## On a GPU
+
+No figure on this page comes from a GPU: the CUDA kernels have not run on one. One command checks and measures them:
+
+    benchmarks/gpu_check.sh --prebuilt FOLDER --wheels FOLDER --imaml-dev FOLDER
+
+It needs no network. The steps come in the order of what they settle, so that a visit that is cut short has answered the
+first questions. Their times are estimates for an H100 with 16 processor cores, 525 seconds together.
+
+| step | s | what it settles |
+|---|--:|---|
+| `device` | 5 – 75 | the extension loads and solves a system; the prebuilt one, or one built for this GPU |
+| `every_kernel` | 35 | every kernel agrees with the CPU; where not, memcheck of that case follows |
+| `tests` | 55 | `pytest -m "cuda and not opcheck"` in eight processes, graph capture included |
+| `cg` | 35 | five shapes of batch: a step against the rate of a copy, a solve against plain PyTorch |
+| `meta_step` | 40 | 32, 1 and 8 tasks, eager, replayed and by grouped convolutions; a product in gradients |
+| `profile` | 10 | where the time of a replayed step goes, by kernel and grid; how many launches it is |
+| `ncu` | 50 | issue rate, occupancy and sectors per request of 14 launches, in `ncu.csv` |
+| `yardsticks` | 15 | the product of layer 2 by `torch.bmm` and by Triton in three TF32 products, with their errors |
+| `rivals` | 75 | the meta-step beside imaml_dev, hypertorch, TorchOpt and JAX, as far as they are there |
+| `memcheck`, `synccheck`, `racecheck` | 190 | no access out of bounds, no wrong barrier, no race in shared memory |
+| `short_training` | 15 | 1,000 captured meta-steps, from the command line to the test |
+
+`training` (20,000 meta-steps), `precision`, `scaling` and `omniglot` (the paper's table) run only if they are named.
+`benchmarks/gpu_check.sh cg profile` takes these two steps alone.
+
+- Every step has a limit of its own, and all together have 540 seconds (`gpu_check.sh --budget SECONDS`). What no time
+  is left for is recorded as left out.
+- `gpu_check.json` is replaced as a whole after every command. A check that is stopped, or killed, leaves all that it
+  has measured, and names the step that was under way.
+- A later call keeps the results of the steps that it does not take, if hardware, versions and sources are the same.
+- `gpu_check.sh --copy FOLDER` keeps three files up to date there: the results, all logs in one, and `ncu.csv`.
+- `gpu_check.sh --rehearse` runs every program on the CPU at its smallest size, so that errors show before a GPU is at
+  hand.
+
+Put `gpu_check.json` into `benchmarks/results/`, and `benchmarks/render.py` adds its tables to this page.
 """
 
 
