@@ -267,6 +267,28 @@ def test_the_pages_of_ncu_become_a_line_per_launch():
     assert list(ncu_details.summary("==ERROR== no counters")) == []
 
 
+def test_each_part_is_measured_by_ncu_from_its_first_launch_on(monkeypatch, tmp_path, capsys):
+    def launches(call, device):
+        return [{"cat": "kernel", "name": f"{call()} {'MulFunctor' if place % 2 else ''}"} for place in range(11)]
+
+    parts = {"step": (lambda: "s", 1, 2), "gradient": (lambda: "g", 2, 6)}
+    monkeypatch.setattr(ncu_details, "trace", launches)
+    monkeypatch.setattr(ncu_details, "parts", lambda tasks, device: parts)
+    ncu = tmp_path / "ncu"
+    ncu.write_text('#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\necho "==PROF== $*" > "$2"\n')
+    ncu.chmod(0o755)
+    arguments = ["--device", "cuda", "--ncu", str(ncu), "--details", str(tmp_path / "ncu.csv")]
+    monkeypatch.setattr(sys, "argv", ["ncu_details.py", *arguments])
+    assert ncu_details.main() == 0
+    out = capsys.readouterr().out
+    assert "step, 2 launches from number 5 on" in out
+    assert "gradient, 6 launches from number 8 on" in out
+    pages = (tmp_path / "ncu.csv").read_text()
+    assert (
+        pages.index("# step") < pages.index("--part step") < pages.index("# gradient") < pages.index("--part gradient")
+    )
+
+
 def test_yardsticks_are_held_against_float64(monkeypatch, tmp_path):
     arguments = ["--tasks", "2", "--repeat", "1", "--rounds", "1", "--json", str(tmp_path / "r.json")]
     result = run(monkeypatch, yardsticks, *arguments)
@@ -425,6 +447,10 @@ def test_the_whole_check_rehearsed(tmp_path):
     steps = steps_of(tmp_path)
     assert list(steps) == [step.name for step in gpu_check.STEPS if step.default]
     assert {name: s["status"] for name, s in steps.items() if s["status"] != "passed"}.keys() <= {"rivals"}
+    measured = json.loads((tmp_path / "gpu_check.json").read_text())["benchmarks"]
+    assert measured.keys() >= {"cg-3x50", "meta_step", "profile_step", "yardsticks"}
+    for name, result in measured.items():
+        assert render._SECTIONS[name.partition("-")[0]](result).startswith("## ")
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {"gpu_check.json", "gpu_check.log"}
     assert rehearse(tmp_path, "cg", "profile", "--budget", "4").wait(timeout=60) == 0
     left_out = steps_of(tmp_path)
