@@ -92,7 +92,8 @@ def main() -> int:
         "extension": build_record(),
         "unusable": why,
     }
-    print(json.dumps(report, indent=2, ensure_ascii=False))
+    print(json.dumps(report, indent=2, ensure_ascii=False), flush=True)
+    print(f"the extension runs on {device}" if why is None else f"unusable: {why}", file=sys.stderr)
     return int(why is not None)
 
 

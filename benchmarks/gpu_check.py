@@ -1,4 +1,4 @@
-"""Checks and measures the extension on a machine with a GPU, in nine minutes and without a network.
+"""Checks and measures the extension on a machine with a GPU, in nine minutes at most and without a network.
 
     benchmarks/gpu_check.sh                             # the default steps, in their order
     benchmarks/gpu_check.sh cg profile                  # these alone; the results of the others stay
@@ -15,6 +15,7 @@ This file needs the standard library alone: a torch that crashes ends one step, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -108,7 +109,10 @@ def take_prebuilt(check: Check, report: Command) -> str | None:
     for path in [*modules, source / "_build_info.json"]:
         if path.resolve() != (package / path.name).resolve():
             shutil.copyfile(path, package / path.name)
-    done = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        return str(error)
     if done.returncode == 0:
         return None
     return json.loads(done.stdout)["unusable"] if done.stdout.strip() else done.stderr
@@ -301,11 +305,9 @@ def die_with_the_check() -> None:
 def end(process: subprocess.Popen, *, patience: float = 5) -> None:
     """Ends a command and all that it started, first as Ctrl-C does, upon which pytest tells what it knows."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(timeout=patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass
 
 
 class Runner:
@@ -417,8 +419,13 @@ class Runner:
                 raise
             finally:
                 end(self.process)
-                if measured is not None and measured.exists():
-                    self.result["benchmarks"][measured.stem] = json.loads(measured.read_text())
+                self.collect(measured)
+
+    def collect(self, measured: Path | None) -> None:
+        """Takes what a command has written with --json into the result; nothing where it was ended while it wrote."""
+        if measured is not None and measured.exists():
+            with contextlib.suppress(ValueError):
+                self.result["benchmarks"][measured.stem] = json.loads(measured.read_text())
 
 
 def stop(number: int, _: object) -> NoReturn:
@@ -451,6 +458,7 @@ def main() -> int:
     parser.add_argument("--hypertorch", type=Path, help="source of github.com/prolearner/hypertorch, for rivals")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, every program at its smallest size")
     options = parser.parse_args()
+    began = time.monotonic()
     known = {step.name: step for step in STEPS}
     if unknown := [name for name in options.steps if name not in known]:
         parser.error(f"steps must be some of {', '.join(known)}; got {', '.join(unknown)}")
@@ -477,7 +485,6 @@ def main() -> int:
     peers = []
     for name, path in (("--imaml-dev", options.imaml_dev), ("--hypertorch", options.hypertorch)):
         peers += [name, str(path.resolve())] if path else []
-    began = time.monotonic()
     check = Check(folder, options.rehearse, options.prebuilt and options.prebuilt.resolve(), peers)
     check.report = device_report(check)
     runner = Runner(check, budget=options.budget - (time.monotonic() - began), limit=options.limit, copy=options.copy)

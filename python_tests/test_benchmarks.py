@@ -367,8 +367,9 @@ def test_a_result_of_an_earlier_call_is_not_that_of_a_step_that_fails(tmp_path):
     both = runner(tmp_path)
     assert both.take(measuring("import sys; open(sys.argv[2], 'w').write('[1]')")) == "passed"
     assert both.result["benchmarks"] == {"cg-2x3": [1]}
-    assert both.take(measuring("raise SystemExit(1)")) == "failed (1)"
-    assert both.result["benchmarks"] == {}
+    for program in ("raise SystemExit(1)", "import sys; open(sys.argv[2], 'w').write('[1'); raise SystemExit(1)"):
+        assert both.take(measuring(program)) == "failed (1)"
+        assert both.result["benchmarks"] == {}
 
 
 def test_the_case_that_failed_is_what_memcheck_looks_at(tmp_path, monkeypatch):
