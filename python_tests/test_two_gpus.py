@@ -32,7 +32,7 @@ def on(device: str) -> list[Tensor]:
     algorithm = IMAML(TaskLoss(model, "cross_entropy"), inner=GradientDescent(steps=2))
     step = algorithm.meta_gradient(model.init(seed=0, device=device), episodes)
     assert torch.cuda.current_device() == 0
-    return [solved.x, solved.residual_norm, penalty, step.theta]
+    return [solved.x, solved.residual_norm, penalty, step.gradient]
 
 
 def test_the_device_of_the_tensors_is_where_an_op_runs() -> None:
