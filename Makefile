@@ -1,7 +1,7 @@
 # make train      installs what is needed, compiles, and meta-trains a few-shot learner on a built-in data set
 # make test       installs what is needed, compiles, and runs the everyday tests and the checks
 # make test-all   runs the rest, which takes longer: the Python tests marked `long`, the C++ tests, the CUDA kernels run
-#                 by the CPU under the Python tests of their ops, and the C++ tests again under sanitizers
+#                 by the CPU under all Python tests of their ops, and the C++ tests again under sanitizers
 #
 # All of them use the active virtual or conda environment, else they make .venv. Variables:
 #   TORCH=torch==2.13.0   the torch to have (default: whichever is installed, else the index's newest)
@@ -29,7 +29,7 @@ STATE := build/setup
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml imaml_ext/_build.py imaml_ext/_version.py $(shell find csrc -type f)
 CPP_FILES := $(shell find csrc cpp_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install train test test-all test-python test-long test-cpp test-sanitize lint format clean FORCE
+.PHONY: help install train test test-all test-python test-long test-kernels test-cpp test-sanitize lint format clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -39,7 +39,7 @@ install: $(STATE)/for-use
 train: $(STATE)/for-use
 	$(BIN)/imaml train $(TRAIN) --resume $(ARGS)
 
-test: test-python lint
+test: test-python test-kernels lint
 test-all: test-long test-cpp test-sanitize
 
 # --- setting up ---------------------------------------------------------------------------------------------------------
@@ -78,11 +78,18 @@ test-python: $(STATE)/for-test
 test-long: $(STATE)/for-test
 	$(PYTEST) -m long
 
+# The CUDA kernels, run by the CPU: the everyday part of their tests.
+test-kernels: $(STATE)/for-test
+ifeq ($(shell uname -s),Linux)
+	cmake --build build/cmake --target everyday
+	ctest --test-dir build/cmake --output-on-failure --parallel 2 --label-regex everyday
+endif
+
 # The C++ tests, from the objects of the extension that was installed; and the CUDA kernels, run by the CPU, under the
 # Python tests of their ops.
 test-cpp: $(STATE)/for-test
 	cmake --build build/cmake
-	ctest --test-dir build/cmake --output-on-failure --parallel 2
+	ctest --test-dir build/cmake --output-on-failure --parallel 2 --label-exclude everyday
 
 # The C++ tests alone: the CUDA kernels' threads have stacks of their own, which the sanitizers would have to know of.
 test-sanitize: $(STATE)/for-test
