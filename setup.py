@@ -25,14 +25,19 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         for tool in ("cmake", "ninja"):
             if shutil.which(tool) is None:
-                raise SystemExit(f"imaml-ext is compiled by CMake and ninja, and there is no {tool}: pip install {tool}")
+                raise SystemExit(
+                    f"imaml-ext is compiled by CMake and ninja, and there is no {tool}: pip install {tool}"
+                )
         # An editable installation keeps its objects: the next build compiles only what has changed, and the tests of
         # cpp_tests/ are built from them (Makefile).
         folder = ROOT / "build" / "cmake" if self.editable_mode or self.inplace else Path(self.build_temp) / "cmake"
         forget_if_moved(folder)
         folder.mkdir(parents=True, exist_ok=True)
         told = subprocess.run(
-            [sys.executable, ROOT / "imaml_ext" / "_build.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, ROOT / "imaml_ext" / "_build.py"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         if told.returncode != 0:
             raise SystemExit(f"imaml-ext: {told.stderr.strip()}")

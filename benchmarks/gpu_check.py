@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILD_SUPPORT = ROOT / "imaml_ext" / "_build.py"
 Command = list[str]
 LEAST = 5  # seconds: a command is not begun with less time left
 MOST_OF_A_LOG = 2**20  # bytes of a step's log that go into the copy
@@ -95,6 +96,17 @@ def device(check: Check) -> Iterator[Command]:
     yield report
 
 
+def load_build_support() -> Any:
+    """imaml_ext/_build.py as a module of its own: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location("imaml_ext_build", BUILD_SUPPORT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def take_prebuilt(check: Check, report: Command) -> str | None:
     """Copies a prebuilt extension into the package; says why where it is not one for this torch and this GPU."""
     assert check.prebuilt is not None
@@ -106,6 +118,8 @@ def take_prebuilt(check: Check, report: Command) -> str | None:
     modules = sorted(source.glob("_C*.so"))
     if not modules or not record["cuda"] or record["torch"] != torch:
         return f"{len(modules)} modules, CUDA {record['cuda']}, built for torch {record['torch']}; here is {torch}"
+    if record["sources"] != load_build_support().sources_digest(ROOT / "csrc"):
+        return "it was built from other sources than those of csrc/ here"
     for path in [*modules, source / "_build_info.json"]:
         if path.resolve() != (package / path.name).resolve():
             shutil.copyfile(path, package / path.name)

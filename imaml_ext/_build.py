@@ -6,6 +6,7 @@ before there is a package. `python imaml_ext/_build.py` prints the decision for 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -231,6 +232,15 @@ def compiler_version(environ: Mapping[str, str] = os.environ) -> str:
     return next((line.strip() for line in result.stdout.splitlines() if line.strip()), "unknown")
 
 
+def sources_digest(csrc: Path) -> str:
+    """A digest of the names and contents of the sources: which of them an extension was built from."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(csrc).as_posix()} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:16]
+
+
 def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing")
 
@@ -264,6 +274,7 @@ def _main() -> int:
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
             "compiler": compiler_version(),
+            "sources": sources_digest(Path(__file__).resolve().parents[1] / "csrc"),
         },
     }
     print(json.dumps(answer, indent=2))

@@ -383,7 +383,7 @@ def test_the_case_that_failed_is_what_memcheck_looks_at(tmp_path, monkeypatch):
         assert command[command.index("--only") + 1] == f"cg, float32, {case}"
 
 
-def test_a_prebuilt_extension_is_taken_only_for_this_torch(tmp_path, monkeypatch):
+def test_a_prebuilt_extension_is_taken_only_for_this_torch_and_these_sources(tmp_path, monkeypatch):
     check = runner(tmp_path / "out").check
     check.prebuilt, root = tmp_path, tmp_path / "root"
     monkeypatch.setattr(gpu_check, "ROOT", root)
@@ -395,8 +395,14 @@ def test_a_prebuilt_extension_is_taken_only_for_this_torch(tmp_path, monkeypatch
     (built / "_C.abi.so").touch()
     (built / "_build_info.json").write_text(json.dumps({"cuda": True, "torch": "0"}))
     assert "built for torch 0; here is 1" in str(gpu_check.take_prebuilt(check, works))
-    (built / "_build_info.json").write_text(json.dumps({"cuda": True, "torch": "1"}))
+    (root / "csrc").mkdir()
+    (root / "csrc" / "kernel.cu").write_text("// one")
+    digest = gpu_check.load_build_support().sources_digest(root / "csrc")
+    (built / "_build_info.json").write_text(json.dumps({"cuda": True, "torch": "1", "sources": digest}))
     assert gpu_check.take_prebuilt(check, works) is None
+    (root / "csrc" / "kernel.cu").write_text("// two")
+    assert "other sources" in str(gpu_check.take_prebuilt(check, works))
+    (root / "csrc" / "kernel.cu").write_text("// one")
     assert (root / "imaml_ext" / "_C.abi.so").exists()
     broken = [sys.executable, "-c", """print('{"unusable": "undefined symbol"}'); raise SystemExit(1)"""]
     assert gpu_check.take_prebuilt(check, broken) == "undefined symbol"
