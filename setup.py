@@ -33,12 +33,7 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / "cmake" if self.editable_mode or self.inplace else Path(self.build_temp) / "cmake"
         forget_if_moved(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        told = subprocess.run(
-            [sys.executable, ROOT / "imaml_ext" / "_build.py"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        told = subprocess.run([sys.executable, ROOT / "imaml_ext" / "_build.py"], capture_output=True, text=True)
         if told.returncode != 0:
             raise SystemExit(f"imaml-ext: {told.stderr.strip()}")
         answer = json.loads(told.stdout)
