@@ -136,22 +136,24 @@ struct CgBegin : CgWork<T> {
     const int64_t start = part.start();
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile);
-      const auto b = tile.load(a.b + start);
-      Pack<T, V> r = b;
+      Pack<T, V> r;
       if (a.hp != nullptr) {
-        const Numbers hx = this->load(tile, a.hp + start);
-        const Numbers x = this->load(tile, a.x + start);
-        const Numbers shift = part.load(tile, a.shift);
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-          r.v[k] = static_cast<T>(static_cast<C>(b.v[k]) - fused(shift.v[k], x.v[k], hx.v[k]));
-        }
+        Numbers x = this->load(tile, a.x + start);
         const Numbers packed_x = tile.settled(place, x);
         add_products(sums[2], packed_x, packed_x);
+        const Numbers shift = part.load(tile, a.shift);
+        const Numbers hx = this->load(tile, a.hp + start);
+#pragma unroll
+        for (int k = 0; k < V; ++k) x.v[k] = fused(shift.v[k], x.v[k], hx.v[k]);
+        r = tile.load(a.b + start);
+        const Numbers packed_b = tile.settled(place, widened(r));
+        add_products(sums[0], packed_b, packed_b);
+#pragma unroll
+        for (int k = 0; k < V; ++k) r.v[k] = static_cast<T>(static_cast<C>(r.v[k]) - x.v[k]);
+      } else {
+        r = tile.load(a.b + start);
       }
       if (a.r != nullptr) tile.store(a.r + start, r);
-      const Numbers packed_b = tile.settled(place, widened(b));
-      add_products(sums[0], packed_b, packed_b);
       const Numbers packed_r = tile.settled(place, widened(r));
       add_products(sums[1], packed_r, packed_r);
       if (a.inverse_diagonal.data != nullptr) {
@@ -161,7 +163,8 @@ struct CgBegin : CgWork<T> {
   }
 
   __device__ void decide(int, int64_t row, Decision& d, const double (&sums)[kSums]) const {
-    d.status = row_begin(d.state, sums[0], sums[1], sums[2], a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
+    const double bb = a.hp != nullptr ? sums[0] : sums[1];
+    d.status = row_begin(d.state, bb, sums[1], sums[2], a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
                          a.unit_roundoff(), d.clear_solution);
     if (a.update_direction) {
       d.beta = row_direction(d.state, d.status, a.inverse_diagonal.data != nullptr ? sums[3] : sums[1], a.largest());
@@ -205,6 +208,7 @@ struct CgStep : CgWork<T> {
       curvature(part, sums);
     } else {
       residual(part, d, sums);
+      if (d.may_overflow) sums[2] = overflows(part, static_cast<C>(d.alpha));
     }
   }
 
@@ -222,8 +226,7 @@ struct CgStep : CgWork<T> {
     });
   }
 
-  // r ← r − α A p   or   r ← b − A x, where p is x;   rᵀr, rᵀ M r, and how many x + α p are not finite in T, which is
-  // only looked at where a bound does not settle it
+  // r ← r − α A p   or   r ← b − A x, where p is x;   rᵀr, rᵀ M r
   template <typename Part>
   __device__ __forceinline__ void residual(const Part& part, const Decision& d, double (&sums)[kSums]) const {
     const int64_t start = part.start();
@@ -247,17 +250,24 @@ struct CgStep : CgWork<T> {
         const Numbers packed_r = tile.settled(place, wide);
         add_products(sums[0], packed_r, packed_r);
       }
-      if (d.may_overflow) {
-        const Numbers p = this->load(tile, a.p_now() + start);
-        Pack<T, V> x{};
-        if (!a.first) x = tile.load(a.x + start);
+    });
+  }
+
+  // How many x + α p are not finite in T. Only looked at where a bound does not settle it.
+  template <typename Part>
+  __device__ double overflows(const Part& part, C alpha) const {
+    double infinite = 0.0;
+    part.for_each_tile([&](const Tile<V>& tile) {
+      const Numbers p = this->load(tile, a.p_now() + part.start());
+      Pack<T, V> x{};
+      if (!a.first) x = tile.load(a.x + part.start());
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-          const T next = static_cast<T>(fused(alpha, p.v[k], static_cast<C>(x.v[k])));
-          if (!is_finite(static_cast<double>(next))) sums[2] += 1.0;
-        }
+      for (int k = 0; k < V; ++k) {
+        const T next = static_cast<T>(fused(alpha, p.v[k], static_cast<C>(x.v[k])));
+        if (!is_finite(static_cast<double>(next))) infinite += 1.0;
       }
     });
+    return infinite;
   }
 
   __device__ void decide(int phase, int64_t row, Decision& d, const double (&sums)[kSums]) const {

@@ -145,6 +145,7 @@ struct RowPart {
   template <typename Body>
   __device__ __forceinline__ void for_each_tile(const Body& body) const {
     const int whole = plan.tile.lanes * V;
+#pragma unroll 1
     for (int first = warp * whole; first < count; first += plan.warps * whole) {
       body(Tile<V>{plan.tile, first, count - first, lane});
     }
@@ -235,8 +236,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     decision = plan.phase == 0 ? work.begin(part.row) : left_decisions[(plan.phase - 1) * plan.rows + part.row];
   }
   part.sync();
-  if (plan.phase > 0) decide(plan.phase - 1);
-  for (int phase = plan.phase; phase < Work::kPhases - 1; ++phase) {
+#pragma unroll 1
+  for (int phase = plan.phase;; ++phase) {
+    if (phase > 0) decide(phase - 1);
+    if (phase == Work::kPhases - 1 || (plan.together && work.is_over(decision))) break;
     double sums[kSums] = {};
     work.pass(phase, part, decision, sums);
 #pragma unroll
@@ -264,8 +267,6 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       return;
     }
     sync_team();
-    decide(phase);
-    if (work.is_over(decision)) phase = Work::kPhases - 2;
   }
   // The next launch may take its place now: it touches no memory before this one is at its end.
   let_next_launch_begin();

@@ -84,9 +84,18 @@ struct Tile {
   int count;  // of the part's elements, those of this tile and after it
   int lane;
 
-  // Whether the row has this lane's number k, and its pack.
-  __device__ __forceinline__ bool has(int k) const { return lane + plan.lanes * k < count; }
+  // Whether the row has this lane's pack.
   __device__ __forceinline__ bool has_pack() const { return lane * V < count; }
+  // body(k, place in the tile) for those of this lane's numbers, where not packed, that stand before `end`.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_word(int end, const Body& body) const {
+    int at = lane;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (at < end) body(k, at);
+      at += plan.lanes;
+    }
+  }
 
   // This lane's numbers of a row, given where the part begins; 0 beyond its end.
   template <typename T>
@@ -95,10 +104,7 @@ struct Tile {
     if (plan.packed) {
       if (has_pack()) pack = load_pack<T, V>(part + (first + lane * V));
     } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if (has(k)) pack.v[k] = part[first + lane + plan.lanes * k];
-      }
+      for_each_word(count, [&](int k, int at) { pack.v[k] = part[first + at]; });
     }
     return pack;
   }
@@ -107,10 +113,7 @@ struct Tile {
     if (plan.packed) {
       if (has_pack()) store_pack(part + (first + lane * V), pack);
     } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if (has(k)) part[first + lane + plan.lanes * k] = pack.v[k];
-      }
+      for_each_word(count, [&](int k, int at) { part[first + at] = pack.v[k]; });
     }
   }
 
@@ -121,10 +124,7 @@ struct Tile {
     if (plan.packed) {
       if (has_pack()) keep_pack(place + lane * V, held);
     } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if (lane + plan.lanes * k < (count + V - 1) / V * V) place[lane + plan.lanes * k] = held.v[k];
-      }
+      for_each_word((count + V - 1) / V * V, [&](int k, int at) { place[at] = held.v[k]; });
     }
   }
   template <typename C>
@@ -133,10 +133,7 @@ struct Tile {
     if (plan.packed) {
       if (has_pack()) held = load_pack<C, V>(place + lane * V);
     } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if (has(k)) held.v[k] = place[lane + plan.lanes * k];
-      }
+      for_each_word(count, [&](int k, int at) { held.v[k] = place[at]; });
     }
     return held;
   }
