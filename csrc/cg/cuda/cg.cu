@@ -72,40 +72,39 @@ struct CgWork {
   template <typename Part>
   __device__ void update(const Part& part, const Decision& d) const {
     const bool to_direction = a.update_direction && d.status == kIterating;
-    const bool to_solution = a.update_direction && d.status == kVerifying;
-    if (!d.take_step && !to_direction && !to_solution) return;
     T* const x_row = a.x + part.start();
     T* const p_row = a.p + part.start();
-    const C alpha = static_cast<C>(d.alpha);
-    const C beta = static_cast<C>(d.beta);
-    part.for_each_tile([&](const Tile<V>& tile) {
-      Numbers p{};
-      if (part.keeps()) {
-        p = tile.kept(part.template place<C>(tile));
-      } else if (d.take_step || beta != C(0)) {
-        p = load(tile, a.p_now() + part.start());
-      }
-      if (d.take_step || to_solution) {
-        Pack<T, V> x{};
-        if (!a.first) x = tile.load(x_row);
+    if (d.take_step || to_direction) {
+      const T* const z_row = (a.z != nullptr ? a.z : a.r) + part.start();
+      const C alpha = static_cast<C>(d.alpha);
+      const C beta = static_cast<C>(d.beta);
+      part.for_each_tile([&](const Tile<V>& tile) {
+        Numbers p{};
+        if (part.keeps()) {
+          p = tile.kept(part.template place<C>(tile));
+        } else if (d.take_step || beta != C(0)) {
+          p = load(tile, a.p_now() + part.start());
+        }
         if (d.take_step) {
+          Pack<T, V> x{};
+          if (!a.first) x = tile.load(x_row);
 #pragma unroll
           for (int k = 0; k < V; ++k) x.v[k] = static_cast<T>(fused(alpha, p.v[k], static_cast<C>(x.v[k])));
           tile.store(x_row, x);
         }
-        if (to_solution) tile.store(p_row, x);
-      }
-      if (to_direction) {
-        const Numbers r = part.keeps()     ? tile.kept(part.template place<C>(tile, 1))
-                          : a.z != nullptr ? load(tile, a.z + part.start())
-                                           : load(tile, a.r + part.start());
-        const Numbers z = preconditioned(part, tile, r);
-        Pack<T, V> next;
+        if (to_direction) {
+          const Numbers z =
+              preconditioned(part, tile, part.keeps() ? tile.kept(part.template place<C>(tile, 1)) : load(tile, z_row));
+          Pack<T, V> next;
 #pragma unroll
-        for (int k = 0; k < V; ++k) next.v[k] = static_cast<T>(beta == C(0) ? z.v[k] : fused(beta, p.v[k], z.v[k]));
-        tile.store(p_row, next);
-      }
-    });
+          for (int k = 0; k < V; ++k) next.v[k] = static_cast<T>(beta == C(0) ? z.v[k] : fused(beta, p.v[k], z.v[k]));
+          tile.store(p_row, next);
+        }
+      });
+    }
+    if (a.update_direction && d.status == kVerifying) {
+      part.for_each_tile([&](const Tile<V>& tile) { tile.store(p_row, tile.load(x_row)); });
+    }
   }
 
   // x ← 0,   p ← 0
