@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 
 #include "cg/row.h"
@@ -13,7 +14,7 @@
 namespace imaml_ext {
 
 template <typename T>
-struct CgArguments {
+struct CgRows {
   using C = compute_t<T>;  // float for bfloat16, float16, float32; double for float64
   int64_t rows = 0;
   int64_t cols = 0;
@@ -42,6 +43,12 @@ struct CgArguments {
 
   static constexpr double unit_roundoff() { return 0.5 * static_cast<double>(std::numeric_limits<T>::epsilon()); }
   static constexpr double largest() { return static_cast<double>(std::numeric_limits<T>::max()); }
+};
+
+template <typename T>
+struct CgArguments : CgRows<T> {
+  // Memory of the device for as long as the op runs.
+  std::function<char*(int64_t bytes)> allocate;
 };
 
 // A device's part of the ops, for float, double, c10::BFloat16 and c10::Half.

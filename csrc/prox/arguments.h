@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "common/coefficient.h"
 #include "common/device.h"
@@ -23,7 +24,7 @@ struct ProxRule {
 };
 
 template <typename T>
-struct ProxArguments {
+struct ProxRows {
   using C = compute_t<T>;
   int64_t rows = 0;
   int64_t cols = 0;
@@ -37,6 +38,12 @@ struct ProxArguments {
   Coefficient<C> lr;
   C* penalty = nullptr;  // [B]
   ProxRule rule;
+};
+
+template <typename T>
+struct ProxArguments : ProxRows<T> {
+  // Memory of the device for as long as prox_penalty runs.
+  std::function<char*(int64_t bytes)> allocate;
 };
 
 // A device's part of the ops, for float, double, c10::BFloat16 and c10::Half.

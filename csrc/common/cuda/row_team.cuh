@@ -1,12 +1,29 @@
-// The thread blocks that share one row: a cluster on Hopper and later, a single block elsewhere.
+// Work on the rows of a batch in phases: each goes through a row and sums, and what the sums decide is known to the
+// next.
 //
-// How many there are depends on the row's length and on what the kernel was compiled for, never on the other rows, and
-// sums are folded in a fixed order: a row's result has the same bits whatever stands beside it.
+// Who works on a row depends on its length, its type and the card, never on the other rows; and sums are folded in a
+// fixed order. So a row's result has the same bits whatever stands beside it.
+//
+//     up to 64        8 threads of a warp                 kept in shared memory, one launch:
+//     up to 256       a warp                              a vector is read once
+//     up to 2,048     128 threads
+//     up to 14,080    a block of 512 threads
+//     up to 8 times   a cluster of 2, 4 or 8 blocks       float64: half these numbers in the last two lines
+//     above           up to 264 blocks                    a launch for each phase; sums meet in global memory
+//
+// A part of 14,080 float32 unknowns (p and A p of a CG step) takes 110 KiB, so that two blocks share a multiprocessor.
+// Where 8 such parts are too few, they grow to what a block can have on Hopper: 232,000 unknowns in a row, 116,000 in
+// float64. Up to there a step moves 7 words per unknown; beyond, with nothing kept, 11. A multiprocessor takes in at
+// most 64 bytes a cycle. So at 232,000 one row alone takes 7 µs on 8 multiprocessors, or 6 µs and two launches on 15:
+// the cluster loses nothing, and many rows gain a third. At 10 million the 264 blocks, two on each of 132
+// multiprocessors, are limited by memory alone. (Counted from bytes, not measured.) A card without clusters takes this
+// path above 14,080.
 #pragma once
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
@@ -14,130 +31,283 @@
 
 #include "common/coefficient.h"
 #include "common/cuda/launch.cuh"
+#include "common/cuda/tile.cuh"
 
 namespace imaml_ext {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kMaxTeam = 8;               // the largest portable cluster
-constexpr int64_t kColsPerBlock = 16384;  // a row longer than this is shared by more blocks
-constexpr int kMaxSums = 3;
+constexpr int kMostThreads = 512;
+constexpr int kShortThreads = 128;  // of a block whose rows are at most kShortRow long
+constexpr int64_t kShortRow = 2048;
+constexpr int kMostWarps = kMostThreads / 32;
+constexpr int kMostRows = 16;               // of a block
+constexpr int64_t kPartBytes = 110 * 1024;  // of shared memory, for a block's part of a row
+constexpr int kMostCluster = 8;             // the largest that every card with clusters has
+constexpr int64_t kLongPart = 16384;
+constexpr int64_t kMostLongParts = 264;
 
-// Shared memory of a block; each reduction of a kernel has a slot of its own, so that none waits for the last.
-template <int kSlots>
-struct TeamStorage {
-  double warp_sums[kSlots][kMaxSums][kWarps];
-  double block_sums[kSlots][kMaxSums];
-  double team_sums[kSlots][kMaxSums];
+// How a kernel's blocks are dealt out to rows.
+struct RowPlan {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int part = 0;            // elements of a row that a block has: a multiple of V
+  int warps = kMostWarps;  // of a block that work on one row; 1 where less than a warp does
+  int blocks = 1;          // that work on one row
+  TilePlan tile;
+  bool together = true;  // in one launch: one block, or a cluster
+  int phase = 0;         // where not together, the one that is launched
+  char* sums = nullptr;  // where not together, what one launch leaves for the next
 };
 
-template <int kSlots>
-struct RowTeam {
-  TeamStorage<kSlots>& storage;
+template <int V>
+int64_t part_of(int64_t cols, int blocks) {
+  const int64_t packs = (cols + V - 1) / V;
+  return (packs + blocks - 1) / blocks * V;
+}
 
-  __device__ explicit RowTeam(TeamStorage<kSlots>& shared) : storage(shared) {}
-
-  __device__ static int size() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
-#else
-    return 1;
-#endif
+// The plan for rows of T. `most_shared`: bytes of shared memory that a block can have.
+template <typename T>
+RowPlan row_plan(int64_t rows, int64_t cols, bool packed, bool clusters, int64_t most_shared) {
+  constexpr int V = kPackSize<T>;
+  constexpr int64_t kBytes = 2 * sizeof(compute_t<T>);  // of an element that is kept: p and A p
+  RowPlan plan;
+  plan.rows = rows;
+  plan.cols = cols;
+  plan.tile.packed = packed;
+  if (cols <= kShortRow) plan.warps = cols <= 256 ? 1 : kShortThreads / 32;
+  if (cols <= 64) plan.tile.lanes = 8;
+  const int64_t most = std::min(kPartBytes, most_shared) / kBytes;
+  while (clusters && plan.blocks < kMostCluster && part_of<V>(cols, plan.blocks) > most) plan.blocks *= 2;
+  if (part_of<V>(cols, plan.blocks) > (plan.blocks == kMostCluster ? most_shared / kBytes : most)) {
+    plan.blocks = static_cast<int>(std::min((cols + kLongPart - 1) / kLongPart, kMostLongParts));
+    plan.together = false;
   }
-  __device__ static int rank() { return static_cast<int>(blockIdx.x) % size(); }
-  __device__ static int64_t row() { return static_cast<int64_t>(blockIdx.x) / size(); }
-  __device__ static bool leads() { return rank() == 0 && threadIdx.x == 0; }
+  plan.part = static_cast<int>(part_of<V>(cols, plan.blocks));
+  return plan;
+}
 
-  // Waits for every thread of the team.
-  __device__ static void sync() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    cooperative_groups::this_cluster().sync();
-#else
-    __syncthreads();
-#endif
+// The plan for a kernel that sums nothing: as many blocks as there is work for, two tiles for a warp.
+template <typename T>
+RowPlan elementwise_plan(int64_t rows, int64_t cols, bool packed) {
+  constexpr int kPart = 2 * kShortThreads * kPackSize<T>;
+  RowPlan plan = row_plan<T>(rows, std::min<int64_t>(cols, kShortRow), packed, false, kPartBytes);
+  plan.cols = cols;
+  if (cols > kShortRow) {
+    plan.blocks = static_cast<int>(std::min<int64_t>((cols + kPart - 1) / kPart, std::numeric_limits<int32_t>::max()));
+    plan.part = static_cast<int>(part_of<kPackSize<T>>(cols, plan.blocks));
+    plan.together = false;
+  }
+  return plan;
+}
+
+// The sum over the lanes of `mask`, in each of them, by a fixed tree.
+__device__ __forceinline__ double sum_of_lanes(double value, int lanes, unsigned mask) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    if (offset < lanes) value += __shfl_xor_sync(mask, value, offset);
+  }
+  return value;
+}
+
+// A block's part of a row, and this thread's place in it.
+template <int V, bool kMayKeep>
+struct RowPart {
+  const RowPlan& plan;
+  int64_t row;
+  int64_t begin;  // column
+  int count;      // of its columns
+  int lane;
+  int warp;
+
+  __device__ explicit RowPart(const RowPlan& p) : plan(p) {
+    row = static_cast<int64_t>(blockIdx.x) / plan.blocks * blockDim.y + threadIdx.y;
+    begin = static_cast<int64_t>(rank()) * plan.part;
+    const int64_t left = plan.cols - begin;
+    count = left < plan.part ? static_cast<int>(left) : plan.part;  // negative beyond the row's end
+    lane = static_cast<int>(threadIdx.x) % plan.tile.lanes;
+    warp = static_cast<int>(threadIdx.x) / plan.tile.lanes;
   }
 
-  // Sums over the team, by a fixed tree: lanes, then warps, then blocks in the order of their ranks. Every thread of
-  // the team must call it; afterwards storage.team_sums[slot] holds the sums in every block.
-  template <int kSums>
-  __device__ void sum(int slot, const double (&values)[kSums]) {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      double value = values[k];
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-      if (lane == 0) storage.warp_sums[slot][k][warp] = value;
+  __device__ int rank() const { return static_cast<int>(blockIdx.x) % plan.blocks; }
+  // Where the part begins in vectors [B, N].
+  __device__ int64_t start() const { return row * plan.cols + begin; }
+  // Whether the whole part has its places in shared memory, not only one tile of each warp.
+  __device__ bool keeps() const { return kMayKeep && plan.together; }
+
+  // Waits for the threads of this block that work on this row.
+  __device__ void sync() const {
+    if (plan.warps == 1) {
+      __syncwarp(lanes_mask(plan.tile.lanes));
+    } else {
+      __syncthreads();
     }
-    __syncthreads();
-    if (threadIdx.x < kSums) {
-      double total = 0.0;
-      for (int w = 0; w < kWarps; ++w) total += storage.warp_sums[slot][threadIdx.x][w];
-      storage.block_sums[slot][threadIdx.x] = total;
+  }
+
+  template <typename Body>
+  __device__ __forceinline__ void for_each_tile(const Body& body) const {
+    const int whole = plan.tile.lanes * V;
+#pragma unroll 1
+    for (int first = warp * whole; first < count; first += plan.warps * whole) {
+      body(Tile<V>{plan.tile, first, count - first, lane});
     }
-    sync();
-    if (threadIdx.x < kSums) {
-      double total = storage.block_sums[slot][threadIdx.x];
+  }
+
+  // A tile's place in the first or the second of the vectors in shared memory that the block has for this row; null
+  // where none is needed.
+  template <typename C>
+  __device__ __forceinline__ C* place(const Tile<V>& tile, int vector = 0) const {
+    C* const shared = dynamic_shared<C>();
+    if (keeps()) return shared + (static_cast<int>(threadIdx.y) * 2 + vector) * plan.part + tile.first;
+    const int of_block = static_cast<int>(threadIdx.y) * plan.warps + warp;
+    return plan.tile.packed ? nullptr : shared + of_block * plan.tile.lanes * V;
+  }
+
+  // This lane's numbers of a coefficient.
+  template <typename C>
+  __device__ __forceinline__ Pack<C, V> load(const Tile<V>& tile, const Coefficient<C>& c) const {
+    const C* const from = c.data + row * c.row_stride;
+    if (c.col_stride != 0) return tile.load(from + begin);
+    Pack<C, V> same;
+#pragma unroll
+    for (int k = 0; k < V; ++k) same.v[k] = *from;
+    return same;
+  }
+};
+
+// The kernel of every Work, which has
+//
+//     Number, Decision              the type of the rows; what is known of a row, alike in all its threads
+//     kPhases, kSums                at least two phases; sums of each but the last
+//     kKeeps                        whether its passes keep vectors in shared memory where they can
+//     begin(row)                    the decision at first
+//     pass(phase, part, decision, sums), last_pass(part, decision)
+//     decide(phase, row, decision, sums)
+//     is_over(decision)             only the last pass is left
+//     end(row, decision)            writes down what is kept of it
+template <typename Work>
+__global__ void __launch_bounds__(kMostThreads, 2)
+    row_kernel(const __grid_constant__ Work work, const __grid_constant__ RowPlan plan) {
+  wait_for_launch_ahead();
+  constexpr int kSums = Work::kSums;
+  using Decision = typename Work::Decision;
+  __shared__ double warp_sums[kSums][kMostWarps];
+  __shared__ double block_sums[Work::kPhases - 1][kMostRows][kSums];
+  __shared__ Decision decisions[kMostRows];
+  const RowPart<kPackSize<typename Work::Number>, Work::kKeeps> part(plan);
+  if (part.row >= plan.rows) return;
+  Decision& decision = decisions[threadIdx.y];
+  const int lanes = plan.tile.lanes;
+  const unsigned mask = lanes_mask(lanes);
+
+  // What launches leave to one another: of each phase the decision that it began with, and each block's sums.
+  auto* const left_decisions = reinterpret_cast<Decision*>(plan.sums);
+  auto* const left_sums = reinterpret_cast<double*>(left_decisions + (Work::kPhases - 1) * plan.rows);
+  const auto left = [&](int phase, int block) {
+    return left_sums + ((phase * plan.rows + part.row) * plan.blocks + block) * kSums;
+  };
+
+  const auto sync_team = [&] {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-      total = 0.0;
-      const auto cluster = cooperative_groups::this_cluster();
-      for (int other = 0; other < size(); ++other) {
-        total += cluster.map_shared_rank(&storage.block_sums[slot][0], other)[threadIdx.x];
+    if (plan.together && plan.blocks > 1) return cooperative_groups::this_cluster().sync();
+#endif
+    part.sync();
+  };
+
+  // The sums of the blocks of this row, lane by lane and then by the tree, and what follows from them.
+  const auto decide = [&](int phase) {
+    if (part.warp == 0) {
+      double sums[kSums] = {};
+      for (int block = part.lane; block < plan.blocks; block += lanes) {
+        const double* from = &block_sums[phase][threadIdx.y][0];
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        if (plan.together && plan.blocks > 1) from = cooperative_groups::this_cluster().map_shared_rank(from, block);
+#endif
+        if (!plan.together) from = left(phase, block);
+#pragma unroll
+        for (int k = 0; k < kSums; ++k) sums[k] += from[k];
       }
-#endif
-      storage.team_sums[slot][threadIdx.x] = total;
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) sums[k] = sum_of_lanes(sums[k], lanes, mask);
+      if (part.lane == 0) work.decide(phase, part.row, decision, sums);
     }
-    __syncthreads();
+    part.sync();
+  };
+
+  if (threadIdx.x == 0) {
+    decision = plan.phase == 0 ? work.begin(part.row) : left_decisions[(plan.phase - 1) * plan.rows + part.row];
   }
-};
-
-// How many blocks a kernel gives to a row of `cols`.
-template <auto kKernel>
-int team_size(int64_t cols) {
-  int size = 1;
-  while (kernel_facts<kKernel>().hopper && size < kMaxTeam && size * kColsPerBlock < cols) size *= 2;
-  return size;
-}
-
-// Launches the kernel with a team for each row and so much dynamic shared memory for each block.
-template <auto kKernel, typename... Arguments>
-void launch_row_teams(cudaStream_t stream, int64_t rows, int64_t cols, size_t shared_bytes,
-                      const Arguments&... arguments) {
-  const int size = team_size<kKernel>(cols);
-  const int64_t most = std::numeric_limits<int32_t>::max() / size;
-  if (rows > most) {
-    throw std::runtime_error("imaml_ext: at most " + std::to_string(most) + " rows on CUDA, got " +
-                             std::to_string(rows));
+  part.sync();
+#pragma unroll 1
+  for (int phase = plan.phase;; ++phase) {
+    if (phase > 0) decide(phase - 1);
+    if (phase == Work::kPhases - 1 || (plan.together && work.is_over(decision))) break;
+    double sums[kSums] = {};
+    work.pass(phase, part, decision, sums);
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sums[k] = sum_of_lanes(sums[k], lanes, mask);
+    if (plan.warps > 1) {
+      if (part.lane == 0) {
+#pragma unroll
+        for (int k = 0; k < kSums; ++k) warp_sums[k][part.warp] = sums[k];
+      }
+      __syncthreads();
+      if (part.warp == 0) {
+#pragma unroll
+        for (int k = 0; k < kSums; ++k) {
+          sums[k] = sum_of_lanes(part.lane < plan.warps ? warp_sums[k][part.lane] : 0.0, 32, mask);
+        }
+      }
+    }
+    if (threadIdx.x == 0) {
+      double* const to = plan.together ? &block_sums[phase][threadIdx.y][0] : left(phase, part.rank());
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) to[k] = sums[k];
+    }
+    if (!plan.together) {
+      if (part.rank() == 0 && threadIdx.x == 0) left_decisions[phase * plan.rows + part.row] = decision;
+      return;
+    }
+    sync_team();
   }
-  launch<kKernel>(stream, {static_cast<unsigned>(rows * size), kThreads, shared_bytes, size}, arguments...);
+  // The next launch may take its place now: it touches no memory before this one is at its end.
+  let_next_launch_begin();
+  work.last_pass(part, decision);
+  if (plan.together) sync_team();  // every block has read the row's state and the sums of the others
+  if (part.rank() == 0 && threadIdx.x == 0) work.end(part.row, decision);
 }
 
-template <typename C>
-__device__ __forceinline__ C at(const Coefficient<C>& c, int64_t row, int64_t col) {
-  return c.data[row * c.row_stride + col * c.col_stride];
+// The launch of a plan, with so many bytes of shared memory for each row of a block.
+inline LaunchShape shape_of(const RowPlan& plan, int64_t shared_bytes) {
+  const int threads = plan.warps * plan.tile.lanes;  // for one row
+  const int rows_of_block = threads < kShortThreads ? kShortThreads / threads : 1;
+  const int64_t groups = (plan.rows + rows_of_block - 1) / rows_of_block;
+  const int64_t most = std::numeric_limits<int32_t>::max() / plan.blocks;
+  if (groups > most) {
+    throw std::runtime_error("imaml_ext: at most " + std::to_string(most * rows_of_block) + " rows on CUDA, got " +
+                             std::to_string(plan.rows));
+  }
+  return {static_cast<unsigned>(groups * plan.blocks), dim3(threads, rows_of_block),
+          static_cast<size_t>(rows_of_block * shared_bytes), plan.together ? plan.blocks : 1};
 }
 
-// V numbers that lie side by side, read and written at once.
-template <typename T, int V>
-struct alignas(V * sizeof(T)) Pack {
-  T v[V];
-};
-
-template <int V, typename T>
-__device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
-  return *reinterpret_cast<const Pack<T, V>*>(from);
-}
-template <int V, typename T>
-__device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+// Launches the work by a plan. allocate(bytes) → memory of the device for as long as the op runs.
+template <typename Work, typename Allocate>
+void launch_rows(cudaStream_t stream, const Work& work, RowPlan plan, const Allocate& allocate) {
+  using T = typename Work::Number;
+  int64_t places = plan.tile.packed ? 0 : plan.warps * plan.tile.lanes * kPackSize<T>;
+  if (plan.together && Work::kKeeps) places = 2 * int64_t{plan.part};
+  const LaunchShape shape = shape_of(plan, places * static_cast<int64_t>(sizeof(compute_t<T>)));
+  if (plan.together) return launch<row_kernel<Work>>(stream, shape, work, plan);
+  const auto of_row = sizeof(typename Work::Decision) + plan.blocks * Work::kSums * sizeof(double);
+  plan.sums = allocate((Work::kPhases - 1) * plan.rows * static_cast<int64_t>(of_row));
+  for (plan.phase = 0; plan.phase < Work::kPhases; ++plan.phase) launch<row_kernel<Work>>(stream, shape, work, plan);
 }
 
-// Whether rows of `cols` starting at these pointers (null: absent) can be read 16 bytes at a time.
-template <typename T, typename... Pointers>
-bool can_pack(int64_t cols, const Pointers*... pointers) {
-  const bool aligned = ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-  return aligned && cols % static_cast<int64_t>(16 / sizeof(T)) == 0;
+template <typename Work, typename Allocate>
+void launch_rows(cudaStream_t stream, const Work& work, int64_t rows, int64_t cols, bool packed,
+                 const Allocate& allocate) {
+  const KernelFacts& facts = kernel_facts<row_kernel<Work>>();
+  launch_rows(stream, work, row_plan<typename Work::Number>(rows, cols, packed, facts.hopper, facts.most_shared),
+              allocate);
 }
 
 }  // namespace imaml_ext

@@ -10,106 +10,151 @@ __device__ __forceinline__ double square_root(double a) { return sqrt(a); }
 #define IMAML_RULE __device__ __forceinline__
 #include "prox/rules.inl"
 
-constexpr int kElementThreads = 256;
-
-// One element of one row under a rule: what is read, what the rule makes of it, what is written.
 template <typename T>
-struct Element {
-  using C = typename ProxArguments<T>::C;
-  const ProxArguments<T>& a;
-  int64_t k;  // in [B, N]
-  C lam, lr, phi, g;
+bool are_packed(const ProxRows<T>& a) {
+  return can_pack<T>(a.cols, a.phi, a.grad, a.theta, a.first, a.second) &&
+         (a.lam.col_stride == 0 || can_pack<T>(a.cols, a.lam.data)) &&
+         (a.lr.col_stride == 0 || can_pack<T>(a.cols, a.lr.data));
+}
 
-  __device__ Element(const ProxArguments<T>& arguments, int64_t row, int64_t col)
-      : a(arguments), k(row * a.cols + col), lam(at(a.lam, row, col)), lr(a.lr.data ? at(a.lr, row, col) : C(0)) {
-    phi = static_cast<C>(a.phi[k]);
-    const C theta = static_cast<C>(a.theta[row * a.theta_row_stride + col]);
-    g = proximal_gradient(static_cast<C>(a.grad[k]), lam, phi, theta);
+// This lane's numbers of a tile under a rule: what is read, what the rule makes of it, what is written.
+template <typename T>
+struct RuleTile {
+  static constexpr int V = kPackSize<T>;
+  using C = compute_t<T>;
+  using Numbers = Pack<C, V>;
+  using Part = RowPart<V, false>;
+  const ProxRows<T>& a;
+  const Part& part;
+  const Tile<V>& tile;
+  Numbers phi, g;
+
+  __device__ RuleTile(const ProxRows<T>& arguments, const Part& p, const Tile<V>& t) : a(arguments), part(p), tile(t) {
+    phi = load(a.phi);
+    const Numbers grad = load(a.grad);
+    const Numbers theta = widened(tile.load(a.theta + part.row * a.theta_row_stride + part.begin));
+    const Numbers lam = part.load(tile, a.lam);
+#pragma unroll
+    for (int k = 0; k < V; ++k) g.v[k] = proximal_gradient(grad.v[k], lam.v[k], phi.v[k], theta.v[k]);
   }
-  __device__ void move_along(C direction) { a.phi[k] = static_cast<T>(phi - lr * direction); }
+  __device__ Numbers load(const T* rows) const { return widened(tile.load(rows + part.start())); }
+  __device__ void store(T* rows, const Numbers& numbers) const {
+    Pack<T, V> narrow;
+#pragma unroll
+    for (int k = 0; k < V; ++k) narrow.v[k] = static_cast<T>(numbers.v[k]);
+    tile.store(rows + part.start(), narrow);
+  }
+  __device__ void move_along(const Numbers& direction) {
+    const Numbers lr = part.load(tile, a.lr);
+#pragma unroll
+    for (int k = 0; k < V; ++k) phi.v[k] -= lr.v[k] * direction.v[k];
+    store(a.phi, phi);
+  }
 };
 
 // g ← g + λ (φ − θ)
 struct GradientRule {
   template <typename T>
-  __device__ void operator()(Element<T> e) const {
-    e.a.grad[e.k] = static_cast<T>(e.g);
+  __device__ void operator()(RuleTile<T> t) const {
+    t.store(t.a.grad, t.g);
   }
 };
 
 // φ ← φ − η g
 struct SgdRule {
   template <typename T>
-  __device__ void operator()(Element<T> e) const {
-    e.move_along(e.g);
+  __device__ void operator()(RuleTile<T> t) const {
+    t.move_along(t.g);
   }
 };
 
 struct MomentumRule {
   template <typename T>
-  __device__ void operator()(Element<T> e) const {
-    using C = typename Element<T>::C;
-    C velocity = static_cast<C>(e.a.first[e.k]);
-    const C direction = momentum_direction(velocity, e.g, static_cast<C>(e.a.rule.momentum), e.a.rule.nesterov);
-    e.a.first[e.k] = static_cast<T>(velocity);
-    e.move_along(direction);
+  __device__ void operator()(RuleTile<T> t) const {
+    using C = compute_t<T>;
+    auto velocity = t.load(t.a.first);
+    const C momentum = static_cast<C>(t.a.rule.momentum);
+#pragma unroll
+    for (int k = 0; k < t.V; ++k) {
+      t.g.v[k] = momentum_direction(velocity.v[k], t.g.v[k], momentum, t.a.rule.nesterov);
+    }
+    t.store(t.a.first, velocity);
+    t.move_along(t.g);
   }
 };
 
 struct AdamRule {
   template <typename T>
-  __device__ void operator()(Element<T> e) const {
-    using C = typename Element<T>::C;
-    const ProxRule& rule = e.a.rule;
-    C m = static_cast<C>(e.a.first[e.k]);
-    C s = static_cast<C>(e.a.second[e.k]);
-    const C direction =
-        adam_direction(m, s, e.g, static_cast<C>(rule.beta1), static_cast<C>(rule.beta2),
-                       static_cast<C>(1.0 - rule.beta1), static_cast<C>(1.0 - rule.beta2),
-                       static_cast<C>(rule.correction1), static_cast<C>(rule.correction2), static_cast<C>(rule.eps));
-    e.a.first[e.k] = static_cast<T>(m);
-    e.a.second[e.k] = static_cast<T>(s);
-    e.move_along(direction);
+  __device__ void operator()(RuleTile<T> t) const {
+    using C = compute_t<T>;
+    const ProxRule& rule = t.a.rule;
+    auto m = t.load(t.a.first);
+    auto s = t.load(t.a.second);
+#pragma unroll
+    for (int k = 0; k < t.V; ++k) {
+      t.g.v[k] =
+          adam_direction(m.v[k], s.v[k], t.g.v[k], static_cast<C>(rule.beta1), static_cast<C>(rule.beta2),
+                         static_cast<C>(1.0 - rule.beta1), static_cast<C>(1.0 - rule.beta2),
+                         static_cast<C>(rule.correction1), static_cast<C>(rule.correction2), static_cast<C>(rule.eps));
+    }
+    t.store(t.a.first, m);
+    t.store(t.a.second, s);
+    t.move_along(t.g);
   }
 };
 
 template <typename T, typename Rule>
-__global__ void __launch_bounds__(kElementThreads) rule_kernel(ProxArguments<T> a) {
+__global__ void __launch_bounds__(kShortThreads)
+    rule_kernel(const __grid_constant__ ProxRows<T> a, const __grid_constant__ RowPlan plan) {
   wait_for_launch_ahead();
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kElementThreads;
-  for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
-    for (int64_t col = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x; col < a.cols; col += stride) {
-      Rule{}(Element<T>(a, row, col));
-    }
-  }
+  const typename RuleTile<T>::Part part(plan);
+  if (part.row >= plan.rows) return;
+  part.for_each_tile([&](const auto& tile) { Rule{}(RuleTile<T>(a, part, tile)); });
+}
+
+template <typename Rule, typename T>
+void apply_rule(cudaStream_t stream, const ProxRows<T>& a) {
+  const RowPlan plan = elementwise_plan<T>(a.rows, a.cols, are_packed(a));
+  launch<rule_kernel<T, Rule>>(stream, shape_of(plan, 0), a, plan);
 }
 
 // ½ Σ λ (φ − θ)²
 template <typename T>
-__global__ void __launch_bounds__(kThreads) penalty_kernel(ProxArguments<T> a) {
-  wait_for_launch_ahead();
-  using C = typename ProxArguments<T>::C;
-  __shared__ TeamStorage<1> storage;
-  RowTeam<1> team(storage);
-  const int64_t row = team.row();
-  double sum[1] = {0.0};
-  for (int64_t col = team.rank() * kThreads + threadIdx.x; col < a.cols; col += team.size() * kThreads) {
-    const double phi = static_cast<double>(static_cast<C>(a.phi[row * a.cols + col]));
-    const double theta = static_cast<double>(static_cast<C>(a.theta[row * a.theta_row_stride + col]));
-    sum[0] += static_cast<double>(at(a.lam, row, col)) * (phi - theta) * (phi - theta);
-  }
-  team.sum(0, sum);
-  team.sync();  // no block leaves while another may still read its sums
-  if (team.leads()) a.penalty[row] = static_cast<C>(0.5 * storage.team_sums[0][0]);
-}
+struct Penalty {
+  using Number = T;
+  using C = compute_t<T>;
+  struct Decision {
+    double total;
+  };
+  static constexpr int V = kPackSize<T>;
+  static constexpr int kPhases = 2;
+  static constexpr int kSums = 1;
+  static constexpr bool kKeeps = false;
+  ProxRows<T> a;
 
-template <typename Rule, typename T>
-void apply_rule(cudaStream_t stream, const ProxArguments<T>& a) {
-  const int64_t blocks = (a.cols + kElementThreads - 1) / kElementThreads;
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max())),
-                  static_cast<unsigned>(std::min<int64_t>(a.rows, 65535)));
-  launch<rule_kernel<T, Rule>>(stream, {grid, kElementThreads}, a);
-}
+  __device__ Decision begin(int64_t) const { return {}; }
+  __device__ bool is_over(const Decision&) const { return false; }
+
+  template <typename Part>
+  __device__ void pass(int, const Part& part, const Decision&, double (&sums)[kSums]) const {
+    part.for_each_tile([&](const Tile<V>& tile) {
+      C* const place = part.template place<C>(tile);
+      const auto phi = tile.settled(place, widened(tile.load(a.phi + part.start())));
+      const T* const theta_row = a.theta + part.row * a.theta_row_stride + part.begin;
+      const auto theta = tile.settled(place, widened(tile.load(theta_row)));
+      const auto lam = tile.settled(place, part.load(tile, a.lam));
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const double apart = static_cast<double>(phi.v[k]) - static_cast<double>(theta.v[k]);
+        sums[0] = fma(static_cast<double>(lam.v[k]) * apart, apart, sums[0]);
+      }
+    });
+  }
+  __device__ void decide(int, int64_t, Decision& d, const double (&sums)[kSums]) const { d.total = sums[0]; }
+  template <typename Part>
+  __device__ void last_pass(const Part&, const Decision&) const {}
+  __device__ void end(int64_t row, const Decision& d) const { a.penalty[row] = static_cast<C>(0.5 * d.total); }
+};
 
 }  // namespace
 
@@ -118,19 +163,19 @@ void prox_update(OnCuda device, ProxUpdate update, const ProxArguments<T>& a) {
   if (a.cols == 0) return;
   switch (update) {
     case ProxUpdate::kGradient:
-      return apply_rule<GradientRule>(device.stream, a);
+      return apply_rule<GradientRule, T>(device.stream, a);
     case ProxUpdate::kSgd:
-      return apply_rule<SgdRule>(device.stream, a);
+      return apply_rule<SgdRule, T>(device.stream, a);
     case ProxUpdate::kMomentum:
-      return apply_rule<MomentumRule>(device.stream, a);
+      return apply_rule<MomentumRule, T>(device.stream, a);
     case ProxUpdate::kAdam:
-      return apply_rule<AdamRule>(device.stream, a);
+      return apply_rule<AdamRule, T>(device.stream, a);
   }
 }
 
 template <typename T>
 void prox_penalty(OnCuda device, const ProxArguments<T>& a) {
-  launch_row_teams<penalty_kernel<T>>(device.stream, a.rows, a.cols, 0, a);
+  launch_rows(device.stream, Penalty<T>{a}, a.rows, a.cols, are_packed(a), a.allocate);
 }
 
 #define IMAML_INSTANTIATE(T)                                              \

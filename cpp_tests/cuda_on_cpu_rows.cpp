@@ -1,0 +1,104 @@
+// A CG step in one launch, with vectors kept in shared memory, against the same step in a launch for each phase, which
+// keeps nothing: the same bits, for rows of every fate, aligned or not. On the machine of cuda_on_cpu.
+#include "cg/cuda/cg.cu"
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.h"
+
+namespace imaml_ext {
+namespace {
+
+constexpr int64_t kRows = 5;
+
+template <typename T>
+struct System {
+  std::vector<T> b, hp, x, r, p;
+  std::vector<compute_t<T>> shift, inverse_diagonal;
+  std::vector<RowState> state = std::vector<RowState>(kRows);
+  std::vector<int32_t> status = std::vector<int32_t>(kRows, kIterating);
+  std::vector<int32_t> iterations = std::vector<int32_t>(kRows, 2);
+
+  explicit System(int64_t cols) {
+    std::mt19937 draw(static_cast<unsigned>(cols));
+    std::normal_distribution<double> normal;
+    for (auto* vector : {&b, &hp, &x, &r, &p}) {
+      for (int64_t i = 0; i < kRows * cols; ++i) vector->push_back(static_cast<T>(static_cast<float>(normal(draw))));
+    }
+    b = p;  // with `first` that is the direction
+    for (int64_t i = 0; i < cols; ++i) shift.push_back(static_cast<compute_t<T>>(0.5 + std::fabs(normal(draw))));
+    inverse_diagonal = shift;
+    // Rows that go on, of negative curvature, that verify, that overflow, and that have a NaN.
+    for (int64_t i = 0; i < kRows * cols; ++i) {
+      const double p_i = static_cast<double>(p[i]);
+      hp[i] = static_cast<T>(static_cast<float>(i / cols == 1 ? -4 * p_i : i / cols == 3 ? 1e-3 * p_i : p_i));
+    }
+    for (int64_t row = 0; row < kRows; ++row) state[row] = {1.0 * cols, 2.0 * cols, 1e-3, 1.0, 1.0, 0.0};
+    status[2] = kVerifying;
+    state[1].solution_bound = 0.0;
+    state[3].rz = std::sqrt(CgRows<T>::largest());
+    hp[4 * cols + 7] = static_cast<T>(NAN);
+  }
+
+  std::vector<char> bytes() const {
+    std::vector<char> all;
+    const auto add = [&](const auto& vector) {
+      const auto* const from = reinterpret_cast<const char*>(vector.data());
+      all.insert(all.end(), from, from + vector.size() * sizeof(vector[0]));
+    };
+    add(x), add(r), add(p), add(state), add(status), add(iterations);
+    return all;
+  }
+
+  void step(int64_t cols, bool with_diagonal, bool first, bool packed, bool together) {
+    CgStep<T> work;
+    CgRows<T>& a = work.a;
+    a.rows = kRows, a.cols = cols;
+    a.b = b.data(), a.hp = hp.data(), a.x = x.data(), a.r = r.data(), a.p = p.data();
+    a.shift = {shift.data(), 0, 1};
+    if (with_diagonal) a.inverse_diagonal = {inverse_diagonal.data(), 0, 1};
+    a.state = state.data(), a.status = status.data(), a.iterations = iterations.data();
+    a.first = first;
+    RowPlan plan = row_plan<T>(kRows, cols, packed, true, 200 * 1024);
+    EXPECT(plan.together);
+    plan.together = together;
+    std::vector<double> memory;
+    launch_rows(nullptr, work, plan, [&](int64_t bytes) {
+      memory.assign(bytes / sizeof(double), NAN);
+      return reinterpret_cast<char*>(memory.data());
+    });
+  }
+};
+
+template <typename T>
+void has_the_same_bits() {
+  for (const int64_t cols : {40, 200, 1000, 16'000, 30'000}) {
+    for (const bool with_diagonal : {false, true}) {
+      for (const bool first : {false, true}) {
+        System<T> kept(cols), read_again(cols), words(cols);
+        kept.step(cols, with_diagonal, first, true, true);
+        read_again.step(cols, with_diagonal, first, true, false);
+        words.step(cols, with_diagonal, first, false, false);
+        EXPECT(kept.bytes() == read_again.bytes());
+        EXPECT(kept.bytes() == words.bytes());
+        EXPECT(kept.status[0] == kIterating);
+        EXPECT(kept.status[1] == kNegativeCurvature);
+        EXPECT(kept.status[4] == kNonFinite);
+        EXPECT(kept.iterations[0] == 3);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace imaml_ext
+
+int main() {
+  return run_tests({{"float32", imaml_ext::has_the_same_bits<float>},
+                    {"float64", imaml_ext::has_the_same_bits<double>},
+                    {"bfloat16", imaml_ext::has_the_same_bits<c10::BFloat16>},
+                    {"float16", imaml_ext::has_the_same_bits<c10::Half>}});
+}
