@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -62,7 +63,7 @@ inline unsigned grid_of(int64_t tiles, int64_t tasks) {
   return static_cast<unsigned>(tiles * tasks);
 }
 
-// Sixteen bytes, read and written at once.
+// Sixteen bytes, read and written by one instruction each: as an array of numbers they would be four stores.
 template <typename T>
 struct alignas(16) Quad {
   static constexpr int kSize = 16 / sizeof(T);
@@ -70,11 +71,17 @@ struct alignas(16) Quad {
 };
 template <typename T>
 __device__ __forceinline__ Quad<T> load_quad(const T* from) {
-  return *reinterpret_cast<const Quad<T>*>(from);
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  Quad<T> quad;
+  memcpy(&quad, &bits, sizeof(quad));
+  return quad;
 }
+// To global memory; the next launch reads it on other multiprocessors, so it need not stay in this one's cache.
 template <typename T>
 __device__ __forceinline__ void store_quad(T* to, const Quad<T>& quad) {
-  *reinterpret_cast<Quad<T>*>(to) = quad;
+  uint4 bits;
+  memcpy(&bits, &quad, sizeof(quad));
+  __stcg(reinterpret_cast<uint4*>(to), bits);
 }
 
 }  // namespace imaml_ext
