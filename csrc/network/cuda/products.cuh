@@ -482,7 +482,7 @@ void launch_product(cudaStream_t stream, ProductArguments<T> a, int64_t tasks) {
 // The rows of a task that one block of an outer product sums over: fewer where the weight makes few tiles.
 inline int64_t rows_a_slice(const Layer& layer) {
   constexpr int64_t kManyWeights = 16384;
-  const int64_t weights = static_cast<int64_t>(layer.taps.size()) * layer.depth * layer.channels;
+  const int64_t weights = layer.taps * layer.depth * layer.channels;
   return weights < kManyWeights ? 256 : 2048;
 }
 inline int64_t slices_of(const Layer& layer, int64_t images) {
@@ -491,7 +491,7 @@ inline int64_t slices_of(const Layer& layer, int64_t images) {
 // Numbers that the sums of slices take, a task.
 inline int64_t slices_size(const Layer& layer, int64_t images) {
   const int64_t slices = slices_of(layer, images);
-  return slices == 1 ? 0 : slices * static_cast<int64_t>(layer.taps.size()) * layer.depth * layer.channels;
+  return slices == 1 ? 0 : slices * layer.taps * layer.depth * layer.channels;
 }
 
 // `partial` has room for slices_size.
