@@ -44,6 +44,7 @@ class TaskKernels {
  public:
   using T = Number;
   using Memory = Arena;
+  using Gradient = T*;
   using Terms = std::initializer_list<Term<const T*>>;
 
   // `weights` is scratch for the largest weight of any layer, padded.
@@ -84,29 +85,41 @@ class TaskKernels {
     }
   }
 
-  void multiply(const Layer& layer, T* out, Terms operands) const {
-    bool add = false;
-    for (const auto& [in, weight] : operands) multiply(layer, in, weight, out, std::exchange(add, true));
-  }
-  void multiply_transposed(const Layer& layer, T* in_bar, Terms operands) const {
-    bool add = false;
-    for (const auto& [out_bar, weight] : operands) {
-      multiply_transposed(layer, out_bar, weight, in_bar, std::exchange(add, true));
-    }
-  }
-  void outer(const Layer& layer, T* weight_bar, Terms pairs) const {
-    bool add = false;
-    for (const auto& [in, out_bar] : pairs) outer(layer, in, out_bar, weight_bar, std::exchange(add, true));
-  }
-
-  void norm(const Layer& layer, const T* params, const LayerValues<T>& v) const {
+  void forward(const Layer& layer, const T* params, const LayerValues<T>& v, Terms operands) const {
+    multiply(layer, v.hat, operands);
     pad(params, layer, v.gamma, v.beta);
     columns(layer, arguments(layer, v), kernels_.norm);
     if (layer.pool == Pool::kMax) max_pool(layer, v);
     if (layer.pool == Pool::kMean) mean_pool(layer, v.act, v.out);
   }
 
-  void norm_backward(const Layer& layer, const T*, const LayerValues<T>& v, const LayerBars<T>& b, T* gradient) const {
+  void tangent(const Layer& layer, const T*, const T* direction, const LayerValues<T>& v, const LayerDots<T>& d,
+               Terms operands) const {
+    multiply(layer, d.hat_dot, operands);
+    pad(direction, layer, d.gamma_dot, d.beta_dot);
+    columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
+    if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
+    if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
+  }
+
+  void outer(const Layer& layer, T* weight_bar, Terms pairs) const {
+    bool add = false;
+    for (const auto& [in, out_bar] : pairs) outer(layer, in, out_bar, weight_bar, std::exchange(add, true));
+  }
+
+  template <typename NormBelow>
+  void products_back(const Layer& layer, T* weight_bar, Terms pairs, T* in_bar, Terms operands,
+                     const NormBelow& below) const {
+    outer(layer, weight_bar, pairs);
+    bool add = false;
+    for (const auto& [out_bar, weight] : operands) {
+      multiply_transposed(layer, out_bar, weight, in_bar, std::exchange(add, true));
+    }
+    norm_back(below);
+  }
+
+  void norm_back(const NormBackward<TaskKernels>& of) const {
+    const auto& [layer, params, v, b, gradient] = of;
     if (layer.pool != Pool::kNone) unpool(layer, v, b.out_bar, b.z_bar);
     NormArguments<T> n = arguments(layer, v);
     n.z_bar = b.z_bar, n.y_bar = b.y_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
@@ -114,17 +127,8 @@ class TaskKernels {
     unpad(layer, b.gamma_bar, b.beta_bar, gradient);
   }
 
-  void norm_tangent(const Layer& layer, const T*, const T* direction, const LayerValues<T>& v,
-                    const LayerDots<T>& d) const {
-    pad(direction, layer, d.gamma_dot, d.beta_dot);
-    columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
-    if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
-    if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
-  }
-
-  // From out_bar_dot, the derivative of the bar of what leaves the layer, to ȳ˙ in bar_dot.
-  void norm_second(const Layer& layer, const T*, const T*, const LayerValues<T>& v, const LayerBars<T>& b,
-                   const LayerDots<T>& d, const T* out_bar_dot, T* bar_dot, T* product) const {
+  void norm_back(const NormSecond<TaskKernels>& of) const {
+    const auto& [layer, params, direction, v, b, d, out_bar_dot, bar_dot, product] = of;
     if (layer.pool != Pool::kNone) unpool(layer, v, out_bar_dot, bar_dot);
     NormArguments<T> n = arguments(layer, v, d);
     n.z_bar = b.z_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
@@ -189,6 +193,11 @@ class TaskKernels {
       }
     }
     if (count > 0) body(from_rows, to_rows, count);
+  }
+
+  void multiply(const Layer& layer, T* out, Terms operands) const {
+    bool add = false;
+    for (const auto& [in, weight] : operands) multiply(layer, in, weight, out, std::exchange(add, true));
   }
 
   // out[to] ← or += Σ in[from] · weight[tap]
