@@ -8,7 +8,6 @@
 #   TRAIN=glyphs-5w1s     the preset that `make train` trains; ARGS="--run.seed 1" goes to `imaml train`
 #   PYTHON=python3        the Python (3.10 or later) that makes the environment; VENV=.venv, where
 #   SANITIZE=address,undefined   the sanitizers; empty: none
-#   CPP_CUDA=1            the CUDA sources in the C++ library too (the extension has them wherever it can)
 #   IMAML_EXT_CUDA=auto|0|1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS   as for `pip install`
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -20,7 +19,6 @@ TRAIN ?= glyphs-5w1s
 ARGS ?=
 PYTHON ?= python3
 SANITIZE ?= address,undefined
-CPP_CUDA ?= 0
 VENV ?= $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,7 +26,7 @@ export PATH := $(BIN):$(PATH)
 
 # A record of what was set up, so that a second call repeats nothing.
 STATE := build/setup
-BUILD_INPUTS := setup.py pyproject.toml imaml_ext/_build.py imaml_ext/_version.py $(shell find csrc -type f)
+BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml imaml_ext/_build.py imaml_ext/_version.py $(shell find csrc -type f)
 CPP_FILES := $(shell find csrc cpp_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help install train test test-all test-python test-long test-cpp test-sanitize lint format clean FORCE
@@ -63,7 +61,7 @@ $(STATE)/for-use $(STATE)/for-test: $(STATE)/torch $(BUILD_INPUTS)
 	@echo 'Compiling and installing imaml-ext$(EXTRAS); the log is $(STATE)/install.log'
 	@# The torch that is there stays: no dependency may exchange it for another.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STATE)/constraints
-	@{ $(PIP) install 'setuptools>=77' ninja && \
+	@{ $(PIP) install 'setuptools>=77' 'cmake>=3.25' ninja && \
 	   $(PIP) install -v --no-build-isolation -c $(STATE)/constraints -e '.$(EXTRAS)'; } > $(STATE)/install.log 2>&1 || \
 	 { tail -n 60 $(STATE)/install.log; exit 1; }
 	@grep -ho 'imaml-ext: building .*' $(STATE)/install.log | sort -u
@@ -80,20 +78,17 @@ test-python: $(STATE)/for-test
 test-long: $(STATE)/for-test
 	$(PYTEST) -m long
 
-# csrc/ as a C++ library, with its tests; and the CUDA kernels, run by the CPU, under the Python tests of their ops.
-# Little optimised, but for these: compiling is what takes long.
-CMAKE = cmake -S . -G Ninja -DPython3_EXECUTABLE=$(BIN)/python -DIMAML_EXT_CUDA=$(CPP_CUDA) \
-  -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
-
+# The C++ tests, from the objects of the extension that was installed; and the CUDA kernels, run by the CPU, under the
+# Python tests of their ops.
 test-cpp: $(STATE)/for-test
-	$(CMAKE) -B build/cmake
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure --parallel 2
 
 # The C++ tests alone: the CUDA kernels' threads have stacks of their own, which the sanitizers would have to know of.
 test-sanitize: $(STATE)/for-test
 ifneq ($(SANITIZE),)
-	$(CMAKE) -B build/cmake-sanitize -DIMAML_EXT_SANITIZE=$(SANITIZE)
+	cmake -S . -B build/cmake-sanitize -G Ninja -DPython3_EXECUTABLE=$(BIN)/python -DIMAML_EXT_CUDA=0 \
+	  -DIMAML_EXT_SANITIZE=$(SANITIZE)
 	cmake --build build/cmake-sanitize
 	ctest --test-dir build/cmake-sanitize --output-on-failure --parallel 2
 endif

@@ -1,14 +1,18 @@
 """Calls every kernel on awkward sizes and compares the device's answers with the CPU's.
 
-Small on purpose: it is what benchmarks/gpu_check.sh runs under compute-sanitizer, where every access is checked.
-
     python benchmarks/every_kernel.py --device cuda
+    python benchmarks/every_kernel.py --device cuda --dtypes float32 --sizes 2x4096 1x300000 --networks 'MLP, tanh'
+    python benchmarks/every_kernel.py --device cuda --only 'cg, warm start, float32, 2x4096'
+
+Small enough for compute-sanitizer, where every access is checked. Every type meets every size and every kind of
+coefficient: the CPU's side of it all is about five seconds. A case is named before it is called, so that one that never
+ends is known too, and again where it fails, in the words that `--only` takes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +20,13 @@ from torch import Tensor
 from imaml_ext import cg, ops
 from imaml_ext.models import MLP, Conv4, TaskModel
 
-SIZES = ((1, 1), (2, 31), (3, 257), (7, 1025), (5, 4099), (1, 70001))  # [B, N]
+# [B, N]. Odd rows are read element by element, the others in packs of 16 bytes; with N grows the team of blocks that
+# has a row, until the row no longer fits the team's shared memory. 112,005 is Conv4-64; the last two are long even for
+# a whole cluster.
+SIZES = (
+    *((1, 1), (2, 31), (3, 257), (7, 1025), (2, 4096), (5, 4099), (3, 20000), (2, 40000), (1, 70001)),
+    *((2, 112000), (1, 112005), (1, 300000), (1, 600000)),
+)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 # name: model, shape of an example, tasks, examples of a task
@@ -109,10 +119,11 @@ def arguments(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str,
     yield "cg, rows that break down", lambda device: solve(device, broken, right)
 
 
-def networks(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
-    """As `arguments`: every op of the networks, with labels and with targets."""
+def networks(dtype: torch.dtype, names: Collection[str]) -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
+    """As `arguments`: every op of the networks of these names, with labels and with targets."""
     registered = torch.ops.imaml_ext
-    for name, (model, shape, tasks, images) in NETWORKS.items():
+    for name in names:
+        model, shape, tasks, images = NETWORKS[name]
         assert model.network is not None
         network, classes = list(model.network), model.network[-4]
         generator = torch.Generator().manual_seed(tasks * images)
@@ -144,30 +155,64 @@ def networks(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[str], list[Ten
             yield f"networks, {name}, {kind}", case
 
 
+def vector_differences(got: list[Tensor], want: list[Tensor], tolerance: float) -> Iterator[str]:
+    for mine, theirs in zip(got, want, strict=True):
+        mine, theirs = mine.cpu().double(), theirs.double()
+        if not torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance, equal_nan=True):
+            yield f"off by {(mine - theirs).abs().nan_to_num().max():.3g}"
+
+
+def network_differences(got: list[Tensor], want: list[Tensor], tolerance: float) -> Iterator[str]:
+    for place, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+        off = float((mine.cpu().double() - theirs.double()).norm() / theirs.double().norm())
+        if not off <= tolerance:
+            yield f"result {place} off by {off:.3g} of its norm"
+
+
+def cases(dtypes: Collection[str], sizes: Collection[tuple[int, int]], names: Collection[str]) -> Iterator[tuple]:
+    """Name, call, comparison and tolerance of every case."""
+    for dtype, tolerance in TOLERANCE.items():
+        word = str(dtype).removeprefix("torch.")
+        if word not in dtypes:
+            continue
+        for rows, cols in sizes:
+            for name, call in arguments((rows, cols), dtype):
+                yield f"{name}, {word}, {rows}x{cols}", call, vector_differences, tolerance
+        if dtype in NETWORK_TOLERANCE:
+            for name, call in networks(dtype, names):
+                yield f"{name}, {word}", call, network_differences, NETWORK_TOLERANCE[dtype]
+
+
+def size(word: str) -> tuple[int, int]:
+    rows, _, cols = word.partition("x")
+    return int(rows), int(cols)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
-    failures = cases = 0
-    for dtype, tolerance in TOLERANCE.items():
-        for shape in SIZES:
-            for name, case in arguments(shape, dtype):
-                cases += 1
-                for got, want in zip(case(device), case("cpu"), strict=True):
-                    got, want = got.cpu().double(), want.double()
-                    if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
-                        failures += 1
-                        print(f"{name}, {dtype}, {list(shape)}: off by {(got - want).abs().nan_to_num().max():.3g}")
-    for dtype, tolerance in NETWORK_TOLERANCE.items():
-        for name, case in networks(dtype):
-            cases += 1
-            for place, (got, want) in enumerate(zip(case(device), case("cpu"), strict=True)):
-                off = float((got.cpu().double() - want.double()).norm() / want.double().norm())
-                if not off <= tolerance:
-                    failures += 1
-                    print(f"{name}, {dtype}, result {place}: off by {off:.3g} of its norm")
-    print(f"{cases} calls on {device}, {failures} differ from the CPU")
-    return 1 if failures else 0
+    words = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
+    parser.add_argument("--dtypes", nargs="*", choices=words, default=words)
+    parser.add_argument("--sizes", nargs="*", type=size, default=SIZES, metavar="ROWSxCOLS", help="of the vectors")
+    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), default=list(NETWORKS), metavar="NETWORK")
+    parser.add_argument("--only", action="append", metavar="NAME", help="this case alone, as a failure names it")
+    options = parser.parse_args()
+    calls = failures = 0
+    for name, call, differences, tolerance in cases(options.dtypes, options.sizes, options.networks):
+        if options.only and name not in options.only:
+            continue
+        calls += 1
+        print(f"case: {name}", flush=True)
+        try:
+            off = list(differences(call(options.device), call("cpu"), tolerance))
+        except RuntimeError as error:  # after an error of the device every later call fails
+            print(f"FAILED: {name}\n  {error}\nThe cases after this one were not called.")
+            return 1
+        if off:
+            failures += 1
+            print(f"FAILED: {name}\n  " + "\n  ".join(off), flush=True)
+    print(f"{calls} calls on {options.device}, {failures} differ from the CPU")
+    return 1 if failures or not calls else 0
 
 
 if __name__ == "__main__":

@@ -113,6 +113,36 @@ def check_equal(apart: Mapping[str, float], tolerance: float, what: str) -> None
         raise MismatchError(f"{what} must agree within {tolerance:.0e}; off are {', '.join(wrong)}")
 
 
+def judge(
+    found: Mapping[str, Callable[[], float]], tolerance: float, *, ours: str
+) -> tuple[dict[str, float], dict[str, str]]:
+    """How far each implementation is from the truth; and of those to leave out, what is wrong.
+
+    Args:
+        found: calls that return the distance.
+        ours: this one, with which all are compared, has to be right.
+
+    Raises MismatchError where `ours` is further than the tolerance, and whatever else it raises.
+    """
+    apart: dict[str, float] = {}
+    wrong: dict[str, str] = {}
+    for name, distance in found.items():
+        try:
+            apart[name] = distance()
+        except Exception as error:  # of whatever kind: the others are other people's code
+            if name == ours:
+                raise
+            wrong[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if not apart[name] <= tolerance:
+            wrong[name] = f"off by {apart[name]:.2g}, more than {tolerance:.0e}"
+    if ours in wrong:
+        raise MismatchError(f"{ours} is {wrong[ours]}")
+    for name, what in wrong.items():
+        print(f"{name} is left out of the timing: {what}", file=sys.stderr)
+    return apart, wrong
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that PyTorch had allocated at most during the call, beyond what was there before; None on a CPU."""
     if device.type != "cuda":

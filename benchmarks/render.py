@@ -53,12 +53,51 @@ for which it does not hang on the rounding of one activation.
 `torch.mm` reaches in the same rounds. `benchmarks/meta_step.py` counts this arithmetic. The share can be above 100 %:
 pixels of the padding are counted and not computed, and the `torch.mm` of some builds does without AVX-512 where a
 processor has it.
+
+## On a GPU
+
+One command checks and measures the CUDA kernels:
+
+    benchmarks/gpu_check.sh --prebuilt FOLDER --wheels FOLDER --imaml-dev FOLDER
+
+It needs no network. The steps come in the order of what they settle, so that a visit that is cut short has answered the
+first questions. Their times are estimates for an H100 with 16 processor cores, 525 seconds together.
+
+| step | s | what it settles |
+|---|--:|---|
+| `device` | 5 – 75 | the extension loads and solves a system; the prebuilt one, or one built for this GPU |
+| `every_kernel` | 35 | every kernel agrees with the CPU; where not, memcheck of that case follows |
+| `tests` | 55 | `pytest -m "cuda and not opcheck"` in eight processes, graph capture included |
+| `cg` | 35 | five shapes of batch: a step against the rate of a copy, a solve against plain PyTorch |
+| `meta_step` | 40 | 32, 1 and 8 tasks, eager, replayed and by grouped convolutions; a product in gradients |
+| `profile` | 10 | where the time of a replayed step goes, by kernel and grid; how many launches it is |
+| `ncu` | 50 | issue rate, occupancy and sectors per request of 14 launches, in `ncu.csv` |
+| `yardsticks` | 15 | the product of layer 2 by `torch.bmm` and by Triton in three TF32 products, with their errors |
+| `rivals` | 75 | the meta-step beside imaml_dev, hypertorch, TorchOpt and JAX, as far as they are there |
+| `memcheck`, `synccheck`, `racecheck` | 190 | no access out of bounds, no wrong barrier, no race in shared memory |
+| `short_training` | 15 | 1,000 captured meta-steps, from the command line to the test |
+
+`training` (20,000 meta-steps), `precision`, `scaling` and `omniglot` (the paper's table) run only if they are named.
+`benchmarks/gpu_check.sh cg profile` takes these two steps alone.
+
+- Every step has a limit of its own, and all together have 540 seconds (`gpu_check.sh --budget SECONDS`). What no time
+  is left for is recorded as left out.
+- `gpu_check.json` is replaced as a whole after every command. A check that is stopped, or killed, leaves all that it
+  has measured, and names the step that was under way.
+- A later call keeps the results of the steps that it does not take, if hardware, versions and sources are the same.
+- `gpu_check.sh --copy FOLDER` keeps three files up to date there: the results, all logs in one, and `ncu.csv`.
+- `gpu_check.sh --rehearse` runs every program on the CPU at its smallest size, so that errors show before a GPU is at
+  hand.
+
+Put `gpu_check.json` into `benchmarks/results/`, and `benchmarks/render.py` adds its tables to this page.
 """
+
+NOT_YET = "\nIt is not there yet: no figure on this page comes from a GPU.\n"
 
 
 def render() -> str:
     """The document."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION + ("" if (RESULTS / "gpu_check.json").exists() else NOT_YET)]
     for name, result in _results():
         parts.append(_SECTIONS[name](result))
     return "\n".join(parts)
@@ -72,7 +111,7 @@ def _results() -> Iterator[tuple[str, dict[str, Any]]]:
     path = RESULTS / "gpu_check.json"
     if path.exists():
         measured = json.loads(path.read_text())["benchmarks"]
-        yield from ((name, measured[name]) for name in _SECTIONS if name in measured)
+        yield from ((name, measured[key]) for name in _SECTIONS for key in measured if key.partition("-")[0] == name)
 
 
 def _heading(title: str, result: dict[str, Any]) -> str:
@@ -91,7 +130,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _ms(row: dict[str, Any]) -> list[str]:
-    return [f"{row['median_ms']:,.1f}", f"{row['min_ms']:,.1f} – {row['max_ms']:,.1f}"]
+    digits = 1 if row["median_ms"] >= 10 else 2 if row["median_ms"] >= 1 else 3
+    return [f"{row['median_ms']:,.{digits}f}", f"{row['min_ms']:,.{digits}f} – {row['max_ms']:,.{digits}f}"]
 
 
 def _words(w: dict[str, Any]) -> str:
@@ -100,6 +140,10 @@ def _words(w: dict[str, Any]) -> str:
         f"{w['tasks']} {'task' if w['tasks'] == 1 else 'tasks'}, {w['inner_steps']} inner steps, "
         f"{w['cg_steps']} CG steps, {w['filters']} filters"
     )
+
+
+def _not_timed(result: dict[str, Any]) -> list[str]:
+    return [f"Not timed: {name} ({what}).\n" for name, what in result.get("wrong", {}).items()]
 
 
 def _mib(row: dict[str, Any]) -> str:
@@ -124,6 +168,7 @@ def _meta_step(result: dict[str, Any]) -> str:
             cells = [contestant, *_ms(row), f"{row['ratio_to_ours']:.2f}", f"{row['share_of_sgemm']:.0%}"]
             rows.append([*cells, f"{row['distance_from_float64']:.1e}"] + [_mib(row)] * gpu)
         parts.append(_table(header, rows))
+        parts += _not_timed(run)
         if "product" in run:
             rows = [[what, *_ms(row), f"{row['ratio_to_gradient']:.2f}"] for what, row in run["product"].items()]
             parts.append("On the support sets of these tasks, by imaml_ext:\n")
@@ -184,6 +229,47 @@ def _cg(result: dict[str, Any]) -> str:
                 f"{bound['ms_at_copy_speed']:.1f} ms at the speed of a copy, {result['copy_gb_per_s']:.1f} GB/s.\n"
                 for name, bound in result["bounds"].items()
             ),
+            *_not_timed(result),
+            *_cg_step(result),
+        ]
+    )
+
+
+def _cg_step(result: dict[str, Any]) -> Iterator[str]:
+    if (step := result.get("step")) is not None:
+        yield (
+            f"A step alone, without its callback, moves {step['words_moved_per_unknown']} words per unknown in "
+            f"{step['median_ms']:.3f} ms: {step['share_of_copy_rate']:.0%} of the rate of a copy.\n"
+        )
+
+
+def _profile_step(result: dict[str, Any]) -> str:
+    parts = [_heading("Where the time of a meta-step goes", result)]
+    for way, measured in result["results"].items():
+        rows = [
+            [row["name"][:80].replace("|", "\\|"), row["grid"], str(row["count"]), f"{row['total_us']:,.1f}"]
+            for row in measured["by_kernel"][:20]
+        ]
+        parts.append(
+            f"{_words(result['workload'])}; {way}: {measured['launches']} launches, {measured['busy_us'] / 1e3:.3f} ms "
+            f"of a span of {measured['span_us'] / 1e3:.3f} ms.\n"
+        )
+        parts.append(_table(["kernel", "grid", "launches", "µs together"], rows))
+    return "\n".join(parts)
+
+
+def _yardsticks(result: dict[str, Any]) -> str:
+    product = result["product"]
+    sizes = "[{tasks}, {rows}, {inner}] × [{tasks}, {inner}, {cols}]".format(**product)
+    rows = [
+        [name, *_ms(row), f"{row['tflops']:.2f}", f"{row['relative_error']:.1e}"]
+        for name, row in result["results"].items()
+    ]
+    return "\n".join(
+        [
+            _heading("The products of layer 2 by others", result),
+            f"{sizes}, {product['flop'] / 1e9:.3f} GFLOP.\n",
+            _table(["", "median ms", "min – max", "TFLOP/s", "error"], rows),
         ]
     )
 
@@ -242,6 +328,8 @@ _SECTIONS = {
     "two_versions": _two_versions,
     "scaling": _scaling,
     "cg": _cg,
+    "profile_step": _profile_step,
+    "yardsticks": _yardsticks,
     "precision": _precision,
     "compiled_module": _compiled_module,
 }

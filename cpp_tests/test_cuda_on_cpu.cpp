@@ -2,14 +2,19 @@
 // faults that it is there to find.
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <numeric>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "common/cuda/launch.cuh"
+#include "report.h"
 
 namespace {
 
@@ -392,6 +397,91 @@ void limits_are_those_of_the_card() {
   EXPECT(throws_saying([] { imaml_ext::launch<half_kernel>(nullptr, {1, 32, 228 * 1024}); }, "invalid argument"));
 }
 
+// --- what a kernel takes
+// ------------------------------------------------------------------------------------------------
+
+[[gnu::noinline]] __device__ double first_of(double value) {
+  __shared__ double kept[512];  // 4 KiB
+  kept[threadIdx.x] = value;
+  __syncthreads();
+  return kept[0];
+}
+
+template <int kFloats>
+__global__ void shared_kernel(double* to) {
+  imaml_ext::wait_for_launch_ahead();
+  __shared__ float floats[kFloats];
+  floats[threadIdx.x] = 1.0f;
+  __syncthreads();
+  to[threadIdx.x] = first_of(floats[blockDim.x - 1]);
+}
+
+template <typename Kernel>
+size_t static_shared(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  EXPECT(cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess);
+  return attributes.sharedSizeBytes;
+}
+
+template <typename Kernel>
+int blocks(Kernel* kernel, int threads, size_t dynamic) {
+  int blocks = 0;
+  EXPECT(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, dynamic) == cudaSuccess);
+  return blocks;
+}
+
+void static_shared_memory_is_that_of_the_kernel() {
+  EXPECT(static_shared(half_kernel) == 0);
+  EXPECT(static_shared(sum_kernel) == kThreads / 32 * sizeof(double));
+  EXPECT(static_shared(reverse_kernel<true>) == 0);  // its own is dynamic
+  EXPECT(static_shared(shared_kernel<256>) == 4096 + 1024);
+  EXPECT(static_shared(shared_kernel<512>) == 4096 + 2048);
+}
+
+void blocks_fit_by_threads_and_shared_memory() {
+  EXPECT(blocks(half_kernel, 32, 0) == 32);
+  EXPECT(blocks(half_kernel, 513, 0) == 3);
+  EXPECT(blocks(half_kernel, 512, 228 * 1024 / 2 - 1024) == 2);
+  EXPECT(blocks(half_kernel, 512, 228 * 1024 / 2 - 1023) == 1);
+  EXPECT(blocks(shared_kernel<256>, 512, 228 * 1024 / 2 - 6 * 1024) == 2);
+  EXPECT(blocks(shared_kernel<512>, 512, 228 * 1024 / 2 - 6 * 1024) == 1);
+}
+
+void static_arrays_count_against_the_limit() {
+  const auto allow = [](int bytes) {
+    return cudaFuncSetAttribute(shared_kernel<256>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  };
+  EXPECT(allow(222 * 1024 + 1) == cudaErrorInvalidValue);
+  EXPECT(allow(222 * 1024) == cudaSuccess);
+  std::vector<double> to(32);
+  cudaLaunchConfig_t config{};
+  config.blockDim = 32;
+  config.dynamicSmemBytes = 44 * 1024;
+  EXPECT(cudaLaunchKernelEx(&config, shared_kernel<256>, to.data()) == cudaSuccess);
+  EXPECT(cudaLaunchKernelEx(&config, shared_kernel<512>, to.data()) == cudaErrorInvalidValue);  // it has not asked
+  EXPECT(cudaLaunchKernelEx(&config, shared_kernel<12 * 1024>, to.data()) == cudaErrorInvalidValue);
+}
+
+void launches_are_counted_and_reported() {
+  const std::string path = "/tmp/cuda_on_cpu_report." + std::to_string(getpid());
+  const pid_t child = fork();
+  if (child == 0) {
+    setenv("CUDA_ON_CPU_REPORT", path.c_str(), 1);
+    cuda_on_cpu_launches();
+    std::vector<double> to(kThreads);
+    for (int i = 0; i < 3; ++i) imaml_ext::launch<shared_kernel<256>>(nullptr, {1, 64, 8192}, to.data());
+    imaml_ext::launch<shared_kernel<256>>(nullptr, {dim3(2, 3), 64}, to.data());
+    std::exit(cuda_on_cpu_launches() == 4 && cuda_on_cpu_launches() == 0 ? 0 : 1);
+  }
+  int status = -1;
+  EXPECT(waitpid(child, &status, 0) == child && status == 0);
+  std::ifstream file(path);
+  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  std::remove(path.c_str());
+  EXPECT(text.find("\n3\tshared_kernel<256>\t1x1x1\t64x1x1\t1\t8192\t5120\t16\n") != std::string::npos);
+  EXPECT(text.find("\n1\tshared_kernel<256>\t2x3x1\t64x1x1\t1\t0\t5120\t32\n") != std::string::npos);
+}
+
 }  // namespace
 
 int main() {
@@ -409,6 +499,10 @@ int main() {
       {"a dependent launch waits in every thread", a_dependent_launch_waits_in_every_thread},
       {"a word must be aligned", a_word_must_be_aligned},
       {"a block votes", a_block_votes},
+      {"static shared memory is that of the kernel", static_shared_memory_is_that_of_the_kernel},
+      {"blocks fit by threads and shared memory", blocks_fit_by_threads_and_shared_memory},
+      {"static arrays count against the limit", static_arrays_count_against_the_limit},
+      {"launches are counted and reported", launches_are_counted_and_reported},
       {"every thread runs once", every_thread_runs_once},
       {"limits are those of the card", limits_are_those_of_the_card},
   });

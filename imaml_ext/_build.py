@@ -1,7 +1,7 @@
 """What is compiled, and why: the CUDA decision, made once for setup.py, CMakeLists.txt and `imaml doctor`.
 
-Standard library only, and no import of the rest of the package: setup.py loads this file by its path, before there is
-a package. `python imaml_ext/_build.py` prints the decision for the torch of that Python.
+Standard library only, and no import of the rest of the package: setup.py and CMakeLists.txt run this file by its path,
+before there is a package. `python imaml_ext/_build.py` prints the decision for the torch of that Python.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def probe_toolkit(nvcc: Path, environ: Mapping[str, str]) -> Toolkit:
         source = Path(folder) / "probe.cu"
         source.write_text(_PROBE, encoding="utf-8")
         nvcc_flags = ["-std=c++20", "-shared", "--cudart", "shared", "-Xcompiler", "-fPIC"]
-        if compiler := environ.get("CC"):  # as torch.utils.cpp_extension will
-            nvcc_flags += ["-ccbin", compiler]
+        if compiler := environ.get("CXX"):  # as CMakeLists.txt will
+            nvcc_flags += ["-ccbin", shlex.split(compiler)[-1]]
         result = _run([root / "bin" / "nvcc", *nvcc_flags, source, "-o", Path(folder) / "probe.so"])
     if result.returncode != 0:
         raise BuildError(f"{nvcc} cannot compile and link a trivial kernel: {_last_line(result.stdout)}")
@@ -178,7 +178,7 @@ def decide_cuda(
         torch_cuda: `torch.version.cuda`, None for a CPU build of torch.
         torch_hip: `torch.version.hip`.
         capabilities: compute capabilities of the GPUs that torch sees.
-        environ: IMAML_EXT_CUDA, CUDA_HOME, CUDA_PATH, PATH, CC and TORCH_CUDA_ARCH_LIST are read.
+        environ: IMAML_EXT_CUDA, CUDA_HOME, CUDA_PATH, PATH, CXX and TORCH_CUDA_ARCH_LIST are read.
 
     Raises:
         BuildError: IMAML_EXT_CUDA=1 and CUDA cannot be built, or IMAML_EXT_CUDA is none of auto, 0, 1.
@@ -236,7 +236,8 @@ def _last_line(text: str) -> str:
 
 
 def _main() -> int:
-    """Prints the decision for CMakeLists.txt: one `NAME=value` a line."""
+    """Prints, as JSON, what CMakeLists.txt must know and what `imaml doctor` shows of a build."""
+    import json
     import sys
 
     sys.path.pop(0)  # this script's own folder, the package: its modules are not top-level ones
@@ -248,17 +249,24 @@ def _main() -> int:
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
-    values = {
-        "TORCH_VERSION": torch.__version__,
-        "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
-        "TORCH_LIBRARY_DIR": cpp_extension.TORCH_LIB_PATH,
-        "CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
-        "CUDA": int(decision.build),
-        "CUDA_ROOT": decision.toolkit.root if decision.toolkit else "",
-        "CUDA_ARCHITECTURES": decision.architectures or "",
-        "DECISION": decision,
+    answer = {
+        "decision": str(decision),
+        "include_dirs": ";".join(cpp_extension.include_paths()),
+        "library_dir": cpp_extension.TORCH_LIB_PATH,
+        "cxx11_abi": int(torch.compiled_with_cxx11_abi()),
+        "cuda_root": str(decision.toolkit.root) if decision.toolkit else "",
+        "record": {
+            "cuda": decision.build,
+            "requested": decision.requested,
+            "reason": decision.reason,
+            "cuda_architectures": decision.architectures,
+            "nvcc": decision.toolkit.version_string if decision.toolkit else None,
+            "torch": torch.__version__,
+            "torch_cuda": torch.version.cuda,
+            "compiler": compiler_version(),
+        },
     }
-    print("\n".join(f"{name}={value}" for name, value in values.items()))
+    print(json.dumps(answer, indent=2))
     return 0
 
 

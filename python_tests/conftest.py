@@ -3,7 +3,8 @@
 Inputs are drawn afresh in every session. Its header, and its end if a test failed, name its seed; `--seed` takes it: a
 test draws the same then, alone or among others.
 
-Tests marked `cuda` run where there is a CUDA device and an extension built for it, and say elsewhere why not.
+Tests marked `cuda` run where there is a CUDA device and an extension built for it, and say elsewhere why not. Those
+marked `opcheck` too ask about schemas, which a device does not change: `-m "cuda and not opcheck"` is quicker there.
 
 `--native FILE` tests that compiled part in place of the installed one: cpp_tests/cuda_on_cpu makes such files, in
 which the CUDA kernels, run by the CPU, are the ops of CPU tensors. Tests marked `cpu_kernels` are about the CPU's

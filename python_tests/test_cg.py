@@ -713,12 +713,13 @@ def test_cpu_and_cuda_agree() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("cols", [9_000, 25_001, 60_000])
-def test_rows_of_any_length_are_solved_by_the_same_recurrence(dtype: torch.dtype, cols: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_any_length_are_solved_by_the_same_recurrence(dtype: torch.dtype, cols: int, device: str) -> None:
     """Long rows are shared by more threads, and on CUDA leave shared memory: not to be seen in the result."""
-    d = (0.5 + torch.rand(2, cols, dtype=torch.float64)).to(dtype)
-    b = torch.randn(2, cols, dtype=torch.float64).to(dtype)
+    d = (0.5 + torch.rand(2, cols, dtype=torch.float64)).to(device, dtype)
+    b = torch.randn(2, cols, dtype=torch.float64).to(device, dtype)
     M = (1 / (d.double() + 0.5)).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    for options in ({}, {"preconditioner": M}, {"x0": torch.randn(2, cols).to(dtype)}):
+    for options in ({}, {"preconditioner": M}, {"x0": torch.randn(2, cols).to(device, dtype)}):
         arguments = {"shift": 0.5, "max_iterations": 3, "rtol": 0.0, **options}
         ours, oracle = cg(lambda p: d * p, b, **arguments), reference.cg(lambda p: d * p, b, **arguments)
         tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]

@@ -10,8 +10,12 @@ import torch
 
 from imaml_ext import _build, _native
 from imaml_ext import doctor as doctor_module
+from imaml_ext.batch import TaskData
 from imaml_ext.doctor import architecture_serves, build_record, doctor
-from imaml_ext.errors import DataError
+from imaml_ext.errors import DataError, NativeUnavailableError
+from imaml_ext.inner import GradientDescent
+from imaml_ext.losses import TaskLoss
+from imaml_ext.models import MLP
 
 RECORD = {
     "cuda": False,
@@ -71,6 +75,16 @@ def test_extension_that_does_not_load(capsys, monkeypatch):
     assert "undefined symbol: _ZN2at4_ops" in lines_of(output, "!!")
     assert "torch 2.6.0" in lines_of(output, "!!")
     assert "pip install --no-build-isolation" in lines_of(output, "->")
+
+
+def test_adapting_without_the_extension_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(_native, "error", ImportError("_C.so: undefined symbol: _ZN2at4_ops"))
+    monkeypatch.setattr(_native, "_C", None)
+    model = MLP(1, (8,), 1)
+    data = TaskData(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
+    with pytest.raises(NativeUnavailableError, match=r"undefined symbol.*pip install --no-build-isolation"):
+        GradientDescent(steps=1, lr=0.1).solve(TaskLoss(model, "mse"), model.init(seed=0), data, lam=1.0)
+    assert TaskLoss(model, "mse", engine="torch")(model.init(seed=0).expand(2, -1), data).shape == (2,)
 
 
 def test_extension_never_built(capsys, monkeypatch):

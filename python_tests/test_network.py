@@ -350,6 +350,7 @@ def test_every_instruction_set(capability: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.opcheck
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["conv4", "conv4-max-odd", "mlp-tanh"])
 def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:

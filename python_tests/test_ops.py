@@ -156,6 +156,7 @@ def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.opcheck
 @pytest.mark.parametrize("name", [*_cg_arguments(torch.float32, "cpu"), *_prox_arguments(torch.float32, "cpu")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
@@ -164,6 +165,7 @@ def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
     opcheck(getattr(torch.ops.imaml_ext, name).default, arguments)
 
 
+@pytest.mark.opcheck
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_of_a_solve_that_begins_and_ends_with_b(device: str) -> None:
     arguments = _cg_arguments(torch.float32, device)
@@ -236,6 +238,7 @@ def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype:
         same((b,), (before,))
 
 
+@pytest.mark.opcheck
 def test_opcheck_of_the_differentiable_op() -> None:
     arguments = [t.requires_grad_() for t in _prox_arguments(torch.float64, "cpu")["prox_penalty"]]
     opcheck(torch.ops.imaml_ext.prox_penalty.default, tuple(arguments))

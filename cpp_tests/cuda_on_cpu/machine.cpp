@@ -18,8 +18,8 @@
 #include <vector>
 
 #include "fiber.h"
+#include "kernel_facts.h"
 #include "shared_memory.h"
-#include "symbol.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -414,8 +414,8 @@ class Machine {
   }
 
   [[noreturn]] void fail(const std::string& what) const {
-    throw std::runtime_error(name_of(launch_->kernel) + ": " + what + " (CUDA_ON_CPU_SEED=" + std::to_string(seed_) +
-                             ", launch " + std::to_string(launches_) + ")");
+    throw std::runtime_error(facts_of(launch_->kernel).name + ": " + what + " (CUDA_ON_CPU_SEED=" +
+                             std::to_string(seed_) + ", launch " + std::to_string(launches_) + ")");
   }
 
   std::mutex mutex_;

@@ -2,7 +2,9 @@
 // wait for one another. Between two such places the warps of a block run in a shuffled order, and the threads of a warp
 // too, so that a result that depends on the order shows.
 //
-// The order follows from the environment variable CUDA_ON_CPU_SEED (default 0) and the number of the launch.
+// The order follows from the environment variable CUDA_ON_CPU_SEED (default 0) and the number of the launch. Others:
+// CUDA_ON_CPU_REPORT, a file that is to list the launches (report.h), and CUDA_ON_CPU_SHARED, the bytes of shared memory
+// of a multiprocessor, for a card with less of it.
 #pragma once
 
 #include <cstddef>

@@ -9,7 +9,8 @@
 
 namespace imaml_ext {
 // Declared in csrc/common/cuda/launch.cuh.
-alignas(128) thread_local unsigned char dynamic_shared_memory[cuda_on_cpu::kMostDynamicShared];
+alignas(cuda_on_cpu::kAlignmentOfDynamicShared) thread_local unsigned char dynamic_shared_memory
+    [cuda_on_cpu::kMostDynamicShared];
 }  // namespace imaml_ext
 
 namespace cuda_on_cpu {

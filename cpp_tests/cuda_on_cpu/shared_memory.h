@@ -9,6 +9,7 @@
 namespace cuda_on_cpu {
 
 constexpr size_t kMostDynamicShared = 227 * 1024;
+constexpr size_t kAlignmentOfDynamicShared = 128;
 
 class SharedMemory {
  public:

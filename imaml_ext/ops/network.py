@@ -36,12 +36,14 @@ def linear(channels: int, activation: str = "identity") -> Network:
 
 
 def supports(params: Tensor) -> bool:
-    """Tells whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func."""
-    return (
-        (params.is_cpu or (params.is_cuda and native().with_cuda))
-        and params.dtype in (torch.float32, torch.float64)
-        and not is_functorch_wrapped_tensor(params)
-    )
+    """Tells whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func.
+
+    Raises:
+        NativeUnavailableError: there would be, but the compiled part does not load.
+    """
+    if params.dtype not in (torch.float32, torch.float64) or is_functorch_wrapped_tensor(params):
+        return False
+    return native().with_cuda if params.is_cuda else params.is_cpu and native() is not None
 
 
 def network_outputs(params: Tensor, x: Tensor, network: Network) -> Tensor:
