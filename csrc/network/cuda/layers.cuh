@@ -131,7 +131,7 @@ class BatchKernels {
   template <NormWay kWay>
   void multiply(const Layer& layer, const ProductArguments<T>& a, const NormRows<T>& n) const {
     const bool batch = layer.norm == Norm::kBatch;
-    const bool fuses = batch && n.total <= kFusedRows;
+    const bool fuses = batch && n.total <= kRowsOfOneBlock<T>;
     launch_product(stream_, a, n, fuses ? kWay : NormWay::kNone, tasks_);
     if (batch && !fuses) launch_norm<kWay>(stream_, n, tasks_);
     if (!batch) launch_pool<kWay == NormWay::kTangent>(stream_, n, tasks_);
@@ -149,7 +149,7 @@ class BatchKernels {
     ProductArguments<T> a = product(layer, in_bar, operands);
     std::swap(a.from_width, a.out_width), std::swap(a.depth, a.channels);
     const NormRows<T> n = arguments(below);
-    const bool fuses = n.total <= kFusedRows && a.images * layer.pixels_in <= kFusedRows;
+    const bool fuses = n.total <= kFusedRows && rows_of_back(a) <= kRowsOfOneBlock<T>;
     launch_back(stream_, a, n, fuses ? kWay : NormWay::kNone, outer(layer, pairs), weight_bar, scratch_.outer, tasks_);
     if (!fuses) norm_back<kWay>(below);
   }

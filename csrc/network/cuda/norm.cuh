@@ -193,12 +193,12 @@ struct NormBlock {
     uint32_t passing = 0;
     double total[2] = {};
     T sums[2] = {};
-    over_rows([&](int r, int, int i) { hat[r] = hats[i], hat_dot[r] = hat_dots[i]; });
     if (n.activates && phase != NormPhase::kSums) {
       over_rows([&](int r, int, int i) {
         if (n.activation != Activation::kRelu || act[i] > T(0)) passing |= 1u << r;
       });
     }
+    over_rows([&](int r, int, int i) { hat[r] = hats[i], hat_dot[r] = hat_dots[i]; });
     let_next_launch_begin();
     over_rows([&](int r, int, int) {
       sums[0] += hat_dot[r];
@@ -310,11 +310,11 @@ struct NormBlock {
 
   template <typename Body>
   __device__ __forceinline__ void over_rows(const Body& body) const {
+    const int first = begin + lane, left = end - first;
+    const int start = first * n.width + channel, apart = kLanes * n.width;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = begin + lane + r * kLanes;
-      if (row < end) body(r, row, row * n.width + channel);
-    }
+    for (int r = 0; r < kRows; ++r)
+      if (r * kLanes < left) body(r, first + r * kLanes, start + r * apart);
   }
 
   // Sums over the lanes of each channel, in every thread. Every thread of the block must call it.
@@ -424,7 +424,7 @@ struct NormBlock {
 };
 
 template <typename T, NormWay kWay, int kRows>
-__global__ void __launch_bounds__(kNormThreads) norm_kernel(NormRows<T> n, NormPhase phase) {
+__global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(NormRows<T> n, NormPhase phase) {
   wait_for_launch_ahead();
   using Block = NormBlock<T, kRows, kNormThreads>;
   __shared__ typename Block::Shared shared;
@@ -459,9 +459,11 @@ template <NormWay kWay, typename T>
 void launch_norm(cudaStream_t stream, const NormRows<T>& n, int64_t tasks) {
   constexpr int kFew = 8;
   const unsigned grid = grid_of(static_cast<int64_t>(n.width / kGroup) * n.slices, tasks);
-  if (n.total <= kFew * kNormThreads / kGroup) {
-    launch<norm_kernel<T, kWay, kFew>>(stream, {grid, kNormThreads}, n, NormPhase::kWhole);
-    return;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (n.total <= kFew * kNormThreads / kGroup) {
+      launch<norm_kernel<T, kWay, kFew>>(stream, {grid, kNormThreads}, n, NormPhase::kWhole);
+      return;
+    }
   }
   constexpr auto kKernel = norm_kernel<T, kWay, kNormRows<T>>;
   if (n.slices == 1) {

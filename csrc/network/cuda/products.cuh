@@ -49,7 +49,7 @@ struct Tile {
 
   static_assert(kTeamThreads % 32 == 0 && kDown % 8 == 0 && kRowsEach % kQuad == 0 && kColsEach % kQuad == 0);
   static_assert(kRows * 4 % kTeamThreads == 0 && kTeamThreads % kCols == 0 && kTeamThreads % kDepth == 0);
-  static_assert(sizeof(Shared) <= 99 * 1024, "what a block can have on every card since Ampere");
+  static_assert(sizeof(Shared) <= 60 * 1024, "beside a NormBlock's, what a block can have on every card since Turing");
 };
 
 // Copies that go on while the thread does; zeros in place of what there is not.
@@ -226,14 +226,15 @@ struct ProductLoader {
   const Axis &down, &across;
   const int64_t task;
   const int first_col, quad, chunks, fast, slow;
-  const int left, right;  // first place in a stage
-  // The next step: channels, tap and term.
-  int chunk = 0, tap_down = 0, tap_across = 0, term = 0;
+  const int left, right;   // first place in a stage
+  const T *rows, *weight;  // of the term
+  // The next step: channels and tap.
+  int chunk = 0, tap_down = 0, tap_across = 0;
   // Of each row that the thread copies: where its taps begin; y is out of reach where there is no such row.
   int y[kLeft], x[kLeft], pixel[kLeft];
 
   __device__ ProductLoader(const ProductArguments<T>& arguments, const Axis& vertical, const Axis& horizontal,
-                           const Divisor& rows, const Divisor& cols, int64_t of_task, const Place<Tile>& at,
+                           const Divisor& of_rows, const Divisor& of_cols, int64_t of_task, const Place<Tile>& at,
                            int first_row, int column)
       : a(arguments),
         down(vertical),
@@ -248,12 +249,13 @@ struct ProductLoader {
         right(kTransposed ? fast * Tile::kPitch + slow : slow * Tile::kPitch + fast) {
 #pragma unroll
     for (int i = 0; i < kLeft; ++i) {
-      const Pixel of_row(first_row + (at.thread + i * Tile::kTeamThreads) / 4, rows, cols);
+      const Pixel of_row(first_row + (at.thread + i * Tile::kTeamThreads) / 4, of_rows, of_cols);
       y[i] = down.from + down.from_step * of_row.y;
       x[i] = across.from + across.from_step * of_row.x;
       pixel[i] = (of_row.image * down.size + y[i]) * across.size + x[i];
       if (of_row.image >= a.images) y[i] = -(1 << 30);
     }
+    rows = a.rows[0].of(task), weight = a.weight[0].of(task);
     advance(at.team);
   }
 
@@ -265,14 +267,12 @@ struct ProductLoader {
       tap_across = 0;
       if (++tap_down < down.taps) continue;
       tap_down = 0;
-      ++term;
+      rows = a.rows[1].of(task), weight = a.weight[1].of(task);
     }
   }
 
+  // Addresses of what is not copied may lie anywhere: they are not read.
   __device__ __forceinline__ void copy(typename Tile::Stage& stage) {
-    // No indexing of the arguments by a variable: that would copy them to local memory.
-    const T* const rows = (term == 0 ? a.rows[0] : a.rows[1]).of(task);
-    const T* const weight = (term == 0 ? a.weight[0] : a.weight[1]).of(task);
     const int by_y = down.from_tap * tap_down, by_x = across.from_tap * tap_across;
     const int by = by_y * across.size + by_x;
     const int begin = chunk * Tile::kDepth;
@@ -280,20 +280,19 @@ struct ProductLoader {
     for (int i = 0; i < kLeft; ++i) {
       const bool inside = static_cast<unsigned>(y[i] + by_y) < static_cast<unsigned>(down.size) &&
                           static_cast<unsigned>(x[i] + by_x) < static_cast<unsigned>(across.size);
-      const T* const from = rows + (inside ? (pixel[i] + by) * a.from_width + begin + quad : 0);
-      copy_quad(stage.left + left + i * Tile::kTeamThreads / 4 * Tile::kDepth, from, inside);
+      copy_quad(stage.left + left + i * Tile::kTeamThreads / 4 * Tile::kDepth,
+                rows + ((pixel[i] + by) * a.from_width + begin + quad), inside);
     }
     const int tap = (down.tap + down.tap_step * tap_down) * a.across.kernel + across.tap + across.tap_step * tap_across;
     const int k = begin + (kTransposed ? fast : slow), col = first_col + (kTransposed ? slow : fast);
-    const int from = kTransposed ? (tap * a.channels + col) * a.depth + k : (tap * a.depth + k) * a.channels + col;
+    const T* from =
+        weight + (kTransposed ? (tap * a.channels + col) * a.depth + k : (tap * a.depth + k) * a.channels + col);
     const bool some = kTransposed ? k < a.depth : col < a.channels;
     const int most = kTransposed ? a.channels - col : a.depth - k;
-    const int apart = kSlow * (kTransposed ? a.depth : a.channels);
+    const int64_t apart = kSlow * (kTransposed ? a.depth : a.channels);
 #pragma unroll
-    for (int i = 0; i < kRight; ++i) {
-      const bool inside = some && i * kSlow < most;
-      copy_number(stage.right + right + i * kSlow * (kTransposed ? 1 : Tile::kPitch),
-                  weight + (inside ? from + i * apart : 0), inside);
+    for (int i = 0; i < kRight; ++i, from += apart) {
+      copy_number(stage.right + right + i * kSlow * (kTransposed ? 1 : Tile::kPitch), from, some && i * kSlow < most);
     }
     advance(Tile::kTeams);
   }
@@ -420,11 +419,11 @@ struct OuterArguments {
 template <typename Tile>
 struct OuterLoader {
   using T = typename Tile::T;
-  // A few neighbouring threads read a row together, 128 bytes at a time.
+  // Eight or sixteen neighbouring threads read a row together, where it has as many quads.
   template <int kNumbers>
   struct Part {
     static constexpr int kQuads = kNumbers / Tile::kQuad;
-    static constexpr int kFast = kQuads < 8 ? kQuads : 8;
+    static constexpr int kFast = std::max(std::min(kQuads, 8), Tile::kTeamThreads / Tile::kDepth);
     static constexpr int kSlow = Tile::kTeamThreads / kFast;
     static constexpr int kCols = kQuads / kFast, kRows = Tile::kDepth / kSlow;
     static_assert(kQuads % kFast == 0 && Tile::kDepth % kSlow == 0);
@@ -437,8 +436,10 @@ struct OuterLoader {
   const int thread, first_col;
   const int begin, end;  // rows of the slice
   const int chunks;
-  int chunk, pair = 0;
-  // Of each column of [taps, depth_width] that the thread copies: how far its tap reaches; the channel, or −1.
+  const T *in, *out_bar;  // of the pair
+  int chunk;
+  // Of each column of [taps, depth_width] that the thread copies: how far its tap reaches; the channel, negative where
+  // there is no such tap.
   int by_y[Left::kCols], by_x[Left::kCols], channel[Left::kCols];
 
   __device__ OuterLoader(const OuterArguments<T>& arguments, int64_t of_task, const Place<Tile>& at, int first_row,
@@ -450,21 +451,21 @@ struct OuterLoader {
         begin(slice * a.rows_per_slice),
         end(smaller(begin + a.rows_per_slice, a.total)),
         chunks((end - begin + Tile::kDepth - 1) / Tile::kDepth),
+        in(a.in[0].of(task)),
+        out_bar(a.out_bar[0].of(task)),
         chunk(at.team) {
 #pragma unroll
     for (int j = 0; j < Left::kCols; ++j) {
       int tap = first_row + (thread % Left::kFast + j * Left::kFast) * Tile::kQuad;
       channel[j] = a.by_depth_width.split(tap);
-      if (tap >= a.taps) channel[j] = -1;
+      if (tap >= a.taps) channel[j] = -Tile::kQuad;
       by_x[j] = a.by_kernel.split(tap) - a.across.padding;
       by_y[j] = tap - a.down.padding;
     }
   }
 
   __device__ __forceinline__ void copy(typename Tile::Stage& stage) {
-    while (chunk >= chunks) chunk -= chunks, ++pair;
-    const T* const in = (pair == 0 ? a.in[0] : a.in[1]).of(task);
-    const T* const out_bar = (pair == 0 ? a.out_bar[0] : a.out_bar[1]).of(task);
+    for (; chunk >= chunks; chunk -= chunks) in = a.in[1].of(task), out_bar = a.out_bar[1].of(task);
     const int start = begin + chunk * Tile::kDepth;
 #pragma unroll
     for (int i = 0; i < Left::kRows; ++i) {
@@ -481,7 +482,7 @@ struct OuterLoader {
         const int from =
             ((to.image * a.down.size + from_y) * a.across.size + from_x) * a.by_depth_width.by + channel[j];
         const int column = (thread % Left::kFast + j * Left::kFast) * Tile::kQuad;
-        copy_quad(stage.left + k * Tile::kRows + column, in + (inside ? from : 0), inside);
+        copy_quad(stage.left + k * Tile::kRows + column, in + from, inside);
       }
     }
 #pragma unroll
@@ -492,8 +493,7 @@ struct OuterLoader {
       for (int j = 0; j < Right::kCols; ++j) {
         const int column = (thread % Right::kFast + j * Right::kFast) * Tile::kQuad;
         const bool inside = row < end && first_col + column < a.width;
-        copy_quad(stage.right + k * Tile::kPitch + column, out_bar + (inside ? row * a.width + first_col + column : 0),
-                  inside);
+        copy_quad(stage.right + k * Tile::kPitch + column, out_bar + (row * a.width + first_col + column), inside);
       }
     }
     chunk += Tile::kTeams;
@@ -564,24 +564,30 @@ __global__ void __launch_bounds__(kElementThreads)
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-// By the rows that a task has: kSmall, kColumn (one block has all rows of its channels), kSquare (teams, so that a
-// batch of tasks is about one wave of blocks), kMany (one team: there are blocks enough).
+// By the rows that a task has: Small, Column (one block has all rows of its channels), Square (teams, so that a batch
+// of tasks is about one wave of blocks), Many (one team: there are blocks enough). float64, which has half the
+// registers and a fraction of the speed, makes do with two of them.
 template <typename T>
 struct Tiles {
   static constexpr bool kWide = sizeof(T) > 4;  // float64: half the numbers fit in the registers
-  using Small = Tile<T, 32, 16, 4, 4, 8, 3>;
-  using Column = Tile<T, 128, 16, 8, 4, 4, 2>;
-  using Square = std::conditional_t<kWide, Tile<T, 64, 32, 8, 4, 4, 3>, Tile<T, 64, 64, 8, 8, 4, 3>>;
-  using Many = std::conditional_t<kWide, Tile<T, 64, 32, 8, 4, 1, 3>, Tile<T, 128, 32, 8, 8, 1, 3>>;
-  using ManyOuter = std::conditional_t<kWide, Tile<T, 64, 32, 8, 4, 1, 3>, Tile<T, 64, 64, 8, 8, 1, 3>>;
+  using Small = Tile<T, 32, 16, 4, 4, 8, 2>;
+  using Column = Tile<T, 128, 16, 4, 4, 2, 3>;
+  using Square = std::conditional_t<kWide, Tile<T, 64, 32, 4, 4, 2, 3>, Tile<T, 64, 64, 8, 4, 2, 3>>;
+  using Many = Tile<T, 128, 32, 8, 4, 1, 3>;
+  using ManyOuter = Tile<T, 64, 64, 8, 4, 1, 3>;
 };
 constexpr int64_t kSmallRows = 32, kColumnRows = 128, kManyRows = 512;
+// Rows of a product after which a norm can follow in the same launch.
+template <typename T>
+constexpr int64_t kRowsOfOneBlock = Tiles<T>::kWide ? kSmallRows : kColumnRows;
 
 // Calls with(std::type_identity<Tile>) for the tile that a product has which makes so many rows.
 template <typename T, typename With>
 void choose_tile(int64_t rows, const With& with) {
   if (rows <= kSmallRows) {
     with(std::type_identity<typename Tiles<T>::Small>{});
+  } else if constexpr (Tiles<T>::kWide) {
+    with(std::type_identity<typename Tiles<T>::Square>{});
   } else if (rows <= kColumnRows) {
     with(std::type_identity<typename Tiles<T>::Column>{});
   } else if (rows < kManyRows) {
@@ -627,6 +633,12 @@ inline int64_t slices_size(const Layer& layer, int64_t images) {
   return slices == 1 ? 0 : slices * layer.taps * layer.depth * layer.channels;
 }
 
+// Rows of a product with the transposed weight: of the class of most pixels.
+template <typename T>
+int64_t rows_of_back(const ProductArguments<T>& a) {
+  return static_cast<int64_t>(a.images) * a.down.backward(0).count * a.across.backward(0).count;
+}
+
 // Both products of the way back in one launch; without terms the outer product alone. `partial` has room for
 // slices_size.
 template <typename T>
@@ -634,7 +646,7 @@ void launch_back(cudaStream_t stream, ProductArguments<T> a, const NormRows<T>& 
                  const ParametersOut<T>& weight_bar, PerTask<T> partial, int64_t tasks) {
   const Axis down = a.down.backward(0), across = a.across.backward(0);  // of the class of most pixels
   const int64_t classes = static_cast<int64_t>(a.down.stride) * a.across.stride;
-  const int64_t rows = static_cast<int64_t>(a.images) * down.count * across.count;
+  const int64_t rows = rows_of_back(a);
   a.classes = way == NormWay::kNone ? 1 : static_cast<int>(classes);
   a.rows_of_most = Divisor(down.count), a.cols_of_most = Divisor(across.count);
   a.rows_of_fewer = Divisor(std::max(1, down.count - 1)), a.cols_of_fewer = Divisor(std::max(1, across.count - 1));
