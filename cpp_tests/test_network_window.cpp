@@ -14,8 +14,8 @@ using Triple = std::tuple<int64_t, int64_t, int64_t>;  // tap, pixel of the inpu
 
 std::vector<Triple> pairs_of(const Layer& layer) {
   std::vector<Triple> found;
-  for (size_t k = 0; k < layer.taps.size(); ++k)
-    for (const TapPair& pair : layer.taps[k]) found.emplace_back(layer.tap_index[k], pair.from, pair.to);
+  for (const Tap& tap : taps_of(layer))
+    for (const TapPair& pair : tap.pairs) found.emplace_back(tap.index, pair.from, pair.to);
   std::sort(found.begin(), found.end());
   return found;
 }
@@ -54,7 +54,8 @@ void both_ways_are_the_pairs() {
       for (const int64_t height : {1, 2, 3, 7, 8})
         for (const int64_t width : {1, 2, 5, 6})
           for (const int64_t channels : {1, 9}) {  // patches, and pixels
-            const Network net = Network::parse(std::vector<int64_t>{channels, height, width, kernel, stride, 4, 0, 0, 0});
+            const Network net =
+                Network::parse(std::vector<int64_t>{channels, height, width, kernel, stride, 4, 0, 0, 0});
             const Layer& layer = net.layers[0];
             const std::vector<Triple> expected = pairs_of(layer);
             std::vector<Triple> forward =

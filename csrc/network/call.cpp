@@ -61,11 +61,13 @@ void NetworkCall::read_direction(const char* op, const at::Tensor& y, const at::
 void NetworkCall::check_sizes_on_cuda(const char* op) const {
   constexpr int64_t kMost = int64_t{1} << 30;
   for (const Layer& layer : net.layers) {
-    const int64_t pixels = images * std::max(layer.pixels(), layer.pixels_in);
-    const int64_t depth = static_cast<int64_t>(layer.taps.size()) * layer.depth_width();
-    TORCH_CHECK_VALUE(pixels <= kMost && depth <= kMost && layer.width() <= kMost, op, ": on CUDA a layer has at most ",
-                      kMost, " pixels per task, and as many weights per channel, got ", pixels, " and ", depth);
+    const int64_t numbers = images * std::max(layer.pixels() * layer.width(), layer.pixels_in * layer.depth_width());
+    const int64_t weights = layer.taps * layer.depth_width() * layer.width();
+    TORCH_CHECK_VALUE(numbers <= kMost && weights <= kMost, op, ": on CUDA a layer has at most ", kMost,
+                      " numbers per task, and as many weights, got ", numbers, " and ", weights);
   }
+  TORCH_CHECK_VALUE(images * net.input_size() <= kMost, op, ": on CUDA an input has at most ", kMost,
+                    " numbers per task, got ", images * net.input_size());
 }
 
 }  // namespace imaml_ext

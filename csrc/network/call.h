@@ -24,7 +24,7 @@ struct NetworkCall {
   void read_direction(const char* op, const at::Tensor& y, const at::Tensor& p, const at::Tensor& params);
 
  private:
-  // Kernels on CUDA count a task's pixels and channels in 32 bits, its numbers in 64.
+  // Kernels on CUDA count the numbers that one task has of a layer in 32 bits.
   void check_sizes_on_cuda(const char* op) const;
 };
 

@@ -13,28 +13,6 @@ constexpr int64_t kPerLayer = 6;
 constexpr int64_t kMostPatchChannels = 8;
 constexpr int64_t kMostStride = int64_t{1} << 30;
 
-// The pairs of every tap. The middle tap of a convolution comes first; of any other layer the first one, which is as
-// good: it reaches every pixel too.
-void add_taps(Layer& layer) {
-  const Window &down = layer.down, &across = layer.across;
-  const int64_t taps = static_cast<int64_t>(down.kernel) * across.kernel;
-  const int64_t middle = down.padding * across.kernel + across.padding;
-  for (int64_t k = 0; k < taps; ++k) {
-    const int64_t tap = k == 0 ? middle : k <= middle ? k - 1 : k;
-    std::vector<TapPair> pairs;
-    for (int64_t i = 0; i < layer.rows; ++i) {
-      for (int64_t j = 0; j < layer.cols; ++j) {
-        const int64_t y = down.stride * i + tap / across.kernel - down.padding;
-        const int64_t x = across.stride * j + tap % across.kernel - across.padding;
-        if (y < 0 || y >= down.size || x < 0 || x >= across.size) continue;
-        pairs.push_back({static_cast<int32_t>(y * across.size + x), static_cast<int32_t>(i * layer.cols + j)});
-      }
-    }
-    layer.taps.push_back(std::move(pairs));
-    layer.tap_index.push_back(tap);
-  }
-}
-
 // A window along an axis of `size` pixels: 3 wide with zero padding, one pixel, or all of them.
 Window convolution(int64_t size, int64_t stride) {
   return {3, static_cast<int32_t>(stride), 1, static_cast<int32_t>(size),
@@ -84,7 +62,7 @@ Network Network::parse(std::span<const int64_t> description) {
       layer.pixels_in = layer.pixels();
       layer.down = identity(layer.rows), layer.across = identity(layer.cols);
     }
-    add_taps(layer);
+    layer.taps = static_cast<int64_t>(layer.down.kernel) * layer.across.kernel;
     height = layer.rows, width = layer.cols;
     if (layer.pool == Pool::kMax) height /= 2, width /= 2;
     if (layer.pool == Pool::kMean) height = width = 1;
@@ -93,12 +71,33 @@ Network Network::parse(std::span<const int64_t> description) {
     layer.pixels_out = height * width;
     channels = layer.channels;
     layer.weight = net.parameters;
-    net.parameters += static_cast<int64_t>(layer.taps.size()) * layer.depth * layer.channels;
+    net.parameters += layer.taps * layer.depth * layer.channels;
     if (layer.norm == Norm::kBatch) layer.gamma = net.parameters, net.parameters += layer.channels;
     layer.beta = net.parameters, net.parameters += layer.channels;
     net.layers.push_back(std::move(layer));
   }
   return net;
+}
+
+// The middle tap of a convolution comes first; of any other layer the first one, which is as good: it reaches every
+// pixel too.
+std::vector<Tap> taps_of(const Layer& layer) {
+  const Window &down = layer.down, &across = layer.across;
+  const int64_t middle = down.padding * across.kernel + across.padding;
+  std::vector<Tap> taps;
+  for (int64_t k = 0; k < layer.taps; ++k) {
+    const int64_t index = k == 0 ? middle : k <= middle ? k - 1 : k;
+    Tap& tap = taps.emplace_back(Tap{index, {}});
+    for (int64_t i = 0; i < layer.rows; ++i) {
+      for (int64_t j = 0; j < layer.cols; ++j) {
+        const int64_t y = down.stride * i + index / across.kernel - down.padding;
+        const int64_t x = across.stride * j + index % across.kernel - across.padding;
+        if (y < 0 || y >= down.size || x < 0 || x >= across.size) continue;
+        tap.pairs.push_back({static_cast<int32_t>(y * across.size + x), static_cast<int32_t>(i * layer.cols + j)});
+      }
+    }
+  }
+  return taps;
 }
 
 int64_t network_tape_size(std::span<const int64_t> description, int64_t images, int64_t item_size) {

@@ -32,21 +32,28 @@ struct Layer {
   Norm norm;
   Activation activation;
   Pool pool;
-  int64_t depth;                           // channels that a tap reads
-  int64_t channels;                        // channels of the output
-  int64_t pixels_in;                       // of an image
-  int64_t rows, cols;                      // pixels of the output of the product
-  Window down, across;                     // what a tap reaches, along either axis of an image
-  int64_t pixels_out;                      // after pooling
-  int64_t weight;                          // offsets in a row of parameters: weight [taps, depth, channels],
-  int64_t gamma, beta;                     // [channels] each; no gamma with Norm::kBias
-  std::vector<std::vector<TapPair>> taps;  // the first tap of all reaches every pixel of the output
-  std::vector<int64_t> tap_index;          // which tap of the weight
+  int64_t depth;        // channels that a tap reads
+  int64_t channels;     // channels of the output
+  int64_t pixels_in;    // of an image
+  int64_t rows, cols;   // pixels of the output of the product
+  Window down, across;  // what a tap reaches, along either axis of an image
+  int64_t pixels_out;   // after pooling
+  int64_t weight;       // offsets in a row of parameters: weight [taps, depth, channels],
+  int64_t gamma, beta;  // [channels] each; no gamma with Norm::kBias
+  int64_t taps;         // of the weight
 
   int64_t pixels() const { return rows * cols; }
   int64_t depth_width() const { return padded_channels(depth); }
   int64_t width() const { return padded_channels(channels); }
 };
+
+// The pairs of one tap of a layer's weight.
+struct Tap {
+  int64_t index;  // in the weight
+  std::vector<TapPair> pairs;
+};
+// Those of all taps, which products on the CPU go by. The first reaches every pixel of the output.
+std::vector<Tap> taps_of(const Layer& layer);
 
 // What the int[] argument of the network ops says: in_channels, height, width, then for every layer: kernel (0 linear
 // over all pixels, 3 for 3×3 with zero padding 1), stride, channels, norm, activation, pool.

@@ -1,11 +1,12 @@
 // The way through a network and back, in the order of its equations, over the kernels of a device.
 //
-// Kernels has T, Memory, and for a layer
-//   multiply             out[to] = Σ_operands Σ_tap in[from] · weight[tap]
-//   multiply_transposed  in_bar[from] = Σ_operands Σ_tap out_bar[to] · weight[tap]ᵀ
-//   outer                weight_bar[tap] = Σ_pairs Σ in[from]ᵀ out_bar[to]
-//   norm, norm_backward, norm_tangent, norm_second   norm, activation and pooling; the derivatives in γ and β go
-//                        straight into a row of parameters.
+// Kernels has T, Memory, Gradient, where derivatives in a row of parameters go, and for a layer
+//   forward        out[to] = Σ_operands Σ_tap in[from] · weight[tap], then norm, activation and pooling
+//   tangent        the derivative of that
+//   norm_back      the way back through pooling, activation and norm (NormBackward, NormSecond); the derivatives in γ
+//                  and β go into a row of parameters
+//   outer          weight_bar[tap] = Σ_pairs Σ in[from]ᵀ out_bar[to]
+//   products_back  outer, in_bar[from] = Σ_operands Σ_tap out_bar[to] · weight[tap]ᵀ, and norm_back of the layer below
 // A dot stands for the derivative along a direction of the parameters, a bar for that of the loss.
 #pragma once
 
@@ -22,6 +23,31 @@ struct Term {
   P left, right;
 };
 
+// The derivative of the norm: from b.out_bar, the bar of what leaves the layer, to b.y_bar.
+template <typename Kernels>
+struct NormBackward {
+  using Memory = typename Kernels::Memory;
+  const Layer& layer;
+  typename Memory::template Pointer<const typename Kernels::T> params;
+  const LayerValues<typename Kernels::T, Memory>& v;
+  const LayerBars<typename Kernels::T, Memory>& b;
+  typename Kernels::Gradient gradient;
+};
+
+// The derivative of NormBackward along the direction: from out_bar_dot to ȳ˙ in bar_dot.
+template <typename Kernels>
+struct NormSecond {
+  using T = typename Kernels::T;
+  using Memory = typename Kernels::Memory;
+  const Layer& layer;
+  typename Memory::template Pointer<const T> params, direction;
+  const LayerValues<T, Memory>& v;
+  const LayerBars<T, Memory>& b;
+  const LayerDots<T, Memory>& d;
+  typename Memory::template Pointer<T> out_bar_dot, bar_dot;
+  typename Kernels::Gradient product;
+};
+
 template <typename Kernels>
 class NetworkPass {
  public:
@@ -31,6 +57,7 @@ class NetworkPass {
   using Read = typename Memory::template Pointer<const T>;
   using Values = Storage<T, Memory>;
   using Dots = DotStorage<T, Memory>;
+  using Gradient = typename Kernels::Gradient;
 
   NetworkPass(const Network& net, const Kernels& kernels) : net_(net), kernels_(kernels) {}
 
@@ -40,14 +67,13 @@ class NetworkPass {
     for (size_t l = 0; l < net_.layers.size(); ++l) {
       const Layer& layer = net_.layers[l];
       const auto& v = s.values[l];
-      kernels_.multiply(layer, v.hat, {{in, params + layer.weight}});
-      kernels_.norm(layer, params, v);
+      kernels_.forward(layer, params, v, {{in, params + layer.weight}});
       in = v.out;
     }
   }
 
   // From bars.back().out_bar, the derivative in the outputs: Jᵀ of it in `gradient`, a row of parameters.
-  void backward(Read params, const Values& s, P gradient) const { backward(params, s, s.bars, gradient); }
+  void backward(Read params, const Values& s, Gradient gradient) const { backward(params, s, s.bars, gradient); }
 
   // The derivative of the values along `direction`; that of the outputs is dots.back().out_dot.
   void tangent(Read params, Read direction, const Values& s, const Dots& t) const {
@@ -57,12 +83,12 @@ class NetworkPass {
       const auto& v = s.values[l];
       const auto& d = t.dots[l];
       if (l == 0) {
-        kernels_.multiply(layer, d.hat_dot, {{in, direction + layer.weight}});
+        kernels_.tangent(layer, params, direction, v, d, {{in, direction + layer.weight}});
       } else {
         const Read in_dot = t.dots[l - 1].out_dot;
-        kernels_.multiply(layer, d.hat_dot, {{in, direction + layer.weight}, {in_dot, params + layer.weight}});
+        kernels_.tangent(layer, params, direction, v, d,
+                         {{in, direction + layer.weight}, {in_dot, params + layer.weight}});
       }
-      kernels_.norm_tangent(layer, params, direction, v, d);
       in = v.out;
     }
   }
@@ -71,7 +97,7 @@ class NetworkPass {
   P output_bar(const Dots& t) const { return turn(t, net_.layers.size() - 1); }
 
   // Jᵀ C J p from output_bar = C J p, with the bars of `t` and not those of the storage.
-  void gauss_newton(Read params, const Values& s, const Dots& t, P product) const {
+  void gauss_newton(Read params, const Values& s, const Dots& t, Gradient product) const {
     std::vector<LayerBars<T, Memory>> bars;
     for (size_t l = 0; l < net_.layers.size(); ++l) {
       const P bar = t.turns[l % 2];
@@ -81,36 +107,40 @@ class NetworkPass {
   }
 
   // H p from output_bar, after `backward` and `tangent` along p.
-  void second(Read params, Read direction, const Values& s, const Dots& t, P product) const {
-    for (size_t l = net_.layers.size(); l-- > 0;) {
+  void second(Read params, Read direction, const Values& s, const Dots& t, Gradient product) const {
+    const auto norm_of = [&](size_t l) {
+      return NormSecond<Kernels>{net_.layers[l], params,     direction,      s.values[l], s.bars[l],
+                                 t.dots[l],      turn(t, l), t.turns[l % 2], product};
+    };
+    size_t l = net_.layers.size() - 1;
+    kernels_.norm_back(norm_of(l));
+    for (; l > 0; --l) {
       const Layer& layer = net_.layers[l];
-      const auto& b = s.bars[l];
-      const P bar_dot = t.turns[l % 2];
-      kernels_.norm_second(layer, params, direction, s.values[l], b, t.dots[l], turn(t, l), bar_dot, product);
-      const P weight_bar = product + layer.weight;
-      if (l == 0) {
-        kernels_.outer(layer, weight_bar, {{s.input, bar_dot}});
-        break;
-      }
+      const Read bar = s.bars[l].y_bar, bar_dot = t.turns[l % 2];
       const Read in = s.values[l - 1].out, in_dot = t.dots[l - 1].out_dot;
-      kernels_.outer(layer, weight_bar, {{in, bar_dot}, {in_dot, b.y_bar}});
-      kernels_.multiply_transposed(layer, turn(t, l - 1),
-                                   {{bar_dot, params + layer.weight}, {b.y_bar, direction + layer.weight}});
+      kernels_.products_back(layer, product + layer.weight, {{in, bar_dot}, {in_dot, bar}}, turn(t, l - 1),
+                             {{bar_dot, params + layer.weight}, {bar, direction + layer.weight}}, norm_of(l - 1));
     }
+    const Layer& first = net_.layers.front();
+    kernels_.outer(first, product + first.weight, {{s.input, t.turns[0]}});
   }
 
  private:
   P turn(const Dots& t, size_t l) const { return net_.layers[l].pool == Pool::kNone ? t.turns[l % 2] : t.pooled; }
 
-  void backward(Read params, const Values& s, const std::vector<LayerBars<T, Memory>>& bars, P gradient) const {
-    for (size_t l = net_.layers.size(); l-- > 0;) {
+  void backward(Read params, const Values& s, const std::vector<LayerBars<T, Memory>>& bars, Gradient gradient) const {
+    const auto norm_of = [&](size_t l) {
+      return NormBackward<Kernels>{net_.layers[l], params, s.values[l], bars[l], gradient};
+    };
+    size_t l = net_.layers.size() - 1;
+    kernels_.norm_back(norm_of(l));
+    for (; l > 0; --l) {
       const Layer& layer = net_.layers[l];
-      const auto& b = bars[l];
-      kernels_.norm_backward(layer, params, s.values[l], b, gradient);
-      const Read in = l == 0 ? s.input : s.values[l - 1].out;
-      kernels_.outer(layer, gradient + layer.weight, {{in, b.y_bar}});
-      if (l > 0) kernels_.multiply_transposed(layer, bars[l - 1].out_bar, {{b.y_bar, params + layer.weight}});
+      kernels_.products_back(layer, gradient + layer.weight, {{s.values[l - 1].out, bars[l].y_bar}},
+                             bars[l - 1].out_bar, {{bars[l].y_bar, params + layer.weight}}, norm_of(l - 1));
     }
+    const Layer& first = net_.layers.front();
+    kernels_.outer(first, gradient + first.weight, {{s.input, bars.front().y_bar}});
   }
 
   const Network& net_;

@@ -31,23 +31,31 @@ void split(int64_t n, const Body& body) {
   }
 }
 
+// The taps of every layer, made once per op.
+std::vector<std::vector<Tap>> taps_of(const Network& net) {
+  std::vector<std::vector<Tap>> taps;
+  for (const Layer& layer : net.layers) taps.push_back(taps_of(layer));
+  return taps;
+}
+
 // The layers of one task, as NetworkPass calls them.
 template <typename Number>
 class TaskKernels {
  public:
   using T = Number;
   using Memory = Arena;
+  using Gradient = T*;
   using Terms = std::initializer_list<Term<const T*>>;
 
   // `weights` is scratch for the largest weight of any layer, padded.
-  TaskKernels(const Network& net, int64_t images, T* weights)
-      : net_(net), images_(images), kernels_(network_kernels<T>()), scratch_(weights) {}
+  TaskKernels(const Network& net, const std::vector<std::vector<Tap>>& taps, int64_t images, T* weights)
+      : net_(net), taps_(taps), images_(images), kernels_(network_kernels<T>()), scratch_(weights) {}
 
   static int64_t scratch_size(const Network& net) {
     int64_t most = 0;
     for (const Layer& layer : net.layers) {
-      const int64_t taps = static_cast<int64_t>(layer.taps.size());
-      most = std::max({most, taps * layer.depth * layer.width(), taps * layer.channels * layer.depth_width()});
+      most =
+          std::max({most, layer.taps * layer.depth * layer.width(), layer.taps * layer.channels * layer.depth_width()});
     }
     return most;
   }
@@ -77,29 +85,41 @@ class TaskKernels {
     }
   }
 
-  void multiply(const Layer& layer, T* out, Terms operands) const {
-    bool add = false;
-    for (const auto& [in, weight] : operands) multiply(layer, in, weight, out, std::exchange(add, true));
-  }
-  void multiply_transposed(const Layer& layer, T* in_bar, Terms operands) const {
-    bool add = false;
-    for (const auto& [out_bar, weight] : operands) {
-      multiply_transposed(layer, out_bar, weight, in_bar, std::exchange(add, true));
-    }
-  }
-  void outer(const Layer& layer, T* weight_bar, Terms pairs) const {
-    bool add = false;
-    for (const auto& [in, out_bar] : pairs) outer(layer, in, out_bar, weight_bar, std::exchange(add, true));
-  }
-
-  void norm(const Layer& layer, const T* params, const LayerValues<T>& v) const {
+  void forward(const Layer& layer, const T* params, const LayerValues<T>& v, Terms operands) const {
+    multiply(layer, v.hat, operands);
     pad(params, layer, v.gamma, v.beta);
     columns(layer, arguments(layer, v), kernels_.norm);
     if (layer.pool == Pool::kMax) max_pool(layer, v);
     if (layer.pool == Pool::kMean) mean_pool(layer, v.act, v.out);
   }
 
-  void norm_backward(const Layer& layer, const T*, const LayerValues<T>& v, const LayerBars<T>& b, T* gradient) const {
+  void tangent(const Layer& layer, const T*, const T* direction, const LayerValues<T>& v, const LayerDots<T>& d,
+               Terms operands) const {
+    multiply(layer, d.hat_dot, operands);
+    pad(direction, layer, d.gamma_dot, d.beta_dot);
+    columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
+    if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
+    if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
+  }
+
+  void outer(const Layer& layer, T* weight_bar, Terms pairs) const {
+    bool add = false;
+    for (const auto& [in, out_bar] : pairs) outer(layer, in, out_bar, weight_bar, std::exchange(add, true));
+  }
+
+  template <typename NormBelow>
+  void products_back(const Layer& layer, T* weight_bar, Terms pairs, T* in_bar, Terms operands,
+                     const NormBelow& below) const {
+    outer(layer, weight_bar, pairs);
+    bool add = false;
+    for (const auto& [out_bar, weight] : operands) {
+      multiply_transposed(layer, out_bar, weight, in_bar, std::exchange(add, true));
+    }
+    norm_back(below);
+  }
+
+  void norm_back(const NormBackward<TaskKernels>& of) const {
+    const auto& [layer, params, v, b, gradient] = of;
     if (layer.pool != Pool::kNone) unpool(layer, v, b.out_bar, b.z_bar);
     NormArguments<T> n = arguments(layer, v);
     n.z_bar = b.z_bar, n.y_bar = b.y_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
@@ -107,17 +127,8 @@ class TaskKernels {
     unpad(layer, b.gamma_bar, b.beta_bar, gradient);
   }
 
-  void norm_tangent(const Layer& layer, const T*, const T* direction, const LayerValues<T>& v,
-                    const LayerDots<T>& d) const {
-    pad(direction, layer, d.gamma_dot, d.beta_dot);
-    columns(layer, arguments(layer, v, d), kernels_.norm_tangent);
-    if (layer.pool == Pool::kMax) max_pool_tangent(layer, v, d);
-    if (layer.pool == Pool::kMean) mean_pool(layer, d.act_dot, d.out_dot);
-  }
-
-  // From out_bar_dot, the derivative of the bar of what leaves the layer, to ȳ˙ in bar_dot.
-  void norm_second(const Layer& layer, const T*, const T*, const LayerValues<T>& v, const LayerBars<T>& b,
-                   const LayerDots<T>& d, const T* out_bar_dot, T* bar_dot, T* product) const {
+  void norm_back(const NormSecond<TaskKernels>& of) const {
+    const auto& [layer, params, direction, v, b, d, out_bar_dot, bar_dot, product] = of;
     if (layer.pool != Pool::kNone) unpool(layer, v, out_bar_dot, bar_dot);
     NormArguments<T> n = arguments(layer, v, d);
     n.z_bar = b.z_bar, n.gamma_bar = b.gamma_bar, n.beta_bar = b.beta_bar;
@@ -184,12 +195,17 @@ class TaskKernels {
     if (count > 0) body(from_rows, to_rows, count);
   }
 
+  void multiply(const Layer& layer, T* out, Terms operands) const {
+    bool add = false;
+    for (const auto& [in, weight] : operands) multiply(layer, in, weight, out, std::exchange(add, true));
+  }
+
   // out[to] ← or += Σ in[from] · weight[tap]
   void multiply(const Layer& layer, const T* in, const T* weight, T* out, bool add) const {
     const int64_t panel = layer.depth * layer.channels;
     const int64_t width = layer.width();
     if (width != layer.channels) {  // rows of the weight with zeros at their ends
-      for (int64_t row = 0; row < static_cast<int64_t>(layer.taps.size()) * layer.depth; ++row) {
+      for (int64_t row = 0; row < layer.taps * layer.depth; ++row) {
         const T* const from = weight + row * layer.channels;
         std::fill(std::copy(from, from + layer.channels, scratch_ + row * width), scratch_ + (row + 1) * width, T(0));
       }
@@ -197,12 +213,14 @@ class TaskKernels {
     }
     const int64_t stride = width == layer.channels ? panel : layer.depth * width;
     split(images_, [&](int64_t first, int64_t last) {
-      for (size_t tap = 0; tap < layer.taps.size(); ++tap) {
-        over_pairs(layer.taps[tap], first, last, in, layer.pixels_in, layer.depth_width(), out, layer.pixels(), width,
+      bool further = add;
+      for (const Tap& tap : taps(layer)) {
+        over_pairs(tap.pairs, first, last, in, layer.pixels_in, layer.depth_width(), out, layer.pixels(), width,
                    [&](const T* const* a, const T* const* c, int64_t rows) {
-                     kernels_.multiply(a, const_cast<T* const*>(c), rows, layer.depth,
-                                       weight + layer.tap_index[tap] * stride, width, add || tap > 0);
+                     kernels_.multiply(a, const_cast<T* const*>(c), rows, layer.depth, weight + tap.index * stride,
+                                       width, further);
                    });
+        further = true;
       }
     });
   }
@@ -210,9 +228,8 @@ class TaskKernels {
   // in_bar[from] ← or += Σ out_bar[to] · weight[tap]ᵀ
   void multiply_transposed(const Layer& layer, const T* out_bar, const T* weight, T* in_bar, bool add) const {
     const int64_t width = layer.depth_width();
-    const int64_t taps = static_cast<int64_t>(layer.taps.size());
     const int64_t panel = layer.channels * width;
-    split(taps, [&](int64_t first, int64_t last) {
+    split(layer.taps, [&](int64_t first, int64_t last) {
       for (int64_t tap = first; tap < last; ++tap) {
         kernels_.transpose(weight + tap * layer.depth * layer.channels, layer.depth, layer.channels,
                            scratch_ + tap * panel, width);
@@ -222,11 +239,11 @@ class TaskKernels {
       if (!add) {
         std::fill(in_bar + first * layer.pixels_in * width, in_bar + last * layer.pixels_in * width, T(0));
       }
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        over_pairs(layer.taps[tap], first, last, in_bar, layer.pixels_in, width, out_bar, layer.pixels(), layer.width(),
+      for (const Tap& tap : taps(layer)) {
+        over_pairs(tap.pairs, first, last, in_bar, layer.pixels_in, width, out_bar, layer.pixels(), layer.width(),
                    [&](const T* const* c, const T* const* a, int64_t rows) {
-                     kernels_.multiply(a, const_cast<T* const*>(c), rows, layer.channels,
-                                       scratch_ + layer.tap_index[tap] * panel, width, true);
+                     kernels_.multiply(a, const_cast<T* const*>(c), rows, layer.channels, scratch_ + tap.index * panel,
+                                       width, true);
                    });
       }
     });
@@ -236,14 +253,14 @@ class TaskKernels {
   void outer(const Layer& layer, const T* in, const T* out_bar, T* weight_bar, bool add) const {
     constexpr int64_t kBlock = 96;  // channels of a tap; a multiple of the tile
     const int64_t blocks = (layer.depth + kBlock - 1) / kBlock;
-    split(static_cast<int64_t>(layer.taps.size()) * blocks, [&](int64_t begin, int64_t end) {
+    split(layer.taps * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        const size_t tap = k / blocks;
+        const Tap& tap = taps(layer)[k / blocks];
         const int64_t first = k % blocks * kBlock;
         const int64_t last = std::min(first + kBlock, layer.depth);
-        T* const to = weight_bar + layer.tap_index[tap] * layer.depth * layer.channels;
+        T* const to = weight_bar + tap.index * layer.depth * layer.channels;
         bool further = add;
-        over_pairs(layer.taps[tap], 0, images_, in, layer.pixels_in, layer.depth_width(), out_bar, layer.pixels(),
+        over_pairs(tap.pairs, 0, images_, in, layer.pixels_in, layer.depth_width(), out_bar, layer.pixels(),
                    layer.width(), [&](const T* const* a, const T* const* g, int64_t rows) {
                      kernels_.outer(a, g, rows, first, last, layer.channels, to, further);
                      further = true;
@@ -342,7 +359,10 @@ class TaskKernels {
 
   static bool passes(const Layer& layer, T act) { return layer.activation != Activation::kRelu || act > T(0); }
 
+  const std::vector<Tap>& taps(const Layer& layer) const { return taps_[&layer - net_.layers.data()]; }
+
   const Network& net_;
+  const std::vector<std::vector<Tap>>& taps_;
   const int64_t images_;
   const NetworkKernels<T>& kernels_;
   T* const scratch_;
@@ -441,6 +461,7 @@ void copy_outputs(const Network& net, int64_t images, const T* from, T* to) {
 template <typename T, typename Finish>
 void along(const NetworkArguments<T>& a, const Finish& finish) {
   const Network& net = a.net;
+  const auto taps = taps_of(net);
   const int64_t stored = tape_size<T>(net, a.images);
   Arena work(nullptr);
   work.take<T>(TaskKernels<T>::scratch_size(net));
@@ -451,7 +472,7 @@ void along(const NetworkArguments<T>& a, const Finish& finish) {
     Arena arena(memory);
     T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
     DotStorage<T> dots(net, a.images, arena);
-    const TaskKernels<T> kernels(net, a.images, scratch);
+    const TaskKernels<T> kernels(net, taps, a.images, scratch);
     const NetworkPass<TaskKernels<T>> pass(net, kernels);
     const int64_t row = task * net.parameters;
     pass.tangent(a.params + row, a.direction + row, storage, dots);
@@ -465,6 +486,7 @@ void along(const NetworkArguments<T>& a, const Finish& finish) {
 template <typename T>
 void network_outputs(OnCpu, const NetworkArguments<T>& a) {
   const Network& net = a.net;
+  const auto taps = taps_of(net);
   const auto layout = [&](void* base) {
     Arena arena(base);
     T* const scratch = arena.take<T>(TaskKernels<T>::scratch_size(net));
@@ -473,7 +495,7 @@ void network_outputs(OnCpu, const NetworkArguments<T>& a) {
   };
   over_tasks(a.tasks, std::get<2>(layout(nullptr)), [&](int64_t task, void* memory) {
     auto [scratch, storage, used] = layout(memory);
-    const TaskKernels<T> kernels(net, a.images, scratch);
+    const TaskKernels<T> kernels(net, taps, a.images, scratch);
     const NetworkPass<TaskKernels<T>> pass(net, kernels);
     kernels.read_input(a.x + task * a.images * net.input_size(), storage.input);
     pass.forward(a.params + task * net.parameters, storage);
@@ -484,6 +506,7 @@ void network_outputs(OnCpu, const NetworkArguments<T>& a) {
 template <typename T>
 void network_gradient(OnCpu, const NetworkArguments<T>& a) {
   const Network& net = a.net;
+  const auto taps = taps_of(net);
   const Keep keep = a.tape != nullptr ? Keep::kBars : Keep::kNothing;
   Arena scratch_measure(nullptr), storage_measure(nullptr);
   scratch_measure.take<T>(TaskKernels<T>::scratch_size(net));
@@ -493,7 +516,7 @@ void network_gradient(OnCpu, const NetworkArguments<T>& a) {
   over_tasks(a.tasks, bytes, [&](int64_t task, char* memory) {
     Arena arena(keep == Keep::kBars ? a.tape + task * stored : memory + scratch_measure.used());
     Storage<T> storage(net, a.images, keep, true, arena);
-    const TaskKernels<T> kernels(net, a.images, reinterpret_cast<T*>(memory));
+    const TaskKernels<T> kernels(net, taps, a.images, reinterpret_cast<T*>(memory));
     const NetworkPass<TaskKernels<T>> pass(net, kernels);
     const T* const row = a.params + task * net.parameters;
     kernels.read_input(a.x + task * a.images * net.input_size(), storage.input);
@@ -509,6 +532,7 @@ void network_gradient(OnCpu, const NetworkArguments<T>& a) {
 template <typename T>
 void network_descend(OnCpu, const NetworkArguments<T>& a, const ProxArguments<T>& prox, int64_t steps) {
   const Network& net = a.net;
+  const auto taps = taps_of(net);
   const auto step = prox_kernels<T>().sgd;
   const auto layout = [&](void* base) {
     Arena arena(base);
@@ -519,7 +543,7 @@ void network_descend(OnCpu, const NetworkArguments<T>& a, const ProxArguments<T>
   };
   over_tasks(a.tasks, std::get<3>(layout(nullptr)), [&](int64_t task, char* memory) {
     auto [scratch, gradient, storage, used] = layout(memory);
-    const TaskKernels<T> kernels(net, a.images, scratch);
+    const TaskKernels<T> kernels(net, taps, a.images, scratch);
     const NetworkPass<TaskKernels<T>> pass(net, kernels);
     kernels.read_input(a.x + task * a.images * net.input_size(), storage.input);
     const Criterion<T> criterion(a, task);

@@ -1,23 +1,11 @@
-// What surrounds the layers: reading the input, pooling, the criterion.
+// What surrounds the layers: reading the input, the criterion.
 #pragma once
 
 #include "common/cuda/launch.cuh"
 #include "network/criterion.h"
-#include "network/cuda/products.cuh"
+#include "network/cuda/norm.cuh"
 
 namespace imaml_ext {
-
-// Blocks over `size` numbers of every task; a thread calls body(task, k) for one of them.
-template <typename Body>
-__device__ __forceinline__ void over_elements(int64_t size, int blocks, const Body& body) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x % blocks) * kElementThreads + threadIdx.x;
-  if (k < size) body(static_cast<int64_t>(blockIdx.x / blocks), k);
-}
-template <auto kKernel, typename Argument>
-void launch_elements(cudaStream_t stream, const Argument& argument, int64_t size, int64_t tasks) {
-  const int64_t blocks = ceil_div(size, kElementThreads);
-  launch<kKernel>(stream, {grid_of(blocks, tasks), kElementThreads}, argument, size, static_cast<int>(blocks));
-}
 
 // x [S, C, H, W] to the rows that the first layer reads: pixels, or 3×3 patches of `stride`.
 template <typename T>
@@ -25,111 +13,28 @@ struct InputArguments {
   PerTask<const T> x;
   PerTask<T> input;  // [S, pixels, width]
   int channels, height, width, stride;
-  int cols, pixels, row_width;
+  int size;  // of a task's input
+  Divisor by_row_width, by_rows, by_cols, by_channels;
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kElementThreads) input_kernel(InputArguments<T> a, int64_t size, int blocks) {
+__global__ void __launch_bounds__(kElementThreads) input_kernel(InputArguments<T> a, int blocks) {
   wait_for_launch_ahead();
-  over_elements(size, blocks, [&](int64_t task, int64_t k) {
-    const int column = static_cast<int>(k % a.row_width);
-    const int pixel = static_cast<int>(k / a.row_width % a.pixels);
-    const int64_t image = k / a.row_width / a.pixels;
-    const int tap = a.stride == 0 ? 0 : column / a.channels;
-    const int channel = a.stride == 0 ? column : column % a.channels;
-    const int y = a.stride == 0 ? pixel / a.cols : a.stride * (pixel / a.cols) + tap / 3 - 1;
-    const int x = a.stride == 0 ? pixel % a.cols : a.stride * (pixel % a.cols) + tap % 3 - 1;
-    const bool inside =
-        channel < a.channels && tap < (a.stride == 0 ? 1 : 9) && y >= 0 && y < a.height && x >= 0 && x < a.width;
-    a.input.of(task)[k] = inside ? a.x.of(task)[((image * a.channels + channel) * a.height + y) * a.width + x] : T(0);
-  });
-}
-
-template <typename T>
-struct PoolArguments {
-  Norm norm;
-  Activation activation;
-  int rows, cols, channels, width;  // of the image before
-  PerTask<const T> gamma, beta, gamma_dot, beta_dot;
-  PerTask<const T> hat, hat_dot;
-  PerTask<uint8_t> winner;
-  PerTask<T> act, act_dot;
-};
-
-// Where a pooled number's 2×2 pixels begin.
-template <typename T>
-__device__ __forceinline__ int64_t corner(const PoolArguments<T>& a, int64_t k) {
-  const int rows = a.rows / 2, cols = a.cols / 2;
-  const int64_t pixel = k / a.width;
-  const int64_t image = pixel / (rows * cols);
-  const int within = static_cast<int>(pixel % (rows * cols));
-  return ((image * a.rows + within / cols * 2) * a.cols + within % cols * 2) * a.width + k % a.width;
-}
-template <typename T>
-__device__ __forceinline__ int64_t of_window(const PoolArguments<T>& a, int64_t first, int k) {
-  return first + (static_cast<int64_t>(k / 2) * a.cols + k % 2) * a.width;
-}
-
-// a = act(max of z over 2×2 pixels), the first of equal ones winning
-template <typename T>
-__global__ void __launch_bounds__(kElementThreads) max_pool_kernel(PoolArguments<T> a, int64_t size, int blocks) {
-  wait_for_launch_ahead();
-  over_elements(size, blocks, [&](int64_t task, int64_t k) {
-    const int c = static_cast<int>(k % a.width);
-    const bool batch = a.norm == Norm::kBatch && c < a.channels;
-    const T gamma = batch ? a.gamma.of(task)[c] : T(0);
-    const T beta = batch ? a.beta.of(task)[c] : T(0);
-    const T* const hat = a.hat.of(task);
-    const int64_t first = corner(a, k);
-    const auto z = [&](int pixel) {
-      const T value = hat[of_window(a, first, pixel)];
-      return a.norm == Norm::kBatch ? gamma * value + beta : value;
-    };
-    T best = z(0);
-    uint8_t winner = 0;
-    for (int pixel = 1; pixel < 4; ++pixel) {
-      const T other = z(pixel);
-      if (other > best || other != other) best = other, winner = static_cast<uint8_t>(pixel);
-    }
-    a.winner.of(task)[k] = winner;
-    a.act.of(task)[k] = a.activation == Activation::kRelu && best < T(0) ? T(0) : best;
-  });
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kElementThreads)
-    max_pool_tangent_kernel(PoolArguments<T> a, int64_t size, int blocks) {
-  wait_for_launch_ahead();
-  over_elements(size, blocks, [&](int64_t task, int64_t k) {
-    const int c = static_cast<int>(k % a.width);
-    const bool batch = a.norm == Norm::kBatch && c < a.channels;
-    const int64_t at = of_window(a, corner(a, k), a.winner.of(task)[k]);
-    T z_dot = a.hat_dot.of(task)[at];
-    if (batch) {
-      z_dot = a.gamma.of(task)[c] * z_dot + a.gamma_dot.of(task)[c] * a.hat.of(task)[at] + a.beta_dot.of(task)[c];
-    }
-    const bool passes = a.activation != Activation::kRelu || a.act.of(task)[k] > T(0);
-    a.act_dot.of(task)[k] = passes ? z_dot : T(0);
-  });
-}
-
-template <typename T>
-struct MeanArguments {
-  PerTask<const T> in;  // [S, pixels, width]
-  PerTask<T> out;       // [S, width]
-  int pixels, width;
-};
-
-template <typename T>
-__global__ void __launch_bounds__(kElementThreads) mean_pool_kernel(MeanArguments<T> a, int64_t size, int blocks) {
-  wait_for_launch_ahead();
-  over_elements(size, blocks, [&](int64_t task, int64_t k) {
-    const T* const in = a.in.of(task) + k / a.width * a.pixels * a.width + k % a.width;
-    const T share = T(1) / static_cast<T>(a.pixels);
-    T sum = T(0);
-    for (int pixel = 0; pixel < a.pixels; ++pixel) sum += share * in[static_cast<int64_t>(pixel) * a.width];
-    a.out.of(task)[k] = sum;
-  });
+  const int64_t task = blockIdx.x / blocks;
+  const int k = static_cast<int>(blockIdx.x % blocks) * kElementThreads + static_cast<int>(threadIdx.x);
+  if (k >= a.size) return;
+  int image = k;
+  int channel = a.by_row_width.split(image), tap = 0;
+  int x = a.by_cols.split(image);
+  int y = a.by_rows.split(image);
+  bool inside = channel < a.channels;
+  if (a.stride > 0) {
+    tap = channel;
+    channel = a.by_channels.split(tap);
+    y = a.stride * y + tap / 3 - 1, x = a.stride * x + tap % 3 - 1;
+    inside = tap < 9 && y >= 0 && y < a.height && x >= 0 && x < a.width;
+  }
+  a.input.of(task)[k] = inside ? a.x.of(task)[((image * a.channels + channel) * a.height + y) * a.width + x] : T(0);
 }
 
 // --- criteria --------------------------------------------------------------------------------------------------------
@@ -145,8 +50,9 @@ struct CriterionArguments {
   PerTask<const T> values;        // [S, width]: outputs, or the derivative of the outputs
   PerTask<T> probabilities;       // [S, width]
   PerTask<T> bar;                 // [S, width]
+  PerTask<T> outputs;             // [S, channels], without the padding; null: not wanted
   T* losses = nullptr;            // [B]
-  T* outputs = nullptr;           // [B, S, channels], without the padding
+  ParametersOut<T> beta;          // Σ bar over the images, the derivative in β of a head; null: not wanted
 
   __device__ CriterionRule<T> rule() const {
     return {static_cast<T>(images), static_cast<T>(static_cast<int64_t>(images) * channels)};
@@ -163,8 +69,22 @@ __device__ __forceinline__ double largest_of_warp(double value) {
   return __shfl_sync(0xffffffffu, value, 0);
 }
 
-// The loss; its derivative in the outputs; the softmax. A block a task, a warp an image in turn. A label outside
-// [0, channels) makes the loss and every derivative of its task NaN: to raise here would be to wait for the device.
+// β̄ = Σ bar over the images, or what it is a part of. Every thread of the block must call it.
+template <typename T>
+__device__ __forceinline__ void put_beta(const CriterionArguments<T>& a, int64_t task) {
+  if (a.beta.to.first == nullptr) return;
+  __syncthreads();  // the block reads what it has written
+  const T* const bar = a.bar.of(task);
+  for (int c = threadIdx.x; c < a.channels; c += kCriterionThreads) {
+    double sum = 0.0;
+    for (int image = 0; image < a.images; ++image) sum += static_cast<double>(bar[image * a.width + c]);
+    a.beta.put(task, c, static_cast<T>(sum));
+  }
+}
+
+// The loss; its derivative in the outputs; the softmax. One block per task, whose warps take the images in turn. A
+// label outside [0, channels) makes the loss and every derivative of its task NaN: to raise here would be to wait for
+// the device.
 template <typename T>
 __global__ void __launch_bounds__(kCriterionThreads) criterion_kernel(CriterionArguments<T> a) {
   wait_for_launch_ahead();
@@ -174,9 +94,12 @@ __global__ void __launch_bounds__(kCriterionThreads) criterion_kernel(CriterionA
   const bool classifies = a.labels.first != nullptr;
   double loss = 0.0;
   for (int image = warp; image < a.images; image += kCriterionWarps) {
-    const int64_t start = static_cast<int64_t>(image) * a.width;
+    const int start = image * a.width;
     const T* const outputs = a.values.of(task) + start;
     T* const bar = a.bar.of(task) + start;
+    if (a.outputs.first != nullptr) {
+      for (int c = lane; c < a.channels; c += 32) a.outputs.of(task)[image * a.channels + c] = outputs[c];
+    }
     if (classifies) {
       double largest = -INFINITY, sum = 0.0;
       for (int c = lane; c < a.channels; c += 32) largest = fmax(largest, static_cast<double>(outputs[c]));
@@ -192,7 +115,7 @@ __global__ void __launch_bounds__(kCriterionThreads) criterion_kernel(CriterionA
         bar[c] = c >= a.channels ? T(0) : known ? a.rule().cross_entropy_bar(p, label == c) : static_cast<T>(NAN);
       }
     } else {
-      const T* const targets = a.targets.of(task) + static_cast<int64_t>(image) * a.channels;
+      const T* const targets = a.targets.of(task) + image * a.channels;
       double sum = 0.0;
       for (int c = lane; c < a.width; c += 32) {
         if (c < a.channels) sum += a.rule().squared_error(outputs[c], targets[c]);
@@ -203,6 +126,7 @@ __global__ void __launch_bounds__(kCriterionThreads) criterion_kernel(CriterionA
   }
   if (lane == 0) sums[warp] = loss;
   __syncthreads();
+  put_beta(a, task);
   if (threadIdx.x > 0) return;
   double total = 0.0;
   for (int w = 0; w < kCriterionWarps; ++w) total += sums[w];
@@ -217,7 +141,7 @@ __global__ void __launch_bounds__(kCriterionThreads) curve_kernel(CriterionArgum
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool classifies = a.labels.first != nullptr;
   for (int image = warp; image < a.images; image += kCriterionWarps) {
-    const int64_t start = static_cast<int64_t>(image) * a.width;
+    const int start = image * a.width;
     const T* const dot = a.values.of(task) + start;
     const T* const probabilities = a.probabilities.of(task) + start;
     double along = 0.0;
@@ -233,6 +157,7 @@ __global__ void __launch_bounds__(kCriterionThreads) curve_kernel(CriterionArgum
       a.bar.of(task)[start + c] = c < a.channels ? curved : T(0);
     }
   }
+  put_beta(a, task);
 }
 
 // dotᵀ bar = dotᵀ C dot of a task, by a warp
@@ -242,10 +167,9 @@ __global__ void __launch_bounds__(kCriterionThreads) curvature_kernel(CriterionA
   const int64_t task = blockIdx.x;
   if (threadIdx.x >= 32) return;
   double sum = 0.0;
-  for (int64_t k = threadIdx.x; k < static_cast<int64_t>(a.images) * a.width; k += 32) {
-    if (k % a.width < a.channels) {
-      sum += static_cast<double>(a.values.of(task)[k]) * static_cast<double>(a.bar.of(task)[k]);
-    }
+  for (int k = threadIdx.x; k < a.images * a.channels; k += 32) {
+    const int at = k / a.channels * a.width + k % a.channels;
+    sum += static_cast<double>(a.values.of(task)[at]) * static_cast<double>(a.bar.of(task)[at]);
   }
   sum = sum_of_warp(sum);
   if (threadIdx.x == 0) curvature[task] = sum;
@@ -253,11 +177,13 @@ __global__ void __launch_bounds__(kCriterionThreads) curvature_kernel(CriterionA
 
 // [S, width] without the padding
 template <typename T>
-__global__ void __launch_bounds__(kElementThreads) outputs_kernel(CriterionArguments<T> a, int64_t size, int blocks) {
+__global__ void __launch_bounds__(kElementThreads) outputs_kernel(CriterionArguments<T> a, int blocks) {
   wait_for_launch_ahead();
-  over_elements(size, blocks, [&](int64_t task, int64_t k) {
-    a.outputs[task * size + k] = a.values.of(task)[k / a.channels * a.width + k % a.channels];
-  });
+  const int64_t task = blockIdx.x / blocks;
+  const int k = static_cast<int>(blockIdx.x % blocks) * kElementThreads + static_cast<int>(threadIdx.x);
+  if (k < a.images * a.channels) {
+    a.outputs.of(task)[k] = a.values.of(task)[k / a.channels * a.width + k % a.channels];
+  }
 }
 
 }  // namespace imaml_ext

@@ -34,8 +34,8 @@ PerTask<const T> rows(const NetworkArguments<T>& a, const T* first) {
   return {first, a.net.parameters};
 }
 template <typename T>
-PerTask<T> rows(const NetworkArguments<T>& a, T* first) {
-  return {first, a.net.parameters};
+ParametersOut<T> rows_out(const NetworkArguments<T>& a, T* first) {
+  return ParametersOut<T>({first, a.net.parameters});
 }
 template <typename T>
 PerTask<const T> images_of(const NetworkArguments<T>& a) {
@@ -55,26 +55,34 @@ CriterionArguments<T> criterion_of(const NetworkArguments<T>& a, const BatchStor
 }
 
 template <typename T>
-void write_outputs(OnCuda device, const NetworkArguments<T>& a, const BatchStorage<T>& storage) {
-  CriterionArguments<T> c = criterion_of(a, storage);
-  c.outputs = a.outputs;
-  launch_elements<outputs_kernel<T>>(device.stream, c, a.images * a.net.outputs(), a.tasks);
+PerTask<T> outputs_of(const NetworkArguments<T>& a) {
+  return {a.outputs, a.images * a.net.outputs()};
 }
 
-// Forward, criterion and backward: losses [B], the gradient in rows of parameters.
+// Where the derivative in β of the last layer goes if the criterion sums it.
+template <typename T>
+ParametersOut<T> beta_of_head(const NetworkArguments<T>& a, const ParametersOut<T>& gradient) {
+  const Layer& head = a.net.layers.back();
+  return BatchKernels<T>::is_plain(head) ? gradient + head.beta : ParametersOut<T>();
+}
+
+// Forward, criterion and backward: losses [B], the outputs where they are wanted, the gradient in rows of parameters.
 template <typename T>
 void pass_both_ways(OnCuda device, const NetworkArguments<T>& a, const BatchPass<T>& pass,
-                    const BatchStorage<T>& storage, PerTask<const T> params, T* losses, PerTask<T> gradient) {
+                    const BatchStorage<T>& storage, PerTask<const T> params, T* losses,
+                    const ParametersOut<T>& gradient) {
   pass.forward(params, storage);
   CriterionArguments<T> criterion = criterion_of(a, storage);
   criterion.bar = storage.bars.back().out_bar;
+  if (a.outputs != nullptr) criterion.outputs = outputs_of(a);
   criterion.losses = losses;
+  criterion.beta = beta_of_head(a, gradient);
   launch<criterion_kernel<T>>(device.stream, {grid_of(1, a.tasks), kCriterionThreads}, criterion);
   pass.backward(params, storage, gradient);
 }
 
 // The derivative of every task's values along the direction and the criterion's second derivative of it in output_bar,
-// and then finish(pass, storage, dots, criterion).
+// with its sum for β in `product`, and then finish(pass, storage, dots, criterion).
 template <typename T, typename Finish>
 void along(OnCuda device, const NetworkArguments<T>& a, const Finish& finish) {
   const auto [scratch, dots] = take_memory(a, [&]<typename Memory>(Memory& memory) {
@@ -88,6 +96,7 @@ void along(OnCuda device, const NetworkArguments<T>& a, const Finish& finish) {
   CriterionArguments<T> criterion = criterion_of(a, storage);
   criterion.values = dots.dots.back().out_dot;
   criterion.bar = pass.output_bar(dots);
+  if (a.product != nullptr) criterion.beta = beta_of_head(a, rows_out(a, a.product));
   launch<curve_kernel<T>>(device.stream, {grid_of(1, a.tasks), kCriterionThreads}, criterion);
   finish(pass, storage, dots, criterion);
 }
@@ -103,7 +112,10 @@ void network_outputs(OnCuda device, const NetworkArguments<T>& a) {
   const BatchKernels<T> kernels(device.stream, a.net, a.tasks, a.images, scratch);
   kernels.read_input(images_of(a), storage.input);
   BatchPass<T>(a.net, kernels).forward(rows(a, a.params), storage);
-  write_outputs(device, a, storage);
+  CriterionArguments<T> c = criterion_of(a, storage);
+  c.outputs = outputs_of(a);
+  const int64_t blocks = ceil_div(a.images * a.net.outputs(), kElementThreads);
+  launch<outputs_kernel<T>>(device.stream, {grid_of(blocks, a.tasks), kElementThreads}, c, static_cast<int>(blocks));
 }
 
 template <typename T>
@@ -117,8 +129,8 @@ void network_gradient(OnCuda device, const NetworkArguments<T>& a) {
   const BatchStorage<T> storage = passing ? *passing : storage_on_tape(a);
   const BatchKernels<T> kernels(device.stream, a.net, a.tasks, a.images, scratch);
   kernels.read_input(images_of(a), storage.input);
-  pass_both_ways(device, a, BatchPass<T>(a.net, kernels), storage, rows(a, a.params), a.losses, rows(a, a.gradient));
-  write_outputs(device, a, storage);
+  pass_both_ways(device, a, BatchPass<T>(a.net, kernels), storage, rows(a, a.params), a.losses,
+                 rows_out(a, a.gradient));
 }
 
 template <typename T>
@@ -127,14 +139,29 @@ void network_descend(OnCuda device, const NetworkArguments<T>& a, const ProxArgu
     const auto scratch = take_scratch<T>(a.net, a.images, memory);
     return std::pair(scratch, Storage<T, Memory>(a.net, a.images, Keep::kNothing, true, memory));
   });
-  ProxArguments<T> step = prox;
-  step.grad = reinterpret_cast<T*>(a.allocate(prox.rows * prox.cols * static_cast<int64_t>(sizeof(T))));
   const BatchKernels<T> kernels(device.stream, a.net, a.tasks, a.images, scratch);
   const BatchPass<T> pass(a.net, kernels);
   kernels.read_input(images_of(a), storage.input);
+  // φ and other rows take turns: a step reads the ones and writes the others, as part of the way back. The first step
+  // of an odd number of them leaves its gradient there and moves φ in a launch of its own.
+  T* const others = reinterpret_cast<T*>(a.allocate(prox.rows * prox.cols * static_cast<int64_t>(sizeof(T))));
+  T *from = prox.phi, *to = others;
   for (int64_t k = 0; k < steps; ++k) {
-    pass_both_ways(device, a, pass, storage, rows(a, a.params), a.losses + k * a.tasks, rows(a, step.grad));
-    prox_update(device, ProxUpdate::kSgd, step);
+    ParametersOut<T> out = rows_out(a, to);
+    const bool apart = k == 0 && steps % 2 == 1;
+    if (!apart) {
+      out.phi = rows<T>(a, from);
+      out.theta = {prox.theta, prox.theta_row_stride};
+      out.lam = prox.lam, out.lr = prox.lr;
+    }
+    pass_both_ways(device, a, pass, storage, rows<T>(a, from), a.losses + k * a.tasks, out);
+    if (apart) {
+      ProxArguments<T> step = prox;
+      step.grad = others;
+      prox_update(device, ProxUpdate::kSgd, step);
+    } else {
+      std::swap(from, to);
+    }
   }
 }
 
@@ -144,9 +171,9 @@ void network_product(OnCuda device, const NetworkArguments<T>& a, bool gauss_new
         [&](const BatchPass<T>& pass, const BatchStorage<T>& storage, const DotStorage<T, TaskMemory>& dots,
             const CriterionArguments<T>&) {
           if (gauss_newton) {
-            pass.gauss_newton(rows(a, a.params), storage, dots, rows(a, a.product));
+            pass.gauss_newton(rows(a, a.params), storage, dots, rows_out(a, a.product));
           } else {
-            pass.second(rows(a, a.params), rows(a, a.direction), storage, dots, rows(a, a.product));
+            pass.second(rows(a, a.params), rows(a, a.direction), storage, dots, rows_out(a, a.product));
           }
         });
 }

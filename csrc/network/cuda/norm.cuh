@@ -1,24 +1,26 @@
-// Norm and activation of a layer, one direction of differentiation a kernel; the equations are those of
+// Norm, activation and pooling of a layer, one direction of differentiation each; the equations are those of
 // network/cpu/kernels.inl.
 //
-// A block has kGroup channels of one task, and a slice of its rows. Sums over a slice are taken in T by a thread (it
-// has kSliceRows / kLanes rows), in float64 and by a fixed tree between threads. A task of one slice is done in one
-// launch; with more, a first launch leaves the sums of every slice, and a second adds them up in their order and
-// applies them.
+// A block has kGroup channels of one task, and a slice of its rows. A thread reads all of its numbers, kRows of one
+// channel, into registers at once, and writes when it has read. Sums over them are taken in T, sums between threads in
+// float64 and by a fixed tree. A task of one slice is done in one launch; with more, a first launch leaves the sums of
+// every slice, and a second adds them up in a fixed order and applies them.
 #pragma once
 
 #include "common/cuda/launch.cuh"
+#include "network/cuda/parameters.cuh"
 #include "network/cuda/per_task.cuh"
 
 namespace imaml_ext {
 
-constexpr int kLanes = 32;  // threads to a channel
-constexpr int kNormThreads = kLanes * kGroup;
-constexpr int kNormWarps = kNormThreads / 32;
-constexpr int kSliceRows = 1024;
-static_assert(kGroup == 16, "a warp has two lanes of every channel");
-
+enum class NormWay { kNone, kForward, kTangent, kBackward, kSecond };
 enum class NormPhase { kWhole, kSums, kApply };
+
+constexpr int kNormThreads = 512;
+template <typename T>
+constexpr int kNormRows = 128 / sizeof(T);  // that a thread has registers for
+template <typename T>
+constexpr int kSliceRows = kNormRows<T> * kNormThreads / kGroup;
 
 // Fields as in NormArguments (network/cpu/norm_arguments.h), of all tasks. Vectors are [channels] where they are parts
 // of a row of parameters, [width] with zeros in padded channels elsewhere.
@@ -27,71 +29,293 @@ struct NormRows {
   Norm norm = Norm::kBias;
   Activation activation = Activation::kIdentity;
   Pool pool = Pool::kNone;
-  int images = 0, rows = 0, cols = 0;  // pixels of an image
+  int total = 0;           // rows of a task
+  int rows = 0, cols = 0;  // pixels of an image
   int channels = 0, width = 0;
   int slices = 1;
-  bool activates = false;  // the kernels write and read `act`
+  bool activates = false;                                 // the kernels write and read `act`
+  int pooled = 0;                                         // pixels of a task after pooling
+  Divisor by_pixels, by_cols, by_pooled, by_pooled_cols;  // of an image, before and after pooling
   PerTask<const T> gamma, beta;
-  PerTask<T> hat, act, scale;
-  PerTask<const uint8_t> winner;
+  PerTask<T> hat, act, out, scale;
+  PerTask<uint8_t> winner;
   PerTask<const T> out_bar;  // what unpooling reads: of the layer's output; z_bar or y_bar_dot itself without pooling
   PerTask<T> z_bar, y_bar, gamma_bar, beta_bar;
 
   PerTask<const T> gamma_dot, beta_dot;
-  PerTask<T> hat_dot, act_dot, pull;
-  PerTask<T> y_bar_dot, gamma_bar_dot, beta_bar_dot;
+  PerTask<T> hat_dot, act_dot, out_dot, pull;
+  PerTask<T> y_bar_dot;
 
-  PerTask<T> gamma_out, beta_out;  // γ and β of the row of parameters that takes the derivatives
-  PerTask<double> partial;         // [width / kGroup, slices, 2, kGroup]
+  ParametersOut<T> gamma_out, beta_out;
+  PerTask<double> partial;  // [width / kGroup, slices, 2, kGroup]
 };
 
+template <typename T>
+int64_t norm_slices(int64_t rows) {
+  return ceil_div(rows, kSliceRows<T>);
+}
 // Doubles of the sums of slices, a task.
-inline int64_t norm_slices(int64_t rows) { return ceil_div(rows, kSliceRows); }
-inline int64_t norm_partial_size(const Layer& layer, int64_t images) {
-  const int64_t slices = norm_slices(images * layer.pixels());
+template <typename T>
+int64_t norm_partial_size(const Layer& layer, int64_t images) {
+  const int64_t slices = norm_slices<T>(images * layer.pixels());
   return slices == 1 ? 0 : layer.width() * slices * 2;
 }
 
-struct NormShared {
-  double warp[2][kNormWarps][kGroup];
-  double total[2][kGroup];
-};
-
-// What one thread has of a layer: a channel, and every kLanes-th row of a slice.
 template <typename T>
-struct NormPart {
-  const NormRows<T>& n;
-  NormShared& shared;
-  int64_t task;
-  int group, slice, channel, lane;
-  int begin, end;  // rows of the slice
-  bool real;       // not a padded channel
+__device__ __forceinline__ T activated(Activation activation, T z) {
+  if (activation == Activation::kTanh) return tanh(z);
+  return activation == Activation::kRelu && z < T(0) ? T(0) : z;  // a NaN stays one
+}
+// act′(z) d, from a = act(z)
+template <typename T>
+__device__ __forceinline__ T through(Activation activation, T a, T d) {
+  if (activation == Activation::kTanh) return d - a * a * d;
+  return activation == Activation::kIdentity || a > T(0) ? d : T(0);
+}
 
-  __device__ NormPart(const NormRows<T>& rows, NormShared& storage) : n(rows), shared(storage) {
-    int block = blockIdx.x;
-    slice = block % n.slices;
-    block /= n.slices;
-    group = block % (n.width / kGroup);
-    task = block / (n.width / kGroup);
-    channel = group * kGroup + threadIdx.x % kGroup;
-    lane = threadIdx.x / kGroup;
-    begin = slice * kSliceRows;
-    end = smaller(begin + kSliceRows, total_rows());
-    real = channel < n.channels;
+// One number of what leaves the layer, of a pixel after pooling, or its derivative:
+// a = act(max of z over 2×2 pixels), the first of equal ones winning; or the mean of a over all pixels
+template <bool kTangent, typename T>
+__device__ __forceinline__ void pool_pixel(const NormRows<T>& n, int64_t task, int pixel, int channel) {
+  const int to = pixel * n.width + channel;
+  if (n.pool == Pool::kMean) {
+    const int pixels = n.by_pixels.by;
+    const T* const in = (kTangent ? n.act_dot : n.act).of(task) + pixel * pixels * n.width + channel;
+    const T share = T(1) / static_cast<T>(pixels);
+    T sum = T(0);
+    for (int k = 0; k < pixels; ++k) sum += share * in[k * n.width];
+    (kTangent ? n.out_dot : n.out).of(task)[to] = sum;
+    return;
   }
-  __device__ int total_rows() const { return n.images * n.rows * n.cols; }
+  const bool batch = n.norm == Norm::kBatch, real = channel < n.channels;
+  const T gamma = batch && real ? n.gamma.of(task)[channel] : T(0);
+  const T beta = batch && real ? n.beta.of(task)[channel] : T(0);
+  int image = pixel;
+  int y = n.by_pooled.split(image);
+  const int x = n.by_pooled_cols.split(y);
+  const int first = ((image * n.rows + 2 * y) * n.cols + 2 * x) * n.width + channel;
+  const auto of_window = [&](int k) { return first + (k / 2 * n.cols + k % 2) * n.width; };
+  const T* const hat = n.hat.of(task);
+  if constexpr (kTangent) {
+    const int at = of_window(n.winner.of(task)[to]);
+    T z_dot = n.hat_dot.of(task)[at];
+    if (batch && real) {
+      z_dot = gamma * z_dot + n.gamma_dot.of(task)[channel] * hat[at] + n.beta_dot.of(task)[channel];
+    }
+    n.act_dot.of(task)[to] = through(n.activation, n.act.of(task)[to], z_dot);
+  } else {
+    const auto z = [&](int k) {
+      const T value = hat[of_window(k)];
+      return batch ? gamma * value + beta : value;
+    };
+    T best = z(0);
+    uint8_t winner = 0;
+    for (int k = 1; k < 4; ++k) {
+      const T other = z(k);
+      if (other > best || other != other) best = other, winner = static_cast<uint8_t>(k);
+    }
+    n.winner.of(task)[to] = winner;
+    n.act.of(task)[to] = activated(n.activation, best);
+  }
+}
 
+// What a block has of a layer; a thread has one channel, and every kLanes-th row of the slice.
+template <typename T, int kRows, int kThreads>
+struct NormBlock {
+  static constexpr int kLanes = kThreads / kGroup, kWarps = kThreads / 32;
+  static_assert(kGroup == 16 && kRows <= 32, "a warp has two lanes of every channel; a thread has a bit for every row");
+  struct Shared {
+    double warp[2][kWarps][kGroup];
+    double total[2][kGroup];
+  };
+  using Numbers = T[kRows];
+
+  const NormRows<T>& n;
+  const NormPhase phase;
+  Shared& shared;
+  const int64_t task;
+  const int group, slice, channel, lane;
+  const int begin, end;  // rows of the slice
+  const bool real;       // not a padded channel
+
+  __device__ NormBlock(const NormRows<T>& rows, NormPhase of_launch, Shared& storage, int64_t of_task, int of_group,
+                       int of_slice)
+      : n(rows),
+        phase(of_launch),
+        shared(storage),
+        task(of_task),
+        group(of_group),
+        slice(of_slice),
+        channel(group * kGroup + static_cast<int>(threadIdx.x) % kGroup),
+        lane(static_cast<int>(threadIdx.x) / kGroup),
+        begin(slice * kSliceRows<T>),
+        end(smaller(begin + kSliceRows<T>, n.total)),
+        real(channel < n.channels) {}
+
+  __device__ __forceinline__ void run(NormWay way) const {
+    if (way == NormWay::kForward) return forward();
+    if (way == NormWay::kTangent) return tangent();
+    if (way == NormWay::kBackward) return backward();
+    if (way == NormWay::kSecond) return second();
+  }
+
+  // With a batch norm   x̂ = s (y − mean y),  s = 1 / √(var y + ε),  z = γ x̂ + β;   a = act(z).   Without one, the
+  // product adds β (products.cuh).
+  __device__ __forceinline__ void forward() const {
+    T* const hats = n.hat.of(task);
+    T* const act = n.act.of(task);
+    const T gamma = of(n.gamma), beta = of(n.beta);
+    Numbers y;
+    over_rows([&](int r, int, int i) { y[r] = hats[i]; });
+    let_next_launch_begin();
+    T mean;
+    double squares;
+    if (!moments(y, mean, squares)) return;
+    const T scale = static_cast<T>(1.0 / sqrt(squares / n.total + kBatchNormEps));
+    if (leads()) n.scale.of(task)[channel] = scale;
+    over_rows([&](int r, int, int i) {
+      const T hat = (y[r] - mean) * scale;
+      hats[i] = hat;
+      const T z = gamma * hat + beta;
+      if (n.activates) act[i] = n.activation == Activation::kRelu && z < T(0) ? T(0) : z;
+    });
+    pool<false>();
+  }
+
+  // x̂˙ = s (ẏ − mean ẏ − x̂ mean(x̂ ẏ));   ż = γ x̂˙ + γ̇ x̂ + β̇;   ȧ = act′ ż
+  __device__ __forceinline__ void tangent() const {
+    const T* const hats = n.hat.of(task);
+    const T* const act = n.act.of(task);
+    T* const hat_dots = n.hat_dot.of(task);
+    T* const act_dot = n.act_dot.of(task);
+    const T scale = kept(n.scale), gamma = of(n.gamma), gamma_dot = of(n.gamma_dot), beta_dot = of(n.beta_dot);
+    Numbers hat, hat_dot;
+    uint32_t passing = 0;
+    double total[2] = {};
+    T sums[2] = {};
+    if (n.activates && phase != NormPhase::kSums) {
+      over_rows([&](int r, int, int i) {
+        if (n.activation != Activation::kRelu || act[i] > T(0)) passing |= 1u << r;
+      });
+    }
+    over_rows([&](int r, int, int i) { hat[r] = hats[i], hat_dot[r] = hat_dots[i]; });
+    let_next_launch_begin();
+    over_rows([&](int r, int, int) {
+      sums[0] += hat_dot[r];
+      sums[1] += hat_dot[r] * hat[r];
+    });
+    if (!add_rows(sums, total)) return;
+    const T mean = static_cast<T>(total[0] / n.total);
+    const T pull = static_cast<T>(total[1] / n.total);
+    if (leads()) n.pull.of(task)[channel] = pull;
+    over_rows([&](int r, int, int i) {
+      const T dot = scale * (hat_dot[r] - mean - hat[r] * pull);
+      hat_dots[i] = dot;
+      if (n.activates) act_dot[i] = passing >> r & 1 ? gamma * dot + gamma_dot * hat[r] + beta_dot : T(0);
+    });
+    pool<true>();
+  }
+
+  // z̄ = act′ ā;   β̄ = Σ z̄,  γ̄ = Σ z̄ x̂;   ȳ = s γ (z̄ − mean z̄ − x̂ mean(z̄ x̂))
+  __device__ __forceinline__ void backward() const {
+    const bool batch = n.norm == Norm::kBatch;
+    const T* const hats = n.hat.of(task);
+    const T* const act = n.act.of(task);
+    T* const z_bars = n.z_bar.of(task);
+    T* const y_bars = n.y_bar.of(task);
+    const T scale = batch ? kept(n.scale) * of(n.gamma) : T(0);
+    Numbers hat = {}, z_bar;
+    double total[2] = {};
+    T sums[2] = {};
+    unpool(z_bar);
+    if (batch) over_rows([&](int r, int, int i) { hat[r] = hats[i]; });
+    if (n.activates) over_rows([&](int r, int, int i) { z_bar[r] = through(n.activation, act[i], z_bar[r]); });
+    let_next_launch_begin();
+    over_rows([&](int r, int, int) {
+      sums[0] += z_bar[r];
+      sums[1] += z_bar[r] * hat[r];
+    });
+    if (!add_rows(sums, total)) return;
+    if (leads()) {
+      n.beta_bar.of(task)[channel] = static_cast<T>(total[0]);
+      if (real) n.beta_out.put(task, channel, static_cast<T>(total[0]));
+      if (batch) n.gamma_bar.of(task)[channel] = static_cast<T>(total[1]);
+      if (batch && real) n.gamma_out.put(task, channel, static_cast<T>(total[1]));
+    }
+    const T mean = static_cast<T>(total[0] / n.total);
+    const T along = static_cast<T>(total[1] / n.total);
+    over_rows([&](int r, int, int i) {
+      if (!batch || z_bars != y_bars) z_bars[i] = z_bar[r];
+      if (batch) y_bars[i] = scale * (z_bar[r] - mean - hat[r] * along);
+    });
+  }
+
+  // The derivative of `backward`, act″ included. With u = z̄ − mean z̄ − x̂ mean(z̄ x̂),
+  //   ȳ˙ = (s γ)˙ u + s γ (z̄˙ − mean z̄˙ − x̂˙ mean(z̄ x̂) − x̂ mean((z̄ x̂)˙)),   s˙ = −s² mean(x̂ ẏ)
+  __device__ __forceinline__ void second() const {
+    const bool batch = n.norm == Norm::kBatch;
+    const T* const hats = n.hat.of(task);
+    const T* const act = n.act.of(task);
+    const T* const hat_dots = n.hat_dot.of(task);
+    const T* const z_bars = n.z_bar.of(task);
+    T* const bar_dots = n.y_bar_dot.of(task);
+    const T inverse = T(1) / static_cast<T>(n.total);
+    T mean = T(0), along = T(0), factor = T(0), factor_dot = T(0);
+    if (batch) {
+      const T s = kept(n.scale), gamma = of(n.gamma);
+      mean = kept(n.beta_bar) * inverse, along = kept(n.gamma_bar) * inverse;
+      factor = s * gamma;
+      factor_dot = s * (of(n.gamma_dot) - s * kept(n.pull) * gamma);
+    }
+    Numbers hat = {}, bar_dot;  // z̄˙, and then ȳ˙ but for what the sums add to it
+    double total[2] = {};
+    T sums[2] = {};
+    unpool(bar_dot);
+    if (batch) over_rows([&](int r, int, int i) { hat[r] = hats[i]; });
+    over_rows([&](int r, int, int i) {
+      T z_bar_dot = bar_dot[r];
+      if (n.activates) {
+        const T a = act[i];
+        z_bar_dot = through(n.activation, a, z_bar_dot);
+        // tanh″ ż ā = −2 tanh ż z̄, and with a norm ż is not at hand: kTanh comes with kBias alone.
+        if (n.activation == Activation::kTanh) z_bar_dot -= T(2) * a * hat_dots[i] * z_bars[i];
+      }
+      sums[0] += z_bar_dot;
+      bar_dot[r] = z_bar_dot;
+      if (!batch) return;
+      const T z_bar = z_bars[i], hat_dot = hat_dots[i];
+      sums[1] += z_bar_dot * hat[r] + z_bar * hat_dot;
+      bar_dot[r] = factor_dot * (z_bar - mean - hat[r] * along) + factor * (z_bar_dot - hat_dot * along);
+    });
+    let_next_launch_begin();
+    if (!add_rows(sums, total)) return;
+    if (leads()) {
+      if (real) n.beta_out.put(task, channel, static_cast<T>(total[0]));
+      if (batch && real) n.gamma_out.put(task, channel, static_cast<T>(total[1]));
+    }
+    const T mean_dot = static_cast<T>(total[0] / n.total);
+    const T along_dot = static_cast<T>(total[1] / n.total);
+    over_rows([&](int r, int, int i) {
+      bar_dots[i] = batch ? bar_dot[r] - factor * (mean_dot + hat[r] * along_dot) : bar_dot[r];
+    });
+  }
+
+ private:
   // A number of a vector, zero in a padded channel.
   __device__ T of(const PerTask<const T>& vector) const { return real ? vector.of(task)[channel] : T(0); }
   __device__ T kept(const PerTask<T>& vector) const { return vector.of(task)[channel]; }
 
-  template <typename Body>
-  __device__ void over_rows(const Body& body) const {
-    for (int row = begin + lane; row < end; row += kLanes) body(static_cast<int64_t>(row) * n.width + channel, row);
-  }
-
   // One thread to a channel in the whole task.
   __device__ bool leads() const { return slice == 0 && lane == 0; }
+
+  template <typename Body>
+  __device__ __forceinline__ void over_rows(const Body& body) const {
+    const int first = begin + lane, left = end - first;
+    const int start = first * n.width + channel, apart = kLanes * n.width;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (r * kLanes < left) body(r, first + r * kLanes, start + r * apart);
+  }
 
   // Sums over the lanes of each channel, in every thread. Every thread of the block must call it.
   template <int kSums>
@@ -106,7 +330,8 @@ struct NormPart {
     if (threadIdx.x < kSums * kGroup) {
       const int k = threadIdx.x / kGroup, c = threadIdx.x % kGroup;
       double sum = 0.0;
-      for (int w = 0; w < kNormWarps; ++w) sum += shared.warp[k][w][c];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += shared.warp[k][w][c];
       shared.total[k][c] = sum;
     }
     __syncthreads();
@@ -119,48 +344,43 @@ struct NormPart {
         task)[((static_cast<int64_t>(group) * n.slices + of_slice) * 2 + k) * kGroup + channel % kGroup];
   }
 
-  // Σ over the task's rows of what term(index, row, sums) adds to `sums`. False once this launch has done its part.
-  template <typename Each>
-  __device__ bool sum_rows(NormPhase phase, const Each& term, double (&total)[2]) const {
-    total[0] = total[1] = 0.0;
+  // Σ over the task's rows of what the thread has summed over its own. False once this launch has done its part.
+  __device__ bool add_rows(const T (&sums)[2], double (&total)[2]) const {
     if (phase == NormPhase::kApply) {
-      for (int s = 0; s < n.slices; ++s) total[0] += partial(s, 0), total[1] += partial(s, 1);
-      return true;
+      for (int s = lane; s < n.slices; s += kLanes) total[0] += partial(s, 0), total[1] += partial(s, 1);
+    } else {
+      total[0] = static_cast<double>(sums[0]), total[1] = static_cast<double>(sums[1]);
     }
-    T sums[2] = {};
-    over_rows([&](int64_t i, int row) { term(i, row, sums); });
-    total[0] = static_cast<double>(sums[0]), total[1] = static_cast<double>(sums[1]);
     add_lanes(total);
-    if (phase == NormPhase::kWhole) return true;
-    if (lane == 0) partial(slice, 0) = total[0], partial(slice, 1) = total[1];
-    return false;
+    if (phase == NormPhase::kSums && lane == 0) partial(slice, 0) = total[0], partial(slice, 1) = total[1];
+    return phase != NormPhase::kSums;
   }
 
   // The mean and Σ (y − mean)² over the task's rows, those of the slices joined as in Chan, Golub and LeVeque (1983).
-  __device__ bool moments(NormPhase phase, T& mean, double& squares) const {
+  __device__ bool moments(const Numbers& y, T& mean, double& squares) const {
+    double sum[1] = {}, around[1] = {};
     if (phase == NormPhase::kApply) {
-      double sum = 0.0;
-      for (int s = 0; s < n.slices; ++s) sum += partial(s, 0);
-      const double whole = sum / total_rows();
-      squares = 0.0;
-      for (int s = 0; s < n.slices; ++s) {
-        const double count = smaller(kSliceRows, total_rows() - s * kSliceRows);
+      for (int s = lane; s < n.slices; s += kLanes) sum[0] += partial(s, 0);
+      add_lanes(sum);
+      const double whole = sum[0] / n.total;
+      for (int s = lane; s < n.slices; s += kLanes) {
+        const double count = smaller(kSliceRows<T>, n.total - s * kSliceRows<T>);
         const double apart = partial(s, 0) / count - whole;
-        squares += partial(s, 1) + count * apart * apart;
+        around[0] += partial(s, 1) + count * apart * apart;
       }
-      mean = static_cast<T>(whole);
+      add_lanes(around);
+      mean = static_cast<T>(whole), squares = around[0];
       return true;
     }
-    const T* const y = n.hat.of(task);
     T of_rows = T(0);
-    over_rows([&](int64_t i, int) { of_rows += y[i]; });
-    double sum[1] = {static_cast<double>(of_rows)};
+    over_rows([&](int r, int, int) { of_rows += y[r]; });
+    sum[0] = static_cast<double>(of_rows);
     add_lanes(sum);
     const double exact = sum[0] / (end - begin);
     mean = static_cast<T>(exact);
     of_rows = T(0);
-    over_rows([&](int64_t i, int) { of_rows += (y[i] - mean) * (y[i] - mean); });
-    double around[1] = {static_cast<double>(of_rows)};
+    over_rows([&](int r, int, int) { of_rows += (y[r] - mean) * (y[r] - mean); });
+    around[0] = static_cast<double>(of_rows);
     add_lanes(around);
     squares = around[0];
     if (phase == NormPhase::kWhole) return true;
@@ -170,207 +390,90 @@ struct NormPart {
     return false;
   }
 
-  __device__ T activate(T z) const {
-    switch (n.activation) {
-      case Activation::kRelu:
-        return z < T(0) ? T(0) : z;  // a NaN stays one
-      case Activation::kTanh:
-        return tanh(z);
-      case Activation::kIdentity:
-        break;
-    }
-    return z;
-  }
-
-  // act′(z) d, from a = act(z)
-  __device__ T through(T a, T d) const {
-    switch (n.activation) {
-      case Activation::kRelu:
-        return a > T(0) ? d : T(0);
-      case Activation::kTanh:
-        return d - a * a * d;
-      case Activation::kIdentity:
-        break;
-    }
-    return d;
-  }
-  __device__ bool passes(T a) const { return n.activation != Activation::kRelu || a > T(0); }
-
-  // The adjoint of the pooling, of max-pooling with the activation behind it: the bar of a pixel from those of the
-  // output. Without pooling they are the same.
-  __device__ T unpooled(int64_t index, int row) const {
+  // The adjoint of the pooling, of max-pooling with the activation behind it: bars of pixels from those of the output.
+  // Without pooling they are the same.
+  __device__ __forceinline__ void unpool(Numbers& bar) const {
     const T* const out_bar = n.out_bar.of(task);
-    if (n.pool == Pool::kNone) return out_bar[index];
-    const int pixels = n.rows * n.cols;
-    const int image = row / pixels, pixel = row % pixels;
-    if (n.pool == Pool::kMean) {
-      return T(1) / static_cast<T>(pixels) * out_bar[static_cast<int64_t>(image) * n.width + channel];
+    if (n.pool == Pool::kNone) {
+      over_rows([&](int r, int, int i) { bar[r] = out_bar[i]; });
+    } else if (n.pool == Pool::kMean) {
+      const T share = T(1) / static_cast<T>(n.by_pixels.by);
+      over_rows([&](int r, int row, int) { bar[r] = share * out_bar[n.by_pixels.divide(row) * n.width + channel]; });
+    } else {
+      const T* const act = n.act.of(task);
+      const uint8_t* const winner = n.winner.of(task);
+      over_rows([&](int r, int row, int) {
+        int image = row;
+        int y = n.by_pixels.split(image);
+        const int x = n.by_cols.split(y);
+        bar[r] = T(0);
+        if (y / 2 >= n.rows / 2 || x / 2 >= n.cols / 2) return;  // an odd image's last row or column
+        const int at = (image * n.by_pooled.by + y / 2 * n.by_pooled_cols.by + x / 2) * n.width + channel;
+        if (winner[at] == y % 2 * 2 + x % 2) bar[r] = through(n.activation, act[at], out_bar[at]);
+      });
     }
-    const int y = pixel / n.cols, x = pixel % n.cols;
-    const int rows = n.rows / 2, cols = n.cols / 2;
-    if (y / 2 >= rows || x / 2 >= cols) return T(0);  // an odd image's last row or column
-    const int64_t at = ((static_cast<int64_t>(image) * rows + y / 2) * cols + x / 2) * n.width + channel;
-    return n.winner.of(task)[at] == y % 2 * 2 + x % 2 && passes(n.act.of(task)[at]) ? out_bar[at] : T(0);
+  }
+
+  // Pooling where the block has all rows of its channels.
+  template <bool kTangent>
+  __device__ __forceinline__ void pool() const {
+    if (n.pool == Pool::kNone || phase != NormPhase::kWhole) return;
+    __syncthreads();
+    for (int pixel = lane; pixel < n.pooled; pixel += kLanes) pool_pixel<kTangent>(n, task, pixel, channel);
   }
 };
 
-// With a batch norm   x̂ = s (y − mean y),  s = 1 / √(var y + ε),  z = γ x̂ + β;   else   z = y + β;   a = act(z)
-template <typename T>
-__global__ void __launch_bounds__(kNormThreads) norm_kernel(NormRows<T> n, NormPhase phase) {
+template <typename T, NormWay kWay, int kRows>
+__global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(NormRows<T> n, NormPhase phase) {
   wait_for_launch_ahead();
-  __shared__ NormShared shared;
-  const NormPart<T> part(n, shared);
-  T* const hat = n.hat.of(part.task);
-  T* const act = n.act.of(part.task);
-  const T beta = part.of(n.beta);
-  if (n.norm == Norm::kBias) {
-    part.over_rows([&](int64_t i, int) {
-      const T z = hat[i] + beta;
-      hat[i] = z;
-      if (n.activates) act[i] = part.activate(z);
-    });
-    return;
-  }
-  T mean;
-  double squares;
-  if (!part.moments(phase, mean, squares)) return;
-  const T scale = static_cast<T>(1.0 / sqrt(squares / part.total_rows() + kBatchNormEps));
-  if (part.leads()) n.scale.of(part.task)[part.channel] = scale;
-  const T gamma = part.of(n.gamma);
-  part.over_rows([&](int64_t i, int) {
-    const T x_hat = (hat[i] - mean) * scale;
-    hat[i] = x_hat;
-    if (n.activates) act[i] = part.activate(gamma * x_hat + beta);
-  });
+  using Block = NormBlock<T, kRows, kNormThreads>;
+  __shared__ typename Block::Shared shared;
+  int block = blockIdx.x;
+  const int slice = block % n.slices;
+  block /= n.slices;
+  const int groups = n.width / kGroup;
+  Block(n, phase, shared, block / groups, block % groups, slice).run(kWay);
 }
 
-// z̄ = act′ ā;   β̄ = Σ z̄,  γ̄ = Σ z̄ x̂;   ȳ = s γ (z̄ − mean z̄ − x̂ mean(z̄ x̂))
-template <typename T>
-__global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(NormRows<T> n, NormPhase phase) {
+constexpr int kElementThreads = 256;
+
+// Pooling where no block of another kernel has all rows of a channel.
+template <typename T, bool kTangent>
+__global__ void __launch_bounds__(kElementThreads) pool_kernel(NormRows<T> n, int blocks) {
   wait_for_launch_ahead();
-  __shared__ NormShared shared;
-  const NormPart<T> part(n, shared);
-  const bool batch = n.norm == Norm::kBatch;
-  const T* const hat = n.hat.of(part.task);
-  const T* const act = n.act.of(part.task);
-  T* const z_bars = n.z_bar.of(part.task);
-  T* const y_bars = n.y_bar.of(part.task);
-  double total[2];
-  const auto term = [&](int64_t i, int row, T(&sums)[2]) {
-    T z_bar = part.unpooled(i, row);
-    if (n.activates) z_bar = part.through(act[i], z_bar);
-    z_bars[i] = z_bar;
-    sums[0] += z_bar;
-    if (batch) sums[1] += z_bar * hat[i];
-  };
-  if (!part.sum_rows(phase, term, total)) return;
-  if (part.leads()) {
-    n.beta_bar.of(part.task)[part.channel] = static_cast<T>(total[0]);
-    if (part.real) n.beta_out.of(part.task)[part.channel] = static_cast<T>(total[0]);
-    if (batch) n.gamma_bar.of(part.task)[part.channel] = static_cast<T>(total[1]);
-    if (batch && part.real) n.gamma_out.of(part.task)[part.channel] = static_cast<T>(total[1]);
+  const int k = static_cast<int>(blockIdx.x % blocks) * kElementThreads + static_cast<int>(threadIdx.x);
+  if (k < n.pooled * n.width) {
+    pool_pixel<kTangent>(n, static_cast<int64_t>(blockIdx.x / blocks), k / n.width, k % n.width);
   }
-  if (!batch) return;  // ȳ is z̄
-  const T mean = static_cast<T>(total[0] / part.total_rows());
-  const T along = static_cast<T>(total[1] / part.total_rows());
-  const T scale = part.kept(n.scale) * part.of(n.gamma);
-  part.over_rows([&](int64_t i, int) { y_bars[i] = scale * (z_bars[i] - mean - hat[i] * along); });
 }
 
-// x̂˙ = s (ẏ − mean ẏ − x̂ mean(x̂ ẏ));   ż = γ x̂˙ + γ̇ x̂ + β̇;   ȧ = act′ ż
-template <typename T>
-__global__ void __launch_bounds__(kNormThreads) norm_tangent_kernel(NormRows<T> n, NormPhase phase) {
-  wait_for_launch_ahead();
-  __shared__ NormShared shared;
-  const NormPart<T> part(n, shared);
-  const T* const hats = n.hat.of(part.task);
-  const T* const act = n.act.of(part.task);
-  T* const hat_dots = n.hat_dot.of(part.task);
-  T* const act_dot = n.act_dot.of(part.task);
-  const T beta_dot = part.of(n.beta_dot);
-  if (n.norm == Norm::kBias) {
-    part.over_rows([&](int64_t i, int) {
-      const T z_dot = hat_dots[i] + beta_dot;
-      hat_dots[i] = z_dot;
-      if (n.activates) act_dot[i] = part.through(act[i], z_dot);
-    });
-    return;
-  }
-  double total[2];
-  const auto term = [&](int64_t i, int, T(&sums)[2]) {
-    sums[0] += hat_dots[i];
-    sums[1] += hat_dots[i] * hats[i];
-  };
-  if (!part.sum_rows(phase, term, total)) return;
-  const T mean = static_cast<T>(total[0] / part.total_rows());
-  const T pull = static_cast<T>(total[1] / part.total_rows());
-  if (part.leads()) n.pull.of(part.task)[part.channel] = pull;
-  const T scale = part.kept(n.scale), gamma = part.of(n.gamma), gamma_dot = part.of(n.gamma_dot);
-  part.over_rows([&](int64_t i, int) {
-    const T hat = hats[i];
-    const T hat_dot = scale * (hat_dots[i] - mean - hat * pull);
-    hat_dots[i] = hat_dot;
-    if (n.activates) act_dot[i] = part.through(act[i], gamma * hat_dot + gamma_dot * hat + beta_dot);
-  });
+template <bool kTangent, typename T>
+void launch_pool(cudaStream_t stream, const NormRows<T>& n, int64_t tasks) {
+  if (n.pool == Pool::kNone) return;
+  const int64_t blocks = ceil_div(static_cast<int64_t>(n.pooled) * n.width, kElementThreads);
+  launch<pool_kernel<T, kTangent>>(stream, {grid_of(blocks, tasks), kElementThreads}, n, static_cast<int>(blocks));
 }
 
-// The derivative of norm_backward, act″ included. With u = z̄ − mean z̄ − x̂ mean(z̄ x̂),
-//   ȳ˙ = (s γ)˙ u + s γ (z̄˙ − mean z̄˙ − x̂˙ mean(z̄ x̂) − x̂ mean((z̄ x̂)˙)),   s˙ = −s² mean(x̂ ẏ)
-template <typename T>
-__global__ void __launch_bounds__(kNormThreads) norm_second_kernel(NormRows<T> n, NormPhase phase) {
-  wait_for_launch_ahead();
-  __shared__ NormShared shared;
-  const NormPart<T> part(n, shared);
-  const bool batch = n.norm == Norm::kBatch;
-  const T* const hats = n.hat.of(part.task);
-  const T* const act = n.act.of(part.task);
-  const T* const hat_dots = n.hat_dot.of(part.task);
-  const T* const z_bars = n.z_bar.of(part.task);
-  T* const bar_dots = n.y_bar_dot.of(part.task);
-  double total[2];
-  const auto term = [&](int64_t i, int row, T(&sums)[2]) {
-    T z_bar_dot = part.unpooled(i, row);
-    if (n.activates) {
-      const T a = act[i];
-      z_bar_dot = part.through(a, z_bar_dot);
-      // tanh″ ż ā = −2 tanh ż z̄, and with a norm ż is not at hand: kTanh comes with kBias alone.
-      if (n.activation == Activation::kTanh) z_bar_dot -= T(2) * a * hat_dots[i] * z_bars[i];
-    }
-    bar_dots[i] = z_bar_dot;
-    sums[0] += z_bar_dot;
-    if (batch) sums[1] += z_bar_dot * hats[i] + z_bars[i] * hat_dots[i];
-  };
-  if (!part.sum_rows(phase, term, total)) return;
-  if (part.leads()) {
-    if (part.real) n.beta_out.of(part.task)[part.channel] = static_cast<T>(total[0]);
-    if (batch && part.real) n.gamma_out.of(part.task)[part.channel] = static_cast<T>(total[1]);
-  }
-  if (!batch) return;
-  const T inverse = T(1) / static_cast<T>(part.total_rows());
-  const T mean = part.kept(n.beta_bar) * inverse, along = part.kept(n.gamma_bar) * inverse;
-  const T mean_dot = static_cast<T>(total[0] / part.total_rows());
-  const T along_dot = static_cast<T>(total[1] / part.total_rows());
-  const T s = part.kept(n.scale), gamma = part.of(n.gamma);
-  const T factor_dot = s * (part.of(n.gamma_dot) - s * part.kept(n.pull) * gamma);
-  const T factor = s * gamma;
-  part.over_rows([&](int64_t i, int) {
-    const T hat = hats[i];
-    const T u = z_bars[i] - mean - hat * along;
-    const T u_dot = bar_dots[i] - mean_dot - hat_dots[i] * along - hat * along_dot;
-    bar_dots[i] = factor_dot * u + factor * u_dot;
-  });
-}
-
-// `sums`: whether rows meet in a sum, which takes a second launch where there is more than one slice.
-template <auto kKernel, typename T>
-void launch_norm(cudaStream_t stream, const NormRows<T>& n, bool sums, int64_t tasks) {
+// The norm of a layer, in a second launch where a task has more than one slice.
+template <NormWay kWay, typename T>
+void launch_norm(cudaStream_t stream, const NormRows<T>& n, int64_t tasks) {
+  constexpr int kFew = 8;
   const unsigned grid = grid_of(static_cast<int64_t>(n.width / kGroup) * n.slices, tasks);
-  if (!sums || n.slices == 1) {
-    launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kWhole);
-  } else {
-    launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kSums);
-    launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kApply);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (n.total <= kFew * kNormThreads / kGroup) {
+      launch<norm_kernel<T, kWay, kFew>>(stream, {grid, kNormThreads}, n, NormPhase::kWhole);
+      return;
+    }
   }
+  constexpr auto kKernel = norm_kernel<T, kWay, kNormRows<T>>;
+  if (n.slices == 1) {
+    launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kWhole);
+    return;
+  }
+  launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kSums);
+  launch<kKernel>(stream, {grid, kNormThreads}, n, NormPhase::kApply);
+  if (kWay == NormWay::kForward) launch_pool<false>(stream, n, tasks);
+  if (kWay == NormWay::kTangent) launch_pool<true>(stream, n, tasks);
 }
 
 }  // namespace imaml_ext
