@@ -2,6 +2,9 @@
 //
 // Where a product meets a sum of vectors' elements, `fma` says that it is rounded once. So it makes no difference which
 // compiler contracts what, nor whether a vector was kept from the phase before or is computed again.
+//
+// No pointer is __restrict__: H p may be p itself, where a callback returns its argument, and p may be b. A tile is
+// loaded as a whole before any of it is stored.
 #include "cg/arguments.h"
 #include "common/cuda/row_team.cuh"
 
