@@ -71,6 +71,40 @@ def test_proximal_steps_agree_with_the_oracle(shape: tuple[int, int], dtype: tor
             torch.testing.assert_close(penalty, reference.prox_penalty(phi, theta, lam), rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("cols", [60_000, 300_001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_penalty_of_long_rows(cols: int, dtype: torch.dtype, device: str) -> None:
+    (phi,) = _vectors(1, (2, cols), dtype, device)
+    phi[1, cols // 2] = math.inf
+    theta = _theta(True, phi)
+    penalty = ops.prox_penalty(phi, theta, 0.37)
+    torch.testing.assert_close(penalty, reference.prox_penalty(phi, theta, 0.37), rtol=3e-7, atol=0)
+    assert torch.equal(ops.prox_penalty(phi[:1], theta, 0.37), penalty[:1])
+
+
+@pytest.mark.parametrize("cols", [40, 1000, 4104])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_bits_of_proximal_steps_do_not_depend_on_where_rows_begin(
+    cols: int, dtype: torch.dtype, device: str
+) -> None:
+    vectors = _vectors(5, (2, cols), dtype, device)
+    vectors[3].abs_()
+    results = []
+    for offset in (0, 1):
+        moved = [torch.empty(2 * cols + offset, dtype=dtype, device=device)[offset:].view(2, cols) for _ in vectors]
+        for to, vector in zip(moved, vectors, strict=True):
+            to.copy_(vector)
+        phi, grad, m, s, theta = moved
+        ops.prox_gradient_(grad, phi, theta, 0.3)
+        ops.prox_sgd_step_(phi, grad, theta, 0.3, 0.1)
+        ops.prox_momentum_step_(phi, m, grad, theta, 0.3, 0.1, 0.9, True)
+        ops.prox_adam_step_(phi, m, s, grad, theta, 0.3, 0.1, 0.9, 0.99, 1e-3, 3)
+        results.append(torch.stack(moved))
+    assert torch.equal(*results)
+
+
 def test_steps_follow_torch_optim() -> None:
     """With λ = 0 the rules are torch.optim's."""
     torch.manual_seed(1)

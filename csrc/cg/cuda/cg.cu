@@ -2,6 +2,9 @@
 //
 // Where a product meets a sum of vectors' elements, `fma` says that it is rounded once. So it makes no difference which
 // compiler contracts what, nor whether a vector was kept from the phase before or is computed again.
+//
+// No pointer is __restrict__: H p may be p itself, where a callback returns its argument, and p may be b. A tile is
+// loaded as a whole before any of it is stored.
 #include "cg/arguments.h"
 #include "common/cuda/row_team.cuh"
 
@@ -348,10 +351,10 @@ struct CgDirection : CgWork<T> {
 template <typename T, typename Work>
 void run(OnCuda device, const CgArguments<T>& a, Work work) {
   work.a = a;
-  bool packed = can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p);
-  for (const auto& coefficient : {a.shift, a.inverse_diagonal}) {
-    packed = packed && (coefficient.col_stride == 0 || can_pack<T>(a.cols, coefficient.data));
-  }
+  const auto packs = [&](const auto& coefficient) {
+    return coefficient.col_stride == 0 || can_pack<T>(a.cols, coefficient.data);
+  };
+  const bool packed = can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p) && packs(a.shift) && packs(a.inverse_diagonal);
   launch_rows(device.stream, work, a.rows, a.cols, packed, a.allocate);
 }
 

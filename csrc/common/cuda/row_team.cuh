@@ -4,12 +4,13 @@
 // Who works on a row depends on its length, its type and the card, never on the other rows; and sums are folded in a
 // fixed order. So a row's result has the same bits whatever stands beside it.
 //
-//     up to 64        8 threads of a warp                 kept in shared memory, one launch:
-//     up to 256       a warp                              a vector is read once
-//     up to 2,048     128 threads
-//     up to 14,080    a block of 512 threads
-//     up to 8 times   a cluster of 2, 4 or 8 blocks       float64: half these numbers in the last two lines
-//     above           up to 264 blocks                    a launch for each phase; sums meet in global memory
+//     unknowns in a row     work on it
+//     up to 64              8 threads of a warp           one launch; p and A p are kept in shared memory
+//     up to 256             a warp
+//     up to 2,048           128 threads
+//     up to 14,080          a block of 512 threads        (float64: 7,040)
+//     up to 232,000         a cluster of 2, 4 or 8        (float64: 116,000)
+//     above                 up to 264 blocks              a launch for each phase; sums meet in global memory
 //
 // A part of 14,080 float32 unknowns (p and A p of a CG step) takes 110 KiB, so that two blocks share a multiprocessor.
 // Where 8 such parts are too few, they grow to what a block can have on Hopper: 232,000 unknowns in a row, 116,000 in

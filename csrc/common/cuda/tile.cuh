@@ -34,8 +34,8 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
-// By words of 16 bytes: the compiler stores the members of a structure one by one. Of these two the first is for global
-// memory, past L1, which the next launch could not read it from.
+// By words of 16 bytes, because the compiler stores the members of a structure one by one: `store_pack` to global
+// memory, `keep_pack` to shared memory.
 template <typename T, int V>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
   uint4 words[sizeof(pack) / 16];

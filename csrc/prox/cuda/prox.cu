@@ -17,7 +17,7 @@ bool are_packed(const ProxRows<T>& a) {
          (a.lr.col_stride == 0 || can_pack<T>(a.cols, a.lr.data));
 }
 
-// This lane's numbers of a tile under a rule: what is read, what the rule makes of it, what is written.
+// This lane's numbers of a tile under a rule: φ, and its step g.
 template <typename T>
 struct RuleTile {
   static constexpr int V = kPackSize<T>;
@@ -44,6 +44,7 @@ struct RuleTile {
     for (int k = 0; k < V; ++k) narrow.v[k] = static_cast<T>(numbers.v[k]);
     tile.store(rows + part.start(), narrow);
   }
+  // φ ← φ − η direction
   __device__ void move_along(const Numbers& direction) {
     const Numbers lr = part.load(tile, a.lr);
 #pragma unroll
@@ -52,70 +53,40 @@ struct RuleTile {
   }
 };
 
-// g ← g + λ (φ − θ)
-struct GradientRule {
-  template <typename T>
-  __device__ void operator()(RuleTile<T> t) const {
-    t.store(t.a.grad, t.g);
-  }
-};
-
-// φ ← φ − η g
-struct SgdRule {
-  template <typename T>
-  __device__ void operator()(RuleTile<T> t) const {
-    t.move_along(t.g);
-  }
-};
-
-struct MomentumRule {
-  template <typename T>
-  __device__ void operator()(RuleTile<T> t) const {
-    using C = compute_t<T>;
-    auto velocity = t.load(t.a.first);
-    const C momentum = static_cast<C>(t.a.rule.momentum);
-#pragma unroll
-    for (int k = 0; k < t.V; ++k) {
-      t.g.v[k] = momentum_direction(velocity.v[k], t.g.v[k], momentum, t.a.rule.nesterov);
-    }
-    t.store(t.a.first, velocity);
-    t.move_along(t.g);
-  }
-};
-
-struct AdamRule {
-  template <typename T>
-  __device__ void operator()(RuleTile<T> t) const {
-    using C = compute_t<T>;
-    const ProxRule& rule = t.a.rule;
-    auto m = t.load(t.a.first);
-    auto s = t.load(t.a.second);
-#pragma unroll
-    for (int k = 0; k < t.V; ++k) {
-      t.g.v[k] =
-          adam_direction(m.v[k], s.v[k], t.g.v[k], static_cast<C>(rule.beta1), static_cast<C>(rule.beta2),
-                         static_cast<C>(1.0 - rule.beta1), static_cast<C>(1.0 - rule.beta2),
-                         static_cast<C>(rule.correction1), static_cast<C>(rule.correction2), static_cast<C>(rule.eps));
-    }
-    t.store(t.a.first, m);
-    t.store(t.a.second, s);
-    t.move_along(t.g);
-  }
-};
-
-template <typename T, typename Rule>
+template <typename T>
 __global__ void __launch_bounds__(kShortThreads)
-    rule_kernel(const __grid_constant__ ProxRows<T> a, const __grid_constant__ RowPlan plan) {
+    rule_kernel(const __grid_constant__ ProxRows<T> a, const __grid_constant__ RowPlan plan, ProxUpdate update) {
   wait_for_launch_ahead();
-  const typename RuleTile<T>::Part part(plan);
+  using Rows = RuleTile<T>;
+  using C = compute_t<T>;
+  const typename Rows::Part part(plan);
   if (part.row >= plan.rows) return;
-  part.for_each_tile([&](const auto& tile) { Rule{}(RuleTile<T>(a, part, tile)); });
-}
-
-template <typename Rule, typename T>
-void apply_rule(cudaStream_t stream, const ProxRows<T>& a) {
-  const RowPlan plan = elementwise_plan<T>(a.rows, a.cols, are_packed(a));
-  launch<rule_kernel<T, Rule>>(stream, shape_of(plan, 0), a, plan);
+  part.for_each_tile([&](const auto& tile) {
+    Rows t(a, part, tile);
+    if (update == ProxUpdate::kGradient) return t.store(a.grad, t.g);
+    if (update == ProxUpdate::kMomentum) {
+      auto velocity = t.load(a.first);
+#pragma unroll
+      for (int k = 0; k < Rows::V; ++k) {
+        const C momentum = static_cast<C>(a.rule.momentum);
+        t.g.v[k] = momentum_direction(velocity.v[k], t.g.v[k], momentum, a.rule.nesterov);
+      }
+      t.store(a.first, velocity);
+    } else if (update == ProxUpdate::kAdam) {
+      auto m = t.load(a.first);
+      auto s = t.load(a.second);
+#pragma unroll
+      for (int k = 0; k < Rows::V; ++k) {
+        t.g.v[k] = adam_direction(m.v[k], s.v[k], t.g.v[k], static_cast<C>(a.rule.beta1), static_cast<C>(a.rule.beta2),
+                                  static_cast<C>(1.0 - a.rule.beta1), static_cast<C>(1.0 - a.rule.beta2),
+                                  static_cast<C>(a.rule.correction1), static_cast<C>(a.rule.correction2),
+                                  static_cast<C>(a.rule.eps));
+      }
+      t.store(a.first, m);
+      t.store(a.second, s);
+    }
+    t.move_along(t.g);
+  });
 }
 
 // ½ Σ λ (φ − θ)²
@@ -161,16 +132,9 @@ struct Penalty {
 template <typename T>
 void prox_update(OnCuda device, ProxUpdate update, const ProxArguments<T>& a) {
   if (a.cols == 0) return;
-  switch (update) {
-    case ProxUpdate::kGradient:
-      return apply_rule<GradientRule, T>(device.stream, a);
-    case ProxUpdate::kSgd:
-      return apply_rule<SgdRule, T>(device.stream, a);
-    case ProxUpdate::kMomentum:
-      return apply_rule<MomentumRule, T>(device.stream, a);
-    case ProxUpdate::kAdam:
-      return apply_rule<AdamRule, T>(device.stream, a);
-  }
+  const ProxRows<T>& rows = a;
+  const RowPlan plan = elementwise_plan<T>(a.rows, a.cols, are_packed(a));
+  launch<rule_kernel<T>>(device.stream, shape_of(plan, 0), rows, plan, update);
 }
 
 template <typename T>
