@@ -86,7 +86,7 @@ __device__ __forceinline__ void put_beta(const CriterionArguments<T>& a, int64_t
 // label outside [0, channels) makes the loss and every derivative of its task NaN: to raise here would be to wait for
 // the device.
 template <typename T>
-__global__ void __launch_bounds__(kCriterionThreads) criterion_kernel(CriterionArguments<T> a) {
+__global__ void __launch_bounds__(kCriterionThreads, 1) criterion_kernel(CriterionArguments<T> a) {
   wait_for_launch_ahead();
   __shared__ double sums[kCriterionWarps];
   const int64_t task = blockIdx.x;

@@ -7,6 +7,8 @@
 // every slice, and a second adds them up in a fixed order and applies them.
 #pragma once
 
+#include <utility>
+
 #include "common/cuda/launch.cuh"
 #include "network/cuda/parameters.cuh"
 #include "network/cuda/per_task.cuh"
@@ -66,11 +68,12 @@ __device__ __forceinline__ T activated(Activation activation, T z) {
   if (activation == Activation::kTanh) return tanh(z);
   return activation == Activation::kRelu && z < T(0) ? T(0) : z;  // a NaN stays one
 }
-// act′(z) d, from a = act(z)
+// act′(z) d, from a = act(z). Without branches, which would part the loads around them.
 template <typename T>
 __device__ __forceinline__ T through(Activation activation, T a, T d) {
-  if (activation == Activation::kTanh) return d - a * a * d;
-  return activation == Activation::kIdentity || a > T(0) ? d : T(0);
+  const T straight = activation == Activation::kIdentity || a > T(0) ? d : T(0);
+  const T bent = d - a * a * d;
+  return activation == Activation::kTanh ? bent : straight;
 }
 
 // One number of what leaves the layer, of a pixel after pooling, or its derivative:
@@ -155,8 +158,7 @@ struct NormBlock {
   __device__ __forceinline__ void run(NormWay way) const {
     if (way == NormWay::kForward) return forward();
     if (way == NormWay::kTangent) return tangent();
-    if (way == NormWay::kBackward) return backward();
-    if (way == NormWay::kSecond) return second();
+    if (way == NormWay::kBackward || way == NormWay::kSecond) return back(way);
   }
 
   // With a batch norm   x̂ = s (y − mean y),  s = 1 / √(var y + ε),  z = γ x̂ + β;   a = act(z).   Without one, the
@@ -166,7 +168,7 @@ struct NormBlock {
     T* const act = n.act.of(task);
     const T gamma = of(n.gamma), beta = of(n.beta);
     Numbers y;
-    over_rows([&](int r, int, int i) { y[r] = hats[i]; });
+    read(hats, y);
     let_next_launch_begin();
     T mean;
     double squares;
@@ -190,20 +192,22 @@ struct NormBlock {
     T* const act_dot = n.act_dot.of(task);
     const T scale = kept(n.scale), gamma = of(n.gamma), gamma_dot = of(n.gamma_dot), beta_dot = of(n.beta_dot);
     Numbers hat, hat_dot;
-    uint32_t passing = 0;
+    uint32_t passing = ~0u;
     double total[2] = {};
     T sums[2] = {};
-    if (n.activates && phase != NormPhase::kSums) {
-      over_rows([&](int r, int, int i) {
-        if (n.activation != Activation::kRelu || act[i] > T(0)) passing |= 1u << r;
-      });
+    if (n.activates && n.activation == Activation::kRelu) {
+      read(act, hat);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) passing ^= (hat[r] > T(0) ? 0u : 1u) << r;
     }
-    over_rows([&](int r, int, int i) { hat[r] = hats[i], hat_dot[r] = hat_dots[i]; });
+    read(hats, hat);
+    read(hat_dots, hat_dot);
     let_next_launch_begin();
-    over_rows([&](int r, int, int) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
       sums[0] += hat_dot[r];
       sums[1] += hat_dot[r] * hat[r];
-    });
+    }
     if (!add_rows(sums, total)) return;
     const T mean = static_cast<T>(total[0] / n.total);
     const T pull = static_cast<T>(total[1] / n.total);
@@ -216,25 +220,35 @@ struct NormBlock {
     pool<true>();
   }
 
-  // z̄ = act′ ā;   β̄ = Σ z̄,  γ̄ = Σ z̄ x̂;   ȳ = s γ (z̄ − mean z̄ − x̂ mean(z̄ x̂))
-  __device__ __forceinline__ void backward() const {
+  // What both derivatives begin with: the way back through the pooling and the activation.
+  __device__ __forceinline__ void back(NormWay way) const {
+    Numbers bar, act = {};
+    unpool(bar);
+    if (n.activates) {
+      read(n.act.of(task), act);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) bar[r] = through(n.activation, act[r], bar[r]);
+    }
+    way == NormWay::kBackward ? backward(bar) : second(bar, act);
+  }
+
+  // From z̄ = act′ ā:   β̄ = Σ z̄,  γ̄ = Σ z̄ x̂;   ȳ = s γ (z̄ − mean z̄ − x̂ mean(z̄ x̂))
+  __device__ __forceinline__ void backward(const Numbers& z_bar) const {
     const bool batch = n.norm == Norm::kBatch;
     const T* const hats = n.hat.of(task);
-    const T* const act = n.act.of(task);
     T* const z_bars = n.z_bar.of(task);
     T* const y_bars = n.y_bar.of(task);
     const T scale = batch ? kept(n.scale) * of(n.gamma) : T(0);
-    Numbers hat = {}, z_bar;
+    Numbers hat = {};
     double total[2] = {};
     T sums[2] = {};
-    unpool(z_bar);
-    if (batch) over_rows([&](int r, int, int i) { hat[r] = hats[i]; });
-    if (n.activates) over_rows([&](int r, int, int i) { z_bar[r] = through(n.activation, act[i], z_bar[r]); });
+    if (batch) read(hats, hat);
     let_next_launch_begin();
-    over_rows([&](int r, int, int) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
       sums[0] += z_bar[r];
       sums[1] += z_bar[r] * hat[r];
-    });
+    }
     if (!add_rows(sums, total)) return;
     if (leads()) {
       n.beta_bar.of(task)[channel] = static_cast<T>(total[0]);
@@ -250,12 +264,12 @@ struct NormBlock {
     });
   }
 
-  // The derivative of `backward`, act″ included. With u = z̄ − mean z̄ − x̂ mean(z̄ x̂),
+  // The derivative of `backward`, from act′ ā˙ in bar_dot, to which act″ is yet to come; it ends as ȳ˙. With u = z̄ −
+  // mean z̄ − x̂ mean(z̄ x̂),
   //   ȳ˙ = (s γ)˙ u + s γ (z̄˙ − mean z̄˙ − x̂˙ mean(z̄ x̂) − x̂ mean((z̄ x̂)˙)),   s˙ = −s² mean(x̂ ẏ)
-  __device__ __forceinline__ void second() const {
+  __device__ __forceinline__ void second(Numbers& bar_dot, const Numbers& act) const {
     const bool batch = n.norm == Norm::kBatch;
     const T* const hats = n.hat.of(task);
-    const T* const act = n.act.of(task);
     const T* const hat_dots = n.hat_dot.of(task);
     const T* const z_bars = n.z_bar.of(task);
     T* const bar_dots = n.y_bar_dot.of(task);
@@ -267,26 +281,34 @@ struct NormBlock {
       factor = s * gamma;
       factor_dot = s * (of(n.gamma_dot) - s * kept(n.pull) * gamma);
     }
-    Numbers hat = {}, bar_dot;  // z̄˙, and then ȳ˙ but for what the sums add to it
+    Numbers hat = {};
     double total[2] = {};
     T sums[2] = {};
-    unpool(bar_dot);
-    if (batch) over_rows([&](int r, int, int i) { hat[r] = hats[i]; });
-    over_rows([&](int r, int, int i) {
-      T z_bar_dot = bar_dot[r];
-      if (n.activates) {
-        const T a = act[i];
-        z_bar_dot = through(n.activation, a, z_bar_dot);
-        // tanh″ ż ā = −2 tanh ż z̄, and with a norm ż is not at hand: kTanh comes with kBias alone.
-        if (n.activation == Activation::kTanh) z_bar_dot -= T(2) * a * hat_dots[i] * z_bars[i];
-      }
-      sums[0] += z_bar_dot;
-      bar_dot[r] = z_bar_dot;
-      if (!batch) return;
-      const T z_bar = z_bars[i], hat_dot = hat_dots[i];
-      sums[1] += z_bar_dot * hat[r] + z_bar * hat_dot;
-      bar_dot[r] = factor_dot * (z_bar - mean - hat[r] * along) + factor * (z_bar_dot - hat_dot * along);
-    });
+    // tanh″ ż ā = −2 tanh ż z̄, and with a norm ż is not at hand: kTanh comes with kBias alone.
+    if (n.activates && n.activation == Activation::kTanh) {
+      over_rows([&](int r, int, int i) { bar_dot[r] -= T(2) * act[r] * hat_dots[i] * z_bars[i]; });
+    }
+    if (batch) {
+      read(hats, hat);
+      constexpr int kPart = 2;
+      in_parts<kPart>([&](auto part) {
+        if (begin + part.value * kLanes >= end) return;  // no rows; and a branch that later parts' loads stay behind
+        T z_bar[kPart], hat_dot[kPart];
+        read(z_bars, z_bar, part.value);
+        read(hat_dots, hat_dot, part.value);
+#pragma unroll
+        for (int k = 0; k < kPart; ++k) {
+          const int r = part.value + k;
+          const T z_bar_dot = bar_dot[r];
+          sums[0] += z_bar_dot;
+          sums[1] += z_bar_dot * hat[r] + z_bar[k] * hat_dot[k];
+          bar_dot[r] = factor_dot * (z_bar[k] - mean - hat[r] * along) + factor * (z_bar_dot - hat_dot[k] * along);
+        }
+      });
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sums[0] += bar_dot[r];
+    }
     let_next_launch_begin();
     if (!add_rows(sums, total)) return;
     if (leads()) {
@@ -315,6 +337,26 @@ struct NormBlock {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       if (r * kLanes < left) body(r, first + r * kLanes, start + r * apart);
+  }
+
+  // The thread's numbers of a matrix, all loads before any use of one; zeros where there is no row. Of the rows from
+  // `first` on, where they are fewer.
+  template <int kCount>
+  __device__ __forceinline__ void read(const T* from, T (&to)[kCount], int first = 0) const {
+    const int row = begin + lane, left = end - row;
+    const int start = row * n.width + channel, apart = kLanes * n.width;
+#pragma unroll
+    for (int r = 0; r < kCount; ++r) to[r] = (first + r) * kLanes < left ? from[start + (first + r) * apart] : T(0);
+  }
+
+  // Calls body(std::integral_constant of the first row) for kPart rows at a time: the registers would not hold more.
+  template <int kPart, typename Body, int... kParts>
+  __device__ __forceinline__ static void in_parts(const Body& body, std::integer_sequence<int, kParts...>) {
+    (body(std::integral_constant<int, kParts * kPart>{}), ...);
+  }
+  template <int kPart, typename Body>
+  __device__ __forceinline__ static void in_parts(const Body& body) {
+    in_parts<kPart>(body, std::make_integer_sequence<int, kRows / kPart>{});
   }
 
   // Sums over the lanes of each channel, in every thread. Every thread of the block must call it.
@@ -373,7 +415,8 @@ struct NormBlock {
       return true;
     }
     T of_rows = T(0);
-    over_rows([&](int r, int, int) { of_rows += y[r]; });
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) of_rows += y[r];
     sum[0] = static_cast<double>(of_rows);
     add_lanes(sum);
     const double exact = sum[0] / (end - begin);
@@ -395,21 +438,39 @@ struct NormBlock {
   __device__ __forceinline__ void unpool(Numbers& bar) const {
     const T* const out_bar = n.out_bar.of(task);
     if (n.pool == Pool::kNone) {
-      over_rows([&](int r, int, int i) { bar[r] = out_bar[i]; });
+      read(out_bar, bar);
     } else if (n.pool == Pool::kMean) {
       const T share = T(1) / static_cast<T>(n.by_pixels.by);
-      over_rows([&](int r, int row, int) { bar[r] = share * out_bar[n.by_pixels.divide(row) * n.width + channel]; });
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int row = begin + lane + r * kLanes;
+        bar[r] = row < end ? share * out_bar[n.by_pixels.divide(row) * n.width + channel] : T(0);
+      }
     } else {
       const T* const act = n.act.of(task);
       const uint8_t* const winner = n.winner.of(task);
-      over_rows([&](int r, int row, int) {
-        int image = row;
-        int y = n.by_pixels.split(image);
-        const int x = n.by_cols.split(y);
-        bar[r] = T(0);
-        if (y / 2 >= n.rows / 2 || x / 2 >= n.cols / 2) return;  // an odd image's last row or column
-        const int at = (image * n.by_pooled.by + y / 2 * n.by_pooled_cols.by + x / 2) * n.width + channel;
-        if (winner[at] == y % 2 * 2 + x % 2) bar[r] = through(n.activation, act[at], out_bar[at]);
+      constexpr int kPart = 8;
+      in_parts<kPart>([&](auto part) {
+        T a[kPart], of_output[kPart];
+        int won[kPart], within[kPart];
+#pragma unroll
+        for (int k = 0; k < kPart; ++k) {
+          const int row = begin + lane + (part.value + k) * kLanes;
+          int image = row;
+          int y = n.by_pixels.split(image);
+          const int x = n.by_cols.split(y);
+          // Not an odd image's last row or column.
+          const bool some = row < end && y / 2 < n.rows / 2 && x / 2 < n.cols / 2;
+          const int at = (image * n.by_pooled.by + y / 2 * n.by_pooled_cols.by + x / 2) * n.width + channel;
+          within[k] = y % 2 * 2 + x % 2;
+          won[k] = some ? winner[at] : -1;
+          a[k] = some ? act[at] : T(0);
+          of_output[k] = some ? out_bar[at] : T(0);
+        }
+#pragma unroll
+        for (int k = 0; k < kPart; ++k) {
+          bar[part.value + k] = won[k] == within[k] ? through(n.activation, a[k], of_output[k]) : T(0);
+        }
       });
     }
   }

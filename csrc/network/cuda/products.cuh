@@ -386,7 +386,7 @@ __device__ __forceinline__ void product_block(const ProductArguments<typename Ti
     __shared__ typename Norm::Shared of_norm;
     const Norm norm(n, NormPhase::kWhole, of_norm, task, col_tile, 0);
     if constexpr (kTransposed) {
-      way == NormWay::kBackward ? norm.backward() : norm.second();
+      norm.back(way);
     } else {
       way == NormWay::kForward ? norm.forward() : norm.tangent();
     }
