@@ -138,21 +138,24 @@ def test_blocks_per_multiprocessor(kernel, blocks):
 def test_each_rule_can_be_broken():
     whole = {"16": 3}
     kernels = {
-        "good<float, 4>": Kernel(stores=whole | {"4": 2}, in_pieces={"8": 3}),
-        "none<float, 1>": Kernel(stores={"4": 2}, in_pieces={"4": 1}),
+        "row_kernel<CgStep<float>>": Kernel(stores=whole | {"4": 2}, in_pieces={"4": 3}),
+        "row_kernel<CgStep<c10::Half>>": Kernel(stores=whole, stack=64, local=30),
+        "row_kernel<CgBegin<c10::Half>>": Kernel(stores=whole, stack=65, local=30),
+        "row_kernel<Penalty<float>>": Kernel(stores={"4": 2}, in_pieces={"4": 1}),
         "stack": Kernel(stack=8),
         "local": Kernel(local=2),
         "promise": Kernel(threads=256, registers=64, most_registers=64, shared=100_000),
-        "none<c10::Half, 8>": Kernel(stores={"2": 8}),
-        "pieces<float, 4, true>": Kernel(stores=whole | {"4": 4}, in_pieces={"4": 1}),
+        "rule_kernel<c10::Half>": Kernel(stores={"2": 8}),
+        "product_kernel<Tile<float, 32>>": Kernel(stores=whole | {"4": 4}, in_pieces={"4": 1}),
     }
     broken = list(kernel_report.broken_rules(kernels))
     assert broken == [
+        "row_kernel<CgBegin<c10::Half>> has a stack of 65 bytes per thread.",
         "stack has a stack of 8 bytes per thread.",
         "local loads from or stores to local memory (2 × in its code).",
         "promise promises 4 blocks per multiprocessor, and 2 fit.",
-        "none<c10::Half, 8> has packs of 16 bytes and stores none at once.",
-        "pieces<float, 4, true> stores 16 bytes in pieces (1 × in its code).",
+        "rule_kernel<c10::Half> has rows of 16-byte packs and stores none at once.",
+        "product_kernel<Tile<float, 32>> stores 16 bytes in pieces (1 × in its code).",
     ]
 
 
