@@ -12,8 +12,8 @@ launch that asks for dynamic shared memory can have fewer, which cpp_tests/cuda_
   around a call. Rows of a half type, whose packs of 16 bytes hold eight numbers, may spill up to 64 bytes of a thread.
 - Where launch bounds promise a number of blocks, so many fit. The number is read from the limit of registers that nvcc
   has made of it; one that limits no registers is not seen.
-- A kernel that writes rows (those of PACKED) stores 16 bytes at once somewhere; one whose rows are always aligned (those
-  of ALIGNED) stores them nowhere in pieces of 4 bytes or less.
+- A kernel that writes rows (those of PACKED) stores 16 bytes at once somewhere; one whose rows are always aligned
+  (those of ALIGNED) stores them nowhere in pieces of 4 bytes or less.
 """
 
 from __future__ import annotations
