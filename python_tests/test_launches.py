@@ -19,8 +19,8 @@ LINEARISE = 16
 PRODUCT = 15
 CURVATURE = 9
 OUTPUTS = 9
-# A meta-step: 16 inner steps, the query's gradient, a linearisation at φ and 5 products. Those of CG and of torch
-# around them are about 60.
+# A meta-step: 16 inner steps, the query's gradient, a linearisation at φ and 5 products. Around
+# them are about 60 of CG and of torch.
 META_STEP = 450
 OTHERS = 60
 

@@ -56,7 +56,7 @@ template <typename T>
 int64_t norm_slices(int64_t rows) {
   return ceil_div(rows, kSliceRows<T>);
 }
-// Doubles of the sums of slices, a task.
+// Doubles of the sums of slices of one task.
 template <typename T>
 int64_t norm_partial_size(const Layer& layer, int64_t images) {
   const int64_t slices = norm_slices<T>(images * layer.pixels());

@@ -77,7 +77,7 @@ struct Divisor {
   }
 };
 
-// A grid of `tiles` blocks a task, all along x: of block i, i / tiles is the task.
+// A grid of `tiles` blocks per task, all along x: of block i, i / tiles is the task.
 inline unsigned grid_of(int64_t tiles, int64_t tasks) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (tiles > kMost / tasks) {

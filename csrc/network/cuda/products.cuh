@@ -1,6 +1,6 @@
 // The products of a layer: implicit matrix products, rows of pixels gathered by the taps of a weight.
 //
-// A block makes a tile of the output of one task, kRows × kCols, in registers of kRowsEach × kColsEach a thread. The
+// A block makes a tile of the output of one task, kRows × kCols, in registers, kRowsEach × kColsEach per thread. The
 // sum runs over steps: a term, a tap and 64 bytes of channels each. Copies of the next steps are on their way to shared
 // memory (cp.async, kStages buffers in turn) while one is multiplied. Where a task has few rows, kTeams teams of
 // threads share the steps of one tile and are added up in the order of the teams, so that a block has threads enough to
@@ -140,8 +140,7 @@ __device__ __forceinline__ void multiply_steps(typename Tile::Shared& shared, co
                                                int steps, Sums<Tile>& sums) {
   constexpr int kAhead = Tile::kStages - 1;
   const int rounds = (steps + Tile::kTeams - 1) / Tile::kTeams;
-  int step = at.team;     // that is multiplied next
-  int to_copy = at.team;  // and copied next
+  int step = at.team, to_copy = at.team;  // of the next product, and of the next copies
   int stage = 0, stage_to_copy = 0;
   const auto copy = [&] {
     if (to_copy < steps) loader.copy(shared.stages[stage_to_copy][at.team]);
@@ -216,8 +215,8 @@ struct Pixel {
 template <typename Tile, bool kTransposed>
 struct ProductLoader {
   using T = typename Tile::T;
-  static constexpr int kLeft = Tile::kRows * 4 / Tile::kTeamThreads;              // quads of rows a thread
-  static constexpr int kRight = Tile::kCols * Tile::kDepth / Tile::kTeamThreads;  // numbers of a weight a thread
+  static constexpr int kLeft = Tile::kRows * 4 / Tile::kTeamThreads;              // quads of rows per thread
+  static constexpr int kRight = Tile::kCols * Tile::kDepth / Tile::kTeamThreads;  // numbers of a weight per thread
   // Neighbouring threads read neighbours in memory: columns of the weight, or of its transpose the depth.
   static constexpr int kFast = kTransposed ? Tile::kDepth : Tile::kCols;
   static constexpr int kSlow = Tile::kTeamThreads / kFast;
@@ -627,7 +626,7 @@ inline int64_t rows_per_slice(const Layer& layer) {
 inline int64_t slices_of(const Layer& layer, int64_t images) {
   return ceil_div(images * layer.pixels(), rows_per_slice(layer));
 }
-// Numbers that the sums of slices take, a task.
+// Numbers that the sums of slices of one task take.
 inline int64_t slices_size(const Layer& layer, int64_t images) {
   const int64_t slices = slices_of(layer, images);
   return slices == 1 ? 0 : slices * layer.taps * layer.depth * layer.channels;
