@@ -26,6 +26,7 @@ RECORD = {
     "torch": torch.__version__,
     "torch_cuda": None,
     "compiler": "c++ 12.2.0",
+    "sources": "0123456789abcdef",
     "debug": False,
 }
 

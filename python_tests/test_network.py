@@ -263,20 +263,21 @@ def test_a_task_alone_and_any_number_of_threads_give_the_same_bits(name: str, de
         assert all(torch.equal(mine, batch[task : task + 1]) for mine, batch in zip(alone, together, strict=True)), task
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("name", ["conv4", "mlp-tanh"])
-def test_descent_gives_the_bits_of_its_steps(name: str, device: str) -> None:
+def test_descent_gives_the_bits_of_its_steps(name: str, steps: int, device: str) -> None:
     model, criterion, theta, data = draw(name, 3, 5, torch.float32, device)
     loss = TaskLoss(model, criterion, engine="native")
     lam, lr = torch.rand(3, 1, device=device), 0.1 * torch.rand(1, model.num_parameters, device=device)
     phi, expected = theta.clone(), theta.clone()
-    losses = loss.descend_(phi, theta, data, lam=lam, lr=lr, steps=4)
+    losses = loss.descend_(phi, theta, data, lam=lam, lr=lr, steps=steps)
     assert losses is not None
-    for step in range(4):
+    for step in range(steps):
         here, _, gradient = loss.gradient(expected, data)
         assert torch.equal(losses[step], here)
         ops.prox_sgd_step_(expected, gradient, theta, lam, lr)
     assert torch.equal(phi, expected)
-    assert TaskLoss(model, criterion, engine="torch").descend_(phi, theta, data, lam=lam, lr=lr, steps=4) is None
+    assert TaskLoss(model, criterion, engine="torch").descend_(phi, theta, data, lam=lam, lr=lr, steps=steps) is None
     assert torch.equal(phi, expected)
 
 
