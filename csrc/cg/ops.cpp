@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cg/arguments.h"
+#include "cg/ops.h"
 #include "common/checks.h"
 #include "common/on_device.h"
 
@@ -106,6 +107,8 @@ void run(const char* op, const CgTensors& tensors, const Work& work) {
   });
 }
 
+}  // namespace
+
 void cg_begin_(const at::Tensor& b, const std::optional<at::Tensor>& hx, const at::Tensor& shift,
                const std::optional<at::Tensor>& inverse_diagonal, const at::Tensor& rtol, const at::Tensor& atol,
                const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& r,
@@ -137,6 +140,8 @@ void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift
   t.update_direction = update_direction && !last, t.first = first, t.last = last;
   run("cg_step_", t, [](auto device, const auto& a) { cg_step(device, a); });
 }
+
+namespace {
 
 void register_ops(torch::Library& m) {
   m.impl("cg_begin_", &cg_begin_);

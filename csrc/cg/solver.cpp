@@ -7,44 +7,19 @@
 #include <algorithm>
 #include <utility>
 
+#include "cg/ops.h"
 #include "cg/row.h"
 #include "common/checks.h"
 
 namespace imaml_ext {
 namespace {
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-void begin(const at::Tensor& b, const std::optional<at::Tensor>& hx, const CgOptions& o,
-           const std::optional<at::Tensor>& inverse_diagonal, const std::optional<at::Tensor>& x,
-           const std::optional<at::Tensor>& r, const std::optional<at::Tensor>& p, at::Tensor& state,
-           at::Tensor& status, at::Tensor& iterations, bool update_direction) {
-  static const auto op = find_op<void(
-      const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const std::optional<at::Tensor>&,
-      const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-      const std::optional<at::Tensor>&, at::Tensor&, at::Tensor&, at::Tensor&, bool)>("imaml_ext::cg_begin_");
-  op.call(b, hx, o.shift, inverse_diagonal, o.rtol, o.atol, x, r, p, state, status, iterations, update_direction);
-}
-
-void direction(const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& inverse_diagonal,
-               const at::Tensor& x, const at::Tensor& r, at::Tensor& p, at::Tensor& state, at::Tensor& status) {
-  static const auto op =
-      find_op<void(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const at::Tensor&,
-                   const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&)>("imaml_ext::cg_direction_");
-  op.call(z, inverse_diagonal, x, r, p, state, status);
-}
-
-void step(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
-          const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-          at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first, bool last) {
-  static const auto op =
-      find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                   at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, bool, bool, bool)>(
-          "imaml_ext::cg_step_");
-  op.call(hp, b, shift, inverse_diagonal, x, r, p, state, status, iterations, update_direction, first, last);
+// Calls an op through the dispatcher: its name, and the function that says what it takes.
+template <auto kOp, typename... Arguments>
+void call(const char* name, Arguments&&... arguments) {
+  using Signature = std::remove_pointer_t<decltype(kOp)>;
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  op.call(std::forward<Arguments>(arguments)...);
 }
 
 // The work vectors r and p of the last solve on the CPU, kept by each thread for its next one: fresh memory of this
@@ -148,14 +123,14 @@ void Block::solve(const RowOperator& hvp) {
   std::optional<at::Tensor> hx;
   if (o_.x0) hx = apply(hvp, "hvp", x_);
   if (from_b) {
-    begin(b_, hx, o_, inverse_diagonal_, std::nullopt, std::nullopt, std::nullopt, state_, status_, iterations_,
-          /*update_direction=*/true);
+    call<cg_begin_>("imaml_ext::cg_begin_", b_, hx, o_.shift, inverse_diagonal_, o_.rtol, o_.atol, std::nullopt,
+                    std::nullopt, std::nullopt, state_, status_, iterations_, /*update_direction=*/true);
   } else {
-    begin(b_, hx, o_, inverse_diagonal_, x_, r_, p_, state_, status_, iterations_,
-          /*update_direction=*/!o_.preconditioner);
+    call<cg_begin_>("imaml_ext::cg_begin_", b_, hx, o_.shift, inverse_diagonal_, o_.rtol, o_.atol, x_, r_, p_, state_,
+                    status_, iterations_, /*update_direction=*/!o_.preconditioner);
   }
   if (o_.preconditioner && o_.max_iterations > 0) {
-    direction(precondition(), std::nullopt, x_, r_, p_, state_, status_);
+    call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
   }
 
   for (int64_t k = 0; k < o_.max_iterations; ++k) {
@@ -167,9 +142,11 @@ void Block::solve(const RowOperator& hvp) {
     }
     const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
     // A callable preconditioner stands between the new residual and the new direction.
-    step(hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, state_, status_, iterations_,
-         /*update_direction=*/!o_.preconditioner, first, last);
-    if (o_.preconditioner && !last) direction(precondition(), std::nullopt, x_, r_, p_, state_, status_);
+    call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, state_, status_, iterations_,
+                   /*update_direction=*/!o_.preconditioner, first, last);
+    if (o_.preconditioner && !last) {
+      call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
+    }
   }
 }
 
