@@ -214,6 +214,11 @@ def _shifts(rows: int, cols: int) -> dict[str, Tensor | float]:
     }
 
 
+def _apart(x: Tensor, y: Tensor) -> Tensor:
+    """The distance of two iterates of every row, next to 1 or to their norm."""
+    return (x.double() - y.double()).norm(dim=1) / y.double().norm(dim=1).clamp_min(1.0)
+
+
 @pytest.mark.parametrize("kind", list(_shifts(1, 1)))
 @pytest.mark.parametrize("preconditioned", ["no", "diagonal", "callable"])
 @pytest.mark.parametrize("warm", [False, True])
@@ -248,11 +253,17 @@ def test_agrees_with_the_oracle(kind: str, preconditioned: str, warm: bool, dtyp
         if max_iterations <= 4 and dtype != torch.bfloat16:
             assert torch.equal(ours.status, oracle.status)
             assert torch.equal(ours.iterations, oracle.iterations)
-            tolerance = 1e-11 if dtype == torch.float64 else 2e-4
-            torch.testing.assert_close(ours.x, oracle.x, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(
-                ours.residual_norm, oracle.residual_norm, rtol=50 * tolerance, atol=tolerance, equal_nan=True
-            )
+            tolerance = 1e-10 if dtype == torch.float64 else 2e-4
+            # Where pᵀAp nearly vanishes, as it may in the indefinite row, rounding is magnified: how much, the oracle's
+            # own distance from float64 tells.
+            wide = {**arguments, "x0": None if x0 is None else x0.double()}
+            magnified = _apart(oracle.x, reference.cg(systems, b.double(), **wide).x)
+            assert (_apart(ours.x, oracle.x) <= tolerance + 4 * magnified).all()
+            known = oracle.residual_norm.isfinite()
+            assert torch.equal(ours.residual_norm.isfinite(), known)
+            off = (ours.residual_norm - oracle.residual_norm).abs()[known]
+            allowed = tolerance + (50 * tolerance + 4 * magnified) * oracle.residual_norm
+            assert (off <= allowed[known]).all()
         elif dtype != torch.bfloat16:
             # Over many iterations rounding may move the end by a step or two, which at the limit is another status.
             settled = torch.maximum(ours.iterations, oracle.iterations) < 50
