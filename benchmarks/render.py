@@ -94,11 +94,13 @@ Put `gpu_check.json` into `benchmarks/results/`, and `benchmarks/render.py` adds
 
 NOT_YET = "\nIt is not there yet: no figure on this page comes from a GPU.\n"
 
+NOT_RUN = "Nothing has run on a GPU yet: every time that these pages give for a GPU is an estimate.\n\n"
+
 KERNELS_INTRODUCTION = """\
 ## What nvcc makes of the kernels
 
-Nothing has run on a GPU yet: every time that these pages give for a GPU is an estimate. What the compiler makes of the
-kernels can be read without one. `benchmarks/kernel_report.py` counts it in the machine code.
+{not_run}What the compiler makes of the kernels can be read without a GPU: `benchmarks/kernel_report.py` counts it in
+the machine code.
 
 Before is commit {before[commit]}; after is {after[commit]}. A + says that files differed from the commit. Both are
 compiled by nvcc {after[nvcc]} for {after[architecture]}:
@@ -194,8 +196,9 @@ LAUNCHES = {
 
 def render() -> str:
     """The document."""
-    parts = [INTRODUCTION + ("" if (RESULTS / "gpu_check.json").exists() else NOT_YET)]
-    parts.append(_kernels(*(json.loads((RESULTS / name).read_text()) for name in KERNEL_REPORTS)))
+    has_run = (RESULTS / "gpu_check.json").exists()
+    before, after = (json.loads((RESULTS / name).read_text()) for name in KERNEL_REPORTS)
+    parts = [INTRODUCTION + ("" if has_run else NOT_YET), _kernels(before, after, has_run=has_run)]
     for name, result in _results():
         parts.append(_SECTIONS[name](result))
     return "\n".join(parts)
@@ -248,7 +251,7 @@ def _mib(row: dict[str, Any]) -> str:
     return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
 
 
-def _kernels(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _kernels(before: dict[str, Any], after: dict[str, Any], *, has_run: bool) -> str:
     """What nvcc makes of the kernels, by two reports of benchmarks/kernel_report.py."""
 
     def change(old: int, new: int) -> str:
@@ -277,7 +280,9 @@ def _kernels(before: dict[str, Any], after: dict[str, Any]) -> str:
     counts = zip(named, changes(totals(before), totals(after)), strict=True)
     return "\n".join(
         [
-            KERNELS_INTRODUCTION.format(before=before["stamp"], after=after["stamp"]),
+            KERNELS_INTRODUCTION.format(
+                not_run="" if has_run else NOT_RUN, before=before["stamp"], after=after["stamp"]
+            ),
             _table(["", "registers", "shared", "blocks", "16 bytes", "≤ 4 bytes", "8 bytes", "stack"], rows),
             KERNELS_READING,
             _table(["in all", "before → after"], [list(count) for count in counts]),

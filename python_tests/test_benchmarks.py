@@ -227,14 +227,16 @@ def test_kernels_are_shown_before_and_after(monkeypatch):
     monkeypatch.setattr(render, "KERNELS", {"a step": ("old<float>", "new<float>")})
     before = report("aaa", "old<float>", stack=16, in_pieces={"4": 3, "2": 1, "8": 5})
     after = report("bbb", "new<float>", registers=64, stores={"4": 1, "16": 7}, in_pieces={"8": 6})
-    page = render._kernels(before, after)
+    page = render._kernels(before, after, has_run=False)
+    assert "Nothing has run on a GPU yet" in page
+    assert "Nothing has run on a GPU yet" not in render._kernels(before, after, has_run=True)
     assert "Before is commit aaa; after is bbb" in page
     assert "| a step | 40 → 64 | 1,024 | 2 | 0 → 7 | 4 → 0 | 5 → 6 | 16 → 0 |" in page
     assert "| kernels | 1 |" in page
     assert "| that spill | 1 → 0 |" in page
     assert "| that store in pieces of 4 bytes or less | 1 → 0 |" in page
     with pytest.raises(KeyError, match="new<float>"):
-        render._kernels(before, report("bbb", "renamed<float>"))
+        render._kernels(before, report("bbb", "renamed<float>"), has_run=False)
 
 
 def test_launches_that_are_shown_are_those_that_are_counted():
