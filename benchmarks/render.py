@@ -94,10 +94,111 @@ Put `gpu_check.json` into `benchmarks/results/`, and `benchmarks/render.py` adds
 
 NOT_YET = "\nIt is not there yet: no figure on this page comes from a GPU.\n"
 
+NOT_RUN = "Nothing has run on a GPU yet: every time that these pages give for a GPU is an estimate.\n\n"
+
+KERNELS_INTRODUCTION = """\
+## What nvcc makes of the kernels
+
+{not_run}What the compiler makes of the kernels can be read without a GPU: `benchmarks/kernel_report.py` counts it in
+the machine code.
+
+Before is commit {before[commit]}; after is {after[commit]}. A + says that files differed from the commit. Both are
+compiled by nvcc {after[nvcc]} for {after[architecture]}:
+
+    IMAML_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation -e .
+    python benchmarks/kernel_report.py --json benchmarks/results/kernel_report.json
+
+For `kernel_report_before.json`, check out the commit before, copy today's `kernel_report.py` into its `benchmarks/`,
+and run the same two commands there. `kernel_report.py --compare FILE` shows every kernel and more columns.
+
+| column | what it counts |
+|---|---|
+| registers | registers of a thread |
+| shared | bytes of static shared memory; **dynamic shared memory is not in this column** |
+| blocks | how many blocks fit on a multiprocessor by registers and static shared memory |
+| 16 bytes | instructions that store 16 bytes at once to global memory |
+| ≤ 4 bytes, 8 bytes | places that store 16 bytes in a row in pieces of this size |
+| stack | bytes of stack per thread; registers are spilled where it is not 0 |
+
+Instructions are counted as they stand in the code, not as they are executed. Products and norms are those of float32,
+where no other type is named. Rows are those of one task in the result; the layer has more than 32 channels.
+"""
+
+KERNELS_READING = """\
+- The buffers of products are dynamic shared memory now, and were static. A block takes at most 60 KB of both kinds.
+- A CG step takes up to 110 KiB of dynamic shared memory, so that two blocks fit. A row that needs more takes up to
+  227 KiB, and one block fits. `CUDA_ON_CPU_REPORT` lists the blocks that fit with both kinds
+  ([building.md](building.md#cuda-kernels-without-a-gpu)).
+- The transposed and the outer product of a layer were two kernels, and are one. Both lines show that one.
+- From 512 rows on, a block of a product has 128 threads; before it had 256.
+- A norm keeps up to 32 numbers per thread in registers, which costs the second block. Norms of at most 256 rows have
+  kernels of their own, with 64 to 118 registers.
+- The pieces of 8 bytes in CG kernels are stores of a row's state and sums by one thread.
+- CG begin and CG step in float16 and bfloat16 spill registers now; before they did not. `kernel_report.py --check`
+  allows 64 bytes per thread there, and none elsewhere. In float32, rows that are not aligned spilled before, and do not
+  now.
+"""
+
+LAUNCHES_INTRODUCTION = """\
+### Launches
+
+A meta-step here is 16 inner steps and 5 CG steps with `Conv4` on images of Omniglot's size, 5-way 1-shot. Its launches
+do not depend on the number of tasks. Two tests count those of the package's own kernels, which the CPU runs, and fail
+where there are more than today:
+
+    pytest --native build/cmake/cpp_tests/cuda_on_cpu/_C.so python_tests/test_emulated.py python_tests/test_launches.py
+
+Of the kernels before, `python_tests/test_emulated.py` of commit 59e996e counts 649. The 28 of an inner step come from
+reading the code. The same reading gave about 700 for a meta-step, 50 of torch's among them.
+"""
+
+KERNEL_REPORTS = ("kernel_report_before.json", "kernel_report.json")
+
+# Kernels before and after by what they do. A tile is named as in csrc/network/cuda/products.cuh.
+_BACK_OF_MANY = "back_kernel<Tile<float, 128, 32, 8, 4, 1, 3>, Tile<float, 64, 64, 8, 4, 1, 3>>"
+_BACK_OF_SOME = "back_kernel<Tile<float, 64, 64, 8, 4, 2, 3>, Tile<float, 64, 64, 8, 4, 2, 3>>"
+_SMALL_BEFORE = "product_kernel<Tile<float, 32, 32, 4, 4, 4>, {}>"
+_LARGE_BEFORE = "product_kernel<Tile<float, 128, 64, 8, 4, 1>, {}>"
+KERNELS = {
+    "CG step, float32": ("step_kernel<float, 4, true>", "row_kernel<CgStep<float>>"),
+    "CG step, float64": ("step_kernel<double, 2, true>", "row_kernel<CgStep<double>>"),
+    "CG step, float16": ("step_kernel<c10::Half, 8, true>", "row_kernel<CgStep<c10::Half>>"),
+    "CG begin, float32": ("begin_kernel<float, 4>", "row_kernel<CgBegin<float>>"),
+    "CG begin, float64": ("begin_kernel<double, 2>", "row_kernel<CgBegin<double>>"),
+    "CG begin, float16": ("begin_kernel<c10::Half, 8>", "row_kernel<CgBegin<c10::Half>>"),
+    "CG direction, float32": ("direction_kernel<float, 4>", "row_kernel<CgDirection<float>>"),
+    "CG direction, float64": ("direction_kernel<double, 2>", "row_kernel<CgDirection<double>>"),
+    "CG direction, float16": ("direction_kernel<c10::Half, 8>", "row_kernel<CgDirection<c10::Half>>"),
+    "product, up to 32 rows": (_SMALL_BEFORE.format("false"), "product_kernel<Tile<float, 32, 16, 4, 4, 8, 2>>"),
+    "product, 33 to 128 rows": (_SMALL_BEFORE.format("false"), "product_kernel<Tile<float, 128, 16, 4, 4, 2, 3>>"),
+    "product, 129 to 511 rows": (_SMALL_BEFORE.format("false"), "product_kernel<Tile<float, 64, 64, 8, 4, 2, 3>>"),
+    "product, from 512 rows on": (_LARGE_BEFORE.format("false"), "product_kernel<Tile<float, 128, 32, 8, 4, 1, 3>>"),
+    "product in float64, 33 to 511 rows": (
+        "product_kernel<Tile<double, 32, 32, 4, 4, 4>, false>",
+        "product_kernel<Tile<double, 64, 32, 4, 4, 2, 3>>",
+    ),
+    "transposed product, 129 to 511 rows": (_SMALL_BEFORE.format("true"), _BACK_OF_SOME),
+    "transposed product, from 512 rows on": (_LARGE_BEFORE.format("true"), _BACK_OF_MANY),
+    "outer product, 129 to 511 rows": ("outer_kernel<Tile<float, 64, 64, 4, 4, 1>>", _BACK_OF_SOME),
+    "outer product, from 512 rows on": ("outer_kernel<Tile<float, 64, 64, 4, 4, 1>>", _BACK_OF_MANY),
+    "norm, forward": ("norm_kernel<float>", "norm_kernel<float, (NormWay)1, 32>"),
+    "norm, tangent": ("norm_tangent_kernel<float>", "norm_kernel<float, (NormWay)2, 32>"),
+    "norm, backward": ("norm_backward_kernel<float>", "norm_kernel<float, (NormWay)3, 32>"),
+    "norm, second derivative": ("norm_second_kernel<float>", "norm_kernel<float, (NormWay)4, 32>"),
+}
+
+# Launches before and after; those after are the bounds of two tests.
+LAUNCHES = {
+    "a meta-step, the package's own kernels": (649, 355),
+    "an inner step": (28, 15),
+}
+
 
 def render() -> str:
     """The document."""
-    parts = [INTRODUCTION + ("" if (RESULTS / "gpu_check.json").exists() else NOT_YET)]
+    has_run = (RESULTS / "gpu_check.json").exists()
+    before, after = (json.loads((RESULTS / name).read_text()) for name in KERNEL_REPORTS)
+    parts = [INTRODUCTION + ("" if has_run else NOT_YET), _kernels(before, after, has_run=has_run)]
     for name, result in _results():
         parts.append(_SECTIONS[name](result))
     return "\n".join(parts)
@@ -148,6 +249,47 @@ def _not_timed(result: dict[str, Any]) -> list[str]:
 
 def _mib(row: dict[str, Any]) -> str:
     return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+
+
+def _kernels(before: dict[str, Any], after: dict[str, Any], *, has_run: bool) -> str:
+    """What nvcc makes of the kernels, by two reports of benchmarks/kernel_report.py."""
+
+    def change(old: int, new: int) -> str:
+        return f"{old:,}" if old == new else f"{old:,} → {new:,}"
+
+    def changes(old: list[int], new: list[int]) -> list[str]:
+        return [change(*pair) for pair in zip(old, new, strict=True)]
+
+    def pieces(kernel: dict[str, Any], *, wide: bool) -> int:
+        return sum(count for size, count in kernel["in_pieces"].items() if (int(size) == 8) == wide)
+
+    def columns(kernel: dict[str, Any]) -> list[int]:
+        stores = [kernel["stores"].get("16", 0), pieces(kernel, wide=False), pieces(kernel, wide=True)]
+        return [*(kernel[key] for key in ("registers", "shared", "blocks")), *stores, kernel["stack"]]
+
+    def totals(report: dict[str, Any]) -> list[int]:
+        kernels = report["kernels"].values()
+        spilled = sum(kernel["stack"] > 0 for kernel in kernels)
+        return [len(kernels), spilled, sum(pieces(kernel, wide=False) > 0 for kernel in kernels)]
+
+    rows = [
+        [what, *changes(columns(before["kernels"][old]), columns(after["kernels"][new]))]
+        for what, (old, new) in KERNELS.items()
+    ]
+    named = ("kernels", "that spill", "that store in pieces of 4 bytes or less")
+    counts = zip(named, changes(totals(before), totals(after)), strict=True)
+    return "\n".join(
+        [
+            KERNELS_INTRODUCTION.format(
+                not_run="" if has_run else NOT_RUN, before=before["stamp"], after=after["stamp"]
+            ),
+            _table(["", "registers", "shared", "blocks", "16 bytes", "≤ 4 bytes", "8 bytes", "stack"], rows),
+            KERNELS_READING,
+            _table(["in all", "before → after"], [list(count) for count in counts]),
+            LAUNCHES_INTRODUCTION,
+            _table(["launches", "before → after"], [[what, change(*pair)] for what, pair in LAUNCHES.items()]),
+        ]
+    )
 
 
 def _meta_step(result: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_emulated
+import test_launches
 import torch
 from torch import Tensor
 
@@ -214,6 +216,33 @@ def test_share_of_sgemm_and_ratio_are_taken_within_rounds():
 @pytest.mark.skipif(not render.RESULTS.exists(), reason="the result files are not part of a source distribution")
 def test_the_document_is_what_the_result_files_say():
     assert (render.ROOT / "docs" / "benchmarks.md").read_text() == render.render()
+
+
+def test_kernels_are_shown_before_and_after(monkeypatch):
+    def report(commit: str, name: str, **changed) -> dict:
+        kernel = {"registers": 40, "shared": 1024, "blocks": 2, "stores": {"4": 9}, "in_pieces": {}, "stack": 0}
+        stamp = {"commit": commit, "nvcc": "V1", "architecture": "sm_90"}
+        return {"stamp": stamp, "kernels": {name: {**kernel, **changed}}}
+
+    monkeypatch.setattr(render, "KERNELS", {"a step": ("old<float>", "new<float>")})
+    before = report("aaa", "old<float>", stack=16, in_pieces={"4": 3, "2": 1, "8": 5})
+    after = report("bbb", "new<float>", registers=64, stores={"4": 1, "16": 7}, in_pieces={"8": 6})
+    page = render._kernels(before, after, has_run=False)
+    assert "Nothing has run on a GPU yet" in page
+    assert "Nothing has run on a GPU yet" not in render._kernels(before, after, has_run=True)
+    assert "Before is commit aaa; after is bbb" in page
+    assert "| a step | 40 → 64 | 1,024 | 2 | 0 → 7 | 4 → 0 | 5 → 6 | 16 → 0 |" in page
+    assert "| kernels | 1 |" in page
+    assert "| that spill | 1 → 0 |" in page
+    assert "| that store in pieces of 4 bytes or less | 1 → 0 |" in page
+    with pytest.raises(KeyError, match="new<float>"):
+        render._kernels(before, report("bbb", "renamed<float>"), has_run=False)
+
+
+def test_launches_that_are_shown_are_those_that_are_counted():
+    meta_step, inner_step = (after for _, after in render.LAUNCHES.values())
+    assert meta_step == test_emulated.LAUNCHES_OF_A_META_STEP
+    assert inner_step == test_launches.INNER_STEP
 
 
 def test_precision_is_measured_against_float64(monkeypatch, tmp_path):
