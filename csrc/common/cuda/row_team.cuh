@@ -18,7 +18,7 @@
 // most 64 bytes a cycle. So at 232,000 one row alone takes 7 µs on 8 multiprocessors, or 6 µs and two launches on 15:
 // the cluster loses nothing, and many rows gain a third. At 10 million the 264 blocks, two on each of 132
 // multiprocessors, are limited by memory alone. (Counted from bytes, not measured.) A card without clusters takes this
-// path above 14,080.
+// path above 14,080, or where a part no longer fits its shared memory.
 #pragma once
 
 #include <cooperative_groups.h>
