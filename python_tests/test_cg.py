@@ -789,6 +789,30 @@ def test_the_bits_do_not_depend_on_where_rows_begin(dtype: torch.dtype, cols: in
     assert torch.equal(ops.prox_penalty(at_offset(b, 1), at_offset(d, 3), 0.7), ops.prox_penalty(b, d, 0.7))
 
 
+@pytest.mark.parametrize("cols", [32, 200, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_coefficients_whose_rows_lie_apart(dtype: torch.dtype, cols: int, device: str) -> None:
+    """The first row of such a view begins at a multiple of 16 bytes, like the vectors; the others do not."""
+    rows = 3
+    d, b, theta = torch.rand(3, rows, cols, dtype=torch.float64).to(device=device, dtype=dtype) + 0.5
+    shift, inverse = torch.rand(2, rows, cols, device=device, dtype=ops.compute_dtype(dtype)) + 0.5
+
+    def apart(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, 1))[:, :cols]
+
+    results = [
+        cg(lambda p: d * p, b, shift=s, preconditioner=m, max_iterations=3, rtol=0.0)
+        for s, m in ((shift, inverse), (apart(shift), apart(inverse)))
+    ]
+    _same_bits(*results)
+    assert torch.equal(ops.prox_penalty(b, theta, apart(shift)), ops.prox_penalty(b, theta, shift))
+    steps = [
+        ops.prox_sgd_step_(b.clone(), d, theta, lam, lr) for lam, lr in ((shift, inverse), map(apart, (shift, inverse)))
+    ]
+    assert torch.equal(*steps)
+
+
 @pytest.mark.parametrize("cols", [0, 1, 3, 30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)

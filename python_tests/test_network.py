@@ -145,6 +145,7 @@ DESCRIPTIONS = {
     "patches of a stride, biases": [2, 9, 7, 3, 2, 17, 0, 1, 1, 3, 1, 4, 0, 2, 2, 0, 1, 7, 0, 0, 0],
     "linear over pixels, then convolved": [3, 5, 4, 0, 1, 33, 1, 1, 0, 3, 2, 18, 1, 1, 0, 0, 1, 2, 0, 0, 0],
     "many rows": [10, 26, 25, 3, 1, 40, 1, 1, 1, 3, 1, 9, 1, 0, 1, 3, 1, 5, 1, 1, 2, 0, 1, 4, 0, 2, 0],
+    "a stride beyond the image": [9, 2, 3, 3, 1, 2, 0, 1, 0, 3, 2**16, 3, 0, 0, 0],
     "many channels": [12, 6, 6, 3, 1, 70, 1, 1, 0, 3, 2, 65, 1, 1, 0, 0, 1, 37, 0, 1, 0, 0, 1, 3, 0, 0, 0],
 }
 
@@ -459,6 +460,8 @@ def test_errors() -> None:
         op(params, data.x, [1, 1, 1, 3, 1, 4, 1, 1, 1])
     with pytest.raises(ValueError, match="network must have no tanh"):
         op(params, data.x, [1, 8, 8, 3, 1, 4, 1, 2, 0])
+    with pytest.raises(ValueError, match="network must end with one pixel per image, got 56"):
+        op(params, data.x, [1, 8, 7, 3, 1, 4, 1, 1, 0])
     tape = torch.ops.imaml_ext.network_linearise(params, data.x, data.y, network)[3]
     with pytest.raises(ValueError, match="tape must"):
         torch.ops.imaml_ext.network_product(params, tape[:, 1:].contiguous(), data.y, params, network, False)

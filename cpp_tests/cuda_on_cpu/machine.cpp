@@ -197,7 +197,7 @@ class Machine {
     require_aligned(to, size, op, site);
     require_aligned(from, size, op, site);
     if (!shared_->holds(to)) refuse(std::string(op) + " to what is not shared memory", site);
-    if (shared_->holds(from)) refuse(std::string(op) + " from shared memory", site);
+    if (zeros < size && shared_->holds(from)) refuse(std::string(op) + " from shared memory", site);
     std::memset(to, SharedMemory::kSpoilt, size);
     thread_->copies.push_back({copy, thread_->groups});
   }

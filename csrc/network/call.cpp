@@ -10,6 +10,8 @@ namespace imaml_ext {
 
 NetworkCall::NetworkCall(const char* op, const at::Tensor& params, at::IntArrayRef network, const char* name)
     : net(Network::parse({network.data(), network.size()})) {
+  TORCH_CHECK_VALUE(net.layers.back().pixels_out == 1, op, ": network must end with one pixel per image, got ",
+                    net.layers.back().pixels_out);
   TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble, op, ": ", name,
                    " must be float32 or float64, got ", params.scalar_type());
   TORCH_CHECK_VALUE(params.dim() == 2 && params.size(1) == net.parameters && params.is_contiguous(), op, ": ", name,

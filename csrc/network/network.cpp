@@ -13,8 +13,10 @@ constexpr int64_t kPerLayer = 6;
 constexpr int64_t kMostPatchChannels = 8;
 constexpr int64_t kMostStride = int64_t{1} << 30;
 
-// A window along an axis of `size` pixels: 3 wide with zero padding, one pixel, or all of them.
+// A window along an axis of `size` pixels: 3 wide with zero padding, one pixel, or all of them. A stride beyond the
+// axis leaves the one pixel that a stride of its size does, and would make classes of pixels that there are not.
 Window convolution(int64_t size, int64_t stride) {
+  stride = std::min(stride, size);
   return {3, static_cast<int32_t>(stride), 1, static_cast<int32_t>(size),
           static_cast<int32_t>((size - 1) / stride + 1)};
 }

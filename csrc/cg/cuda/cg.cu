@@ -351,10 +351,8 @@ struct CgDirection : CgWork<T> {
 template <typename T, typename Work>
 void run(OnCuda device, const CgArguments<T>& a, Work work) {
   work.a = a;
-  const auto packs = [&](const auto& coefficient) {
-    return coefficient.col_stride == 0 || can_pack<T>(a.cols, coefficient.data);
-  };
-  const bool packed = can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p) && packs(a.shift) && packs(a.inverse_diagonal);
+  const bool packed = can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p) && can_pack<T>(a.cols, a.shift) &&
+                      can_pack<T>(a.cols, a.inverse_diagonal);
   launch_rows(device.stream, work, a.rows, a.cols, packed, a.allocate);
 }
 

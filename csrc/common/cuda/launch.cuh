@@ -14,7 +14,9 @@
 namespace imaml_ext {
 
 inline void check_cuda(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the runtime would report it once more, at the next launch that torch checks
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
 }
 
 extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];

@@ -46,6 +46,13 @@ constexpr int kMostCluster = 8;             // the largest that every card with 
 constexpr int64_t kLongPart = 16384;
 constexpr int64_t kMostLongParts = 264;
 
+// Whether a coefficient's rows are packed beside such rows of T; those of a view begin a stride apart, not `cols`.
+template <typename T, typename C>
+bool can_pack(int64_t cols, const Coefficient<C>& coefficient) {
+  const bool aligned = coefficient.row_stride * static_cast<int64_t>(sizeof(C)) % 16 == 0;
+  return coefficient.col_stride == 0 || (aligned && can_pack<T>(cols, coefficient.data));
+}
+
 // How a kernel's blocks are dealt out to rows.
 struct RowPlan {
   int64_t rows = 0;

@@ -12,9 +12,8 @@ __device__ __forceinline__ double square_root(double a) { return sqrt(a); }
 
 template <typename T>
 bool are_packed(const ProxRows<T>& a) {
-  return can_pack<T>(a.cols, a.phi, a.grad, a.theta, a.first, a.second) &&
-         (a.lam.col_stride == 0 || can_pack<T>(a.cols, a.lam.data)) &&
-         (a.lr.col_stride == 0 || can_pack<T>(a.cols, a.lr.data));
+  return can_pack<T>(a.cols, a.phi, a.grad, a.theta, a.first, a.second) && can_pack<T>(a.cols, a.lam) &&
+         can_pack<T>(a.cols, a.lr);
 }
 
 // This lane's numbers of a tile under a rule: φ, and its step g.
