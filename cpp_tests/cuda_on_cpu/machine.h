@@ -3,8 +3,8 @@
 // too, so that a result that depends on the order shows.
 //
 // The order follows from the environment variable CUDA_ON_CPU_SEED (default 0) and the number of the launch. Others:
-// CUDA_ON_CPU_REPORT, a file that is to list the launches (report.h), and CUDA_ON_CPU_SHARED, the bytes of shared memory
-// of a multiprocessor, for a card with less of it.
+// CUDA_ON_CPU_REPORT, a file that is to list the launches (report.h), and CUDA_ON_CPU_SHARED, the bytes of shared
+// memory of a multiprocessor, for a card with less of it.
 #pragma once
 
 #include <cstddef>

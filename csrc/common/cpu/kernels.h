@@ -18,16 +18,16 @@ const NetworkKernels<T>& network_kernels();
 
 // Each kernels_*.cpp defines cg_table<T>(), prox_table<T>() and network_table<T>() in the namespace of its instruction
 // set.
-#define IMAML_INSTANTIATE_TABLES                          \
-  template const CgKernels<float>& cg_table();            \
-  template const CgKernels<double>& cg_table();           \
+#define IMAML_INSTANTIATE_TABLES                           \
+  template const CgKernels<float>& cg_table();             \
+  template const CgKernels<double>& cg_table();            \
   template const CgKernels<c10::BFloat16>& cg_table();     \
   template const CgKernels<c10::Half>& cg_table();         \
-  template const ProxKernels<float>& prox_table();        \
-  template const ProxKernels<double>& prox_table();       \
+  template const ProxKernels<float>& prox_table();         \
+  template const ProxKernels<double>& prox_table();        \
   template const ProxKernels<c10::BFloat16>& prox_table(); \
   template const ProxKernels<c10::Half>& prox_table();     \
-  template const NetworkKernels<float>& network_table();  \
+  template const NetworkKernels<float>& network_table();   \
   template const NetworkKernels<double>& network_table();
 
 // A row is worked on in pieces of this many elements, whoever works on them: sums depend on nothing else.
