@@ -278,7 +278,7 @@ void a_copy_is_there_after_its_wait_and_not_before() {
 __global__ void quad_copy_kernel(const float* from, float* to, int shift, int zeros, bool wait) {
   imaml_ext::wait_for_launch_ahead();
   __shared__ __align__(16) float quads[8];
-  __pipeline_memcpy_async(quads + shift, from, 16, static_cast<size_t>(zeros));
+  __pipeline_memcpy_async(quads + shift, from != nullptr ? from : quads, 16, static_cast<size_t>(zeros));
   __pipeline_commit();
   if (wait) __pipeline_wait_prior(0);
   for (int i = 0; i < 4; ++i) to[i] = quads[shift + i];
@@ -297,6 +297,12 @@ void the_faults_of_a_copy_are_reported() {
   EXPECT(throws_saying([&] { run(1, 0, 0, true); }, unaligned));
   EXPECT(throws_saying([&] { run(0, 1, 0, true); }, unaligned));
   EXPECT(throws_saying([&] { run(0, 0, 17, true); }, "with more zeros than bytes"));
+  const auto run_from_shared = [&](int zeros) {
+    imaml_ext::launch<quad_copy_kernel>(nullptr, {1, 1}, static_cast<const float*>(nullptr), to.data(), 4, zeros, true);
+  };
+  EXPECT(throws_saying([&] { run_from_shared(0); }, "from shared memory"));
+  run_from_shared(16);  // nothing is read: the address may lie anywhere
+  EXPECT(to == (std::vector<float>{0, 0, 0, 0}));
   EXPECT(throws_saying([&] { run(0, 0, 0, false); }, "asynchronous copies that it has not waited for"));
 }
 
