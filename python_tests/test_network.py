@@ -465,6 +465,13 @@ def test_errors() -> None:
     tape = torch.ops.imaml_ext.network_linearise(params, data.x, data.y, network)[3]
     with pytest.raises(ValueError, match="tape must"):
         torch.ops.imaml_ext.network_product(params, tape[:, 1:].contiguous(), data.y, params, network, False)
+    one, descend = torch.ones(1, 1), torch.ops.imaml_ext.network_descend_
+    for theta in (params, params[1:]):
+        with pytest.raises(ValueError, match="theta must have memory of its own, got some of that of phi"):
+            descend(params, theta, one, one, data.x, data.y, network, 1)
+    both = torch.stack([params, params])  # of one storage, and no two numbers in one place
+    descend(both[0], both[1], one, 0.1 * one, data.x, data.y, network, 1)
+    assert torch.equal(both[1], params)
 
 
 def test_products_and_solves_of_some_tasks_alone(device: str) -> None:

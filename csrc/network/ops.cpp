@@ -1,5 +1,6 @@
 // The network ops: their schemas, their checks and their registration, for every device.
 #include <ATen/Dispatch.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -107,6 +108,8 @@ at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::
   ProxTensors prox;
   prox.phi = phi, prox.theta = theta, prox.lam = lam, prox.lr = lr;
   prox.check(op);
+  TORCH_CHECK_VALUE(at::get_overlap_status(phi, theta) == at::MemOverlapStatus::No, op,
+                    ": theta must have memory of its own, got some of that of phi, which changes");
   const at::Tensor losses = at::empty({steps, call.tasks}, phi.options());
   if (steps == 0) return losses;
   AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "imaml_ext", [&] {
