@@ -92,6 +92,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cuda_on_cpu::device_attribute(value, attribute, CUDA_ON_CPU_ARCH);
 }
 
+#define CUDART_VERSION 13000
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

@@ -29,7 +29,8 @@ __device__ __forceinline__ T* dynamic_shared() {
 
 // What a kernel can have on a device.
 struct KernelFacts {
-  bool hopper;      // has clusters and dependent launches: by what the running code was compiled for, not by the card
+  bool clusters;    // by what the running code was compiled for too: code for an older card has none on any card
+  bool overlaps;    // dependent launches too: before CUDA 12.3 a graph could not capture them
   int most_shared;  // bytes of dynamic shared memory beside its static arrays
 };
 
@@ -48,12 +49,14 @@ const KernelFacts& kernel_facts() {
     const auto* const kernel = reinterpret_cast<const void*>(kKernel);
     cudaFuncAttributes attributes;
     check_cuda(cudaFuncGetAttributes(&attributes, kernel));
-    int major = 0, most = 0;
+    int driver = 0, major = 0, most = 0;
+    check_cuda(cudaDriverGetVersion(&driver));
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     most = std::max(0, most - static_cast<int>(attributes.sharedSizeBytes));
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-    facts[device] = {attributes.ptxVersion >= 90 && major >= 9, most};
+    const bool hopper = attributes.ptxVersion >= 90 && major >= 9;
+    facts[device] = {hopper, hopper && std::min(driver, CUDART_VERSION) >= 12030, most};
   });
   return facts[device];
 }
@@ -83,10 +86,10 @@ struct LaunchShape {
 // Launches the kernel on a stream of the current device.
 template <auto kKernel, typename... Arguments>
 void launch(cudaStream_t stream, const LaunchShape& shape, Arguments... arguments) {
-  const bool hopper = kernel_facts<kKernel>().hopper;
+  const KernelFacts& facts = kernel_facts<kKernel>();
   std::array<cudaLaunchAttribute, 2> attributes{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[0].val.programmaticStreamSerializationAllowed = facts.overlaps ? 1 : 0;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
   attributes[1].val.clusterDim.y = 1;
@@ -97,7 +100,7 @@ void launch(cudaStream_t stream, const LaunchShape& shape, Arguments... argument
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   config.attrs = attributes.data();
-  config.numAttrs = !hopper ? 0 : shape.cluster > 1 ? 2 : 1;
+  config.numAttrs = !facts.clusters ? 0 : shape.cluster > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...));
 }
 

@@ -314,7 +314,7 @@ template <typename Work, typename Allocate>
 void launch_rows(cudaStream_t stream, const Work& work, int64_t rows, int64_t cols, bool packed,
                  const Allocate& allocate) {
   const KernelFacts& facts = kernel_facts<row_kernel<Work>>();
-  launch_rows(stream, work, row_plan<typename Work::Number>(rows, cols, packed, facts.hopper, facts.most_shared),
+  launch_rows(stream, work, row_plan<typename Work::Number>(rows, cols, packed, facts.clusters, facts.most_shared),
               allocate);
 }
 
