@@ -213,7 +213,7 @@ def rivals(check: Check) -> Iterator[Command]:
         raise SkippedError("no jax")
 
 
-SANITIZED = ["--dtypes", "float32", "--sizes", "3x257", "2x4096", "1x112005", "1x300000"]
+SANITIZED = ["--dtypes", "float32", "--sizes", "2x31", "3x257", "2x4096", "1x112005", "1x300000"]
 SANITIZED += ["--networks", "Conv4, 1 task, odd images", "Conv4, no patches", "MLP, tanh"]
 
 
