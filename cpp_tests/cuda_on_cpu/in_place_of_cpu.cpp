@@ -49,16 +49,8 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
   network_curvature(kEmulated, a);
 }
 
-#define IMAML_INSTANTIATE_ROWS(T)                                        \
-  template void cg_begin(OnCpu, const CgArguments<T>&);                  \
-  template void cg_direction(OnCpu, const CgArguments<T>&);              \
-  template void cg_step(OnCpu, const CgArguments<T>&);                   \
-  template void prox_update(OnCpu, ProxUpdate, const ProxArguments<T>&); \
-  template void prox_penalty(OnCpu, const ProxArguments<T>&);
-IMAML_INSTANTIATE_ROWS(float)
-IMAML_INSTANTIATE_ROWS(double)
-IMAML_INSTANTIATE_ROWS(c10::BFloat16)
-IMAML_INSTANTIATE_ROWS(c10::Half)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)
 IMAML_INSTANTIATE_NETWORK(OnCpu, double)
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <limits>
 
 #include "cg/row.h"
@@ -47,22 +46,25 @@ struct CgRows {
 
 template <typename T>
 struct CgArguments : CgRows<T> {
-  // Memory of the device for as long as the op runs.
-  std::function<char*(int64_t bytes)> allocate;
+  Allocate allocate;
 };
 
-// A device's part of the ops, for float, double, c10::BFloat16 and c10::Half.
-template <typename T>
-void cg_begin(OnCpu, const CgArguments<T>& a);
-template <typename T>
-void cg_direction(OnCpu, const CgArguments<T>& a);
-template <typename T>
-void cg_step(OnCpu, const CgArguments<T>& a);
-template <typename T>
-void cg_begin(OnCuda, const CgArguments<T>& a);
-template <typename T>
-void cg_direction(OnCuda, const CgArguments<T>& a);
-template <typename T>
-void cg_step(OnCuda, const CgArguments<T>& a);
+// A device's part of the ops, for the types of rows.
+#define IMAML_CG_OPS(Device)                          \
+  template <typename T>                               \
+  void cg_begin(Device, const CgArguments<T>& a);     \
+  template <typename T>                               \
+  void cg_direction(Device, const CgArguments<T>& a); \
+  template <typename T>                               \
+  void cg_step(Device, const CgArguments<T>& a);
+IMAML_CG_OPS(OnCpu)
+IMAML_CG_OPS(OnCuda)
+#undef IMAML_CG_OPS
+
+// For the end of a device's file, with IMAML_FOR_ROW_TYPES.
+#define IMAML_INSTANTIATE_CG(Device, T)                      \
+  template void cg_begin(Device, const CgArguments<T>&);     \
+  template void cg_direction(Device, const CgArguments<T>&); \
+  template void cg_step(Device, const CgArguments<T>&);
 
 }  // namespace imaml_ext

@@ -1,7 +1,6 @@
 // The conjugate-gradient ops: their schemas, their checks and their registration, for every device.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <utility>
@@ -98,12 +97,7 @@ void run(const char* op, const CgTensors& tensors, const Work& work) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensors.check(op), "imaml_ext", [&] {
     auto arguments = tensors.arguments<scalar_t>();
     if (arguments.rows == 0) return;
-    at::Tensor memory;
-    arguments.allocate = [&](int64_t bytes) {
-      memory = at::empty({bytes}, tensors.state.options().dtype(at::kByte));
-      return reinterpret_cast<char*>(memory.mutable_data_ptr<uint8_t>());
-    };
-    on_device_of(tensors.state, [&](auto device) { work(device, arguments); });
+    on_device_of(tensors.state, arguments, work);
   });
 }
 

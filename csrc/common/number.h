@@ -13,3 +13,8 @@ template <typename T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 }  // namespace imaml_ext
+
+// instantiate(Device, T) for every type T that rows can have.
+#define IMAML_FOR_ROW_TYPES(instantiate, Device)                                            \
+  instantiate(Device, float) instantiate(Device, double) instantiate(Device, c10::BFloat16) \
+      instantiate(Device, c10::Half)

@@ -2,27 +2,36 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #if defined(IMAML_EXT_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include <vector>
+
 #include "common/device.h"
 
 namespace imaml_ext {
 
-// Calls work(device) for the device of `tensor`: on CUDA with that device current, and its current stream.
-template <typename Work>
-void on_device_of([[maybe_unused]] const at::Tensor& tensor, const Work& work) {
+// Calls work(device, arguments) for the device of `tensor`, on CUDA with that device current, and its current stream.
+// What the work allocates is freed at the end; torch reuses it in the order of the stream.
+template <typename Arguments, typename Work>
+void on_device_of(const at::Tensor& tensor, Arguments& arguments, const Work& work) {
+  std::vector<at::Tensor> memory;
+  arguments.allocate = [&](int64_t bytes) {
+    memory.push_back(at::empty({bytes}, tensor.options().dtype(at::kByte)));
+    return static_cast<char*>(memory.back().mutable_data_ptr());
+  };
 #if defined(IMAML_EXT_WITH_CUDA)
   if (tensor.is_cuda()) {
     const c10::cuda::CUDAGuard guard(tensor.device());
-    work(OnCuda{c10::cuda::getCurrentCUDAStream()});
+    work(OnCuda{c10::cuda::getCurrentCUDAStream()}, arguments);
     return;
   }
 #endif
-  work(OnCpu{});
+  work(OnCpu{}, arguments);
 }
 
 }  // namespace imaml_ext

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "common/device.h"
 #include "network/network.h"
@@ -29,10 +28,9 @@ struct NetworkArguments {
   T* product = nullptr;             // [B, N]
   double* curvature = nullptr;      // [B]
 
-  // Memory of the device for as long as the op runs.
-  std::function<char*(int64_t bytes)> allocate;
+  Allocate allocate;
 
-  // Numbers of y a task.
+  // How many numbers of y a task has.
   int64_t targets_per_task() const { return labels != nullptr ? images : images * net.outputs(); }
 };
 

@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <tuple>
-#include <vector>
 
 #include "common/on_device.h"
 #include "network/arguments.h"
@@ -18,22 +17,17 @@ namespace imaml_ext {
 namespace {
 
 // Calls work(device, arguments) with what every op has: the call's sizes, params [B, N], x and y where they are
-// defined. Memory that the op asks for lives until its work is launched.
+// defined.
 template <typename T, typename Work>
 void run(const NetworkCall& call, const at::Tensor& params, const at::Tensor& x, const at::Tensor& y,
          const Work& work) {
   if (call.tasks == 0) return;
-  std::vector<at::Tensor> memory;
   NetworkArguments<T> a(call.net);
   a.tasks = call.tasks, a.images = call.images, a.params = params.const_data_ptr<T>();
   if (x.defined()) a.x = x.const_data_ptr<T>();
   if (y.defined() && y.scalar_type() == at::kLong) a.labels = y.const_data_ptr<int64_t>();
   if (y.defined() && y.scalar_type() != at::kLong) a.targets = y.const_data_ptr<T>();
-  a.allocate = [&](int64_t bytes) {
-    memory.push_back(at::empty({bytes}, params.options().dtype(at::kByte)));
-    return static_cast<char*>(memory.back().mutable_data_ptr());
-  };
-  on_device_of(params, [&](auto device) { work(device, a); });
+  on_device_of(params, a, work);
 }
 
 at::Tensor network_outputs_op(const at::Tensor& params, const at::Tensor& x, at::IntArrayRef network) {

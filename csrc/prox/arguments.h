@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "common/coefficient.h"
 #include "common/device.h"
@@ -42,18 +41,22 @@ struct ProxRows {
 
 template <typename T>
 struct ProxArguments : ProxRows<T> {
-  // Memory of the device for as long as prox_penalty runs.
-  std::function<char*(int64_t bytes)> allocate;
+  Allocate allocate;  // prox_penalty alone uses it
 };
 
-// A device's part of the ops, for float, double, c10::BFloat16 and c10::Half.
-template <typename T>
-void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a);
-template <typename T>
-void prox_penalty(OnCpu, const ProxArguments<T>& a);
-template <typename T>
-void prox_update(OnCuda, ProxUpdate update, const ProxArguments<T>& a);
-template <typename T>
-void prox_penalty(OnCuda, const ProxArguments<T>& a);
+// A device's part of the ops, for the types of rows.
+#define IMAML_PROX_OPS(Device)                                            \
+  template <typename T>                                                   \
+  void prox_update(Device, ProxUpdate update, const ProxArguments<T>& a); \
+  template <typename T>                                                   \
+  void prox_penalty(Device, const ProxArguments<T>& a);
+IMAML_PROX_OPS(OnCpu)
+IMAML_PROX_OPS(OnCuda)
+#undef IMAML_PROX_OPS
+
+// For the end of a device's file, with IMAML_FOR_ROW_TYPES.
+#define IMAML_INSTANTIATE_PROX(Device, T)                                 \
+  template void prox_update(Device, ProxUpdate, const ProxArguments<T>&); \
+  template void prox_penalty(Device, const ProxArguments<T>&);
 
 }  // namespace imaml_ext

@@ -45,12 +45,7 @@ void run(at::ScalarType dtype, const ProxTensors& tensors, const Work& work) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "imaml_ext", [&] {
     auto arguments = tensors.arguments<scalar_t>();
     if (arguments.rows == 0) return;
-    at::Tensor memory;
-    arguments.allocate = [&](int64_t bytes) {
-      memory = at::empty({bytes}, tensors.phi.options().dtype(at::kByte));
-      return reinterpret_cast<char*>(memory.mutable_data_ptr<uint8_t>());
-    };
-    on_device_of(tensors.phi, [&](auto device) { work(device, arguments); });
+    on_device_of(tensors.phi, arguments, work);
   });
 }
 

@@ -186,14 +186,6 @@ void cg_step(OnCpu, const CgArguments<T>& a) {
   over_rows(a.rows, a.cols, [&](int64_t row, bool split_row) { step_row(a, cg_kernels<T>(), row, split_row); });
 }
 
-#define IMAML_INSTANTIATE(T)                                \
-  template void cg_begin(OnCpu, const CgArguments<T>&);     \
-  template void cg_direction(OnCpu, const CgArguments<T>&); \
-  template void cg_step(OnCpu, const CgArguments<T>&);
-IMAML_INSTANTIATE(float)
-IMAML_INSTANTIATE(double)
-IMAML_INSTANTIATE(c10::BFloat16)
-IMAML_INSTANTIATE(c10::Half)
-#undef IMAML_INSTANTIATE
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
 
 }  // namespace imaml_ext

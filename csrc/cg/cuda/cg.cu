@@ -373,14 +373,6 @@ void cg_step(OnCuda device, const CgArguments<T>& a) {
   run(device, a, CgStep<T>{});
 }
 
-#define IMAML_INSTANTIATE(T)                                 \
-  template void cg_begin(OnCuda, const CgArguments<T>&);     \
-  template void cg_direction(OnCuda, const CgArguments<T>&); \
-  template void cg_step(OnCuda, const CgArguments<T>&);
-IMAML_INSTANTIATE(float)
-IMAML_INSTANTIATE(double)
-IMAML_INSTANTIATE(c10::BFloat16)
-IMAML_INSTANTIATE(c10::Half)
-#undef IMAML_INSTANTIATE
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCuda)
 
 }  // namespace imaml_ext

@@ -62,13 +62,6 @@ void prox_penalty(OnCpu, const ProxArguments<T>& a) {
   }
 }
 
-#define IMAML_INSTANTIATE(T)                                             \
-  template void prox_update(OnCpu, ProxUpdate, const ProxArguments<T>&); \
-  template void prox_penalty(OnCpu, const ProxArguments<T>&);
-IMAML_INSTANTIATE(float)
-IMAML_INSTANTIATE(double)
-IMAML_INSTANTIATE(c10::BFloat16)
-IMAML_INSTANTIATE(c10::Half)
-#undef IMAML_INSTANTIATE
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 
 }  // namespace imaml_ext

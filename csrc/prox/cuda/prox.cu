@@ -141,13 +141,6 @@ void prox_penalty(OnCuda device, const ProxArguments<T>& a) {
   launch_rows(device.stream, Penalty<T>{a}, a.rows, a.cols, are_packed(a), a.allocate);
 }
 
-#define IMAML_INSTANTIATE(T)                                              \
-  template void prox_update(OnCuda, ProxUpdate, const ProxArguments<T>&); \
-  template void prox_penalty(OnCuda, const ProxArguments<T>&);
-IMAML_INSTANTIATE(float)
-IMAML_INSTANTIATE(double)
-IMAML_INSTANTIATE(c10::BFloat16)
-IMAML_INSTANTIATE(c10::Half)
-#undef IMAML_INSTANTIATE
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCuda)
 
 }  // namespace imaml_ext
