@@ -44,8 +44,8 @@ def main() -> None:
         learner = load_pretrained(options.weights)
         if len(examples) > learner.ways:
             learner = load_pretrained(options.weights, ways=len(examples))
-        adapted = learner.adapt(read_images(examples, learner.input_shape), torch.arange(len(examples)))
-        probabilities = adapted.predict(read_images(which, learner.input_shape))  # [Q, ways]
+        adapted = learner.adapt(read_images(examples, learner.reading), torch.arange(len(examples)))
+        probabilities = adapted.predict(read_images(which, learner.reading))  # [Q, ways]
 
     for path, row in zip(which, probabilities, strict=True):
         best = int(row[: len(examples)].argmax())

@@ -67,6 +67,12 @@ class Settings:
         ConfigTypeError (a TypeError), ConfigError (a ValueError): a field of the wrong type, or outside its bounds.
     """
 
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The JSON form of today, from one that an earlier version has written: for a field that came later, the value
+        that was in effect before there was the field."""
+        return values
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = _checked(field_types(type(self))[field.name], getattr(self, field.name), self._called(field.name))  # type: ignore[arg-type]
@@ -264,7 +270,7 @@ def from_json(cls: type[S], values: Any, path: str = "") -> S:
             raise ConfigError(f"{here} must have a kind, got {', '.join(values) or 'nothing'}")
         cls = cls.kind(values.pop("kind"))
     dot = f"{path}." if path else ""
-    names = _recorded(cls)
+    names, values = _recorded(cls), cls.upgraded(values)
     for unknown in (name for name in values if name not in names):
         raise ConfigError(f"unknown setting {dot}{unknown}; known here: {', '.join(names)}")
     for missing in (name for name in names if name not in values):

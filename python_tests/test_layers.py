@@ -16,7 +16,8 @@ BASE = {"errors", "checks", "files", "rng", "settings", "batch", "_version", "_b
 # What each room may import beside itself and the base.
 ROOMS: dict[str, set[str]] = {
     **{name: set() for name in BASE},
-    "data": set(),
+    "pictures": set(),
+    "data": {"pictures"},
     "_native": set(),
     "ops": {"_native"},
     "models": {"ops", "_native"},
@@ -25,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
 ROOMS["losses"] = {"models", "solvers", "ops", "_native"}
 ROOMS["inner"] = ROOMS["losses"] | {"losses"}
 ROOMS["meta"] = ROOMS["inner"] | {"inner"}
-ROOMS["pretrained"] = ROOMS["meta"] | {"meta", "data"}
+ROOMS["pretrained"] = ROOMS["meta"] | {"meta", "data", "pictures"}
 ROOMS["train"] = ROOMS["pretrained"] | {"pretrained"}
 ROOMS["recipes"] = ROOMS["train"] | {"train"}
 ROOMS["reproduction"] = ROOMS["recipes"] | {"recipes"}

@@ -18,6 +18,7 @@ from imaml_ext.data.cifar import class_names
 from imaml_ext.data.mini_imagenet import NUM_CLASSES
 from imaml_ext.data.pickles import load_pickle
 from imaml_ext.errors import DataError
+from imaml_ext.pictures import Reading
 
 CATEGORY_FILES = {"train": "train_phase_train", "val": "val", "test": "test"}
 
@@ -202,7 +203,7 @@ def test_pictures_are_packed_once_and_a_changed_one_is_seen(tmp_path: Path, monk
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "open_picture", unexpected)
+        patch.setattr(pictures, "read_pictures", unexpected)
         assert np.array_equal(MiniImageNet(root=tmp_path, cache_dir=cache).read().images, first.images)
         packed.write_bytes(packed.read_bytes()[:1000])  # a damaged cache is not believed
         with pytest.raises(AssertionError, match="read again"):
@@ -468,7 +469,7 @@ def test_folder_of_ragged_classes(tmp_path: Path) -> None:
     write_folder(root, COUNTS)
     (root / "notes.txt").write_text("not a class")
     (root / "class-0" / "notes.txt").write_text("not a picture")
-    dataset = load_dataset("folder", root=root, cache_dir=tmp_path / "cache", image_size=16)
+    dataset = load_dataset("folder", root=root, cache_dir=tmp_path / "cache", pictures=Reading(size=16))
     assert isinstance(dataset, ImageDataset)
     assert dataset.input_shape == (3, 16, 16)
     parts = {split: dataset.images(split) for split in dataset.splits}
@@ -491,11 +492,13 @@ def test_folder_split_follows_its_rule(tmp_path: Path) -> None:
     write_folder(tmp_path, COUNTS)
     ranked = sorted(COUNTS, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     found = Folder(
-        root=tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0.3, test_fraction=0.1
+        root=tmp_path, cache_dir=tmp_path / ".cache", pictures=Reading(size=4), val_fraction=0.3, test_fraction=0.1
     ).read()
     names = {split: {found.names[i] for i in members} for split, members in found.splits.items()}
     assert names == {"train": set(ranked[:6]), "val": set(ranked[6:9]), "test": set(ranked[9:])}
-    found = Folder(root=tmp_path, cache_dir=tmp_path / ".cache", image_size=4, val_fraction=0, test_fraction=0.5).read()
+    found = Folder(
+        root=tmp_path, cache_dir=tmp_path / ".cache", pictures=Reading(size=4), val_fraction=0, test_fraction=0.5
+    ).read()
     assert {split: members.size for split, members in found.splits.items()} == {"train": 5, "test": 5}
     with pytest.raises(
         DataError, match=r"holds 10 classes, which leaves none for 'test' with val_fraction = 0\.16 and"
@@ -508,7 +511,7 @@ def test_folder_split_follows_its_rule(tmp_path: Path) -> None:
 def test_folder_with_splits_of_its_own(tmp_path: Path) -> None:
     for split, counts in {"train": {"a": 2, "b": 3}, "test": {"c": 4}}.items():
         write_folder(tmp_path / split, counts)
-    found = Folder(root=tmp_path, cache_dir=tmp_path / "cache", image_size=8, greyscale=True).read()
+    found = Folder(root=tmp_path, cache_dir=tmp_path / "cache", pictures=Reading(size=8, colours="grey")).read()
     assert found.images.shape == (9, 8, 8)
     assert found.images[1].tolist() == [[round(10 * 0.587 + 50 * 0.114)] * 8] * 8  # luma of (0, 10, 50)
     assert {split: [found.names[i] for i in m] for split, m in found.splits.items()} == {

@@ -15,6 +15,7 @@ from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerSolver, NewtonCG
 from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm, Reptile
 from imaml_ext.models import MLP, Conv4, TaskModel
+from imaml_ext.pictures import Reading
 from imaml_ext.settings import changed, from_json, leaves, to_json
 from imaml_ext.solvers import FixedPoint, LinearSolver, Neumann
 from imaml_ext.train import (
@@ -124,7 +125,7 @@ def test_json_must_have_every_setting() -> None:
         (Tasks, "queries", 0),
         (Linear, "noise", -0.1),
         (Linear, "condition_number", 0.5),
-        (Folder, "image_size", 0),
+        (Reading, "size", 0),
         (Folder, "val_fraction", 1.0),
         (Conv4, "filters", 0),
         (MLP, "hidden", (40, 0)),

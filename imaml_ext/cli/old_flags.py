@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 _NAMES = {
     "--data.name": "--data",
+    "--data.image-size": "--data.pictures.size",
     "--data.ways": "--tasks.ways",
     "--data.shots": "--tasks.shots",
     "--data.train-shots": "--tasks.train-shots",
@@ -30,6 +31,7 @@ _NAMES = {
 }
 # Where the value has another name too.
 _VALUES = {
+    ("--data.greyscale", ""): "--data.pictures.colours grey",
     ("--model.head", "own"): "--theta.no-shared-head",
     ("--model.head", "shared"): "--theta.shared-head",
     ("--inner.solver", "gradient_descent"): "--inner gradient_descent",

@@ -11,7 +11,6 @@ from imaml_ext.data.glyphs import Glyphs, glyph_split, load_glyphs
 from imaml_ext.data.linear import Linear, LinearClosedForm, LinearSampler
 from imaml_ext.data.mini_imagenet import MiniImageNet
 from imaml_ext.data.omniglot import Omniglot, load_omniglot, omniglot_split
-from imaml_ext.data.pictures import open_picture
 from imaml_ext.data.sheets import image_grid, nearest_neighbour_accuracy, sample_sheet, summary
 from imaml_ext.data.sinusoid import Sinusoid, SinusoidSampler
 from imaml_ext.data.source import DataSource, load_dataset
@@ -46,7 +45,6 @@ __all__ = [
     "load_omniglot",
     "nearest_neighbour_accuracy",
     "omniglot_split",
-    "open_picture",
     "sample_sheet",
     "summary",
 ]

@@ -27,6 +27,7 @@ from imaml_ext.data.pickles import load_pickle
 from imaml_ext.data.pictures import LabelledImages
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
+from imaml_ext.pictures import Reading
 
 SIZE = 32
 _BATCHES = "cifar-100-python"
@@ -70,7 +71,7 @@ class _Cifar(FileSource):
     description: ClassVar[str]
 
     def load(self) -> Dataset:
-        return self.read().dataset(self.kind_name, self.description, published=600)
+        return self.read().dataset(self.kind_name, self.description, Reading(size=SIZE, square="middle"), published=600)
 
     def read(self) -> LabelledImages:
         """Reads CIFAR-100, images uint8 [n, 32, 32, 3], and its splits.

@@ -14,6 +14,7 @@ from imaml_ext.checks import check_choice
 from imaml_ext.data.augment import Augmentation
 from imaml_ext.data.class_images import ClassImages, number_range
 from imaml_ext.data.episodes import EpisodeSampler
+from imaml_ext.pictures import Reading
 
 
 class Sampler(Protocol):
@@ -32,6 +33,7 @@ class Dataset(ABC):
     description: str  # one line
     splits: tuple[str, ...]  # the names that `sampler` accepts
     input_shape: tuple[int, ...]  # of one example: (C, H, W) of an image, (features,) in regression
+    reading: Reading | None = None  # how pictures of one's own are read, to be like the images of this data set
 
     @abstractmethod
     def sampler(
@@ -57,15 +59,25 @@ class ImageDataset(Dataset):
 
     Args:
         parts: the classes of each split. notes: what each split holds, in words.
-        drawn: classes are characters, ink = 1, which pictures show dark on white; otherwise images are photographs.
+        reading: how pictures of one's own are read, to be like these images. Where it looks for ink, classes are
+            characters, ink = 1, which pictures show dark on white; otherwise images are photographs.
     """
 
     kind: Literal["classification", "regression"] = "classification"
 
+    reading: Reading
+
     def __init__(
-        self, name: str, description: str, parts: Mapping[str, ClassImages], notes: Mapping[str, str], *, drawn: bool
+        self,
+        name: str,
+        description: str,
+        parts: Mapping[str, ClassImages],
+        notes: Mapping[str, str],
+        *,
+        reading: Reading,
     ) -> None:
-        self.name, self.description, self.drawn, self.splits = name, description, drawn, tuple(parts)
+        self.name, self.description, self.reading, self.splits = name, description, reading, tuple(parts)
+        self.drawn = reading.colours == "ink"
         self.input_shape = next(iter(parts.values())).image_shape
         self._parts, self._notes = dict(parts), dict(notes)
         self._on_device: dict[torch.device, Tensor] = {}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from imaml_ext.data.cache import cache_folder
 from imaml_ext.data.datasets import Dataset
 from imaml_ext.data.pictures import SPLITS, LabelledImages, list_classes, list_splits, load_classes
 from imaml_ext.data.source import CachedSource
 from imaml_ext.errors import ConfigError, DataError
-from imaml_ext.settings import COUNT, FRACTION
+from imaml_ext.pictures import Reading
+from imaml_ext.settings import FRACTION, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,20 +21,27 @@ class Folder(CachedSource):
     """Pictures of your own: a folder that holds one folder of pictures per class."""
 
     root: Path | None = None  # Folder that holds one folder of pictures per class.
-    image_size: Annotated[int, COUNT] = 84  # Pixels per side that pictures are scaled to.
-    greyscale: bool = False  # Read pictures without their colours.
+    pictures: Reading = field(default_factory=Reading)  # How a picture is read.
     # Fraction of the classes for validation, where there are no folders train, val and test.
     val_fraction: Annotated[float, FRACTION] = 0.16
     test_fraction: Annotated[float, FRACTION] = 0.2  # Fraction of the classes for testing, likewise.
 
     def load(self) -> Dataset:
         found = self.read()
-        colours = "in grey" if self.greyscale else "in colour"
-        size = f"{self.image_size}×{self.image_size}"
-        return found.dataset("folder", f"{self.root}, {len(found.names):,} classes, {size} {colours}")
+        read = self.pictures
+        colours = {"rgb": "in colour", "grey": "in grey", "ink": "as ink"}[read.colours]
+        description = f"{self.root}, {len(found.names):,} classes, {read.size}×{read.size} {colours}"
+        return found.dataset("folder", description, read)
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if "greyscale" in values:
+            colours: Literal["grey", "rgb"] = "grey" if values.pop("greyscale") else "rgb"
+            values["pictures"] = to_json(Reading(size=values.pop("image_size"), colours=colours))
+        return values
 
     def read(self) -> LabelledImages:
-        """Reads the pictures `root/<class>/*.png` (.jpg, .jpeg), scaled to image_size × image_size.
+        """Reads the pictures `root/<class>/*.png` (.jpg, .jpeg) as `pictures` says.
 
         Where root holds `train/` or `test/` with one folder per class, these, and `val/` where it is there, are the
         splits. Otherwise classes are put in the order of the SHA-256 of their names, a shuffle that needs no random
@@ -53,7 +61,7 @@ class Folder(CachedSource):
             parts = list_splits(folder)
         else:
             parts = self._split(folder, list_classes(folder))
-        return load_classes(folder, parts, size=self.image_size, greyscale=self.greyscale, cache=cache)
+        return load_classes(folder, parts, self.pictures, cache=cache)
 
     def _split(self, folder: Path, classes: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
         ranked = sorted(classes, key=lambda name: hashlib.sha256(name.encode()).hexdigest())

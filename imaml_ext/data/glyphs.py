@@ -35,6 +35,7 @@ from imaml_ext.data.datasets import Dataset, ImageDataset
 from imaml_ext.data.raster import SIZE, SUB, FontFile, draw, transform
 from imaml_ext.data.source import CachedSource
 from imaml_ext.errors import DataError
+from imaml_ext.pictures import Reading
 from imaml_ext.rng import philox_words
 
 NUM_DRAWERS = 20
@@ -42,6 +43,7 @@ _SEED = 0x676C79706873
 RADIUS = 10 * SUB  # the longer side of a character is 20 pixels before distortion
 _MATRIX_SPREAD = (13, 22, 22, 13)  # percent of RADIUS: entries xx, xy, yx, yy of the matrix vary by up to this much
 _SHIFT_SPREAD = 3 * SUB // 2  # each centre is off by up to 1.5 pixels
+_READING = Reading(size=SIZE, colours="ink", square="ink", margin=0.2)
 _REINSTALL = "reinstall matplotlib from the package index"
 
 
@@ -67,7 +69,13 @@ class Glyphs(CachedSource):
         description = (
             "characters of many scripts drawn from matplotlib's fonts, 20 drawings each, 28×28, split by script"
         )
-        return ImageDataset("glyphs", f"glyphs, {description}", parts, notes, drawn=True)
+        return ImageDataset(
+            "glyphs",
+            f"glyphs, {description}",
+            parts,
+            notes,
+            reading=Reading(size=SIZE, colours="ink", square="ink", margin=0.2),
+        )
 
 
 class GlyphClass(NamedTuple):

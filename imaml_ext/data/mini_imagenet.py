@@ -27,8 +27,10 @@ from imaml_ext.data.pickles import load_pickle
 from imaml_ext.data.pictures import SPLITS, LabelledImages, label_splits, list_splits, load_classes
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
+from imaml_ext.pictures import Reading
 
 SIZE = 84
+READING = Reading(size=SIZE)
 NUM_CLASSES = {"train": 64, "val": 16, "test": 20}
 _PLACES = (".", "mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet")
 _SplitClasses = tuple[np.ndarray, dict[str, np.ndarray]]  # images uint8 [n, 84, 84, 3], class -> its rows
@@ -40,7 +42,7 @@ class MiniImageNet(FileSource):
 
     def load(self) -> Dataset:
         description = "mini-ImageNet, 100 classes, 84×84 in colour"
-        return self.read().dataset("mini-imagenet", description, published=600)
+        return self.read().dataset("mini-imagenet", description, READING, published=600)
 
     def read(self) -> LabelledImages:
         """Reads all photographs, uint8 [n, 84, 84, 3], and the classes of each split.
@@ -120,7 +122,7 @@ def _read_csv_files(folder: Path, cache: Path) -> LabelledImages:
         members = classes[split] = {}
         for filename, label in _read_csv(folder / file):
             members.setdefault(label, []).append(folder / "images" / filename)
-    return load_classes(folder, classes, size=SIZE, cache=cache)
+    return load_classes(folder, classes, READING, cache=cache)
 
 
 def _read_csv(path: Path) -> list[list[str]]:
@@ -146,5 +148,5 @@ _FORMS: tuple[tuple[tuple[str, ...], Callable[[Path, Path], LabelledImages]], ..
     (_CACHE_FILES, lambda folder, cache: _read_pickles(folder, _CACHE_FILES, _read_cache_file)),
     (_CATEGORY_FILES, lambda folder, cache: _read_pickles(folder, _CATEGORY_FILES, _read_category_file)),
     ((*_CSV_FILES, "images"), _read_csv_files),
-    (SPLITS, lambda folder, cache: load_classes(folder, list_splits(folder), size=SIZE, cache=cache)),
+    (SPLITS, lambda folder, cache: load_classes(folder, list_splits(folder), READING, cache=cache)),
 )

@@ -32,11 +32,14 @@ from imaml_ext.checks import check_choice
 from imaml_ext.data import cache
 from imaml_ext.data.class_images import ClassImages
 from imaml_ext.data.datasets import Dataset, ImageDataset
-from imaml_ext.data.pictures import open_picture, shrink
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
+from imaml_ext.pictures import Reading
+from imaml_ext.pictures.decode import decode
+from imaml_ext.pictures.square import squared
 from imaml_ext.settings import NOT_NEGATIVE
 
+OMNIGLOT = Reading(size=28, colours="ink", square="ink")
 NUM_CHARACTERS = 1623
 NUM_DRAWERS = 20
 _ROWS = NUM_CHARACTERS * NUM_DRAWERS
@@ -69,7 +72,7 @@ class Omniglot(FileSource):
             parts[part] = ClassImages(images, names=names, characters=members, rotations=turns)
             notes[part] = f"{members.size:,} characters{turned}"
         description = f"Omniglot, 1,623 handwritten characters × 20 drawers, 28×28, split {self.split_protocol}"
-        return ImageDataset("omniglot", description, parts, notes, drawn=True)
+        return ImageDataset("omniglot", description, parts, notes, reading=OMNIGLOT)
 
 
 @functools.cache
@@ -211,7 +214,7 @@ def _list_tree(folder: Path) -> list[Path]:
 
 def _read_drawing(path: Path) -> np.ndarray:
     """Reads one drawing as uint8 [28, 28], ink = 255."""
-    drawing = open_picture(path, "L")
+    drawing = decode(path).convert("L")
     if drawing.size != (105, 105):
         raise DataError(f"{path} must be 105 × 105 pixels, got {drawing.size[0]} × {drawing.size[1]}")
-    return 255 - shrink(drawing, 28)
+    return 255 - squared(drawing, 28, "squeeze")

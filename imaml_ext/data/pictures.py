@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from imaml_ext.data.cache import cached_arrays, files_digest
 from imaml_ext.data.class_images import ClassImages, number_range
 from imaml_ext.data.datasets import ImageDataset
 from imaml_ext.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from imaml_ext.pictures import Reading, read_pictures
 
 SPLITS = ("train", "val", "test")
 _SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -32,7 +29,7 @@ class LabelledImages:
     counts: np.ndarray  # images of each class, int [classes], n in sum
     splits: Mapping[str, np.ndarray]  # the classes of each split, indices into `names`
 
-    def dataset(self, name: str, description: str, *, published: int | None = None) -> ImageDataset:
+    def dataset(self, name: str, description: str, reading: Reading, *, published: int | None = None) -> ImageDataset:
         """Makes a data set of photographs; a published one is complete with `published` images per class."""
         if published is not None:
             description += f", {number_range(self.counts)} images per class"
@@ -43,7 +40,7 @@ class LabelledImages:
         for split, members in self.splits.items():
             parts[split] = ClassImages(images, counts=self.counts, names=self.names, characters=members)
             notes[split] = ", ".join(self.names[i] for i in members[:4]) + (", …" if members.size > 4 else "")
-        return ImageDataset(name, description, parts, notes, drawn=False)
+        return ImageDataset(name, description, parts, notes, reading=reading)
 
 
 def label_splits(
@@ -61,32 +58,6 @@ def label_splits(
         splits[split] = np.arange(len(counts), len(counts) + len(members))
         counts |= members
     return tuple(counts), np.array(list(counts.values())), splits
-
-
-def open_picture(path: Path, mode: str, *, upright: bool = False) -> Image:
-    """Decodes a picture file as "RGB", or "L" for grey; `upright` turns it as its EXIF orientation says.
-
-    Raises:
-        DataError: the file is missing, damaged or no picture, or Pillow is not installed.
-    """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise DataError("reading pictures needs Pillow: pip install pillow") from error
-    try:
-        with Image.open(path) as file:
-            return (ImageOps.exif_transpose(file) if upright else file).convert(mode)
-    except FileNotFoundError as error:
-        raise DataError(f"the picture {path} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"the picture {path} is damaged or not a picture ({error})") from error
-
-
-def shrink(picture: Image, size: int) -> np.ndarray:
-    """Scales a picture as a whole to size × size by a Lanczos filter: uint8 [size, size] or [size, size, 3]."""
-    from PIL.Image import Resampling
-
-    return np.asarray(picture.resize((size, size), Resampling.LANCZOS))
 
 
 def list_classes(folder: Path) -> dict[str, list[Path]]:
@@ -113,20 +84,16 @@ def list_splits(folder: Path) -> dict[str, dict[str, list[Path]]]:
     return {split: list_classes(folder / split) for split in SPLITS if (folder / split).is_dir()}
 
 
-def load_classes(
-    folder: Path, classes: _Pictures, *, size: int, greyscale: bool = False, cache: Path
-) -> LabelledImages:
-    """Loads pictures below `folder`, scaled to size × size; they are decoded once, and packed into a file whose name
-    carries names, sizes and times of the pictures."""
+def load_classes(folder: Path, classes: _Pictures, reading: Reading, *, cache: Path) -> LabelledImages:
+    """Loads pictures below `folder`; they are read once, and packed into a file whose name carries the reading, and
+    names, sizes and times of the pictures."""
     labels = label_splits(folder, {split: {c: len(p) for c, p in part.items()} for split, part in classes.items()})
     pictures = [path for part in classes.values() for paths in part.values() for path in paths]
-    shape = (len(pictures), size, size) if greyscale else (len(pictures), size, size, 3)
+    colours, size, _ = reading.shape
+    shape = (len(pictures), size, size) if colours == 1 else (len(pictures), size, size, 3)
 
     def read() -> dict[str, np.ndarray]:
-        images = np.empty(shape, dtype=np.uint8)
-        for row, path in enumerate(pictures):
-            images[row] = shrink(open_picture(path, "L" if greyscale else "RGB"), size)
-        return {"images": images}
+        return {"images": read_pictures(pictures, reading)}
 
-    packed = cache / "pictures" / f"{folder.resolve().name}-{size}-{files_digest(folder, pictures, shape)}.npz"
+    packed = cache / "pictures" / f"{folder.resolve().name}-{size}-{files_digest(folder, pictures, reading)}.npz"
     return LabelledImages(cached_arrays(packed, {"images": ("uint8", shape)}, read)["images"], *labels)

@@ -19,8 +19,8 @@ def load_pretrained(
     """Makes a learner from weights that come with the package, by name, or from a file NAME.safetensors.
 
         learner = load_pretrained("omniglot-5w1s-gd")
-        adapted = learner.adapt(read_images(["a.png", "b.png"], learner.input_shape), torch.tensor([0, 1]))
-        labels = adapted.predict(read_images(["which.png"], learner.input_shape)).argmax(-1)
+        adapted = learner.adapt(read_images(["a.png", "b.png"], learner.reading), torch.tensor([0, 1]))
+        labels = adapted.predict(read_images(["which.png"], learner.reading)).argmax(-1)
 
     `ways`: tell that many classes apart, by a last layer that they share (`Weights.for_ways`), in place of as many as
     in training.
@@ -36,13 +36,13 @@ class FewShotLearner:
     """Holds trained meta-parameters with the algorithm that adapts them.
 
     Attributes:
-        weights: what was loaded. input_shape: of one example, (C, H, W) or (features,). ways: the most classes that a
-            task may have; 0 in regression.
+        weights: what was loaded. input_shape: of one example, (C, H, W) or (features,). reading: how pictures are read,
+            as in training; None in regression. ways: the most classes that a task may have; 0 in regression.
     """
 
     def __init__(self, weights: Weights, *, ways: int | None = None, device: torch.device | str = "cpu") -> None:
         self.weights = weights = weights.for_ways(ways)
-        self.input_shape = weights.card.input_shape
+        self.input_shape, self.reading = weights.card.input_shape, weights.card.reading
         self.classification = weights.card.kind == "classification"
         self.ways = weights.card.tasks["ways"] if self.classification else 0
         self._algorithm = weights.bound_algorithm()

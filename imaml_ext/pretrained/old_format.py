@@ -11,6 +11,7 @@ from imaml_ext.data import DataSource
 from imaml_ext.inner import GradientDescent, InnerSolver, NewtonCG
 from imaml_ext.meta import MetaAlgorithm
 from imaml_ext.models import MLP, Conv4, TaskModel
+from imaml_ext.pictures import Reading
 from imaml_ext.settings import to_json
 from imaml_ext.solvers import CG, LinearSolver
 
@@ -71,7 +72,11 @@ def taken(kind: type, knobs: Mapping[str, Any], prefix: str, **given: Any) -> An
 
 
 def data_from_old(knobs: Mapping[str, Any]) -> DataSource:
-    return taken(DataSource.kind(knobs["data.name"]), knobs, "data.")
+    given = {}
+    if knobs["data.name"] == "folder":
+        colours = "grey" if knobs["data.greyscale"] else "rgb"
+        given = {"pictures": Reading(size=knobs["data.image_size"], colours=colours)}  # type: ignore[arg-type]
+    return taken(DataSource.kind(knobs["data.name"]), knobs, "data.", **given)
 
 
 def model_from_old(knobs: Mapping[str, Any]) -> TaskModel:

@@ -21,7 +21,9 @@ from imaml_ext.files import atomic_write
 from imaml_ext.losses import TaskLoss
 from imaml_ext.meta import MetaAlgorithm
 from imaml_ext.models import TaskModel
+from imaml_ext.pictures import Reading
 from imaml_ext.pretrained import old_format
+from imaml_ext.pretrained.images import reading_of_shape
 from imaml_ext.settings import from_json, to_json
 
 FORMAT = "imaml_ext 2"
@@ -40,6 +42,7 @@ class Card:
         test: split, tasks, seed, inner steps, and the figures with their 95 % intervals, as in result.json; `first` are
             those of its first tasks (missing in results of before there were such figures).
         environment: versions and hardware of the training. trained_from: the weights that it began with, if any.
+        reading: how pictures of one's own are read, to be like the training's; None in regression.
     """
 
     recipe: str
@@ -56,6 +59,7 @@ class Card:
     test: dict[str, Any]
     environment: dict[str, Any]
     trained_from: str | None = None
+    reading: Reading | None = None
 
     @property
     def figure(self) -> str:
@@ -179,12 +183,22 @@ def read_weights(source: Path | str) -> Weights:
 
 
 def _from_file(name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> Weights:
-    card = Card(**values["card"] | {"input_shape": tuple(values["card"]["input_shape"])})
+    card = _card_from_file(values["card"])
     model = from_json(TaskModel, values["model"], "model")  # type: ignore[type-abstract]  # as one of its kinds
     algorithm = from_json(MetaAlgorithm, values["algorithm"], "algorithm")  # type: ignore[type-abstract]
     learnt = {f"log_{name}": tensors.pop(f"log_{name}") for name in getattr(algorithm, "learn", {})}
     params = {"theta": model.layout.flatten(tensors), **learnt}
     return Weights(name, params, model, values["criterion"], algorithm, bool(values["shared_head"]), card)
+
+
+def _card_from_file(values: Mapping[str, Any]) -> Card:
+    """Reads a card; one without a reading is from before pictures of one's own were read as the training's."""
+    shape, reading = tuple(values["input_shape"]), values.get("reading")
+    if reading is not None:
+        reading = from_json(Reading, reading, "reading")
+    elif values["kind"] == "classification" and len(shape) == 3:
+        reading = reading_of_shape(shape)
+    return Card(**{**values, "input_shape": shape, "reading": reading})
 
 
 def save_weights(path: Path, weights: Weights) -> None:
@@ -201,7 +215,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         "criterion": weights.criterion,
         "algorithm": to_json(weights.algorithm),
         "shared_head": weights.shared_head,
-        "card": asdict(weights.card),
+        "card": asdict(weights.card),  # the reading in it is as `to_json` makes it: its values are plain
     }
     atomic_write(path, save(tensors, {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}))
     page = weights.card.to_markdown(path.stem, weights.algorithm, shared_head=weights.shared_head)

@@ -51,6 +51,7 @@ def run_weights(run: Path, *, commit: str = "") -> Weights:
         tasks=to_json(config.tasks),
         kind=config.data.kind_of_task,
         input_shape=tuple(dataset.input_shape),
+        reading=dataset.reading,
         steps=result["steps"],
         meta_batch=config.outer.meta_batch,
         train_seconds=result["train_seconds"],
