@@ -1,0 +1,256 @@
+"""A Sphinx extension: the parts of the site that come from the package itself.
+
+To each page `docs/api/ROOM.md` it adds the public names of `imaml_ext.ROOM` with their docstrings, to
+`docs/commands.md` what `imaml COMMAND --help` prints, and to the pages that others belong to their tables of contents.
+The pages in the repository are plain Markdown. A new name, option, command or page appears by itself.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import importlib
+import inspect
+import io
+import os
+import pkgutil
+import re
+import typing
+from pathlib import Path
+
+import imaml_ext
+from imaml_ext.cli import COMMANDS, main
+from imaml_ext.cli.parser import field_help, summary_of
+from imaml_ext.settings import Bounds, Settings, field_types
+
+DOCS = Path(__file__).resolve().parent
+ROOMS = sorted(page.stem for page in (DOCS / "api").glob("*.md") if page.stem != "README")
+EXAMPLES = {"train": "glyphs-5w1s", "data": "omniglot", "reproduce": "exactness"}  # of the name that a command takes
+DIRECTIVES = {"class": "autoclass", "exception": "autoexception", "function": "autofunction"}
+
+
+# --- what is public -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def public_names(room: str) -> dict[str, object]:
+    """Returns {name: object} of a room: its `__all__` and all members of its families, but what is another room's."""
+    module = importlib.import_module(f"imaml_ext.{room}")
+    made_here = [name for name, value in vars(module).items() if kind_of(value) and value.__module__ == module.__name__]
+    names = getattr(module, "__all__", None) or [name for name in made_here if not name.startswith("_")]
+    found = {name: getattr(module, name) for name in names}
+    for family in [value for value in found.values() if "kinds" in getattr(value, "__dict__", {})]:
+        members = map(family.kind, family.kinds)
+        found |= {member.__name__: member for member in members}
+    return {name: value for name, value in found.items() if room_of(value) in (room, None)}
+
+
+def room_of(value: object) -> str | None:
+    """Returns the room that an object is made in; None for one without a page."""
+    room = [*(getattr(value, "__module__", None) or "").split("."), ""][1]
+    return room if room in ROOMS else None
+
+
+def kind_of(value: object) -> str:
+    if inspect.isclass(value):
+        return "exception" if issubclass(value, BaseException) else "class"
+    return "function" if inspect.isfunction(value) else ""
+
+
+@functools.cache
+def named_types() -> dict[str, tuple[str, str, str]]:
+    """Returns {name: (room, definition, comment)} of the types that the public signatures name, such as `Coefficient`."""
+    said = {word for room in ROOMS for value in public_names(room).values() for word in words_of_annotations(value)}
+    found = {}
+    for room in ROOMS:
+        package = importlib.import_module(f"imaml_ext.{room}")
+        below = pkgutil.iter_modules(getattr(package, "__path__", ()), f"{package.__name__}.")
+        for module in [package, *(importlib.import_module(each.name) for each in below)]:
+            for line in inspect.getsource(module).splitlines():
+                code, _, comment = line.partition("  # ")
+                name, _, definition = code.partition(" = ")
+                if name in said and typing.get_origin(getattr(module, name, None)):
+                    found[name] = (room, definition, comment)
+    return found
+
+
+def words_of_annotations(value: object) -> set[str]:
+    inside = [value, *(getattr(each, "fget", each) for each in getattr(value, "__dict__", {}).values())]
+    return set(re.findall(r"\w+", " ".join(str(getattr(each, "__annotations__", "")) for each in inside)))
+
+
+@functools.cache
+def places() -> dict[str, str]:
+    """Returns {name: its full name on the site} of everything public."""
+    types = {name: f"imaml_ext.{room}.{name}" for name, (room, *_) in named_types().items()}
+    return types | {name: f"imaml_ext.{room}.{name}" for room in ROOMS for name in public_names(room)}
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+
+def add_to_page(app, docname: str, source: list[str]) -> None:
+    """Adds to a page of the repository what belongs on it."""
+    added = []
+    folder, _, page = docname.rpartition("/")
+    if docname == app.config.root_doc:
+        added = contents(re.findall(r"^- \[.*?\]\((docs/.*?)\.md\)", source[0], re.MULTILINE))
+    elif docname == "docs/api/README":
+        added = [*contents(ROOMS), "", *summaries()]
+    elif folder == "docs/api":
+        added = ["```{eval-rst}", f".. py:currentmodule:: imaml_ext.{page}", "", *entries(page), "```"]
+    elif docname == "docs/commands":
+        added = [line for command in COMMANDS for line in helps(command)]
+    elif docname == "docs/reproduction/README":
+        added = contents(["newton-cg"])
+    elif folder.endswith(("/weights", "/results", f"/results/{page}")):  # pages that others link to
+        title = "" if source[0].startswith("# ") else f"# {page}\n\n"
+        source[0] = f"---\norphan: true\n---\n{title}{source[0]}"
+    source[0] += "\n" + "\n".join(added) + "\n"
+
+
+def contents(pages: list[str]) -> list[str]:
+    return ["```{toctree}", ":hidden:", "", *pages, "```"]
+
+
+def summaries() -> list[str]:
+    """A table of what `imaml_ext` itself offers."""
+    names = [name for name in imaml_ext.__all__ if name in places()]
+    rows = [f"| {{py:obj}}`{name} <{places()[name]}>` | {summary_of(getattr(imaml_ext, name))} |" for name in names]
+    return ["| `imaml_ext.…` | |", "|---|---|", *rows]
+
+
+def entries(room: str) -> list[str]:
+    """The public names of a room, for autodoc; then the types that signatures name."""
+    lines = []
+    for name, value in public_names(room).items():
+        if kind := kind_of(value):
+            lines += [f".. {DIRECTIVES[kind]}:: {name}"]
+            if kind != "function":
+                lines += ["   :members:", "   :show-inheritance:"]
+                lines += ["   :undoc-members:"] * issubclass(value, enum.Enum)
+            lines += [""]
+    for name, (where, definition, comment) in named_types().items():
+        if where == room:
+            lines += [f".. py:type:: {name}", f"   :canonical: {definition}", "", f"   {as_rst(comment)}", ""]
+    return lines
+
+
+def helps(command: str) -> list[str]:
+    """What a command prints for --help; and for a name, where it takes one."""
+    lines = [f"## imaml {command}", ""]
+    for words in [[command], *([[command, EXAMPLES[command]]] if command in EXAMPLES else [])]:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            try:
+                code = main([*words, "--help"])
+            except SystemExit as end:
+                code = end.code
+        if code:
+            raise RuntimeError(f"imaml {' '.join(words)} --help ended with {code}")
+        lines += [f"    imaml {' '.join(words)} --help", "", "```text", printed.getvalue().rstrip(), "```", ""]
+    return lines
+
+
+# --- docstrings -----------------------------------------------------------------------------------------------------
+
+
+_AFTER_ANOTHER = re.compile(r"(?<=\S)\. ([a-z_]+(?:, [a-z_]+)*): (?=\S)")  # an argument on the line of another
+
+
+def as_rst(text: str) -> str:
+    """Plain text with names in `…` as reStructuredText: a public name becomes a link, and all else is code."""
+
+    def marked(match: re.Match[str]) -> str:
+        name = match[1].rpartition(".")[2]
+        public = name in places() and match[1] in (name, f"imaml_ext.{name}", places()[name])
+        return f":py:obj:`{name} <{places()[name]}>`" if public else f"``{match[1]}``"
+
+    return re.sub(r"(?<![`:\w])`([^`]+)`(?!`)", marked, text.replace("*", r"\*"))
+
+
+def mend_docstring(app, what: str, name: str, value: object, options, lines: list[str]) -> None:
+    """Makes links of names; adds what stands beside the fields of a dataclass, and the advice of a status."""
+    text = as_rst(_AFTER_ANOTHER.sub(r".\n    \1: ", "\n".join(lines)))
+    if isinstance(value, type) and dataclasses.is_dataclass(value):
+        text += "\n\n" + "\n".join(fields_of(value))
+    if what in ("attribute", "property"):  # napoleon takes what is before a colon in a first line for a type
+        text = f"..\n\n{text}"
+    if what == "attribute" and hasattr(value, "advice"):
+        text += f"\n\n{value.advice}"
+    lines[:] = text.split("\n")
+
+
+def fields_of(cls: type) -> list[str]:
+    """The settings of a class, or those fields of another dataclass that have a comment beside them."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        text = field_help(cls).get(field.name, "")
+        if not (text or issubclass(cls, Settings)):
+            continue
+        hint = field_types(cls)[field.name]
+        bounds = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bounds)]
+        text += "".join(f" It is {each}." for each in bounds)
+        written = re.sub(r"^Annotated\[(.*), \w+(\(.*\))?\]$", r"\1", str(field.type))
+        lines += [f".. py:attribute:: {field.name}", f"   :type: {written}", *default(field), "", f"   {as_rst(text)}", ""]
+    return lines
+
+
+def default(field: dataclasses.Field) -> list[str]:
+    if field.default is not dataclasses.MISSING:
+        return [f"   :value: {field.default!r}"]
+    if field.default_factory is not dataclasses.MISSING:
+        return [f"   :value: {field.default_factory()!r}"]
+    return []
+
+
+def mend_signature(app, what, name, value, options, signature, returned):
+    """Leaves the types of settings to the entries of the single fields."""
+    if isinstance(value, type) and issubclass(value, Settings) and dataclasses.is_dataclass(value):
+        return "(" + ", ".join(field.name for field in dataclasses.fields(value)) + ")", None
+    return None
+
+
+def skip(app, what, name, value, skipped, options):
+    """Skips the fields of a named tuple, which its docstring explains."""
+    return True if str(getattr(value, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def show_public_bases(app, name, value, options, bases):
+    """Puts the bases of a base that has no entry here in its place."""
+    shown = []
+    for base in bases:
+        if base.__module__ in ("builtins", "typing") or base in public_names(room_of(base) or ROOMS[0]).values():
+            shown.append(base)
+        else:
+            show_public_bases(app, name, base, options, above := list(base.__bases__))
+            shown += above
+    bases[:] = [base for base in dict.fromkeys(shown) if base is not object] or [object]
+
+
+def find_by_name(app, env, node, content):
+    """Leads a name without its module, or with the module that it is made in, to its place."""
+    place = places().get(node.get("reftarget", "").rpartition(".")[2])
+    if node.get("refdomain") != "py" or place is None:
+        return None
+    domain = env.domains["py"]
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", place, node, content)
+
+
+def write_index(app, error) -> None:
+    """README.html is the first page."""
+    if error is None and app.builder.format == "html":
+        page = f'<!doctype html><title>imaml_ext</title><meta http-equiv="refresh" content="0; url={app.config.root_doc}.html">'
+        (Path(app.outdir) / "index.html").write_text(page, encoding="utf-8")
+
+
+def setup(app):
+    os.environ["COLUMNS"] = "88"  # as wide as a page
+    app.connect("source-read", add_to_page)
+    app.connect("autodoc-process-docstring", mend_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", mend_signature)
+    app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-bases", show_public_bases)
+    app.connect("missing-reference", find_by_name)
+    app.connect("build-finished", write_index)
+    return {"parallel_read_safe": True}
