@@ -26,17 +26,19 @@ highlight_language = "text"  # of indented blocks, most of which are command lin
 
 # Docstrings, whose names in `…` package_pages.py turns into links.
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # What a base class says of a method stands there.
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 nitpicky = True  # A name in a signature or a docstring's section that leads nowhere is an error.
 # Names of other libraries, whose documentation is not at hand, and types that only annotations name.
-nitpick_ignore_regex = [(r"py:.*", r"(torch|np|numpy|pathlib|collections|PIL|imaml_ext)\..*|Tensor|Path|Image")]
+nitpick_ignore_regex = [(r"py:.*", r"(torch|np|numpy|pathlib|collections|enum|PIL|imaml_ext)\..*|Tensor|Path|Image")]
 
 html_theme = "furo"
 html_title = f"imaml_ext {release}"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False

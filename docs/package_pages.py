@@ -52,14 +52,25 @@ def room_of(value: object) -> str | None:
 
 
 def kind_of(value: object) -> str:
+    """Returns what an object is for Sphinx, "" where that is neither a class nor a function."""
     if inspect.isclass(value):
         return "exception" if issubclass(value, BaseException) else "class"
     return "function" if inspect.isfunction(value) else ""
 
 
+def public_bases(cls: type) -> list[type]:
+    """Returns the bases of a class that a reader can look up; in the place of any other stand its own."""
+    found = []
+    for base in cls.__bases__:
+        room = room_of(base)
+        known = base.__module__ in ("builtins", "enum") or (room and base in public_names(room).values())
+        found += [base] if known else public_bases(base)
+    return [base for base in dict.fromkeys(found) if base is not object]
+
+
 @functools.cache
 def named_types() -> dict[str, tuple[str, str, str]]:
-    """Returns {name: (room, definition, comment)} of the types that the public signatures name, such as `Coefficient`."""
+    """Returns {name: (room, definition, comment)} of the types that public signatures name, such as `Coefficient`."""
     said = {word for room in ROOMS for value in public_names(room).values() for word in words_of_annotations(value)}
     found = {}
     for room in ROOMS:
@@ -75,7 +86,9 @@ def named_types() -> dict[str, tuple[str, str, str]]:
 
 
 def words_of_annotations(value: object) -> set[str]:
-    inside = [value, *(getattr(each, "fget", each) for each in getattr(value, "__dict__", {}).values())]
+    """Returns the words in the annotations of a function, or of a class and what is public in it."""
+    of_class = getattr(value, "__dict__", {}).items()
+    inside = [value, *(each for name, each in of_class if re.match("__|[^_]", name))]
     return set(re.findall(r"\w+", " ".join(str(getattr(each, "__annotations__", "")) for each in inside)))
 
 
@@ -93,24 +106,19 @@ def add_to_page(app, docname: str, source: list[str]) -> None:
     """Adds to a page of the repository what belongs on it."""
     added = []
     folder, _, page = docname.rpartition("/")
-    if docname == app.config.root_doc:
-        added = contents(re.findall(r"^- \[.*?\]\((docs/.*?)\.md\)", source[0], re.MULTILINE))
-    elif docname == "docs/api/README":
-        added = [*contents(ROOMS), "", *summaries()]
+    if docname in (app.config.root_doc, "docs/api/README"):
+        pages = re.findall(r"^- \[.*?\]\((.*?)\.md\)", source[0], re.MULTILINE)
+        added = ["```{toctree}", ":hidden:", "", *pages, "```", "", *(summaries() if folder else [])]
     elif folder == "docs/api":
         added = ["```{eval-rst}", f".. py:currentmodule:: imaml_ext.{page}", "", *entries(page), "```"]
     elif docname == "docs/commands":
         added = [line for command in COMMANDS for line in helps(command)]
     elif docname == "docs/reproduction/README":
-        added = contents(["newton-cg"])
-    elif folder.endswith(("/weights", "/results", f"/results/{page}")):  # pages that others link to
+        added = ["```{toctree}", ":hidden:", "", "newton-cg", "```"]
+    elif re.search("/(weights|results)(/|$)", folder):  # written by programs, and linked from other pages alone
         title = "" if source[0].startswith("# ") else f"# {page}\n\n"
         source[0] = f"---\norphan: true\n---\n{title}{source[0]}"
     source[0] += "\n" + "\n".join(added) + "\n"
-
-
-def contents(pages: list[str]) -> list[str]:
-    return ["```{toctree}", ":hidden:", "", *pages, "```"]
 
 
 def summaries() -> list[str]:
@@ -127,7 +135,7 @@ def entries(room: str) -> list[str]:
         if kind := kind_of(value):
             lines += [f".. {DIRECTIVES[kind]}:: {name}"]
             if kind != "function":
-                lines += ["   :members:", "   :show-inheritance:"]
+                lines += ["   :members:"] + ["   :show-inheritance:"] * bool(public_bases(value))
                 lines += ["   :undoc-members:"] * issubclass(value, enum.Enum)
             lines += [""]
     for name, (where, definition, comment) in named_types().items():
@@ -154,82 +162,95 @@ def helps(command: str) -> list[str]:
 
 # --- docstrings -----------------------------------------------------------------------------------------------------
 
-
 _AFTER_ANOTHER = re.compile(r"(?<=\S)\. ([a-z_]+(?:, [a-z_]+)*): (?=\S)")  # an argument on the line of another
 
 
 def as_rst(text: str) -> str:
-    """Plain text with names in `…` as reStructuredText: a public name becomes a link, and all else is code."""
+    """Plain text with names in `…` as reStructuredText: a public name becomes a link, and all else is code.
+
+    A name that is a plain word, such as `train`, may mean something else: it is a link only with its module.
+    """
 
     def marked(match: re.Match[str]) -> str:
         name = match[1].rpartition(".")[2]
-        public = name in places() and match[1] in (name, f"imaml_ext.{name}", places()[name])
+        place = places().get(name)
+        public = place and (
+            match[1] in (f"imaml_ext.{name}", place) or (match[1] == name and not re.fullmatch("[a-z]+", name))
+        )
         return f":py:obj:`{name} <{places()[name]}>`" if public else f"``{match[1]}``"
 
-    return re.sub(r"(?<![`:\w])`([^`]+)`(?!`)", marked, text.replace("*", r"\*"))
+    return re.sub(r"(?<!`)`([^`]+)`(?!`)|\*", lambda match: marked(match) if match[1] else r"\*", text)
 
 
 def mend_docstring(app, what: str, name: str, value: object, options, lines: list[str]) -> None:
-    """Makes links of names; adds what stands beside the fields of a dataclass, and the advice of a status."""
+    """Makes links of names; adds the members of a family and the fields of a dataclass."""
     text = as_rst(_AFTER_ANOTHER.sub(r".\n    \1: ", "\n".join(lines)))
+    if getattr(value, "__dict__", {}).get("kinds"):
+        members = [f"``{kind}`` is `{path.rpartition('.')[2]}`" for kind, path in value.kinds.items()]
+        text += "\n\n" + as_rst(f"By name: {', '.join(members)}.")
     if isinstance(value, type) and dataclasses.is_dataclass(value):
-        text += "\n\n" + "\n".join(fields_of(value))
+        text += "\n\n" + "\n".join(fields_of(value, text))
     if what in ("attribute", "property"):  # napoleon takes what is before a colon in a first line for a type
         text = f"..\n\n{text}"
-    if what == "attribute" and hasattr(value, "advice"):
-        text += f"\n\n{value.advice}"
     lines[:] = text.split("\n")
 
 
-def fields_of(cls: type) -> list[str]:
-    """The settings of a class, or those fields of another dataclass that have a comment beside them."""
+def put_types_first(app, what: str, name: str, value: object, options, lines: list[str]) -> None:
+    """Puts the type that napoleon has found for an attribute on the line of its name."""
+    found = r"^(\.\. attribute:: \w+\n)((?:\n|   .*\n)*?)   (:type: .*\n)"
+    lines[:] = re.sub(found, r"\1   \3\2", "\n".join([*lines, ""]), flags=re.MULTILINE).split("\n")
+
+
+def fields_of(cls: type, docstring: str) -> list[str]:
+    """The settings of a class, or those fields of another dataclass that are explained by a comment beside them."""
     lines = []
-    for field in dataclasses.fields(cls):
+    for field in [field for field in dataclasses.fields(cls) if not field.name.startswith("_")]:
         text = field_help(cls).get(field.name, "")
-        if not (text or issubclass(cls, Settings)):
+        if re.search(rf"^ +{field.name}: ", docstring, re.MULTILINE) or not (text or issubclass(cls, Settings)):
             continue
         hint = field_types(cls)[field.name]
         bounds = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bounds)]
         text += "".join(f" It is {each}." for each in bounds)
         written = re.sub(r"^Annotated\[(.*), \w+(\(.*\))?\]$", r"\1", str(field.type))
-        lines += [f".. py:attribute:: {field.name}", f"   :type: {written}", *default(field), "", f"   {as_rst(text)}", ""]
+        lines += [
+            f".. py:attribute:: {field.name}",
+            f"   :type: {written}",
+            *default(field),
+            "",
+            f"   {as_rst(text)}",
+            "",
+        ]
     return lines
 
 
 def default(field: dataclasses.Field) -> list[str]:
-    if field.default is not dataclasses.MISSING:
-        return [f"   :value: {field.default!r}"]
-    if field.default_factory is not dataclasses.MISSING:
-        return [f"   :value: {field.default_factory()!r}"]
-    return []
+    """The option of `py:attribute` for the default of a field; an object that has nothing but defaults is short."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is dataclasses.MISSING:
+        return []
+    plain = isinstance(value, Settings) and value == type(value)()
+    return [f"   :value: {type(value).__name__}()" if plain else f"   :value: {value!r}"]
 
 
-def mend_signature(app, what, name, value, options, signature, returned):
-    """Leaves the types of settings to the entries of the single fields."""
+def mend_signature(app, what: str, name: str, value: object, options, signature: str | None, returned: str | None):
+    """Leaves the arguments of settings to the entries of their fields, and names types as the source does."""
     if isinstance(value, type) and issubclass(value, Settings) and dataclasses.is_dataclass(value):
-        return "(" + ", ".join(field.name for field in dataclasses.fields(value)) + ")", None
-    return None
+        return "(…)", None
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returned))
 
 
-def skip(app, what, name, value, skipped, options):
+def skip(app, what: str, name: str, value: object, skipped: bool, options) -> bool | None:
     """Skips the fields of a named tuple, which its docstring explains."""
     return True if str(getattr(value, "__doc__", "")).startswith("Alias for field number") else None
 
 
-def show_public_bases(app, name, value, options, bases):
-    """Puts the bases of a base that has no entry here in its place."""
-    shown = []
-    for base in bases:
-        if base.__module__ in ("builtins", "typing") or base in public_names(room_of(base) or ROOMS[0]).values():
-            shown.append(base)
-        else:
-            show_public_bases(app, name, base, options, above := list(base.__bases__))
-            shown += above
-    bases[:] = [base for base in dict.fromkeys(shown) if base is not object] or [object]
+def show_public_bases(app, name: str, value: type, options, bases: list[type]) -> None:
+    """Shows no base that a reader cannot look up."""
+    bases[:] = public_bases(value)
 
 
 def find_by_name(app, env, node, content):
-    """Leads a name without its module, or with the module that it is made in, to its place."""
+    """Finds the entry of a name that is written without its module, or with the module that it is defined in."""
     place = places().get(node.get("reftarget", "").rpartition(".")[2])
     if node.get("refdomain") != "py" or place is None:
         return None
@@ -238,16 +259,19 @@ def find_by_name(app, env, node, content):
 
 
 def write_index(app, error) -> None:
-    """README.html is the first page."""
+    """Leads from index.html, which servers show first, to the README."""
     if error is None and app.builder.format == "html":
-        page = f'<!doctype html><title>imaml_ext</title><meta http-equiv="refresh" content="0; url={app.config.root_doc}.html">'
+        first = f"{app.config.root_doc}.html"
+        page = f'<!doctype html><title>imaml_ext</title><meta http-equiv="refresh" content="0; url={first}">\n'
         (Path(app.outdir) / "index.html").write_text(page, encoding="utf-8")
 
 
 def setup(app):
-    os.environ["COLUMNS"] = "88"  # as wide as a page
+    os.environ["COLUMNS"] = "100"  # of what commands print
+    app.connect("config-inited", lambda app, config: config.autodoc_type_aliases.update({n: n for n in named_types()}))
     app.connect("source-read", add_to_page)
     app.connect("autodoc-process-docstring", mend_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", put_types_first, priority=600)  # after napoleon
     app.connect("autodoc-process-signature", mend_signature)
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-bases", show_public_bases)
