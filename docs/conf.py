@@ -22,10 +22,12 @@ root_doc = "README"
 include_patterns = ["README.md", "docs/**.md", "imaml_ext/pretrained/weights/*.md"]
 exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in ("README.md", "docs", "imaml_ext")]
 myst_heading_anchors = 6
+smartquotes = False  # An option is --name.
 highlight_language = "text"  # of indented blocks, most of which are command lines
 
 # Docstrings, whose names in `…` package_pages.py turns into links.
 napoleon_numpy_docstring = False
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # What a base class says of a method stands there.

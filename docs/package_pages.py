@@ -133,11 +133,16 @@ def entries(room: str) -> list[str]:
     lines = []
     for name, value in public_names(room).items():
         if kind := kind_of(value):
-            lines += [f".. {DIRECTIVES[kind]}:: {name}"]
-            if kind != "function":
-                lines += ["   :members:"] + ["   :show-inheritance:"] * bool(public_bases(value))
-                lines += ["   :undoc-members:"] * issubclass(value, enum.Enum)
-            lines += [""]
+            is_class = inspect.isclass(value)
+            options = {
+                "show-inheritance": is_class and public_bases(value),
+                "undoc-members": is_class and issubclass(value, enum.Enum),
+            }
+            lines += [
+                f".. {DIRECTIVES[kind]}:: {name}",
+                *(f"   :{option}:" for option in options if options[option]),
+                "",
+            ]
     for name, (where, definition, comment) in named_types().items():
         if where == room:
             lines += [f".. py:type:: {name}", f"   :canonical: {definition}", "", f"   {as_rst(comment)}", ""]
