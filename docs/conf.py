@@ -35,8 +35,10 @@ autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 nitpicky = True  # A name in a signature or a docstring's section that leads nowhere is an error.
-# Names of other libraries, whose documentation is not at hand, and types that only annotations name.
-nitpick_ignore_regex = [(r"py:.*", r"(torch|np|numpy|pathlib|collections|enum|PIL|imaml_ext)\..*|Tensor|Path|Image")]
+nitpick_ignore_regex = [  # but those of other libraries, and types that only annotations name
+    (r"py:.*", r"(torch|np|numpy|pathlib|collections|enum|PIL)\..*"),
+    (r"py:class", r"\w+|imaml_ext\..*"),
+]
 
 html_theme = "furo"
 html_title = f"imaml_ext {release}"

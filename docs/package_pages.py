@@ -69,8 +69,8 @@ def public_bases(cls: type) -> list[type]:
 
 
 @functools.cache
-def named_types() -> dict[str, tuple[str, str, str]]:
-    """Returns {name: (room, definition, comment)} of the types that public signatures name, such as `Coefficient`."""
+def assigned_names() -> dict[str, tuple[str, list[str]]]:
+    """Returns {name: (room, its entry)} of public constants, and of the types that public signatures name."""
     said = {word for room in ROOMS for value in public_names(room).values() for word in words_of_annotations(value)}
     found = {}
     for room in ROOMS:
@@ -80,8 +80,14 @@ def named_types() -> dict[str, tuple[str, str, str]]:
             for line in inspect.getsource(module).splitlines():
                 code, _, comment = line.partition("  # ")
                 name, _, definition = code.partition(" = ")
-                if name in said and typing.get_origin(getattr(module, name, None)):
-                    found[name] = (room, definition, comment)
+                value = getattr(module, name, None)
+                if name in said and typing.get_origin(value):
+                    found[name] = (
+                        room,
+                        [f".. py:type:: {name}", f"   :canonical: {definition}", "", f"   {comment}", ""],
+                    )
+                elif name in public_names(room) and not kind_of(value):
+                    found[name] = (room, [f".. py:data:: {name}", f"   :value: {value!r}", "", f"   {comment}", ""])
     return found
 
 
@@ -95,8 +101,8 @@ def words_of_annotations(value: object) -> set[str]:
 @functools.cache
 def places() -> dict[str, str]:
     """Returns {name: its full name on the site} of everything public."""
-    types = {name: f"imaml_ext.{room}.{name}" for name, (room, *_) in named_types().items()}
-    return types | {name: f"imaml_ext.{room}.{name}" for room in ROOMS for name in public_names(room)}
+    assigned = {name: f"imaml_ext.{room}.{name}" for name, (room, _) in assigned_names().items()}
+    return assigned | {name: f"imaml_ext.{room}.{name}" for room in ROOMS for name in public_names(room)}
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------
@@ -129,7 +135,7 @@ def summaries() -> list[str]:
 
 
 def entries(room: str) -> list[str]:
-    """The public names of a room, for autodoc; then the types that signatures name."""
+    """The classes and functions of a room, for autodoc; then its constants, and the types that signatures name."""
     lines = []
     for name, value in public_names(room).items():
         if kind := kind_of(value):
@@ -143,9 +149,8 @@ def entries(room: str) -> list[str]:
                 *(f"   :{option}:" for option in options if options[option]),
                 "",
             ]
-    for name, (where, definition, comment) in named_types().items():
-        if where == room:
-            lines += [f".. py:type:: {name}", f"   :canonical: {definition}", "", f"   {as_rst(comment)}", ""]
+    for where, entry in assigned_names().values():
+        lines += [as_rst(line) for line in entry] if where == room else []
     return lines
 
 
@@ -273,7 +278,9 @@ def write_index(app, error) -> None:
 
 def setup(app):
     os.environ["COLUMNS"] = "100"  # of what commands print
-    app.connect("config-inited", lambda app, config: config.autodoc_type_aliases.update({n: n for n in named_types()}))
+    app.connect(
+        "config-inited", lambda app, config: config.autodoc_type_aliases.update({n: n for n in assigned_names()})
+    )
     app.connect("source-read", add_to_page)
     app.connect("autodoc-process-docstring", mend_docstring, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", put_types_first, priority=600)  # after napoleon
