@@ -268,6 +268,12 @@ def find_by_name(app, env, node, content):
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", place, node, content)
 
 
+def set_dashes(app, doctree) -> None:
+    """Puts a dash between an argument and its text, where Sphinx has left two hyphens for another extension to join."""
+    for text in list(doctree.findall(lambda node: node == " -- ")):
+        text.parent.replace(text, type(text)(" – "))
+
+
 def write_index(app, error) -> None:
     """Leads from index.html, which servers show first, to the README."""
     if error is None and app.builder.format == "html":
@@ -287,6 +293,7 @@ def setup(app):
     app.connect("autodoc-process-signature", mend_signature)
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-bases", show_public_bases)
+    app.connect("doctree-read", set_dashes)
     app.connect("missing-reference", find_by_name)
     app.connect("build-finished", write_index)
     return {"parallel_read_safe": True}
