@@ -2,6 +2,7 @@
 # make test       installs what is needed, compiles, and runs the everyday tests and the checks
 # make test-all   runs the rest, which takes longer: the Python tests marked `long`, the C++ tests, the CUDA kernels run
 #                 by the CPU under all Python tests of their ops, and the C++ tests again under sanitizers
+# make docs       installs what is needed, compiles, and makes the documentation site in build/docs/html
 #
 # All of them use the active virtual or conda environment, else they make .venv. Variables:
 #   TORCH=torch==2.13.0   the torch to have (default: whichever is installed, else the index's newest)
@@ -29,7 +30,7 @@ STATE := build/setup
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml imaml_ext/_build.py imaml_ext/_version.py $(shell find csrc -type f)
 CPP_FILES := $(shell find csrc cpp_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install train test test-all test-python test-long test-kernels test-cpp test-sanitize lint format clean FORCE
+.PHONY: help install train test test-all test-python test-long test-kernels test-cpp test-sanitize lint format docs docs-links clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -57,7 +58,8 @@ $(STATE)/torch: $(BIN)/python FORCE
 
 $(STATE)/for-use: EXTRAS =
 $(STATE)/for-test: EXTRAS = [dev,tensorboard]
-$(STATE)/for-use $(STATE)/for-test: $(STATE)/torch $(BUILD_INPUTS)
+$(STATE)/for-docs: EXTRAS = [docs]
+$(STATE)/for-use $(STATE)/for-test $(STATE)/for-docs: $(STATE)/torch $(BUILD_INPUTS)
 	@echo 'Compiling and installing imaml-ext$(EXTRAS); the log is $(STATE)/install.log'
 	@# The torch that is there stays: no dependency may exchange it for another.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STATE)/constraints
@@ -110,6 +112,19 @@ format: $(STATE)/for-test
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP_FILES)
+
+# --- documentation ------------------------------------------------------------------------------------------------------
+
+# A warning is an error, such as a link or a name that leads nowhere. Needs no network.
+SPHINX = OMP_NUM_THREADS=1 $(BIN)/sphinx-build --fail-on-warning --quiet --fresh-env -c docs -d build/docs/pages . build/docs
+
+docs: $(STATE)/for-docs
+	$(SPHINX)/html
+	$(BIN)/python docs/check_site.py build/docs/html
+
+# The links to other sites, which take a network and other people's servers.
+docs-links: $(STATE)/for-docs
+	$(SPHINX)/links -b linkcheck
 
 clean:
 	rm -rf build dist imaml_ext.egg-info imaml_ext/_C*.so imaml_ext/_build_info.json

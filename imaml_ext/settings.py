@@ -64,7 +64,7 @@ class Settings:
     """The base of all settings; a subclass is a frozen dataclass.
 
     Raises:
-        ConfigTypeError (a TypeError), ConfigError (a ValueError): a field of the wrong type, or outside its bounds.
+        ConfigTypeError, ConfigError: a field of the wrong type, or outside its bounds.
     """
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from imaml_ext.cli.parser import _field_help
+from imaml_ext.cli.parser import field_help
 from imaml_ext.data import Augmentation, DataSource, Folder, Linear, Omniglot, Sinusoid
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerSolver, NewtonCG
@@ -227,8 +227,8 @@ def test_every_setting_is_explained() -> None:
             for field in dataclasses.fields(kind)
             if field.metadata.get("recorded", True) and not field.metadata.get("from_data", False)
         }
-        assert shown <= _field_help(kind).keys(), f"{kind.__name__}: {shown - _field_help(kind).keys()} has no help"
-        assert all(_field_help(kind)[name].endswith(".") for name in shown), kind
+        assert shown <= field_help(kind).keys(), f"{kind.__name__}: {shown - field_help(kind).keys()} has no help"
+        assert all(field_help(kind)[name].endswith(".") for name in shown), kind
 
 
 def test_configurations_are_frozen_and_their_settings_are_listed() -> None:

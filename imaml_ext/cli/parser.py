@@ -124,7 +124,7 @@ def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     if not isinstance(default, Settings):
         return None
     cls: Any = type(default)
-    help_of, specs = _field_help(cls), []
+    help_of, specs = field_help(cls), []
     for field in _shown(default):
         value, text = getattr(default, field.name), help_of.get(field.name, "")
         if isinstance(value, Choice):
@@ -178,7 +178,7 @@ def _pairs(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
 
 
 @functools.cache
-def _field_help(cls: type) -> dict[str, str]:
+def field_help(cls: type) -> dict[str, str]:
     """The comment beside or above each field of a class and of its bases."""
     texts: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):

@@ -38,7 +38,7 @@ class DataSource(Choice):
         """Reads the data set, or makes it.
 
         Raises:
-            ConfigError (a ValueError): options that do not fit together.
+            ConfigError: options that do not fit together.
             DataError: the data is missing, damaged or not of the expected format, or the cache cannot be written.
         """
 
@@ -62,8 +62,8 @@ def load_dataset(name: str, **options: Any) -> Dataset:
     """Loads a data set by name, one of `DataSource.kinds`; `options` are the fields of its class.
 
     Raises:
-        ConfigError (a ValueError): an unknown name, or an option outside its range.
-        ConfigTypeError (a TypeError): an option that the data set does not have, or of the wrong type.
+        ConfigError: an unknown name, or an option outside its range.
+        ConfigTypeError: an option that the data set does not have, or of the wrong type.
         DataError: the data is missing or damaged.
     """
     kind = DataSource.kind(name)

@@ -14,7 +14,7 @@ from imaml_ext.losses.curvature import CurvatureOperator
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.solvers import CG, LinearSolver, Solution
 
-Reaction = Literal["keep", "gradient", "skip", "raise"]
+Reaction = Literal["keep", "gradient", "skip", "raise"]  # to a linear solve that breaks down
 
 
 @dataclass(frozen=True)

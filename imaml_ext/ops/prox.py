@@ -20,7 +20,7 @@ from imaml_ext._native import error as load_error
 from imaml_ext._native import native
 from imaml_ext.ops.registration import register_fake
 
-Coefficient = float | Tensor
+Coefficient = float | Tensor  # a number, one per task [B], one per parameter [N], or one per element [B, N]
 
 
 def cpu_capability() -> str:

@@ -35,10 +35,10 @@ class Card:
     """Where the weights come from.
 
     Attributes:
-        recipe, command: what trained them. commit: of the sources, "" where it is not known.
+        recipe: what trained them. command: the line that began it. commit: of the sources, "" where it is not known.
         description: of the data, in one line. data: the settings of the data source. tasks: ways, shots and queries.
         kind: "classification" or "regression". input_shape: of an example, (C, H, W) or (features,).
-        steps, meta_batch: meta-steps, and tasks in each. train_seconds: how long they took.
+        steps: meta-steps. meta_batch: tasks in each. train_seconds: how long all of them took.
         test: split, tasks, seed, inner steps, and the figures with their 95 % intervals, as in result.json; `first` are
             those of its first tasks (missing in results of before there were such figures).
         environment: versions and hardware of the training. trained_from: the weights that it began with, if any.

@@ -41,7 +41,7 @@ def train_recipe(
         The content of the last result.json.
 
     Raises:
-        As `trainer.train`.
+        ImamlError: as `train` does.
     """
     changes, record = dict(changes or {}), {"recipe": name, "command": command}
     if not recipe.stages:
