@@ -21,7 +21,7 @@ from typing import Any
 
 from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.files import json_bytes
-from imaml_ext.settings import from_json, leaves
+from imaml_ext.settings import changed, from_json, leaves
 from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.legacy import config_from_old
 
@@ -56,6 +56,11 @@ class RunDirectory:
 
     def holds_run(self) -> bool:
         return self.config.is_file()
+
+    def forget_result(self) -> None:
+        """Removes the result of a run that is about to go on; RunError where that is not possible."""
+        with explained(f"cannot remove {self.result}"):
+            self.result.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -101,8 +106,20 @@ _FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation."
 _FIXED_OF_RUN = ("run.seed", "run.dtype")
 
 
-def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
+def absolute(config: TrainConfig) -> TrainConfig:
+    """Returns the configuration as it means the same wherever it is read: with absolute paths of data and weights."""
+    paths = {name: path for name, path in leaves(config.data, "data.") if isinstance(path, Path)}
+    places: dict[str, Any] = {name: path.expanduser().absolute() for name, path in paths.items()}
+    source = config.theta.weights
+    if source is not None and (source.endswith(".safetensors") or RunDirectory.of_last_stage(Path(source)).holds_run()):
+        places["theta.weights"] = str(Path(source).absolute())
+    return changed(config, places)
+
+
+def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool, more_steps: bool = False) -> None:
     """Checks that a run writes over no other one, and continues none under other settings.
+
+    With `more_steps`, `outer.steps` may be larger than it was, where the schedule does not depend on it.
 
     Raises:
         RunError: the directory is not empty, or with `resume` holds something other than a run.
@@ -114,13 +131,20 @@ def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: boo
         raise RunError(f"{directory.path} is not empty: continue its run with --resume, or give another --run-dir")
     if not directory.holds_run():
         raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
-    recorded, now = (dict(leaves(each)) for each in (read_config(directory).config, config))
+    before = read_config(directory).config
+    grown = more_steps and config.outer.steps > before.outer.steps
+    if grown and before.outer.schedule != "constant":
+        raise ConfigError(
+            f"a run of outer.schedule {before.outer.schedule!r} takes no more than its {before.outer.steps} steps, on "
+            f"which its rates depend; a new run begins where it has ended with --theta.weights {directory.path}"
+        )
+    recorded, now = (dict(leaves(each)) for each in (before, config))
     for name in now | recorded:
         was, value = recorded.get(name), now.get(name)
         free = name.startswith(_FREE_ON_RESUME) and name not in _FIXED_OF_RUN
         if name == "theta.weights" and was and value:  # the same ones, wherever they lie now
             free = Path(was).name == Path(value).name
-        if value != was and not free:
+        if value != was and not free and not (grown and name == "outer.steps"):
             where = f"{name} was {was!r} in {directory.path}, now {value!r}"
             raise ConfigError(f"a resumed run keeps its settings: {where}")
 
