@@ -46,6 +46,6 @@ def recorded_config(path: Path, name: str) -> TrainConfig | None:
     if not directory.holds_run():
         return None
     recorded = read_config(directory)
-    if recorded.recipe != name:
+    if recorded.recipe not in ("", name):  # "": a run that Python began
         raise RunError(f"{path} holds a run of the recipe {recorded.recipe!r}, not of {name!r}")
     return recorded.config

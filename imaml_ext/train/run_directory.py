@@ -89,16 +89,23 @@ class RecordedRun:
 
 
 def read_config(directory: RunDirectory) -> RecordedRun:
-    """Reads the configuration that a run was started with; RunError where there is none, or it is damaged."""
+    """Reads the configuration of a run; RunError where there is none, or it is damaged."""
+    return read_recorded(directory.config)
+
+
+def read_recorded(path: Path) -> RecordedRun:
+    """Reads what a file `config.json` says of a run, wherever it lies; errors as of `read_config`."""
     try:
-        recorded = json.loads(directory.config.read_text())
+        recorded = json.loads(path.read_text())
         if "preset" in recorded:
             return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]))
         return RecordedRun(str(recorded["recipe"]), from_json(TrainConfig, recorded["config"]))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"{directory.path} holds no run: there is no config.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{directory.config} cannot be read: {error}") from error
+        raise RunError(f"{path.parent} holds no run: there is no {path.name}") from error
+    except KeyError as error:
+        raise RunError(f"{path} is not of a run: it has no {error.args[0]!r}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
 
 
 # Settings that a resumed run may set anew: they change where and how it runs, not what comes out.

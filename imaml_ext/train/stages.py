@@ -34,8 +34,8 @@ def train_recipe(
     that are finished are passed over, and the first that is not is begun or continued.
 
     Args:
-        name: of the recipe, for the record. changes: of its settings in every stage, {path: value}; a recipe with
-            stages that is resumed keeps those that it was begun with.
+        name: for the record, in place of the recipe's own. changes: of its settings in every stage, {path: value}; a
+            recipe with stages that is resumed keeps those that it was begun with.
         checkpoint: of the stage that is continued, in place of its newest.
         on_log: as of `trainer.train`; True ends the stage.
 
@@ -45,7 +45,7 @@ def train_recipe(
     Raises:
         As `trainer.train`.
     """
-    changes, record = dict(changes or {}), {"recipe": name, "command": command}
+    changes, record = dict(changes or {}), {"recipe": name or recipe.name, "command": command}
     if not recipe.stages:
         config = changed(recipe.config, changes)
         return train(config, path, **record, resume=resume, checkpoint=checkpoint, on_log=on_log)
