@@ -111,6 +111,11 @@ def load_newest(directory: Path) -> Checkpoint | None:
         raise CheckpointError(f"{error}; {from_older if usable else 'no older checkpoint is usable'}") from error
 
 
+def step_of(path: Path) -> int:
+    """Returns the step of a checkpoint by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def chosen_checkpoint(directory: RunDirectory) -> Checkpoint:
     """Returns the checkpoint of a run that is judged: the best where `evaluation.keep_best` is set, else the newest.
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from imaml_ext.errors import CheckpointError, RunError
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.settings import to_json
-from imaml_ext.train.checkpoint import Checkpoint, checkpoint_path, list_checkpoints, load_checkpoint, load_newest
+from imaml_ext.train.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    step_of,
+)
 from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.experiment import Experiment
 from imaml_ext.train.meta_step import State
@@ -42,7 +49,7 @@ def opened(
             say(f"{directory.path} has no checkpoint yet: starting from the beginning")
         return None
     for later in list_checkpoints(directory.checkpoints):  # dropped, as in metrics.jsonl
-        if int(later.stem.removeprefix("step-")) > saved.step:
+        if step_of(later) > saved.step:
             later.unlink()
     say(f"continuing after step {saved.step}")
     if saved.best and not checkpoint_path(directory.checkpoints, saved.best["step"]).is_file():

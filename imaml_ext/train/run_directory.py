@@ -79,6 +79,15 @@ class RunDirectory:
                 leftover.unlink(missing_ok=True)  # of a process that was killed while writing
             yield
 
+    def is_held(self) -> bool:
+        """Tells whether a process is training in the directory, as far as its file system has locks."""
+        try:
+            with (self.path / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno == errno.EWOULDBLOCK
+        return False
+
 
 @dataclass(frozen=True)
 class RecordedRun:
@@ -192,14 +201,19 @@ def _bytes_until(path: Path, step: int) -> int:
     length = 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        try:
-            row_step = json.loads(line)["step"] if line.endswith(b"\n") else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged: line {number} is not a metrics line") from error
-        if row_step is None or row_step > step:  # None: the torn last line of a crash
+        if not line.endswith(b"\n") or _row(path, number, line)["step"] > step:  # torn by a crash, or behind the step
             break
         length += len(line)
     return length
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Reads a line of a metrics file."""
+    try:
+        row = json.loads(line)
+        return {"step": row["step"], **row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: line {number} is not a metrics line") from error
 
 
 def read_result(directory: RunDirectory) -> dict[str, Any] | None:
@@ -217,8 +231,9 @@ def read_result(directory: RunDirectory) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file, empty where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Returns the rows of a metrics file, without one that is not whole yet; RunError where another one is damaged."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
 
 
 @contextlib.contextmanager
