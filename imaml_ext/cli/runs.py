@@ -23,8 +23,8 @@ _Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
 @dataclass(frozen=True)
-class List:
-    """List the runs below some folders, with what they have reached. `imaml runs compare RUN RUN …` shows where runs
+class Options:
+    """List the runs below some folders, with what they have reached; `imaml runs compare RUN RUN …` shows where some
     differ, and `imaml runs plot RUN RUN … --output FILE.png` draws their learning curves.
     """
 
@@ -51,13 +51,13 @@ class Plot:
 def run(arguments: list[str], ranks: Ranks) -> int:
     action = {"compare": _compare, "plot": _plot}.get(arguments[0] if arguments else "")
     if action is None:
-        _list(parse(List, arguments, prog="imaml runs"))
+        _list(parse(Options, arguments, prog="imaml runs"))
     else:
         action(arguments[1:])
     return 0
 
 
-def _list(options: List) -> None:
+def _list(options: Options) -> None:
     from imaml_ext.train.overview import find_runs, overview
 
     runs, unreadable = [], {}
