@@ -181,6 +181,15 @@ def test_training_stops_when_validations_get_no_better(tmp_path: Path, plain: Pa
     assert read_config(RunDirectory(run)).config.evaluation.patience == STEPS
 
 
+def test_a_validation_because_the_run_ends_is_no_miss(tmp_path: Path) -> None:
+    train(config_of(31, patience=STEPS), tmp_path / "run")
+    losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "run") if "val_loss" in row}
+    assert list(losses)[-2:] == [30, 31]
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 30
+    assert newest(tmp_path / "run").misses == (30 - best) / EVERY
+
+
 def test_a_resumed_run_takes_the_same_decisions(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at steps 3, 5, 12, 23 and 27: before and after validations, better ones and others."""
     config = config_of(keep_best=True, patience=PATIENCE)

@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_listed(runs: Path, tmp_pat
     assert len(shown.stdout.splitlines()) == 2
     for file, (_, words) in damage.items():
         assert [line for line in shown.stderr.splitlines() if file in line and words in line], shown.stderr
-    assert "is not of a run: it has no 'recipe'" in shown.stderr
+    assert "cannot be read: it has no 'recipe', as that of a run has" in shown.stderr
     assert "untested is damaged: its figures cannot be read" in shown.stderr
     states = [each["state"] for each in listed(tmp_path)]
     assert sorted(states) == ["finished", *["unreadable"] * 5]

@@ -239,7 +239,7 @@ class TestRecipeFiles:
         shutil.copy(run / "config.json", tmp_path / "kept.json")
         assert load_recipe(tmp_path / "kept.json").config == small_config(steps=2)
         (tmp_path / "other.json").write_text('{"model_type": "bert"}')
-        with pytest.raises(RunError, match=r"other\.json is not of a run: it has no 'recipe'"):
+        with pytest.raises(RunError, match=r"other\.json cannot be read: it has no 'recipe'"):
             load_recipe(tmp_path / "other.json")
         with pytest.raises(ConfigError, match=r"there is no recipe '.*none.json'; .* or a run's config\.json"):
             load_recipe(tmp_path / "none.json")

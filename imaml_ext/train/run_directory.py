@@ -112,7 +112,7 @@ def read_recorded(path: Path) -> RecordedRun:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{path.parent} holds no run: there is no {path.name}") from error
     except KeyError as error:
-        raise RunError(f"{path} is not of a run: it has no {error.args[0]!r}") from error
+        raise RunError(f"{path} cannot be read: it has no {error.args[0]!r}, as that of a run has") from error
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
