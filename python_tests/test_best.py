@@ -181,6 +181,13 @@ def test_training_stops_when_validations_get_no_better(tmp_path: Path, plain: Pa
     assert read_config(RunDirectory(run)).config.evaluation.patience == STEPS
 
 
+def test_what_is_only_as_good_is_not_better(tmp_path: Path) -> None:
+    """Steps below the rounding of the parameters: all validations are the same."""
+    config = changed(config_of(keep_best=True, patience=PATIENCE), {"outer.optimizer": "sgd", "outer.lr": 1e-30})
+    result = train(config, tmp_path / "run")
+    assert (result["best"]["step"], result["steps"]) == (EVERY, EVERY * (1 + PATIENCE))
+
+
 def test_a_validation_because_the_run_ends_is_no_miss(tmp_path: Path) -> None:
     train(config_of(31, patience=STEPS), tmp_path / "run")
     losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "run") if "val_loss" in row}
@@ -293,7 +300,9 @@ class TestMoreSteps:
 
 
 class TestOnLog:
-    def test_it_gets_the_rows_and_can_end_the_run(self, tmp_path: Path, plain: Path) -> None:
+    def test_it_gets_the_rows_and_can_end_the_run(
+        self, tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         run, seen = tmp_path / "run", []
 
         def look(row: dict[str, Any]) -> bool:
@@ -303,6 +312,9 @@ class TestOnLog:
 
         result = train(config_of(), run, on_log=look)
         assert seen == read_metrics(run / "metrics.jsonl")
+        told = capsys.readouterr().err
+        assert "training 2/40  loss " in told
+        assert "training ended after step 6 of 40: as asked" in told
         assert [row["step"] for row in seen] == [2, 4, 6]
         assert result["steps"] == newest(run).step == 6
         train(config_of(), run, resume=True)  # nobody asks it to stop now

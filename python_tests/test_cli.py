@@ -79,6 +79,9 @@ def test_the_help_of_training_fits_a_screen() -> None:
 def test_the_help_of_every_command_is_shown() -> None:
     assert "--pretrained" in _help("evaluate")
     assert "--commit" in _help("export")
+    assert "imaml runs compare RUN RUN" in _help("runs")
+    assert "--json" in _help("runs", "compare")
+    assert "--output" in _help("runs", "plot")
     assert "--condition-numbers" in _help("reproduce", "exactness")
     assert "--root" in _help("data", "omniglot")
     assert "versions" in _help("doctor")
