@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_listed(runs: Path, tmp_pat
     states = [each["state"] for each in listed(tmp_path)]
     assert sorted(states) == ["finished", *["unreadable"] * 5]
     assert files_of(tmp_path) == before
-    assert_one_sentence(imaml("runs", tmp_path / "none"), "got", "none, which is none")
+    assert_one_sentence(imaml("runs", tmp_path / "none"), "folders must exist, got", "none")
     (tmp_path / "empty").mkdir()
     empty = imaml("runs", tmp_path / "empty")
     assert (empty.returncode, empty.stdout) == (0, "")
@@ -191,7 +191,7 @@ def test_a_folder_that_may_not_be_read(runs: Path, monkeypatch: pytest.MonkeyPat
     assert len(shown.stdout.splitlines()) == 7  # the head and the six others
 
 
-def test_a_comparison_shows_what_differs(runs: Path) -> None:
+def test_a_comparison_shows_what_differs(runs: Path, tmp_path: Path) -> None:
     pair = (runs / "sine", runs / "deep" / "er" / "fast")
     compared = listed("compare", *pair)
     expected = [
@@ -209,6 +209,12 @@ def test_a_comparison_shows_what_differs(runs: Path) -> None:
     assert [each["path"] for each in kinds] == [str(runs / "staged" / "10-j"), str(runs / "glyphs")]
     assert [each["settings"]["data"] for each in kinds] == ["sinusoid", "glyphs"]
     assert "model.filters" in kinds[1]["settings"].keys() - kinds[0]["settings"].keys()
+    shutil.copytree(runs / "glyphs", tmp_path / "moved")
+    recorded = json.loads((tmp_path / "moved" / "config.json").read_text())
+    recorded["config"]["data"]["cache_dir"] = "/scratch/cache"
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(recorded))
+    moved = listed("compare", runs / "glyphs", tmp_path / "moved")
+    assert [each["settings"] for each in moved] == [{"data.cache_dir": None}, {"data.cache_dir": "/scratch/cache"}]
     assert_one_sentence(imaml("runs", "compare", runs / "sine"), "runs must be two or more directories", "got 1")
     assert_one_sentence(imaml("runs", "compare", runs / "sine", runs / "none"), "none holds no run")
 

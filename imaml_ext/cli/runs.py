@@ -67,7 +67,7 @@ def _list(options: Options) -> None:
 
     for folder in options.folders:
         if not folder.is_dir():
-            raise RunError(f"folders must be folders with runs below them, got {folder}, which is none")
+            raise RunError(f"folders must exist, got {folder}")
     for path in dict.fromkeys(path for folder in options.folders for path in find_runs(folder, note)):
         try:
             runs.append(overview(path))
@@ -96,13 +96,10 @@ def _compare(arguments: list[str]) -> None:
     runs = [overview(path) for path in options.runs]
     settings = differing(runs)
     if options.json:
-        _print_json(
-            [
-                each.to_json()
-                | {"settings": {name: found[i] for name, found in settings.items() if found[i] is not ...}}
-                for i, each in enumerate(runs)
-            ]
-        )
+        found = [
+            {name: values[i] for name, values in settings.items() if values[i] is not ...} for i in range(len(runs))
+        ]
+        _print_json([each.to_json() | {"settings": own} for each, own in zip(runs, found, strict=True)])
         return
     table = _table("", *(str(each.path) for each in runs))
     for name, values in settings.items():

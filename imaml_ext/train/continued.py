@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from imaml_ext.errors import CheckpointError, RunError
-from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.settings import to_json
 from imaml_ext.train.checkpoint import (
     Checkpoint,
@@ -24,7 +23,7 @@ from imaml_ext.train.experiment import Experiment
 from imaml_ext.train.meta_step import State
 from imaml_ext.train.metrics import MetricAccumulator
 from imaml_ext.train.progress import say
-from imaml_ext.train.run_directory import RunDirectory, read_config
+from imaml_ext.train.run_directory import RunDirectory, read_config, record_config
 from imaml_ext.train.schedule import load_optimizer_state, optimizer_state, outer_optimizer
 
 
@@ -43,7 +42,7 @@ def opened(
         raise CheckpointError(f"the checkpoint of step {saved.step} is of seed {saved.seed}, not {seed}")
     begun = directory.holds_run()
     if not begun or read_config(directory).config != config:  # some settings may be set anew on the way
-        atomic_write(directory.config, json_bytes(stamp))
+        record_config(directory, stamp)
     if saved is None:
         if begun:
             say(f"{directory.path} has no checkpoint yet: starting from the beginning")

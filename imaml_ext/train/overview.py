@@ -14,7 +14,7 @@ from imaml_ext.errors import RunError
 from imaml_ext.settings import leaves
 from imaml_ext.train.checkpoint import list_checkpoints, step_of
 from imaml_ext.train.config import TrainConfig
-from imaml_ext.train.run_directory import RunDirectory, read_config, read_metrics, read_result
+from imaml_ext.train.run_directory import RunDirectory, read_config, read_metrics, read_result, tested_step
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ def overview(path: Path) -> Overview:
     config, quantity = recorded.config, "accuracy" if recorded.config.classification else "loss"
     try:
         found = [_figure(row, row["step"], f"val_{quantity}") for row in rows if row.get(f"val_{quantity}") is not None]
-        test = None
-        if result is not None:
-            test = _figure(result["test"], result.get("best", {}).get("step", result["steps"]), quantity)
+        test = None if result is None else _figure(result["test"], tested_step(result), quantity)
         seconds = rows[-1]["seconds"] if rows else None
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{directory.path} is damaged: its figures cannot be read ({error!r})") from error
@@ -110,7 +108,8 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 
 def differing(runs: Sequence[Overview]) -> dict[str, list[Any]]:
     """Returns the settings that are not the same in all runs, {path: values}; `...` where a run has no such setting."""
-    settings = [dict(leaves(run.config)) for run in runs]
+    paths = [{name: str(value) for name, value in leaves(run.config) if isinstance(value, Path)} for run in runs]
+    settings = [dict(leaves(run.config)) | own for run, own in zip(runs, paths, strict=True)]
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name, ...) for each in settings] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from imaml_ext.errors import ConfigError, RunError
-from imaml_ext.files import json_bytes
+from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.settings import changed, from_json, leaves
 from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.legacy import config_from_old
@@ -115,6 +115,13 @@ def read_recorded(path: Path) -> RecordedRun:
         raise RunError(f"{path} cannot be read: it has no {error.args[0]!r}, as that of a run has") from error
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def record_config(directory: RunDirectory, stamp: Mapping[str, Any]) -> None:
+    """Writes config.json; of a run that is there already, the settings alone, and what it began with stays recorded."""
+    begun = json.loads(directory.config.read_text()) if directory.holds_run() else {}
+    kept = {} if "preset" in begun else begun  # an older form
+    atomic_write(directory.config, json_bytes({**stamp, **kept, "config": stamp["config"]}))
 
 
 # Settings that a resumed run may set anew: they change where and how it runs, not what comes out.
@@ -228,6 +235,11 @@ def read_result(directory: RunDirectory) -> dict[str, Any] | None:
     if missing:
         raise RunError(f"{directory.result} lacks {', '.join(sorted(missing))}")
     return result
+
+
+def tested_step(result: Mapping[str, Any]) -> int:
+    """Returns the step whose parameters a result.json is about: the best one where it was chosen, else the last."""
+    return result.get("best", {}).get("step", result["steps"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
