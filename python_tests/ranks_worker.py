@@ -62,6 +62,17 @@ def staged(folder: Path) -> dict[str, Any]:
     return train_recipe(recipe, folder / "stages", name="staged")
 
 
+def best_of(folder: Path) -> list[dict[str, Any]]:
+    """A run that keeps its best and stops early; and the same, stopped on the way by a function and continued."""
+    evaluation = {"every": 2, "validation_tasks": 10, "keep_best": True, "patience": 3, "meta_batch": 3}
+    config = small_config(steps=40, meta_batch=TASKS, lr=0.2, schedule="constant")
+    config = changed(config, {f"evaluation.{name}": value for name, value in evaluation.items()})
+    straight = train(config, folder / "best")
+    stopped = train(config, folder / "best-stopped", on_log=lambda row: row["step"] == 6)
+    assert stopped["steps"] == 6
+    return [straight, train(config, folder / "best-stopped", resume=True)]
+
+
 def meta_gradient(name: str, ranks: Ranks) -> dict[str, Any]:
     """The meta-gradient of step 7."""
     experiment = build(config_of(name))
@@ -112,6 +123,7 @@ def main(folder: Path) -> None:
             "on first": ranks.on_first(lambda: ranks.rank),
             "result": train(trained_config(), folder / "straight"),
             "staged": staged(folder),
+            "best": best_of(folder),
             "resumed": train(trained_config(), folder / "of-one-process", resume=True),
         }
     found["threads"] = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

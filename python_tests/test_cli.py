@@ -79,6 +79,9 @@ def test_the_help_of_training_fits_a_screen() -> None:
 def test_the_help_of_every_command_is_shown() -> None:
     assert "--pretrained" in _help("evaluate")
     assert "--commit" in _help("export")
+    assert "imaml runs compare RUN RUN" in _help("runs")
+    assert "--json" in _help("runs", "compare")
+    assert "--output" in _help("runs", "plot")
     assert "--condition-numbers" in _help("reproduce", "exactness")
     assert "--root" in _help("data", "omniglot")
     assert "versions" in _help("doctor")
@@ -187,6 +190,26 @@ def test_a_recipe_of_the_users_own(tmp_path: Path) -> None:
     assert_one_sentence(imaml("train", tmp_path / "none.py"), "none.py")
     (tmp_path / "empty.py").write_text("")
     assert_one_sentence(imaml("train", tmp_path / "empty.py"), "recipe")
+
+
+def test_a_run_with_the_settings_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = imaml("train", "sinusoid-5shot", *SMALL, "--outer.steps", 2, "--run-dir", "first")
+    assert first.returncode == 0, first.stderr
+    assert "(default: 2)" in _help("train", "first/config.json")
+    second = imaml("train", "first/config.json", "--outer.steps", 3)
+    assert second.returncode == 0, second.stderr
+    recorded = [json.loads((tmp_path / run / "config.json").read_text()) for run in ("first", "runs/sinusoid-5shot")]
+    assert recorded[1]["recipe"] == "sinusoid-5shot"
+    steps = [each["config"]["outer"].pop("steps") for each in recorded]
+    assert steps == [2, 3]
+    assert recorded[0]["config"] == recorded[1]["config"]
+    again = imaml("train", "first", "--resume", "--evaluation.tasks", 30)  # the run that is named, in its place
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "first" / "result.json").read_text())["test"]["tasks"] == 30
+    assert_one_sentence(imaml("train", "first"), "runs/sinusoid-5shot is not empty")
+    assert_one_sentence(imaml("train", "none.json"), "there is no recipe 'none.json'")
+    assert imaml("train", "nowhere").returncode == 2
 
 
 def test_train_evaluate_resume(tmp_path: Path) -> None:

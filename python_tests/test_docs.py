@@ -7,16 +7,22 @@ that a page takes seconds.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 import shlex
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+
+from imaml_ext.settings import to_json
+from imaml_ext.train import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -58,6 +64,8 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     draw_letters()
+    for name, stand_in in (("wandb", wandb()), ("optuna", optuna())):  # which nothing here needs
+        monkeypatch.setitem(sys.modules, name, stand_in)
     module = types.ModuleType("documentation")  # where dataclasses look up the types of their fields
     monkeypatch.setitem(sys.modules, module.__name__, module)
     try:
@@ -67,6 +75,35 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             exec(compile(code, f"{name_of(page)}, Python block {number}", "exec"), vars(module))
     finally:
         torch.set_num_threads(threads)
+
+
+def wandb() -> Any:
+    return SimpleNamespace(init=lambda project: SimpleNamespace(log=lambda row, step: None))
+
+
+def optuna() -> Any:
+    """Two trials: one that is judged by what it returns, and one that is pruned at its first report."""
+
+    class TrialPruned(Exception):
+        pass
+
+    def optimize(objective: Any, n_trials: int) -> None:
+        figures: list[float] = []
+        for number in range(2):
+            trial = SimpleNamespace(
+                number=number,
+                suggest_float=lambda name, low, high, log: (low * high) ** 0.5,
+                report=lambda value, step: figures.append(value),
+                should_prune=lambda number=number: number == 1,
+            )
+            if number == 1:
+                with pytest.raises(TrialPruned):
+                    objective(trial)
+            else:
+                assert objective(trial) == min(figures)
+
+    study = SimpleNamespace(optimize=optimize)
+    return SimpleNamespace(TrialPruned=TrialPruned, create_study=lambda direction: study)
 
 
 def draw_letters() -> None:
@@ -175,6 +212,9 @@ def test_command_lines_are_understood(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_recipe.py").write_text("from imaml_ext.recipes.sinusoid_5shot import recipe\n")
+    recorded = tmp_path / "runs" / "glyphs-5w1s" / "config.json"  # an earlier run
+    recorded.parent.mkdir(parents=True)
+    recorded.write_text(json.dumps({"recipe": "glyphs-5w1s", "config": to_json(load_recipe("glyphs-5w1s").config)}))
     line = re.sub(r"\[[^]]*\]|…", "", line)  # of a synopsis
     words = [NAMES.get(word, word) for word in shlex.split(line)[1:]]
     words = [re.sub(r"^[PF]$", "0.5" if word == "F" else "1", word) for word in words]

@@ -20,7 +20,7 @@ import torch
 from training_tools import SMALL, environment, fastest_step, files_of, small_config
 
 from imaml_ext.errors import Interrupted
-from imaml_ext.train import build, train
+from imaml_ext.train import build, evaluate_run, train
 from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
 from imaml_ext.train.job import joined
 from imaml_ext.train.ranks import Ranks
@@ -185,6 +185,26 @@ def test_stages_follow_each_other(job: Any, tmp_path: Path) -> None:
     for stage in ("1-first", "2-second"):
         ours, expected = (final(path / "stages" / stage)["params"] for path in (job[1], tmp_path))
         close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_is_chosen_by_all_alike(job: Any) -> None:
+    straight, stopped = job[1] / "best", job[1] / "best-stopped"
+    losses = {row["step"]: row["val_loss"] for row in rows(straight) if "val_loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < max(losses) < 40  # it has stopped early, and is not judged by its last step
+    assert max(losses) - best == 3 * 2  # as many validations as its patience
+    for found in job[0]:
+        for result in found["best"]:
+            assert result["best"] == {"step": best, "val_loss": losses[best]}
+            assert result["steps"] == max(losses)
+            assert result["test"] == found["best"][0]["test"]
+        assert found["best"][0] == job[0][0]["best"][0]
+    assert rows(straight) == rows(stopped)
+    ends = [final(run) for run in (straight, stopped)]
+    assert torch.equal(ends[0]["params"]["theta"], ends[1]["params"]["theta"])
+    kept = evaluate_run(straight)  # by this process
+    assert kept.to_json() == job[0][0]["best"][0]["test"]
+    assert kept != evaluate_run(straight, checkpoint=list_checkpoints(straight / "checkpoints")[-1])
 
 
 def test_every_rank_decides_alike(job: Any) -> None:

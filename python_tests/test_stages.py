@@ -228,3 +228,26 @@ class TestRecipeFiles:
             load_recipe("other", [tmp_path])
         with pytest.raises(ConfigError, match=r"there is no recipe '.*none.py'"):
             load_recipe(tmp_path / "none.py")
+
+    def test_of_a_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = tmp_path / "runs" / "mine"
+        train(small_config(steps=2), run, recipe="sine")
+        for source in (run, str(run), run / "config.json"):
+            recipe = load_recipe(source)
+            assert (recipe.config, recipe.stages, recipe.name) == (small_config(steps=2), (), "sine")
+            assert str(run) in recipe.description
+        shutil.copy(run / "config.json", tmp_path / "kept.json")
+        assert load_recipe(tmp_path / "kept.json").config == small_config(steps=2)
+        (tmp_path / "other.json").write_text('{"model_type": "bert"}')
+        with pytest.raises(RunError, match=r"other\.json cannot be read: it has no 'recipe'"):
+            load_recipe(tmp_path / "other.json")
+        with pytest.raises(ConfigError, match=r"there is no recipe '.*none.json'; .* or a run's config\.json"):
+            load_recipe(tmp_path / "none.json")
+
+        train_recipe(load_recipe(run), tmp_path / "again")
+        assert read_config(RunDirectory(tmp_path / "again")).recipe == "sine"
+        ends = [_final(path).params["theta"] for path in (run, tmp_path / "again")]
+        assert torch.equal(*ends)
+        run.rename(tmp_path / "runs" / "glyphs-5w1s")
+        monkeypatch.chdir(tmp_path / "runs")
+        assert load_recipe("glyphs-5w1s").config.data == Glyphs()  # a recipe's name is the recipe

@@ -20,6 +20,7 @@ from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError
 COMMANDS = {
     "train": "Train on few-shot tasks, as a recipe says.",
     "evaluate": "Test a trained run, or pretrained weights, on new tasks.",
+    "runs": "List, compare and plot runs.",
     "export": "Write what a finished run has learnt as a weights file.",
     "reproduce": "Repeat an experiment of the paper.",
     "data": "Prepare a data set, and describe it.",

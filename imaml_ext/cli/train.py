@@ -1,4 +1,4 @@
-"""`imaml train`: meta-training as a recipe says, with any setting changed by an option."""
+"""`imaml train`: meta-training as a recipe or an earlier run says, with any setting changed by an option."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pathlib import Path
 
 from imaml_ext.cli import chosen_name
 from imaml_ext.train.ranks import Ranks
-from imaml_ext.train.recipe import load_recipe, recipe_summaries
+from imaml_ext.train.recipe import config_of_run, load_recipe, recipe_summaries
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHAINS = Path(__file__).parents[1] / "reproduction" / "chains"
 _NOTE = """A recipe file of your own: `imaml train FILE.py`.
+The settings of an earlier run: `imaml train RUN/config.json`.
 Recipes of the published weights, such as `omniglot-5w1s-gd`, are in imaml_ext/reproduction/chains/.
 """
 
 
 def run(arguments: list[str], ranks: Ranks) -> int:
     with contextlib.nullcontext() if ranks.first else _unheard():
-        name = ranks.on_all(_name, arguments)
+        earlier = ranks.on_all(_earlier_run, arguments)
         # These need torch, which the list of the recipes does not wait for.
         from imaml_ext.cli.train_options import recorded_config, training_options
         from imaml_ext.train.config import differences
         from imaml_ext.train.stages import train_recipe
 
         recipe = ranks.on_all(load_recipe, arguments[0], (RECIPES, CHAINS))
-        options = ranks.on_all(training_options, name, recipe.config, arguments[1:], recipe.description)
-    run_dir = options.run_dir or Path("runs") / name
+        options = ranks.on_all(training_options, recipe.name, recipe.config, arguments[1:], recipe.description)
+    run_dir = options.run_dir or (earlier if options.resume else None) or Path("runs") / recipe.name
     if options.resume:  # a run keeps its own settings where the command line gives none
-        recorded = ranks.on_first(recorded_config, run_dir, name)
+        recorded = ranks.on_first(recorded_config, run_dir, recipe.name)
         if recorded is not None:
             with _unheard():
-                options = ranks.on_all(training_options, name, recorded, arguments[1:])
+                options = ranks.on_all(training_options, recipe.name, recorded, arguments[1:])
     train_recipe(
         recipe,
         run_dir,
-        name=name,
         command=shlex.join(["imaml", "train", *arguments]),
         changes=differences(recipe.config, options.config),
         resume=options.resume,
@@ -47,11 +47,18 @@ def run(arguments: list[str], ranks: Ranks) -> int:
     return 0
 
 
-def _name(arguments: list[str]) -> str:
-    """The name of the recipe, or of the recipe file, that the command line begins with."""
-    if arguments and (arguments[0].endswith(".py") or arguments[0] in recipe_summaries((CHAINS,))):
-        return Path(arguments[0]).stem.replace("_", "-")
-    return chosen_name(arguments, recipe_summaries((RECIPES,)), prog="imaml train", what="recipe", note=_NOTE)
+def _earlier_run(arguments: list[str]) -> Path | None:
+    """The directory of the run that the command line begins with, None where that is a recipe.
+
+    Where it is neither, the recipes are shown and the process ends.
+    """
+    name = arguments[0] if arguments else ""
+    if name.endswith(".py") or name in recipe_summaries((RECIPES, CHAINS)):
+        return None
+    recorded = config_of_run(Path(name)) if name else None
+    if recorded is None and not name.endswith(".json"):
+        chosen_name(arguments, recipe_summaries((RECIPES,)), prog="imaml train", what="recipe", note=_NOTE)
+    return recorded and recorded.parent
 
 
 @contextlib.contextmanager

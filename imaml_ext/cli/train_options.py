@@ -22,8 +22,9 @@ class Options:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
-    run_dir: Path | None = None  # Where everything is written; unset: runs/RECIPE.
-    # Continue the run in the run directory, or begin it where there is none.
+    # Where everything is written; unset: runs/RECIPE or, with --resume, the run that is named in place of a recipe.
+    run_dir: Path | None = None
+    # Continue the run in the run directory, or begin it where there is none. A finished one takes more --outer.steps.
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     # With --resume: continue from this checkpoint of the run instead of the newest.
     from_checkpoint: Path | None = None
@@ -46,6 +47,6 @@ def recorded_config(path: Path, name: str) -> TrainConfig | None:
     if not directory.holds_run():
         return None
     recorded = read_config(directory)
-    if recorded.recipe != name:
+    if recorded.recipe not in ("", name):  # "": a run that Python began
         raise RunError(f"{path} holds a run of the recipe {recorded.recipe!r}, not of {name!r}")
     return recorded.config

@@ -16,6 +16,7 @@ from torch import Tensor
 from imaml_ext.errors import CheckpointError
 from imaml_ext.files import atomic_write
 from imaml_ext.train import legacy
+from imaml_ext.train.run_directory import RunDirectory, read_config
 
 FORMAT = 3
 _NAME = re.compile(r"step-(\d{8,})\.pt")
@@ -36,6 +37,9 @@ class Checkpoint:
     optimizer: dict[str, Any]
     metrics: dict[str, Tensor] = field(default_factory=dict)  # their sums since the last line of the log
     seconds: float = 0.0  # training time until here
+    # The best validation so far, {"step": …, "val_accuracy": …} or of "val_loss"; its checkpoint is kept.
+    best: dict[str, Any] = field(default_factory=dict)
+    misses: int = 0  # validations since then
     format: int = FORMAT
 
     @property
@@ -51,14 +55,21 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes `step-….pt` whole or not at all, then removes all but the newest `keep`."""
+    """Writes `step-….pt` whole or not at all, then removes all but the newest `keep` and the best."""
     buffer = io.BytesIO()
     torch.save(vars(checkpoint), buffer)
-    path = directory / f"step-{checkpoint.step:08d}.pt"
+    path = checkpoint_path(directory, checkpoint.step)
     atomic_write(path, buffer.getvalue())
+    best = checkpoint_path(directory, checkpoint.best["step"]) if checkpoint.best else path
     for old in list_checkpoints(directory)[:-keep]:
-        old.unlink(missing_ok=True)
+        if old != best:
+            old.unlink(missing_ok=True)
     return path
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step lies, if it is kept."""
+    return directory / f"step-{step:08d}.pt"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -78,6 +89,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is damaged: {_first_sentence(error)}") from error
     if isinstance(values, Mapping) and values.get("format") == legacy.CHECKPOINT_FORMAT:
         values = legacy.checkpoint_from_old(values) | {"format": FORMAT}
+    if isinstance(values, Mapping):
+        values = {"best": {}, "misses": 0, **values}  # older ones know of no best
     names = {item.name for item in fields(Checkpoint)}
     if not isinstance(values, Mapping) or set(values) != names or values["format"] != FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint of format {FORMAT}")
@@ -96,6 +109,26 @@ def load_newest(directory: Path) -> Checkpoint | None:
         usable = next((path for path in reversed(paths[:-1]) if _is_usable(path)), None)
         from_older = f"continue from the older {usable} with --from-checkpoint"
         raise CheckpointError(f"{error}; {from_older if usable else 'no older checkpoint is usable'}") from error
+
+
+def step_of(path: Path) -> int:
+    """Returns the step of a checkpoint by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def chosen_checkpoint(directory: RunDirectory) -> Checkpoint:
+    """Returns the checkpoint of a run that is judged: the best where `evaluation.keep_best` is set, else the newest.
+
+    Raises:
+        CheckpointError: there is none yet, or it is damaged. RunError: there is no run.
+    """
+    keep_best = read_config(directory).config.evaluation.keep_best
+    newest = load_newest(directory.checkpoints)
+    if newest is None:
+        raise CheckpointError(f"{directory.path} has no checkpoint yet")
+    if not (keep_best and newest.best):
+        return newest
+    return load_checkpoint(checkpoint_path(directory.checkpoints, newest.best["step"]))
 
 
 def _is_usable(path: Path) -> bool:

@@ -75,8 +75,27 @@ class EvaluationSettings(Settings):
     inner_steps: Annotated[int | None, NOT_NEGATIVE] = None
     every: Annotated[int, NOT_NEGATIVE] = 0  # Meta-steps between validations, on the validation split; 0: never.
     validation_tasks: Annotated[int, _TWO] = 100  # Tasks per validation, the same ones each time.
+    # Keep the checkpoint of the best validation, and judge it in place of the last one: at the end of the run, and in
+    # `evaluate` and `export`. The best has the highest accuracy or, in regression, the lowest loss.
+    keep_best: bool = False
+    # Stop after so many validations in turn that are not better than the best before them; unset: never.
+    patience: Annotated[int | None, COUNT] = None
     # Seed of the validation and test tasks, apart from run.seed: every run is tested on the same tasks.
     seed: Annotated[int, NOT_NEGATIVE] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tracks_best:
+            self.require(self.every > 0, "every", "above 0 with keep_best or patience, which need validations")
+
+    @property
+    def tracks_best(self) -> bool:
+        """Whether the run remembers its best validation."""
+        return self.keep_best or self.patience is not None
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"keep_best": False, "patience": None, **values}
 
 
 @dataclass(frozen=True)

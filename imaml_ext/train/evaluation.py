@@ -13,11 +13,11 @@ from torch import Tensor
 
 from imaml_ext.batch import Data, shard_slice
 from imaml_ext.data import DataSource
-from imaml_ext.errors import ConfigError, RunError
+from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent
 from imaml_ext.pretrained.weights import Weights, read_weights
 from imaml_ext.settings import COUNT, POSITIVE, Settings, changed, from_json
-from imaml_ext.train.checkpoint import load_checkpoint, load_newest
+from imaml_ext.train.checkpoint import chosen_checkpoint, load_checkpoint
 from imaml_ext.train.config import EvaluationSettings, RunSettings, Tasks, Theta, TrainConfig
 from imaml_ext.train.experiment import Experiment, build
 from imaml_ext.train.progress import ProgressBar
@@ -158,7 +158,7 @@ def evaluate_run(
     split: str = "test",
     from_scratch: FromScratch | None = None,
 ) -> Evaluation:
-    """Evaluates the newest meta-parameters of a run, or those of `checkpoint`.
+    """Evaluates the meta-parameters of a run that `chosen_checkpoint` says, or those of `checkpoint`.
 
     Args:
         path: the run directory, or that of a recipe of several stages, of which the last is evaluated.
@@ -178,12 +178,10 @@ def evaluate_run(
 def open_run(
     path: Path, changes: Mapping[str, Any] | None = None, *, checkpoint: Path | None = None
 ) -> tuple[Experiment, dict[str, Tensor]]:
-    """Returns the experiment of a run and its newest meta-parameters to be judged; errors as of `evaluate_run`."""
+    """Returns the experiment of a run and its meta-parameters to be judged; errors as of `evaluate_run`."""
     directory = RunDirectory.of_last_stage(path)
     config = changed(read_config(directory).config, changes or {})
-    saved = load_newest(directory.checkpoints) if checkpoint is None else load_checkpoint(checkpoint)
-    if saved is None:
-        raise RunError(f"{directory.path} has no checkpoint yet: nothing to evaluate")
+    saved = chosen_checkpoint(directory) if checkpoint is None else load_checkpoint(checkpoint)
     experiment = build(config)
     like = experiment.algorithm.initial(experiment.model.init(seed=0, dtype=experiment.dtype))
     saved_params = {name: value.to(experiment.dtype) for name, value in saved.evaluated.items()}

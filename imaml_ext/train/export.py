@@ -8,8 +8,8 @@ from pathlib import Path
 from imaml_ext.errors import RunError
 from imaml_ext.pretrained.weights import Card, Weights, save_weights
 from imaml_ext.settings import changed, leaves, to_json
-from imaml_ext.train.checkpoint import load_newest
-from imaml_ext.train.run_directory import RunDirectory, read_config, read_result
+from imaml_ext.train.checkpoint import chosen_checkpoint
+from imaml_ext.train.run_directory import RunDirectory, read_config, read_result, tested_step
 
 
 def export_run(run: Path, output: Path, *, commit: str = "") -> Weights:
@@ -36,9 +36,9 @@ def run_weights(run: Path, *, commit: str = "") -> Weights:
     recorded, result = read_config(directory), read_result(directory)
     if result is None:
         raise RunError(f"{directory.path} is not finished: it has no result.json")
-    saved = load_newest(directory.checkpoints)
-    if saved is None or saved.step != result["steps"]:
-        raise RunError(f"{run} has no checkpoint of step {result['steps']}, which its result.json is about")
+    saved = chosen_checkpoint(directory)
+    if saved.step != tested_step(result):
+        raise RunError(f"{run} has no checkpoint of step {tested_step(result)}, which its result.json is about")
     config = recorded.config
     dataset = config.data.load()
     places = {name: None for name, _ in leaves(config.data) if name in ("root", "cache_dir")}
@@ -52,7 +52,7 @@ def run_weights(run: Path, *, commit: str = "") -> Weights:
         kind=config.data.kind_of_task,
         input_shape=tuple(dataset.input_shape),
         reading=dataset.reading,
-        steps=result["steps"],
+        steps=saved.step,
         meta_batch=config.outer.meta_batch,
         train_seconds=result["train_seconds"],
         test=result["test"],

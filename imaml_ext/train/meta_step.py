@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class State:
     optimizer: torch.optim.Optimizer
     metrics: MetricAccumulator
     seconds: float  # training time, validation and checkpoints left out
+    best: dict[str, Any] = field(default_factory=dict)  # step and figure of the best validation, where it is remembered
+    misses: int = 0  # validations since then
 
     @property
     def evaluated(self) -> dict[str, Tensor]:

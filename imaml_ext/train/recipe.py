@@ -49,12 +49,13 @@ class Recipe:
     """Holds a configuration to train with; or stages of one, each of which begins where the one before has ended.
 
     Attributes:
-        description: the docstring of the file that it was loaded from.
+        description: the docstring of the file that it was loaded from. name: which its runs are recorded under.
     """
 
     config: TrainConfig
     stages: tuple[Stage, ...] = ()
     description: str = ""
+    name: str = ""
 
     def staged(self, changes: Mapping[str, Any]) -> list[TrainConfig]:
         """Returns the configuration of every stage with `changes` in all of them, {path: value}.
@@ -90,17 +91,28 @@ def recipe_names(folders: Sequence[Path] = (_FOLDER,)) -> list[str]:
 
 
 def load_recipe(source: Path | str, folders: Sequence[Path] = (_FOLDER,)) -> Recipe:
-    """Returns a recipe by its name, from one of some folders, or from a file *.py.
+    """Returns a recipe by its name, from one of some folders, or from a file *.py; or one with the settings of a run.
+
+    Args:
+        source: a name, a file *.py, or a run directory or its config.json (of one stage, where there are several).
 
     Raises:
         ConfigError: there is none of that name, or the file has no variable `recipe`.
+        RunError: config.json is damaged, or no run's.
     """
     path = Path(source)
     if path.suffix != ".py":
         files = [folder / f"{str(source).replace('-', '_')}.py" for folder in folders]
         path = next((file for file in files if file.is_file()), path)
+    recorded = config_of_run(path)
+    if recorded is not None:
+        from imaml_ext.train.run_directory import read_recorded  # which needs torch
+
+        run = read_recorded(recorded)
+        folder = recorded.resolve().parent
+        return Recipe(run.config, description=f"The settings of the run {folder}.", name=run.recipe or folder.name)
     if path.suffix != ".py" or not path.is_file():
-        known = f"{', '.join(recipe_names(folders))}, or a file *.py"
+        known = f"{', '.join(recipe_names(folders))}, or a file *.py, or a run's config.json"
         raise ConfigError(f"there is no recipe {str(source)!r}; there are: {known}")
     if path.resolve().is_relative_to(_PACKAGE):  # one of ours, which others may import too
         parts = path.resolve().with_suffix("").relative_to(_PACKAGE.parent).parts
@@ -110,4 +122,10 @@ def load_recipe(source: Path | str, folders: Sequence[Path] = (_FOLDER,)) -> Rec
     recipe = values.get("recipe")
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"{path} must have a variable `recipe`, a Recipe, got {type(recipe).__name__}")
-    return replace(recipe, description=values.get("__doc__") or "")
+    return replace(recipe, description=values.get("__doc__") or "", name=path.stem.replace("_", "-"))
+
+
+def config_of_run(path: Path) -> Path | None:
+    """Returns the config.json that a path names, itself or by the run directory; None where it names neither."""
+    path = path if path.suffix == ".json" else path / "config.json"
+    return path if path.is_file() else None

@@ -16,11 +16,13 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from imaml_ext.data import Dataset, EpisodeBatch, ImageDataset, sample_sheet
+from imaml_ext.errors import RunError
 from imaml_ext.files import atomic_write
 from imaml_ext.train.experiment import Experiment
 from imaml_ext.train.run_directory import RunDirectory, read_metrics
 
 _TRAIN, _VALIDATION = "#1f77b4", "#d62728"
+_SCALES = {"accuracy": 100.0, "loss": 1.0}  # what is shown of a metric
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"
 _MOST_WAYS, _MOST_QUERIES, _MOST_SHOTS, _EPISODES = 10, 5, 3, 3
 
@@ -35,9 +37,10 @@ def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
     axes = dict(zip(panels, figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], strict=True))
     figure.suptitle(title)
     if classification:
-        _curve(axes["accuracy"], rows, "accuracy", "query accuracy (%)", scale=100.0)
-        axes["accuracy"].set_ylim(top=101)
-    _curve(axes["loss"], rows, "loss", "query loss" + ("" if classification else " (mean squared error)"))
+        _curve(axes["accuracy"], rows, "accuracy")
+        axes["accuracy"].set(ylabel="query accuracy (%)", ylim=(None, 101))
+    _curve(axes["loss"], rows, "loss")
+    axes["loss"].set_ylabel("query loss" + ("" if classification else " (mean squared error)"))
     if not classification:
         axes["loss"].set_yscale("log")
     if solved:
@@ -49,19 +52,62 @@ def draw_learning_curve(directory: RunDirectory, *, title: str) -> None:
     write_figure(figure, directory.learning_curve)
 
 
-def _curve(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, label: str, *, scale: float = 1.0) -> None:
+def _curve(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
     """Draws training tasks as a faint line with its running mean, validation tasks with their 95 % interval."""
     steps, values = column(rows, f"query_{quantity}")
-    axis.plot(steps, scale * values, color=_TRAIN, alpha=0.3, linewidth=1)
-    width = max(1, len(values) // 25)
-    axis.plot(steps, scale * running_mean(values, width), color=_TRAIN, label="training tasks (running mean)")
+    axis.plot(steps, _SCALES[quantity] * values, color=_TRAIN, alpha=0.3, linewidth=1)
+    _running_mean(axis, rows, quantity, color=_TRAIN, label="training tasks (running mean)")
+    _validations(axis, rows, quantity, color=_VALIDATION, label="validation tasks")
+    axis.legend(loc="best", frameon=False)
+
+
+def _running_mean(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, **style: Any) -> None:
+    steps, values = column(rows, f"query_{quantity}")
+    axis.plot(steps, _SCALES[quantity] * running_mean(values, max(1, len(values) // 25)), **style)
+
+
+def _validations(axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, **style: Any) -> None:
     steps, values = column(rows, f"val_{quantity}")
     if len(values):
         _, interval = column(rows, f"val_{quantity}_interval")
-        error = scale * interval if len(interval) == len(values) else None
-        axis.errorbar(steps, scale * values, yerr=error, color=_VALIDATION, capsize=2, label="validation tasks")
-    axis.set_ylabel(label)
-    axis.legend(loc="best", frameon=False)
+        error = _SCALES[quantity] * interval if len(interval) == len(values) else None
+        axis.errorbar(steps, _SCALES[quantity] * values, yerr=error, capsize=2, **style)
+
+
+def draw_curves(runs: Mapping[str, RunDirectory], path: Path) -> None:
+    """Draws the learning curves of several runs into one picture, a colour for each.
+
+    A panel shows the running mean over training tasks, and one the validation tasks with their 95 % interval; of the
+    accuracy, where one of the runs has it, and of the loss.
+
+    Raises:
+        RunError: no run has logged anything yet, or the picture cannot be written.
+    """
+    rows = {name: read_metrics(directory.metrics) for name, directory in runs.items()}
+    found = {metric for each in rows.values() for row in each for metric in row}
+    panels = [
+        (quantity, words)
+        for quantity, words in (("accuracy", "accuracy (%)"), ("loss", "loss"))
+        if f"query_{quantity}" in found
+    ]
+    if not panels:
+        raise RunError(f"nothing is logged yet in {', '.join(runs)}")
+    figure = Figure(figsize=(11, 3.2 * len(panels) + 0.25 * len(runs) + 0.5), layout="constrained")
+    for (quantity, words), (training, validation) in zip(
+        panels, figure.subplots(len(panels), 2, sharex=True, sharey="row", squeeze=False), strict=True
+    ):
+        for number, (name, each) in enumerate(rows.items()):
+            _running_mean(training, each, quantity, color=f"C{number % 10}", label=name)
+            _validations(validation, each, quantity, color=f"C{number % 10}")
+        training.set(title="training tasks (running mean)", ylabel=f"query {words}")
+        validation.set_title("validation tasks")
+        for axis in (training, validation):
+            axis.set(yscale="linear" if "query_accuracy" in found else "log")
+            axis.grid(alpha=0.3)
+    for axis in figure.axes[-2:]:
+        axis.set_xlabel("meta-step")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    write_figure(figure, path)
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from imaml_ext.errors import ConfigError, RunError
-from imaml_ext.files import json_bytes
-from imaml_ext.settings import from_json, leaves
+from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.settings import changed, from_json, leaves
 from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.legacy import config_from_old
 
@@ -57,6 +57,11 @@ class RunDirectory:
     def holds_run(self) -> bool:
         return self.config.is_file()
 
+    def forget_result(self) -> None:
+        """Removes the result of a run that is about to go on; RunError where that is not possible."""
+        with explained(f"cannot remove {self.result}"):
+            self.result.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Creates the directory and holds it for this process alone; RunError where another is training in it."""
@@ -74,6 +79,15 @@ class RunDirectory:
                 leftover.unlink(missing_ok=True)  # of a process that was killed while writing
             yield
 
+    def is_held(self) -> bool:
+        """Tells whether a process is training in the directory, as far as its file system has locks."""
+        try:
+            with (self.path / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno == errno.EWOULDBLOCK
+        return False
+
 
 @dataclass(frozen=True)
 class RecordedRun:
@@ -84,16 +98,30 @@ class RecordedRun:
 
 
 def read_config(directory: RunDirectory) -> RecordedRun:
-    """Reads the configuration that a run was started with; RunError where there is none, or it is damaged."""
+    """Reads the configuration of a run; RunError where there is none, or it is damaged."""
+    return read_recorded(directory.config)
+
+
+def read_recorded(path: Path) -> RecordedRun:
+    """Reads what a file `config.json` says of a run, wherever it lies; errors as of `read_config`."""
     try:
-        recorded = json.loads(directory.config.read_text())
+        recorded = json.loads(path.read_text())
         if "preset" in recorded:
             return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]))
         return RecordedRun(str(recorded["recipe"]), from_json(TrainConfig, recorded["config"]))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"{directory.path} holds no run: there is no config.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{directory.config} cannot be read: {error}") from error
+        raise RunError(f"{path.parent} holds no run: there is no {path.name}") from error
+    except KeyError as error:
+        raise RunError(f"{path} cannot be read: it has no {error.args[0]!r}, as that of a run has") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def record_config(directory: RunDirectory, stamp: Mapping[str, Any]) -> None:
+    """Writes config.json; of a run that is there already, the settings alone, and what it began with stays recorded."""
+    begun = json.loads(directory.config.read_text()) if directory.holds_run() else {}
+    kept = {} if "preset" in begun else begun  # an older form
+    atomic_write(directory.config, json_bytes({**stamp, **kept, "config": stamp["config"]}))
 
 
 # Settings that a resumed run may set anew: they change where and how it runs, not what comes out.
@@ -101,8 +129,20 @@ _FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation."
 _FIXED_OF_RUN = ("run.seed", "run.dtype")
 
 
-def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool) -> None:
+def absolute(config: TrainConfig) -> TrainConfig:
+    """Returns the configuration as it means the same wherever it is read: with absolute paths of data and weights."""
+    paths = {name: path for name, path in leaves(config.data, "data.") if isinstance(path, Path)}
+    places: dict[str, Any] = {name: path.expanduser().absolute() for name, path in paths.items()}
+    source = config.theta.weights
+    if source is not None and (source.endswith(".safetensors") or RunDirectory.of_last_stage(Path(source)).holds_run()):
+        places["theta.weights"] = str(Path(source).absolute())
+    return changed(config, places)
+
+
+def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: bool, more_steps: bool = False) -> None:
     """Checks that a run writes over no other one, and continues none under other settings.
+
+    With `more_steps`, `outer.steps` may be larger than it was, where the schedule does not depend on it.
 
     Raises:
         RunError: the directory is not empty, or with `resume` holds something other than a run.
@@ -114,13 +154,20 @@ def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: boo
         raise RunError(f"{directory.path} is not empty: continue its run with --resume, or give another --run-dir")
     if not directory.holds_run():
         raise RunError(f"{directory.path} holds no run to resume (it has no config.json); give another --run-dir")
-    recorded, now = (dict(leaves(each)) for each in (read_config(directory).config, config))
+    before = read_config(directory).config
+    grown = more_steps and config.outer.steps > before.outer.steps
+    if grown and before.outer.schedule != "constant":
+        raise ConfigError(
+            f"a run of outer.schedule {before.outer.schedule!r} takes no more than its {before.outer.steps} steps, on "
+            f"which its rates depend; a new run begins where it has ended with --theta.weights {directory.path}"
+        )
+    recorded, now = (dict(leaves(each)) for each in (before, config))
     for name in now | recorded:
         was, value = recorded.get(name), now.get(name)
         free = name.startswith(_FREE_ON_RESUME) and name not in _FIXED_OF_RUN
         if name == "theta.weights" and was and value:  # the same ones, wherever they lie now
             free = Path(was).name == Path(value).name
-        if value != was and not free:
+        if value != was and not free and not (grown and name == "outer.steps"):
             where = f"{name} was {was!r} in {directory.path}, now {value!r}"
             raise ConfigError(f"a resumed run keeps its settings: {where}")
 
@@ -161,14 +208,19 @@ def _bytes_until(path: Path, step: int) -> int:
     length = 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        try:
-            row_step = json.loads(line)["step"] if line.endswith(b"\n") else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged: line {number} is not a metrics line") from error
-        if row_step is None or row_step > step:  # None: the torn last line of a crash
+        if not line.endswith(b"\n") or _row(path, number, line)["step"] > step:  # torn by a crash, or behind the step
             break
         length += len(line)
     return length
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Reads a line of a metrics file."""
+    try:
+        row = json.loads(line)
+        return {"step": row["step"], **row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: line {number} is not a metrics line") from error
 
 
 def read_result(directory: RunDirectory) -> dict[str, Any] | None:
@@ -185,9 +237,15 @@ def read_result(directory: RunDirectory) -> dict[str, Any] | None:
     return result
 
 
+def tested_step(result: Mapping[str, Any]) -> int:
+    """Returns the step whose parameters a result.json is about: the best one where it was chosen, else the last."""
+    return result.get("best", {}).get("step", result["steps"])
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file, empty where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Returns the rows of a metrics file, without one that is not whole yet; RunError where another one is damaged."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from imaml_ext.train.job import joined
 from imaml_ext.train.progress import say
 from imaml_ext.train.recipe import Recipe
 from imaml_ext.train.run_directory import RunDirectory, check_directory, read_config, read_result
-from imaml_ext.train.trainer import train
+from imaml_ext.train.trainer import OnLog, train
 
 
 def train_recipe(
@@ -25,6 +25,7 @@ def train_recipe(
     changes: Mapping[str, Any] | None = None,
     resume: bool = False,
     checkpoint: Path | None = None,
+    on_log: OnLog | None = None,
 ) -> dict[str, Any]:
     """Trains as a recipe says, and leaves everything in `path`.
 
@@ -33,9 +34,10 @@ def train_recipe(
     that are finished are passed over, and the first that is not is begun or continued.
 
     Args:
-        name: of the recipe, for the record. changes: of its settings in every stage, {path: value}; a recipe with
-            stages that is resumed keeps those that it was begun with.
+        name: for the record, in place of the recipe's own. changes: of its settings in every stage, {path: value}; a
+            recipe with stages that is resumed keeps those that it was begun with.
         checkpoint: of the stage that is continued, in place of its newest.
+        on_log: as of `trainer.train`; True ends the stage.
 
     Returns:
         The content of the last result.json.
@@ -43,10 +45,10 @@ def train_recipe(
     Raises:
         ImamlError: as `train` does.
     """
-    changes, record = dict(changes or {}), {"recipe": name, "command": command}
+    changes, record = dict(changes or {}), {"recipe": name or recipe.name, "command": command}
     if not recipe.stages:
         config = changed(recipe.config, changes)
-        return train(config, path, **record, resume=resume, checkpoint=checkpoint)
+        return train(config, path, **record, resume=resume, checkpoint=checkpoint, on_log=on_log)
     places = [path / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, start=1)]
     result: dict[str, Any] | None = None
     with joined() as ranks:
@@ -57,7 +59,7 @@ def train_recipe(
                 title = f"stage {number} of {len(places)} ({recipe.stages[number - 1].name})"
                 if ranks.first:
                     say(f"{title}, in {place}")
-                result = train(config, place, **record, stage=title, resume=True, checkpoint=checkpoint)
+                result = train(config, place, **record, stage=title, resume=True, checkpoint=checkpoint, on_log=on_log)
                 checkpoint = None
     assert result is not None
     return result

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext._native import native
 from imaml_ext._version import __version__
 from imaml_ext.data import Sampler
-from imaml_ext.errors import CheckpointError, ConfigError, Diverged, Interrupted, RunError
+from imaml_ext.errors import ConfigError, Diverged, Interrupted
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.settings import leaves, to_json
 from imaml_ext.train import reports
 from imaml_ext.train.captured import CapturedStep
-from imaml_ext.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+from imaml_ext.train.checkpoint import chosen_checkpoint, list_checkpoints
 from imaml_ext.train.config import TrainConfig
+from imaml_ext.train.continued import checkpoint_of, opened, restored
 from imaml_ext.train.environment import environment
 from imaml_ext.train.evaluation import Evaluation, evaluate
 from imaml_ext.train.experiment import Experiment, build
 from imaml_ext.train.job import joined
 from imaml_ext.train.meta_step import EagerStep, MetaStep, State
-from imaml_ext.train.metrics import MetricAccumulator
 from imaml_ext.train.progress import ProgressBar, say
 from imaml_ext.train.ranks import Ranks
-from imaml_ext.train.run_directory import RunDirectory, check_directory
+from imaml_ext.train.run_directory import RunDirectory, absolute, check_directory
 from imaml_ext.train.run_logger import RunLogger
-from imaml_ext.train.schedule import learning_rate, load_optimizer_state, optimizer_state, outer_optimizer
+from imaml_ext.train.schedule import learning_rate
 from imaml_ext.train.signals import StopRequest
 
 _SHOWN = (  # metric, name and scale on the progress bar
@@ -45,6 +48,8 @@ _SHOWN = (  # metric, name and scale on the progress bar
 # Settings in which the processes of a job may differ; weights are read by the first alone.
 _OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "run.threads", "theta.weights")
 
+OnLog = Callable[[dict[str, Any]], object]  # takes a row of metrics.jsonl; true: stop here
+
 
 def train(
     config: TrainConfig,
@@ -55,18 +60,21 @@ def train(
     stage: str = "",
     resume: bool = False,
     checkpoint: Path | None = None,
+    on_log: OnLog | None = None,
 ) -> dict[str, Any]:
     """Runs Algorithm 1 as configured, tests the result, and leaves everything in the run directory `path`.
 
     With `resume` the run that is there continues from its newest checkpoint, or from `checkpoint`; where there is no
     run yet, it begins. On a CPU, with the same number of threads and processes, the continued run ends with the same
-    bits.
+    bits. Where the schedule is constant, `outer.steps` may have grown: the run ends as if it had them from the start.
 
     Under torchrun every process calls this alike. Each takes its share of the tasks, rank 0 alone needs and writes the
     run directory, and all return the same.
 
     Args:
         recipe, command: what the run was started by, for the record. stage: of a recipe, for the user to see.
+        on_log: called on rank 0 with each row, after it was written to metrics.jsonl. Where it returns True, the run
+            ends after that step, saved and tested. What it raises ends the run at once; `resume` continues it.
 
     Returns:
         The content of result.json.
@@ -78,10 +86,12 @@ def train(
         Diverged: the meta-gradient or the parameters became non-finite.
         Interrupted: SIGINT or SIGTERM came, to any of the processes; the state is saved.
         ReportedElsewhere: one of these, which another process raises.
+        NativeUnavailableError: the compiled part does not load; nothing has been written.
     """
-    directory = RunDirectory(path)
+    directory, config = RunDirectory(path), absolute(config)
     with joined() as ranks, ExitStack() as run:
-        ranks.on_first(check_directory, directory, config, resume=resume)
+        ranks.on_all(native)
+        ranks.on_first(check_directory, directory, config, resume=resume, more_steps=True)
         ranks.first_of_machine(config.data.load)  # which may download it, or fill the cache
         begun = resume and ranks.on_first(list_checkpoints, directory.checkpoints)
         experiment, train_tasks = ranks.on_all(_prepare, config, ranks)
@@ -90,17 +100,19 @@ def train(
         here = environment(experiment.device, ranks.size)
         stamp = {"recipe": recipe, "config": to_json(config), "environment": here}
         ranks.on_first(run.enter_context, directory.opened())
-        saved = ranks.on_first(_open, directory, stamp, config.run.seed, resume, checkpoint)
-        state = ranks.on_all(_restore, experiment, saved, start)
+        saved = ranks.on_first(opened, directory, config, stamp, resume, checkpoint)
+        state = ranks.on_all(restored, experiment, saved, start)
         with StopRequest(patient=ranks.size > 1) as stop, RunLogger(directory) as logger:
             ranks.on_first(logger.open, step=state.step, tensorboard=config.run.tensorboard)
             take_step: MetaStep = EagerStep(experiment, train_tasks, state, ranks)
             if config.run.capture:
                 take_step = CapturedStep(experiment, train_tasks, state)
-            training = _Training(experiment, state, directory, logger, stop, ranks)
+            training = _Training(experiment, state, directory, logger, stop, ranks, on_log)
             training.loop(take_step, f"training, {stage}" if stage else "training")
-            tested = training.test()
-            return ranks.on_first(training.conclude, *tested, stamp, command)
+            saved = ranks.on_first(chosen_checkpoint, directory)
+            judged = experiment.restored(saved.evaluated, state.evaluated)
+            tested = training.test(judged)
+            return ranks.on_first(training.conclude, judged, *tested, stamp, command)
 
 
 def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
@@ -139,32 +151,6 @@ def _facts(experiment: Experiment, recipe: str) -> dict[str, object]:
     }
 
 
-def _open(
-    directory: RunDirectory, stamp: dict[str, Any], seed: int, resume: bool, path: Path | None
-) -> Checkpoint | None:
-    """Begins the run that is in the opened directory, or finds the checkpoint to continue it from."""
-    saved = None
-    if resume and path is None:
-        saved = load_newest(directory.checkpoints)
-    elif resume and path is not None:
-        if path.resolve().parent != directory.checkpoints.resolve():
-            raise RunError(f"--from-checkpoint must be one of {directory.checkpoints}, got {path}")
-        saved = load_checkpoint(path)
-    if not directory.holds_run():
-        atomic_write(directory.config, json_bytes(stamp))
-    elif saved is None:
-        say(f"{directory.path} has no checkpoint yet: starting from the beginning")
-    if saved is None:
-        return None
-    if saved.seed != seed:
-        raise CheckpointError(f"the checkpoint of step {saved.step} is of seed {saved.seed}, not {seed}")
-    for later in list_checkpoints(directory.checkpoints):  # dropped, as in metrics.jsonl
-        if int(later.stem.removeprefix("step-")) > saved.step:
-            later.unlink()
-    say(f"continuing after step {saved.step}")
-    return saved
-
-
 @dataclass
 class _Training:
     """Takes the steps of a run, validates on the way, and tests at the end."""
@@ -175,6 +161,15 @@ class _Training:
     logger: RunLogger
     stop: StopRequest
     ranks: Ranks
+    on_log: OnLog | None = None
+    asked_to_stop: bool = False  # by on_log
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left, or none is wanted."""
+        patience = self.experiment.config.evaluation.patience
+        out_of_patience = patience is not None and self.state.misses >= patience
+        return self.state.step >= self.experiment.config.outer.steps or out_of_patience or self.asked_to_stop
 
     def loop(self, take_step: MetaStep, title: str) -> None:
         """Takes the steps that are left, and reports and saves where it is due."""
@@ -182,8 +177,10 @@ class _Training:
         outer, every = config.outer, config.evaluation.every
         clock = time.perf_counter()
         steps_timed, seconds_timed = 0, 0.0
+        if not self.ended:
+            ranks.on_first(self.directory.forget_result)
         with ProgressBar(title, total=outer.steps, start=state.step, hidden=not ranks.first) as bar:
-            while state.step < outer.steps:
+            while not self.ended:
                 lr = learning_rate(outer, state.step)
                 take_step()
 
@@ -205,17 +202,26 @@ class _Training:
                         row |= self._validation()
                     row["tasks_per_second"] = steps_timed * outer.meta_batch / seconds_timed
                     row["seconds"] = state.seconds
-                    ranks.on_first(self.logger.add, row)
+                    self.asked_to_stop = ranks.on_first(self._log, row)
                     state.metrics.clear()
                     steps_timed, seconds_timed = 0, 0.0
                 bar.update(state.step, _shown(row) if report else None)
+                save = save or self.ended or (validate and state.best.get("step") == state.step)
                 if save:
-                    ranks.on_first(self.logger.save, _checkpoint(config, state), keep=config.run.keep_checkpoints)
+                    ranks.on_first(self.logger.save, checkpoint_of(config, state), keep=config.run.keep_checkpoints)
                 if report or save:
                     clock = time.perf_counter()
                 if signal:
                     message = f"stopped after step {state.step}; continue with --resume"
                     raise ranks.reported_once(Interrupted(signal, message))
+        if state.step < outer.steps and ranks.first:
+            why = "as asked" if self.asked_to_stop else f"{state.misses} validations were not better than the best"
+            say(f"training ended after step {state.step} of {outer.steps}: {why}")
+
+    def _log(self, row: dict[str, Any]) -> bool:
+        """Writes a row, and returns whether the user's own function wants no further step."""
+        self.logger.add(row)
+        return bool(self.on_log and self.on_log(dict(row)))
 
     def _check_finite(self) -> None:
         """Ends the run before a meta-gradient that is not finite reaches a file."""
@@ -230,16 +236,31 @@ class _Training:
         )
         raise self.ranks.reported_once(Diverged(message))
 
-    def _validation(self) -> dict[str, float | None]:
-        """Evaluates on the same validation tasks each time; nothing of the run depends on the outcome."""
+    def _validation(self) -> dict[str, float]:
+        """Evaluates on the same validation tasks each time, and remembers the best; no step depends on the outcome."""
         settings = self.experiment.config.evaluation
         asked = {"split": "val", "tasks": settings.validation_tasks, "seed": settings.seed}
         result = evaluate(self.experiment, self.state.evaluated, **asked, ranks=self.ranks)  # type: ignore[arg-type]
         names = ("loss", "loss_interval") if result.accuracy is None else ("loss", "accuracy", "accuracy_interval")
-        return {f"val_{name}": getattr(result, name) for name in names}
+        row = {f"val_{name}": getattr(result, name) for name in names}
+        if settings.tracks_best:
+            self._compare(row)
+        return row
 
-    def test(self) -> tuple[Evaluation, float]:
-        """Tests on tasks of classes never seen; returns the result, and the seconds it took."""
+    def _compare(self, row: dict[str, float]) -> None:
+        """Remembers a validation that is better than all before it, and counts one that is not.
+
+        A validation that is due only because the run ends is not counted: a run of more steps would not have it.
+        """
+        state = self.state
+        name, sign = ("val_accuracy", 1) if self.experiment.classification else ("val_loss", -1)
+        if math.isfinite(row[name]) and (not state.best or sign * row[name] > sign * state.best[name]):
+            state.best, state.misses = {"step": state.step, name: row[name]}, 0
+        elif state.step % self.experiment.config.evaluation.every == 0:
+            state.misses += 1
+
+    def test(self, judged: Mapping[str, Tensor]) -> tuple[Evaluation, float]:
+        """Tests meta-parameters on tasks of classes never seen; returns the result, and the seconds it took."""
         settings, began = self.experiment.config.evaluation, time.perf_counter()
         with ProgressBar("testing", total=settings.tasks, hidden=not self.ranks.first) as bar:
 
@@ -252,7 +273,7 @@ class _Training:
 
             tested = evaluate(
                 self.experiment,
-                self.state.evaluated,
+                judged,
                 split="test",
                 tasks=settings.tasks,
                 seed=settings.seed,
@@ -261,13 +282,22 @@ class _Training:
             )
         return tested, time.perf_counter() - began
 
-    def conclude(self, tested: Evaluation, seconds: float, stamp: dict[str, Any], command: str) -> dict[str, Any]:
+    def conclude(
+        self,
+        judged: Mapping[str, Tensor],
+        tested: Evaluation,
+        seconds: float,
+        stamp: dict[str, Any],
+        command: str,
+    ) -> dict[str, Any]:
         """Draws the pictures, writes and tells the result."""
         experiment, state, directory = self.experiment, self.state, self.directory
+        best = state.best if experiment.config.evaluation.keep_best else {}
         result = {
             "recipe": stamp["recipe"],
             "command": command,
             "steps": state.step,
+            **({"best": best} if best else {}),  # what was tested
             "parameters": state.params["theta"].numel(),
             "test": tested.to_json(),
             "train_seconds": state.seconds,
@@ -276,44 +306,13 @@ class _Training:
         }
         title = stamp["recipe"] or experiment.config.data.kind_name
         reports.draw_learning_curve(directory, title=f"{title}: {tested}")
-        reports.draw_episodes(directory, experiment, state.evaluated)
+        reports.draw_episodes(directory, experiment, judged)
         atomic_write(directory.result, json_bytes(result))
-        say(f"{tested}\nresults are in {directory.path}")
+        chosen = f"of step {best['step']}, the best of the validations: " if best else ""
+        say(f"{chosen}{tested}\nresults are in {directory.path}")
         return result
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     """Returns the figures of the progress bar."""
     return {label: form.format(scale * row[name]) for name, label, scale, form in _SHOWN if name in row}
-
-
-def _checkpoint(config: TrainConfig, state: State) -> Checkpoint:
-    return Checkpoint(
-        step=state.step,
-        seed=config.run.seed,
-        config=to_json(config),
-        params={name: value.detach() for name, value in state.params.items()},
-        averages=state.averages,
-        optimizer=optimizer_state(state.optimizer),
-        metrics=state.metrics.state(),
-        seconds=state.seconds,
-    )
-
-
-def _restore(experiment: Experiment, saved: Checkpoint | None, start: dict[str, Tensor]) -> State:
-    """Returns the state at step 0, or that of a checkpoint."""
-    config = experiment.config
-    params = experiment.initial_params(start)
-    if saved is not None:
-        params = experiment.restored(saved.params, params)
-    averages = {name: value.clone() for name, value in params.items()} if config.outer.average else {}
-    optimizer = outer_optimizer(config.outer, params, static=config.run.capture)
-    metrics = MetricAccumulator(experiment.device)
-    if saved is None:
-        return State(0, params, averages, optimizer, metrics, 0.0)
-    # Older checkpoints average theta alone; such a run goes on with that.
-    kept = {name: value for name, value in averages.items() if name in saved.averages}
-    averages = experiment.restored(saved.averages, kept or averages)
-    load_optimizer_state(optimizer, saved.optimizer)
-    metrics.load_state(saved.metrics)
-    return State(saved.step, params, averages, optimizer, metrics, saved.seconds)
