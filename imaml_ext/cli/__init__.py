@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError
+from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError, option_prefix
 
 # Another command is a module of this name, with `run(arguments, ranks) -> exit code`, and a line here.
 COMMANDS = {
@@ -65,6 +65,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     from imaml_ext.train.job import joined
 
+    option_prefix.set("--" if name == "data" else "--data.")
     with joined() as ranks:
         if ranks.size > 1 and name != "train":
             raise ranks.reported_once(RunError(f"imaml {name} runs in one process: start it without torchrun"))

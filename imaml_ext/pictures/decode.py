@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,18 @@ from imaml_ext.errors import DataError
 _DEEP = ("I;16", "I;16B", "I;16L", "I")
 
 
-def decode(path: Path, *, transparent: str = "white") -> Image.Image:
+class PictureBytes(io.BytesIO):
+    """The content of a picture file that is stored in another one; errors call it `name`."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+def decode(path: Path | PictureBytes, *, transparent: str = "white") -> Image.Image:
     """Decodes a file as "L" or "RGB": turned as its EXIF orientation says, its transparent parts laid on a ground of
     the colour `transparent`, and 16 bits scaled to 8.
 
@@ -32,5 +44,5 @@ def decode(path: Path, *, transparent: str = "white") -> Image.Image:
             return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
     except FileNotFoundError as error:
         raise DataError(f"the picture {path} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoders raise errors of many kinds for a damaged file
         raise DataError(f"the picture {path} is damaged or not a picture ({error})") from error
