@@ -1,4 +1,4 @@
-"""`imaml data`: a data set is rendered, downloaded or packed once, and described; the cache is cleared of what is old."""
+"""`imaml data`: a data set is rendered, downloaded or packed once, and described; `prune` clears the cache."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ def prune_cache(cache_dir: Path | None = None, *, dry_run: bool = False) -> dict
         What was removed, or would be: {path: its bytes}. What may not be removed is left out.
     """
     cache = cache_folder(cache_dir)
-    removed = {}
-    for path in sorted({*_packed(cache), *_unpacked(cache), *_leftovers(cache)}):
+    removed: dict[Path, int] = {}
+    unpacked = set(_unpacked(cache))
+    for path in sorted({*_packed(cache, unpacked), *unpacked, *_leftovers(cache)}):
         size = sum(p.lstat().st_size for p in [path, *path.rglob("*")] if not p.is_dir())
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
             if not dry_run:
@@ -41,15 +42,18 @@ def prune_cache(cache_dir: Path | None = None, *, dry_run: bool = False) -> dict
     return removed
 
 
-def _packed(cache: Path) -> Iterator[Path]:
+def _packed(cache: Path, gone: set[Path]) -> Iterator[Path]:
     for path in (cache / packing.FOLDER).glob("*.npz"):
-        if not path.name.startswith(".") and not _is_of_today(path):
+        if not path.name.startswith(".") and not _is_of_today(path, gone):
             yield path
     yield from (p for p in (cache / "omniglot-packed").glob("*.npz") if not _OMNIGLOT.fullmatch(p.name))
 
 
-def _is_of_today(path: Path) -> bool:
-    """Tells whether the files that pictures were packed from are as they were; so does a file that cannot be read."""
+def _is_of_today(path: Path, gone: set[Path]) -> bool:
+    """Tells whether the files that pictures were packed from are as they were, and not in a folder that goes.
+
+    A packed file that cannot be read is taken for one of today.
+    """
     form = _PACKED.fullmatch(path.name)
     if form is None:
         return False
@@ -58,6 +62,8 @@ def _is_of_today(path: Path) -> bool:
     except UnreadableError:
         return True
     except DataError:
+        return False
+    if any(parent in gone for parent in (folder, *folder.parents)):
         return False
     return files_digest(folder, files, READING_VERSION) == form["state"]
 
