@@ -42,14 +42,18 @@ def read_first(
     Raises:
         DataError: there is none, or its files are incomplete or damaged.
     """
+    begun: list[tuple[int, Path, str]] = []  # (how many files are missing, where, the first of them)
     for form in known:
         for folder in (where / place for place in places):
-            lacking = {files: [file for file in files if not any(folder.glob(file))] for files in form.files}
-            if complete := next((files for files, missing in lacking.items() if not missing), None):
-                return form.read(folder, complete, reading, cache)
-            closest = min(lacking, key=lambda files: len(lacking[files]))
-            if len(lacking[closest]) < len(closest):
-                raise DataError(f"{what} in {folder} is incomplete: {lacking[closest][0]} is missing")
+            for files in form.files:
+                missing = [file for file in files if not any(folder.glob(file))]
+                if not missing:
+                    return form.read(folder, files, reading, cache)
+                if len(missing) < len(files):
+                    begun.append((len(missing), folder, missing[0]))
+    if begun:
+        _, folder, file = min(begun, key=lambda each: each[0])
+        raise DataError(f"{what} in {folder} is incomplete: {file} is missing")
     *others, last = (form.files[0][0] for form in known)
     raise not_found(what, f"{', '.join(others)} nor {last}/", where, origin, download=False)
 
