@@ -19,8 +19,16 @@ from imaml_ext import progress
 from imaml_ext.data import Folder, ImageDataset, RecordedClasses, load_dataset, packing, summary
 from imaml_ext.data.splits import hashed_splits
 from imaml_ext.errors import DataError, option_prefix
+from imaml_ext.inner import GradientDescent
+from imaml_ext.meta import MAML
+from imaml_ext.models import MLP
 from imaml_ext.pictures import Reading
+from imaml_ext.pretrained.weights import read_weights
 from imaml_ext.settings import from_json, to_json
+from imaml_ext.train import EvaluationSettings, Outer, RunSettings, Tasks, TrainConfig, train
+from imaml_ext.train.config import Theta
+from imaml_ext.train.evaluation import evaluate_pretrained, evaluate_run
+from imaml_ext.train.export import export_run
 
 SMALL = Reading(size=4)
 
@@ -220,7 +228,7 @@ def test_a_class_may_be_called_train(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "train" in kept(root)
     picture(root / "train" / "blurred" / "1.png")
     assert "train" in kept(root)
-    assert "1 pictures in folders inside a class (train/blurred/1.png)" in capsys.readouterr().err
+    assert "pictures in folders inside a class 1 (train/blurred/1.png)" in capsys.readouterr().err
     for path in (root / "train").glob("*.PNG"):
         path.unlink()
     with pytest.raises(DataError, match=r"class 'train' has no pictures \(.*train/blurred/1.png\)"):
@@ -250,7 +258,7 @@ def test_a_file_says_the_splits(name: str, mark: str, tmp_path: Path, capsys: py
     (root / name).write_text(mark + TEXTS[name], encoding="utf-8")
     assert splits_of(root, splits=root / name) == {"train": ["a", "b"], "val": ["d"], "test": ["c"]}
     said = capsys.readouterr().err
-    assert ("1 classes that" in said and "(e)" in said) == (name != "files.csv")
+    assert (f"classes that {name} does not name 1 (e)" in said) == (name != "files.csv")
     assert "beside the classes" not in said
     # Nothing is read again for other splits.
     assert len(list((tmp_path / "cache" / "pictures").iterdir())) == 1
@@ -308,6 +316,63 @@ def test_a_class_that_was_learnt_from_is_not_tested(tmp_path: Path) -> None:
     assert RecordedClasses("omniglot", {"train": ["d"]}).check(dataset, what="other") == []
 
 
+def config_of(root: Path, splits: Path | None = None, **theta: object) -> TrainConfig:
+    """A run of two meta-steps."""
+    return TrainConfig(
+        data=Folder(root=root, pictures=SMALL, splits=splits),
+        tasks=Tasks(ways=2, shots=1, queries=1),
+        model=MLP(hidden=(4,)),
+        theta=Theta(**theta),
+        algorithm=MAML(inner=GradientDescent(steps=1, lr=0.1)),
+        outer=Outer(steps=2, meta_batch=2, lr=1e-3),
+        evaluation=EvaluationSettings(tasks=4),
+        run=RunSettings(device="cpu", tensorboard=False),
+    )
+
+
+def write_splits(path: Path, **classes: str) -> Path:
+    path.write_text(json.dumps({split: list(names) for split, names in classes.items()}))
+    return path
+
+
+def test_a_run_and_its_card_keep_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = tmp_path / "mine", tmp_path / "run"
+    write_folder(root, dict.fromkeys("abcdefg", 2))
+    before = {"train": ["a", "b", "c"], "val": ["f"], "test": ["d", "e"]}
+    splits = write_splits(tmp_path / "splits.json", train="abc", val="f", test="de")
+    config = config_of(root, splits)
+    train(config, run)
+    assert json.loads((run / "classes.json").read_text()) == {"data": "folder", "classes": before}
+    export_run(run, tmp_path / "mine.safetensors")
+    card = read_weights(tmp_path / "mine.safetensors").card
+    assert card.classes == before
+    assert not any(str(tmp_path) in str(part) for part in (card.description, card.data))
+
+    # The folder has grown by a class, and the file of splits with it.
+    write_splits(splits, train="abc", val="f", test="deg")
+    capsys.readouterr()
+    assert evaluate_run(run).tasks == 4
+    assert train(config, run, resume=True)["steps"] == 2
+    assert "1 classes are new since" in capsys.readouterr().err
+
+    # What was trained on is tested now: every way to do so is refused, and names the classes.
+    write_splits(splits, train="adf", test="bceg")
+    moved = r"trained on classes 'b', 'c', which would be in test now"
+    with pytest.raises(DataError, match=rf"the run .*run {moved}"):
+        evaluate_run(run)
+    with pytest.raises(DataError, match=rf"the run .*run {moved}"):
+        train(config, run, resume=True)
+    for weights in (tmp_path / "mine.safetensors", run):
+        with pytest.raises(DataError, match=rf"theta\.weights .* {moved}"):
+            train(config_of(root, splits, weights=str(weights)), tmp_path / "next")
+    assert not (tmp_path / "next").exists()
+    with pytest.raises(DataError, match=rf"the weights mine {moved}"):
+        evaluate_pretrained(tmp_path / "mine.safetensors", {"data.root": root, "data.splits": splits})
+    write_splits(splits, train="abcd", test="efg")
+    with pytest.raises(DataError, match=r"the run .*run validated with class 'f', which would be in test now"):
+        evaluate_run(run)
+
+
 # ---- what is in a folder beside pictures of classes -----------------------------------------------------------------
 
 
@@ -336,10 +401,10 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path: Path, capsys: pytest.
     assert dict(zip(found.names, found.counts.tolist(), strict=True))[first] == COUNTS[first] + 5
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(lines) == 1
-    assert "3 files of other kinds" in lines[0]
-    assert f"2 pictures in folders inside a class ({first}/more/" in lines[0]
-    assert "2 hidden entries" in lines[0]
-    assert "2 files beside the classes (README.md, stray.png)" in lines[0]
+    assert "files of other kinds 3 (" in lines[0]
+    assert f"pictures in folders inside a class 2 ({first}/more/" in lines[0]
+    assert "hidden entries 2 (" in lines[0]
+    assert "files beside the classes 2 (README.md, stray.png)" in lines[0]
 
 
 def test_equal_pictures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,7 +437,7 @@ def test_small_classes_are_left_out_on_request(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     left = kept(tmp_path / "mine", min_per_class=4)
     assert left == {name for name, count in COUNTS.items() if count >= 4}
-    assert f"{2 + len(COUNTS) - len(left)} classes of fewer than 4 pictures" in capsys.readouterr().err
+    assert f"classes of fewer than 4 pictures {2 + len(COUNTS) - len(left)} (" in capsys.readouterr().err
     with pytest.raises(DataError, match="leave none for"):
         splits_of(tmp_path / "mine", min_per_class=7)
 
@@ -431,7 +496,7 @@ def test_every_damaged_picture_is_named_at_once(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "cache").exists()
     found = Folder(root=root, pictures=SMALL, skip_damaged=True).read()
     assert dict(zip(found.names, found.counts.tolist(), strict=True)) == COUNTS
-    assert "101 damaged pictures" in capsys.readouterr().err
+    assert "damaged pictures 101 (" in capsys.readouterr().err
     # They are not forgotten where the rest has been packed.
     with pytest.raises(DataError, match="101 of"):
         splits_of(root)

@@ -540,8 +540,9 @@ def test_spoilt_tiered_imagenet(tmp_path: Path) -> None:
     labels.unlink()
     with pytest.raises(DataError, match=r"tiered-ImageNet in .* is incomplete: val_labels\.pkl is missing"):
         read()
+    (empty := tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"tiered-ImageNet was not found: root .* holds neither train_images_png\.pkl"):
-        load_dataset("tiered-imagenet", root=tmp_path / "cache")
+        load_dataset("tiered-imagenet", root=empty)
 
 
 # ---- CUB-200-2011 ---------------------------------------------------------------------------------------------------

@@ -65,11 +65,14 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     from imaml_ext.train.job import joined
 
-    option_prefix.set("--" if name == "data" else "--data.")
-    with joined() as ranks:
-        if ranks.size > 1 and name != "train":
-            raise ranks.reported_once(RunError(f"imaml {name} runs in one process: start it without torchrun"))
-        return int(importlib.import_module(f"imaml_ext.cli.{name}").run(arguments[1:], ranks))
+    python = option_prefix.set("--" if name == "data" else "--data.")
+    try:
+        with joined() as ranks:
+            if ranks.size > 1 and name != "train":
+                raise ranks.reported_once(RunError(f"imaml {name} runs in one process: start it without torchrun"))
+            return int(importlib.import_module(f"imaml_ext.cli.{name}").run(arguments[1:], ranks))
+    finally:
+        option_prefix.reset(python)
 
 
 def _help() -> str:

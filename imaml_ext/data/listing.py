@@ -35,7 +35,7 @@ class Listing:
 
     def omissions(self) -> str:
         """One line that counts what is left out; empty where all is read."""
-        parts = [f"{len(names):,} {kind} ({named(names, 2)})" for kind, names in self.left_out.items() if names]
+        parts = [f"{kind} {len(names):,} ({named(names, 2)})" for kind, names in self.left_out.items() if names]
         return f"left out of {self.folder}: {', '.join(parts)}" if parts else ""
 
     def drop_small(self, minimum: int, counts: Mapping[str, int]) -> set[str]:
