@@ -56,8 +56,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def first_process() -> bool:
+    """Tells whether this is the process that speaks for a job of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @functools.cache
 def say_once(text: str) -> None:
     """Writes a line for the user the first time it is said, and on the first process of a job alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         say(text)

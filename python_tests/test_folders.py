@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from training_tools import imaml
 
 from imaml_ext import progress
 from imaml_ext.data import Folder, ImageDataset, RecordedClasses, load_dataset, packing, summary
@@ -100,7 +101,7 @@ def test_folder_of_ragged_classes(tmp_path: Path) -> None:
     assert {int(c) // 10 for c in colours[0, :, 0]} == set(range(6))
     assert "3 to 6" in summary(dataset)
     assert str(tmp_path) not in dataset.description
-    assert dataset.description.startswith("pictures in mine/, 10 classes, 16×16 in colour")
+    assert dataset.description.startswith("pictures in mine, 10 classes, 16×16 in colour")
 
 
 def test_all_classes_that_are_too_small_for_a_task_are_named(tmp_path: Path) -> None:
@@ -160,9 +161,7 @@ def test_a_split_without_a_class_says_what_to_do(tmp_path: Path, capsys: pytest.
         DataError, match=r"holds 4 classes, .* leave none for 'test' with val_fraction=0\.16 and"
     ) as error:
         splits_of(tmp_path / "mine")
-    assert "name a file of splits (splits=FILE), make folders train/ and test/, or give other fractions" in str(
-        error.value
-    )
+    assert "name a file of splits (splits=FILE), split by rank (split_by=rank), make folders" in str(error.value)
     (advised,) = [word for word in str(error.value).split() if word.startswith("(test_fraction=")]
     advised = float(advised.removeprefix("(test_fraction="))
     assert len(splits_of(tmp_path / "mine", val_fraction=0, test_fraction=advised)["test"]) == 1
@@ -262,6 +261,22 @@ def test_a_file_says_the_splits(name: str, mark: str, tmp_path: Path, capsys: py
     assert "beside the classes" not in said
     # Nothing is read again for other splits.
     assert len(list((tmp_path / "cache" / "pictures").iterdir())) == 1
+
+
+def test_splits_of_exact_sizes_are_written_once_and_stay(tmp_path: Path) -> None:
+    root, file = tmp_path / "mine", tmp_path / "splits.csv"
+    write_folder(root, dict.fromkeys((f"{letter}, or so" for letter in "abcdefghij"), 1))
+    options = ["--root", root, "--pictures.size", 4, "--split-by", "rank", "--val-fraction", 0.3]
+    described = imaml("data", "folder", *options, "--write-splits", file)
+    assert described.returncode == 0, described.stderr
+    before = splits_of(root, splits=file)
+    assert {split: len(members) for split, members in before.items()} == {"train": 5, "val": 3, "test": 2}
+    write_folder(root, dict.fromkeys("klmno", 1))
+    assert splits_of(root, splits=file) == before
+    refused = imaml("data", "sinusoid", "--write-splits", tmp_path / "none.csv")
+    assert refused.returncode == 1
+    assert "sinusoid has no classes to write" in refused.stderr
+    assert not (tmp_path / "none.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ def write_category_files(folder: Path) -> None:
 
 
 def save_picture(path: Path, number: int, image: int) -> None:
+    path.parent.mkdir(exist_ok=True)
     Image.fromarray(np.broadcast_to(pixels(number, image), (30, 40, 3))).save(path)
 
 
@@ -359,6 +360,17 @@ def test_spoilt_mini_imagenet(form: str, spoil, message: str, tmp_path: Path) ->
     assert not (tmp_path / "cache").exists()
 
 
+def test_errors_advise_no_option_that_there_is_not(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    (tmp_path / "test" / class_name(99) / "2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"is damaged or not a picture .*; mend it$"):
+        MiniImageNet(root=tmp_path, cache_dir=tmp_path / "cache").read()
+    for path in (tmp_path / "test" / class_name(99)).iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"class 'n00000099' has no pictures; add pictures \([^)]*\)$"):
+        MiniImageNet(root=tmp_path, cache_dir=tmp_path / "cache").read()
+
+
 def test_missing_mini_imagenet_says_what_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"root .* holds neither mini-imagenet-cache-train.pkl, .* nor train/; give"):
         MiniImageNet(root=tmp_path).read()
@@ -385,6 +397,12 @@ def test_labels_without_names_are_classes_by_their_numbers(tmp_path: Path) -> No
     write_parquet(tmp_path / "a.parquet", [(number, 0) for number in range(30)], None)
     found = Folder(root=tmp_path, cache_dir=tmp_path / "cache", pictures=Reading(size=4)).read()
     assert sorted(found.names) == sorted(map(str, range(30)))
+    # A table beside folders of pictures is no data set of pictures.
+    for name in ("cat", "dog"):
+        save_picture(tmp_path / name / "0.png", 1, 1)
+    (tmp_path / "splits.csv").write_text("class,split\ncat,train\ndog,test\n")
+    options = {"root": tmp_path, "cache_dir": tmp_path / "cache", "splits": tmp_path / "splits.csv"}
+    assert Folder(**options, pictures=Reading(size=4), min_per_class=1).read().names == ("cat", "dog")
 
 
 @pytest.mark.parametrize(

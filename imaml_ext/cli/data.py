@@ -12,6 +12,7 @@ from imaml_ext.cli import chosen_name
 from imaml_ext.cli.parser import parse, summary_of
 from imaml_ext.data import DataSource, summary
 from imaml_ext.data.prune import prune_cache
+from imaml_ext.data.splits import write_split_file
 from imaml_ext.train.ranks import Ranks
 
 
@@ -22,6 +23,8 @@ class Options:
     source: Annotated[DataSource, tyro.conf.arg(name="")]
 
     picture: Path | None = None  # Write a picture with samples of each split (PNG).
+    # Write which class is in which split (CSV), a file for --data.splits of `folder`.
+    write_splits: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ def run(arguments: list[str], ranks: Ranks) -> int:
     options = parse(Options, arguments[1:], prog=f"imaml data {name}", default=Options(DataSource.kind(name)()))
     dataset = options.source.load()
     print(summary(dataset))
+    if options.write_splits is not None:
+        write_split_file(options.write_splits, dataset)
     if options.picture is not None:
         from imaml_ext.train.reports import draw_samples
 

@@ -11,7 +11,7 @@ from imaml_ext.data.archives import unpacked
 from imaml_ext.data.cache import cache_folder
 from imaml_ext.data.datasets import Dataset
 from imaml_ext.data.labelled import LabelledImages, equal_pictures, labelled, load_tree
-from imaml_ext.data.listing import Listing, list_folder, without_pictures
+from imaml_ext.data.listing import Listing, is_picture, list_folder
 from imaml_ext.data.packing import Pictures
 from imaml_ext.data.source import CachedSource
 from imaml_ext.data.splits import (
@@ -39,7 +39,7 @@ class Folder(CachedSource):
     # Fraction of the classes for validation, where neither a file of splits nor folders train, val and test say it.
     val_fraction: Annotated[float, FRACTION] = 0.16
     test_fraction: Annotated[float, FRACTION] = 0.2  # Fraction of the classes for testing, likewise.
-    # Whether a class's place is the hash of its name alone, or its rank among all, as in runs before version 0.3.
+    # By the hash of a class's name alone, which never moves it; or by the rank of the hash, for splits of exact sizes.
     split_by: Literal["hash", "rank"] = "hash"
     min_per_class: Annotated[int, NOT_NEGATIVE] = 0  # Classes of fewer pictures are left out.
     skip_damaged: bool = False  # Leave out pictures that cannot be read.
@@ -49,7 +49,7 @@ class Folder(CachedSource):
         read = self.pictures
         colours = {"rgb": "in colour", "grey": "in grey", "ink": "as ink"}[read.colours]
         name = self.root.resolve().name if self.root else ""
-        description = f"pictures in {name}/, {len(found.names):,} classes, {read.size}×{read.size} {colours}"
+        description = f"pictures in {name}, {len(found.names):,} classes, {read.size}×{read.size} {colours}"
         return found.dataset("folder", description, read)
 
     @classmethod
@@ -86,7 +86,7 @@ class Folder(CachedSource):
             raise DataError(f"{argument('root')} {folder} is not a folder; {what}")
         file = None if self.splits is None else read_split_file(self.splits.expanduser())
         tables = parquet.find(folder)
-        if tables and (file is None or file.files is None):
+        if tables and not any(map(is_picture, folder.rglob("*"))):
             listing = Listing(folder)
             pictures = parquet.load(folder, tables, self.pictures, cache=cache, skip_damaged=self.skip_damaged)
             listing.classes = {name: [] for name in pictures.names}
@@ -107,8 +107,8 @@ class Folder(CachedSource):
         listing = list_folder(folder)
         if self.splits is not None and self.splits.name in listing.left_out.get("files beside the classes", ()):
             listing.left_out["files beside the classes"].remove(self.splits.name)
-        if not self.min_per_class and (error := without_pictures(listing)):
-            raise error
+        if not self.min_per_class:
+            listing.require_pictures(f", or give {argument('min_per_class', 1)} to leave such classes out")
         return listing
 
     def _splits(self, listing: Listing, file: SplitFile | None, small: set[str]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import torch
 
 from imaml_ext.data.class_images import ClassImages, number_range
 from imaml_ext.data.datasets import ImageDataset
-from imaml_ext.data.listing import Listing, list_folder, without_pictures
+from imaml_ext.data.listing import Listing, list_folder
 from imaml_ext.data.packing import Item, Pictures, packed_pictures
 from imaml_ext.errors import DataError
 from imaml_ext.pictures import Reading
@@ -74,9 +74,11 @@ def equal_pictures(pictures: Pictures, splits: Mapping[str, Sequence[str]]) -> l
     """Returns a sentence each on pictures of equal pixels in two splits, in two classes, and within a class."""
     split_of = {name: split for split, members in splits.items() for name in members}
     order = np.argsort(pictures.digests, kind="stable")
-    ends = np.flatnonzero(np.diff(pictures.digests[order])) + 1
+    same = np.diff(pictures.digests[order]) == 0  # as the next one
+    equal = order[np.append(same, False) | np.insert(same, 0, False)]
+    ends = np.flatnonzero(np.diff(pictures.digests[equal])) + 1
     found: dict[str, list[list[int]]] = {"splits": [], "classes": [], "copies": []}
-    for group in np.split(order, ends):
+    for group in np.split(equal, ends):
         rows = [int(row) for row in group if pictures.names[pictures.labels[row]] in split_of]
         classes = {pictures.names[pictures.labels[row]] for row in rows}
         if len({split_of[name] for name in classes}) > 1:
@@ -101,7 +103,7 @@ def equal_pictures(pictures: Pictures, splits: Mapping[str, Sequence[str]]) -> l
     return sentences
 
 
-def load_tree(listing: Listing, reading: Reading, *, cache: Path, skip_damaged: bool = False) -> Pictures:
+def load_tree(listing: Listing, reading: Reading, *, cache: Path, skip_damaged: bool | None = None) -> Pictures:
     """Reads the pictures of a listing once, and packs them; errors as of `packed_pictures`."""
     files = [path for paths in listing.classes.values() for path in paths]
 
@@ -115,8 +117,7 @@ def load_tree(listing: Listing, reading: Reading, *, cache: Path, skip_damaged: 
 def load_split_tree(folder: Path, reading: Reading, *, cache: Path) -> LabelledImages:
     """Reads a published data set in the folders train/, val/ and test/ of classes."""
     listing = list_folder(folder)
-    if error := without_pictures(listing):
-        raise error
+    listing.require_pictures()
     if listing.splits is None:
         raise DataError(f"{folder} must hold one folder per class in train/, val/ and test/")
     return labelled(load_tree(listing, reading, cache=cache), listing.splits)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imaml_ext.errors import DataError, argument
+from imaml_ext.errors import DataError
 from imaml_ext.pictures import SUFFIXES
 
 SPLITS = ("train", "val", "test")
@@ -45,6 +45,15 @@ class Listing:
             self.leave_out(f"classes of fewer than {minimum} pictures", name)
         return small
 
+    def require_pictures(self, advice: str = "") -> None:
+        """Raises the DataError that names the classes that have no pictures, where there are such."""
+        empty = [name for name, pictures in self.classes.items() if not pictures]
+        if empty:
+            which = f"class {empty[0]!r} has" if len(empty) == 1 else f"{len(empty)} classes ({named(empty)}) have"
+            counted = f" ({self.omissions()})" if self.left_out else ""
+            suffixes = ", ".join(SUFFIXES)
+            raise DataError(f"{self.folder}: {which} no pictures{counted}; add pictures ({suffixes}){advice}")
+
     def _add(self, folder: Path) -> str:
         """Adds the class whose pictures a folder holds; returns its name."""
         name, found = class_name(folder), []
@@ -79,35 +88,33 @@ def list_folder(folder: Path) -> Listing:
     test/<class>/.
 
     Raises:
-        DataError: there are none, a class is in two splits, or one of train/ and test/ is missing.
+        DataError: there are none, a class is in two splits, one of train/ and test/ is missing, or a folder cannot be
+            read.
     """
-    listing = Listing(folder)
-    parts = _split_folders(folder)
-    if parts:
-        for split in ("train", "test"):
-            if split not in parts:
-                needed = "the folders train/ and test/, with or without val/"
-                raise DataError(f"{folder} must hold {needed}; {split}/ is missing")
-        listing.splits = {split: listing._add_all(parts[split]) for split in SPLITS if split in parts}
-        for entry in _visible(folder, listing):
-            if entry not in parts.values():
-                listing.leave_out("entries beside the splits", entry.name)
-    else:
-        listing._add_all(folder)
+    try:
+        listing = _listed(folder)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be read ({error.strerror or error})") from error
     if not listing.classes:
         raise DataError(f"{folder} must hold one folder of pictures per class, found none")
     return listing
 
 
-def without_pictures(listing: Listing) -> DataError | None:
-    """Returns the error that names the classes that have no pictures, where there are such."""
-    empty = [name for name, pictures in listing.classes.items() if not pictures]
-    if not empty:
-        return None
-    which = f"class {empty[0]!r} has" if len(empty) == 1 else f"{len(empty)} classes ({named(empty)}) have"
-    counted = f" ({listing.omissions()})" if listing.left_out else ""
-    advice = f"add pictures ({', '.join(SUFFIXES)}), or give {argument('min_per_class', 1)} to leave them out"
-    return DataError(f"{listing.folder}: {which} no pictures{counted}; {advice}")
+def _listed(folder: Path) -> Listing:
+    listing = Listing(folder)
+    parts = _split_folders(folder)
+    if not parts:
+        listing._add_all(folder)
+        return listing
+    for split in ("train", "test"):
+        if split not in parts:
+            needed = "the folders train/ and test/, with or without val/"
+            raise DataError(f"{folder} must hold {needed}; {split}/ is missing")
+    listing.splits = {split: listing._add_all(parts[split]) for split in SPLITS if split in parts}
+    for entry in _visible(folder, listing):
+        if entry not in parts.values():
+            listing.leave_out("entries beside the splits", entry.name)
+    return listing
 
 
 def is_picture(path: Path) -> bool:
@@ -152,11 +159,7 @@ def _holds_classes(folder: Path) -> bool:
 
 def _visible(folder: Path, listing: Listing | None = None) -> Iterator[Path]:
     """What is in a folder, in order of name; hidden entries are counted."""
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"the folder {folder} cannot be read ({error.strerror or error})") from error
-    for entry in entries:
+    for entry in sorted(folder.iterdir()):
         if not entry.name.startswith(".") and entry.name != _NO_CLASS:
             yield entry
         elif listing is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from imaml_ext.data.cache import Arrays, Expected, cached_arrays, files_digest, short_name
 from imaml_ext.errors import DataError, argument
 from imaml_ext.pictures import READING_VERSION, PictureBytes, Reading
-from imaml_ext.progress import ProgressBar
+from imaml_ext.progress import ProgressBar, first_process
 
 FOLDER = "pictures"  # in the cache
 _TEXTS = ("names", "items", "problems", "files", "folder")
@@ -52,14 +52,14 @@ def packed_pictures(
     *,
     cache: Path,
     total: int,
-    skip_damaged: bool = False,
+    skip_damaged: bool | None = None,
 ) -> Pictures:
     """Reads pictures once, and packs them into a file whose name carries the reading, and the state of `files`.
 
     Args:
         folder, files: what is read, and the files of it.
         items: makes the pictures, in order. total: how many there are.
-        skip_damaged: goes on without pictures that cannot be read.
+        skip_damaged: goes on without pictures that cannot be read. None: no, and the data set has no such option.
 
     Raises:
         DataError: pictures cannot be read, and `skip_damaged` is not set: it names each of them.
@@ -74,7 +74,7 @@ def packed_pictures(
     def read() -> Arrays:
         arrays = _read(folder, items(), reading, total)
         if arrays["problems"].size and not skip_damaged:
-            raise _damaged(_lines(arrays["problems"]), total)
+            raise _damaged(_lines(arrays["problems"]), total, skip_damaged)
         return {
             **arrays,
             "files": _bytes(_below(folder, path) for path in files),
@@ -85,7 +85,7 @@ def packed_pictures(
     arrays = cached_arrays(cache / FOLDER / name, expected, read, superseded=f"*-{place}-*.npz")
     problems = _lines(arrays["problems"])
     if problems and not skip_damaged:
-        raise _damaged(problems, total)
+        raise _damaged(problems, total, skip_damaged)
     return Pictures(
         arrays["images"],
         arrays["labels"],
@@ -114,7 +114,7 @@ def _read(folder: Path, items: Iterable[Item], reading: Reading, total: int) -> 
     read: list[str] = []
     problems: list[str] = []
     began = time.monotonic()
-    with ProgressBar(f"reading {short_name(folder)}", total=total) as bar:
+    with ProgressBar(f"reading {short_name(folder)}", total=total, hidden=not first_process()) as bar:
         for done, (label, source) in enumerate(items, start=1):
             try:
                 image = reading.read(source)
@@ -141,11 +141,13 @@ def _below(folder: Path, path: Path) -> str:
     return str(path.relative_to(folder))
 
 
-def _damaged(problems: Sequence[str], total: int) -> DataError:
-    if len(problems) == 1:
-        return DataError(f"{problems[0]}; mend it, or give {argument('skip_damaged', True)} to leave it out")
-    advice = f"mend them, or give {argument('skip_damaged', True)} to leave them out"
-    return DataError("\n".join([f"{len(problems)} of {total} pictures cannot be read; {advice}:", *problems]))
+def _damaged(problems: Sequence[str], total: int, skip_damaged: bool | None) -> DataError:
+    one = len(problems) == 1
+    which = "it" if one else "them"
+    leave = "" if skip_damaged is None else f", or give {argument('skip_damaged', True)} to leave {which} out"
+    if one:
+        return DataError(f"{problems[0]}; mend it{leave}")
+    return DataError("\n".join([f"{len(problems)} of {total} pictures cannot be read; mend them{leave}:", *problems]))
 
 
 def _bytes(lines: Iterable[str]) -> np.ndarray:

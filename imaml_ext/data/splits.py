@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import unicodedata
@@ -14,6 +15,7 @@ from pathlib import Path
 from imaml_ext.data.datasets import Dataset
 from imaml_ext.data.listing import SPLIT_NAMES, SPLITS, named
 from imaml_ext.errors import DataError, argument
+from imaml_ext.files import atomic_write
 
 Classes = Mapping[str, Sequence[str]]  # {split: its classes}
 
@@ -38,15 +40,12 @@ def hashed_splits(names: Iterable[str], val_fraction: float, test_fraction: floa
 
 
 def ranked_splits(names: Iterable[str], val_fraction: float, test_fraction: float) -> dict[str, list[str]]:
-    """Splits classes by the order of their hashes, as versions before 0.3 did: a new class may move others."""
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    """Splits classes by the rank of their hashes: the sizes are exact, and a new class may move others."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest())
     val, test = (int(len(ranked) * fraction + 0.5) for fraction in (val_fraction, test_fraction))
     train = max(0, len(ranked) - val - test)
-    return {
-        "train": sorted(ranked[:train]),
-        "val": sorted(ranked[train : train + val]),
-        "test": sorted(ranked[train + val :]),
-    }
+    parts = {"train": ranked[:train], "val": ranked[train : train + val], "test": ranked[train + val :]}
+    return {split: sorted(members) for split, members in parts.items()}
 
 
 def check_not_empty(folder: Path, splits: Classes, val_fraction: float, test_fraction: float) -> str:
@@ -58,21 +57,20 @@ def check_not_empty(folder: Path, splits: Classes, val_fraction: float, test_fra
         DataError: there is no class to train or to test with; it says how there would be.
     """
     names = [name for members in splits.values() for name in members]
-    empty = [split for split in SPLITS if not splits.get(split)]
+    empty = [split for split in ("train", "test", "val") if not splits[split]]
+    if not empty or (empty == ["val"] and val_fraction == 0):
+        return ""
     wanted = f"{argument('val_fraction', f'{val_fraction:g}')} and {argument('test_fraction', f'{test_fraction:g}')}"
-    leave = f"{folder} holds {len(names)} classes, and the hashes of their names leave none for"
-    advice = (
-        f"name a file of splits ({argument('splits', 'FILE')}), make folders train/ and test/, or give other fractions"
+    leave = (
+        f"{folder} holds {len(names)} classes, and the hashes of their names leave none for {empty[0]!r} with {wanted}"
     )
-    if "train" in empty or "test" in empty:
-        which = "train" if "train" in empty else "test"
-        last = max(map(place_of, names), default=0.0)
-        least = math.ceil((1 - last) * 1000) / 1000
-        hint = f" ({argument('test_fraction', f'{least:g}')} gives one)" if which == "test" and least < 1 else ""
-        raise DataError(f"{leave} {which!r} with {wanted}; {advice}{hint}")
-    if "val" in empty and val_fraction > 0:
-        return f"{leave} 'val' with {wanted}: there is no validation; {advice}"
-    return ""
+    ways = f"name a file of splits ({argument('splits', 'FILE')}), split by rank ({argument('split_by', 'rank')})"
+    advice = f"{ways}, make folders train/ and test/, or give other fractions"
+    if empty[0] == "val":
+        return f"{leave}: there is no validation; {advice}"
+    least = math.ceil((1 - max(map(place_of, names), default=0.0)) * 1000) / 1000
+    hint = f" ({argument('test_fraction', f'{least:g}')} gives one)" if empty[0] == "test" and least < 1 else ""
+    raise DataError(f"{leave}; {advice}{hint}")
 
 
 # ---- a file of splits -----------------------------------------------------------------------------------------------
@@ -106,6 +104,21 @@ def read_split_file(path: Path) -> SplitFile:
             raise DataError(f"{path} must name classes of train and of test, has none of {split}")
     found.splits.setdefault("val", [])
     return found
+
+
+def write_split_file(path: Path, dataset: Dataset) -> None:
+    """Writes the classes of a data set as CSV with the columns class and split.
+
+    Raises:
+        DataError: the data set has no classes.
+        WriteError: the file cannot be written.
+    """
+    if not dataset.classes():
+        raise DataError(f"{dataset.name} has no classes to write")
+    text = io.StringIO()
+    rows = [(name, split) for split, members in dataset.classes().items() for name in members]
+    csv.writer(text, lineterminator="\n").writerows([("class", "split"), *sorted(rows)])
+    atomic_write(path, text.getvalue().encode())
 
 
 def _json_splits(path: Path) -> dict[str, list[str]]:
