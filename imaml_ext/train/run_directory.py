@@ -141,7 +141,7 @@ def read_classes(directory: RunDirectory) -> RecordedClasses | None:
     try:
         recorded = json.loads(directory.classes.read_text())
         return RecordedClasses(recorded["data"], recorded["classes"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{directory.classes} cannot be read: {error}") from error
