@@ -224,6 +224,11 @@ def write_parquet_files(folder: Path) -> None:
             write_parquet(folder / "data" / f"{alias}-{part:05d}-of-{len(parts):05d}.parquet", some, names)
 
 
+def write_tree_with_valid(folder: Path) -> None:
+    write_tree(folder)
+    (folder / "val").rename(folder / "valid")
+
+
 FORMS = {
     "cache": write_cache_files,
     "learn2learn": write_learn2learn_files,
@@ -233,8 +238,9 @@ FORMS = {
     "csv with a mark": write_csv_files_with_mark,
     "parquet": write_parquet_files,
     "tree": write_tree,
+    "tree with valid": write_tree_with_valid,
 }
-PACKED = {"csv", "csv with a mark", "parquet", "tree"}
+PACKED = {"csv", "csv with a mark", "parquet", "tree", "tree with valid"}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imaml_ext.data import parquet
+from imaml_ext.data import hdf5, parquet
 from imaml_ext.data.cache import check_array, not_found
-from imaml_ext.data.labelled import LabelledImages, label_splits, labelled, load_tree
+from imaml_ext.data.labelled import LabelledImages, label_splits, labelled, load_split_tree, load_tree
 from imaml_ext.data.listing import SPLITS, Listing
 from imaml_ext.data.pickles import load_pickle
 from imaml_ext.data.splits import read_csv
@@ -168,4 +168,9 @@ def read_parquet(folder: Path, files: tuple[str, ...], reading: Reading, cache: 
     return labelled(parquet.load(folder, files_in_order, reading, cache=cache), splits)
 
 
+HDF5 = Form((hdf5.FILES,), lambda folder, files, reading, cache: hdf5.load(folder, reading, cache=cache))
+TREE = Form(
+    (SPLITS, ("train", "valid", "test"), ("train", "validation", "test")),
+    lambda folder, files, reading, cache: load_split_tree(folder, reading, cache=cache),
+)
 PARQUET = Form((("train*.parquet",), ("data/train*.parquet",), ("*/train/*.parquet",)), read_parquet)

@@ -18,7 +18,7 @@ from imaml_ext.data.listing import SPLITS
 from imaml_ext.data.optional import optional
 from imaml_ext.data.packing import Item, packed_pictures
 from imaml_ext.errors import DataError
-from imaml_ext.pictures import PictureBytes, Reading
+from imaml_ext.pictures import Reading, StoredPicture
 
 FILES = tuple(f"{split}_data.hdf5" for split in SPLITS)
 
@@ -51,7 +51,7 @@ def load(folder: Path, reading: Reading, *, cache: Path) -> LabelledImages:
     def items() -> Iterator[Item]:
         for path, name, pictures in entries():
             for row, picture in enumerate(pictures):
-                yield Item(name, PictureBytes(np.asarray(picture, np.uint8).tobytes(), f"{path.name}:{name}:{row}"))
+                yield Item(name, StoredPicture(np.asarray(picture, np.uint8).tobytes(), f"{path.name}:{name}:{row}"))
 
     total = sum(sum(counts.values()) for counts in sizes.values())
     return labelled(packed_pictures(folder, paths, items, reading, cache=cache, total=total), sizes)

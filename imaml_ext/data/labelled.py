@@ -77,29 +77,26 @@ def equal_pictures(pictures: Pictures, splits: Mapping[str, Sequence[str]]) -> l
     same = np.diff(pictures.digests[order]) == 0  # as the next one
     equal = order[np.append(same, False) | np.insert(same, 0, False)]
     ends = np.flatnonzero(np.diff(pictures.digests[equal])) + 1
-    found: dict[str, list[list[int]]] = {"splits": [], "classes": [], "copies": []}
+    found: dict[str, list[tuple[int, int, int]]] = {}  # (how many there are, two such pictures)
     for group in np.split(equal, ends):
         rows = [int(row) for row in group if pictures.names[pictures.labels[row]] in split_of]
-        classes = {pictures.names[pictures.labels[row]] for row in rows}
-        if len({split_of[name] for name in classes}) > 1:
-            found["splits"].append(rows)
-        elif len(classes) > 1:
-            found["classes"].append(rows)
-        elif len(rows) > 1:
-            found["copies"].append(rows)
-
-    def count(rows: list[list[int]], *, extra: bool = False) -> str:
-        number = sum(map(len, rows)) - len(rows) if extra else len(rows)
-        such = " and ".join(pictures.items[row] for row in rows[0][:: len(rows[0]) - 1][:2])
-        return f"{number} picture{'s are' if number > 1 else ' is'} {{}} with equal pixels, such as {such}"
-
+        classes = {row: pictures.names[pictures.labels[row]] for row in rows}
+        kinds = {
+            "in two splits, so that what is tested has been learnt from": {row: split_of[classes[row]] for row in rows},
+            "in two classes": classes,
+            "in a class more than once": {row: row for row in rows},
+        }
+        for kind, place in kinds.items():
+            other = next((row for row in rows if place[row] != place[rows[0]]), None)
+            if other is not None:
+                copies = len(rows) - 1 if len(set(classes.values())) == 1 else 1
+                found.setdefault(kind, []).append((copies, rows[0], other))
+                break
     sentences = []
-    if found["splits"]:
-        sentences.append(count(found["splits"]).format("in two splits") + ": what is tested has been trained on")
-    if found["classes"]:
-        sentences.append(count(found["classes"]).format("in two classes"))
-    if found["copies"]:
-        sentences.append(count(found["copies"], extra=True).format("in a class more than once"))
+    for kind, each in found.items():
+        number, (_, one, other) = sum(count for count, _, _ in each), each[0]
+        such = f"such as {pictures.items[one]} and {pictures.items[other]}"
+        sentences.append(f"{number} picture{'s are' if number > 1 else ' is'} {kind}, {such}")
     return sentences
 
 

@@ -51,7 +51,7 @@ class Listing:
         if empty:
             which = f"class {empty[0]!r} has" if len(empty) == 1 else f"{len(empty)} classes ({named(empty)}) have"
             counted = f" ({self.omissions()})" if self.left_out else ""
-            suffixes = ", ".join(SUFFIXES)
+            suffixes = ", ".join(sorted(SUFFIXES))
             raise DataError(f"{self.folder}: {which} no pictures{counted}; add pictures ({suffixes}){advice}")
 
     def _add(self, folder: Path) -> str:

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imaml_ext.data import forms, hdf5
+from imaml_ext.data import forms
 from imaml_ext.data.cache import cache_folder, data_folder
 from imaml_ext.data.datasets import Dataset
-from imaml_ext.data.labelled import LabelledImages, load_split_tree
+from imaml_ext.data.labelled import LabelledImages
 from imaml_ext.data.listing import SPLITS
 from imaml_ext.data.source import FileSource
 from imaml_ext.pictures import Reading
@@ -61,8 +61,8 @@ _CSV_FILES = tuple(f"{split}.csv" for split in SPLITS)
 _FORMS = (
     forms.Form((_CACHE_FILES, _LEARN2LEARN_FILES), forms.read_cache_files),
     forms.Form((_CATEGORY_FILES,), forms.read_category_files),
-    forms.Form((hdf5.FILES,), lambda folder, files, reading, cache: hdf5.load(folder, reading, cache=cache)),
+    forms.HDF5,
     forms.Form(((*_CSV_FILES, "images"),), forms.read_csv_files),
     forms.PARQUET,
-    forms.Form((SPLITS,), lambda folder, files, reading, cache: load_split_tree(folder, reading, cache=cache)),
+    forms.TREE,
 )

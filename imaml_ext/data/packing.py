@@ -13,7 +13,7 @@ import numpy as np
 
 from imaml_ext.data.cache import Arrays, Expected, cached_arrays, files_digest, short_name
 from imaml_ext.errors import DataError, argument
-from imaml_ext.pictures import READING_VERSION, PictureBytes, Reading
+from imaml_ext.pictures import READING_VERSION, Reading, StoredPicture
 from imaml_ext.progress import ProgressBar, first_process
 
 FOLDER = "pictures"  # in the cache
@@ -24,7 +24,7 @@ class Item(NamedTuple):
     """A picture that is to be read."""
 
     label: str  # its class
-    source: Path | PictureBytes
+    source: Path | StoredPicture
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _read(folder: Path, items: Iterable[Item], reading: Reading, total: int) -> 
                 images[row] = image
                 digests[row] = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little")
                 labels.append(names.setdefault(label, len(names)))
-                read.append(str(source) if isinstance(source, PictureBytes) else _below(folder, source))
+                read.append(str(source) if isinstance(source, StoredPicture) else _below(folder, source))
             bar.update(done, {"pictures/s": f"{done / (time.monotonic() - began + 1e-9):,.0f}"})
     return {
         "images": images[: len(labels)],

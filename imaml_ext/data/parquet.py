@@ -15,7 +15,7 @@ from imaml_ext.data.listing import SPLIT_NAMES
 from imaml_ext.data.optional import optional
 from imaml_ext.data.packing import Item, Pictures, packed_pictures
 from imaml_ext.errors import DataError
-from imaml_ext.pictures import PictureBytes, Reading
+from imaml_ext.pictures import Reading, StoredPicture
 
 _PLACES = (".", "data", "default")
 
@@ -84,7 +84,7 @@ def _items(folder: Path, path: Path, file: Any) -> Iterator[Item]:
                 where = f"{path.relative_to(folder)}:{row}"
                 if not isinstance(content, bytes):
                     raise DataError(f"{where}: image must hold the bytes of a picture, got {type(content).__name__}")
-                yield Item(name_of(label), PictureBytes(content, where))
+                yield Item(name_of(label), StoredPicture(content, where))
                 row += 1
     except OSError as error:
         raise DataError(f"{path} is damaged ({error})") from error

@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from imaml_ext.data import forms, hdf5
+from imaml_ext.data import forms
 from imaml_ext.data.cache import cache_folder, data_folder, load_arrays
 from imaml_ext.data.datasets import Dataset
-from imaml_ext.data.labelled import LabelledImages, label_splits, labelled, load_split_tree
+from imaml_ext.data.labelled import LabelledImages, label_splits, labelled
 from imaml_ext.data.listing import SPLITS
 from imaml_ext.data.packing import Item, packed_pictures
 from imaml_ext.data.pickles import load_pickle, load_pickled_list
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
-from imaml_ext.pictures import PictureBytes, Reading
+from imaml_ext.pictures import Reading, StoredPicture
 
 SIZE = 84
 READING = Reading(size=SIZE)
@@ -72,7 +72,7 @@ def _read_png_files(folder: Path, files: tuple[str, ...], reading: Reading, cach
             if len(pictures) != label.size:
                 raise DataError(f"{path} must hold {label.size} pictures, as its labels do, got {len(pictures)}")
             for row, (number, picture) in enumerate(zip(label, pictures, strict=True)):
-                yield Item(names[number], PictureBytes(_content(picture), f"{path.name}:{row}"))
+                yield Item(names[number], StoredPicture(_content(picture), f"{path.name}:{row}"))
 
     total = sum(label.size for _, label in labels.values())
     pictures = packed_pictures(folder, paths, items, reading, cache=cache, total=total)
@@ -118,7 +118,7 @@ _LABELS = tuple(f"{split}_labels.pkl" for split in SPLITS)
 _FORMS = (
     forms.Form(((*(f"{split}_images_png.pkl" for split in SPLITS), *_LABELS),), _read_png_files),
     forms.Form(((*(f"{split}_images.npz" for split in SPLITS), *_LABELS),), _read_npz_files),
-    forms.Form((hdf5.FILES,), lambda folder, files, reading, cache: hdf5.load(folder, reading, cache=cache)),
+    forms.HDF5,
     forms.PARQUET,
-    forms.Form((SPLITS,), lambda folder, files, reading, cache: load_split_tree(folder, reading, cache=cache)),
+    forms.TREE,
 )

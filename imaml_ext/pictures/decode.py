@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from imaml_ext.errors import DataError
+from imaml_ext.pictures.stored import StoredPicture
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I")
 
 
-class PictureBytes(io.BytesIO):
-    """The content of a picture file that is stored in another one; errors call it `name`."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self._name = name
-
-    def __str__(self) -> str:
-        return self._name
-
-
-def decode(path: Path | PictureBytes, *, transparent: str = "white") -> Image.Image:
+def decode(path: Path | StoredPicture, *, transparent: str = "white") -> Image.Image:
     """Decodes a file as "L" or "RGB": turned as its EXIF orientation says, its transparent parts laid on a ground of
     the colour `transparent`, and 16 bits scaled to 8.
 
@@ -32,7 +21,7 @@ def decode(path: Path | PictureBytes, *, transparent: str = "white") -> Image.Im
         DataError: the file is missing, damaged or no picture.
     """
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as stream, Image.open(stream) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode in _DEEP:
                 deep = np.asarray(picture).astype(np.int64)

@@ -10,12 +10,13 @@ from typing import Annotated, Literal
 import numpy as np
 
 from imaml_ext.errors import DataError
-from imaml_ext.pictures.decode import PictureBytes, decode
+from imaml_ext.pictures.decode import decode
 from imaml_ext.pictures.ink import cut_to_ink, find_ink
 from imaml_ext.pictures.square import squared
+from imaml_ext.pictures.stored import StoredPicture
 from imaml_ext.settings import COUNT, NOT_NEGATIVE, Settings
 
-READING_VERSION = 2  # counts changes of what is read from the same file: packed pictures of others are read again
+READING_VERSION = 1  # counts changes of what is read from the same file: packed pictures of others are read again
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of files that are read
 
 
@@ -42,7 +43,7 @@ class Reading(Settings):
         """(C, H, W) of what is read."""
         return (3 if self.colours == "rgb" else 1, self.size, self.size)
 
-    def read(self, path: Path | str | PictureBytes) -> np.ndarray:
+    def read(self, path: Path | str | StoredPicture) -> np.ndarray:
         """Reads one file, or its content: uint8 [size, size], or [size, size, 3] in colour.
 
         Raises:
