@@ -257,13 +257,15 @@ def test_prune_removes_what_nothing_reads(tmp_path: Path, capsys: pytest.Capture
         path.write_bytes(b"of the user")
     old = [
         place / "pictures" / "mine-4-0123456789abcdef.npz",
-        place / "pictures" / ".a.npz.1-2.tmp",
+        place / "pictures" / ".a.npz.17-0123abcd.tmp",
         place / "x.zip.part",
     ]
-    young = [place / "pictures" / ".b.npz.1-2.tmp", place / "y.part"]
+    young = [place / "pictures" / ".b.npz.17-0123abcd.tmp", place / "y.part"]
     for path in (*old, *young):
         path.write_bytes(bytes(1000))
-    for path in old[1:]:
+    (data / "of-the-user.part").write_bytes(b"")
+    (place / ".notes.tmp").write_bytes(b"")
+    for path in (*old[1:], data / "of-the-user.part", place / ".notes.tmp"):
         os.utime(path, (time.time() - 90_000,) * 2)
     before = {path for path in place.rglob("*") if path.is_file()}
     would = prune.prune_cache(place, dry_run=True)
@@ -281,6 +283,7 @@ def test_prune_removes_what_nothing_reads(tmp_path: Path, capsys: pytest.Capture
     assert not left & set(old)
     assert set(young) <= left
     assert {data / "0001_01.png", place / "omniglot28.npz", place / "glyphs.npz"} <= left
+    assert {data / "of-the-user.part", place / ".notes.tmp"} <= left
     assert {path for path in before - left if not any(p in would for p in (path, *path.parents))} == set()
     folder_of(tmp_path, root=tmp_path / "kept").read()
     assert {path for path in place.rglob("*") if path.is_file()} == left

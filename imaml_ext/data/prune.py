@@ -16,6 +16,7 @@ from imaml_ext.pictures import READING_VERSION
 
 _DAY = 24 * 3600.0
 _PACKED = re.compile(r".*-\d+-[0-9a-f]{8}-(?P<state>[0-9a-f]{16})\.npz")
+_UNFINISHED = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")  # of files.written_whole
 _OMNIGLOT = re.compile(r"omniglot28-[0-9a-f]{8}-[0-9a-f]{16}\.npz")
 
 
@@ -76,7 +77,10 @@ def _unpacked(cache: Path) -> Iterator[Path]:
 
 
 def _leftovers(cache: Path) -> Iterator[Path]:
-    for path in (*cache.rglob(".*.tmp"), *cache.rglob("*.part")):
+    """What this package writes before it has its name, and downloads that have stopped, never anything deeper."""
+    places = (cache, *(cache / name for name in (packing.FOLDER, "omniglot-packed", "glyphs")))
+    found = [path for place in places for path in place.glob(".*.tmp") if _UNFINISHED.fullmatch(path.name)]
+    for path in (*found, *(cache / archives.FOLDER).glob(".*.tmp"), *cache.glob("*.part")):
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > _DAY:
                 yield path
