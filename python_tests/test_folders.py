@@ -536,7 +536,7 @@ def test_one_damaged_picture_is_one_sentence(tmp_path: Path) -> None:
 
 def test_names_that_are_long_or_not_utf_8(tmp_path: Path) -> None:
     root = tmp_path / ("long" * 60)
-    write_folder(root, COUNTS)
+    write_folder(root, COUNTS | {"wide" * 60: 2})
     strange = os.fsencode(root) + b"/caf\xe9 \xff"
     os.mkdir(strange)
     for number in range(2):
@@ -555,7 +555,7 @@ def test_names_that_are_long_or_not_utf_8(tmp_path: Path) -> None:
         Folder(root=root, pictures=SMALL).read()
 
 
-def test_folder_that_is_none(tmp_path: Path) -> None:
+def test_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="root must be given: a folder that holds one folder of pictures per class"):
         load_dataset("folder")
     with pytest.raises(DataError, match="is not a folder"):
@@ -566,6 +566,14 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
     write_folder(tmp_path / "half" / "train", {"a": 1})
     with pytest.raises(DataError, match="test/ is missing"):
         load_dataset("folder", root=tmp_path / "half")
+
+    def unreadable(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", unreadable)
+        with pytest.raises(DataError, match=r"half cannot be read \(Permission denied\)"):
+            load_dataset("folder", root=tmp_path / "half")
     option_prefix.set("--")
     with pytest.raises(ValueError, match="--root must be given"):
         load_dataset("folder")
