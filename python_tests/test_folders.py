@@ -432,7 +432,7 @@ def test_equal_pictures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
         shutil.copy(root / test / "001.PNG", root / test / f"again-{i}.png")
     splits_of(root)
     said = capsys.readouterr().err
-    assert "1 picture is in two splits, so that what is tested has been learnt from, such as " in said
+    assert "1 picture is in two splits, which must share none, such as " in said
     assert f"{train[0]}/000.PNG" in said
     assert f"{test}/leak.png" in said
     assert f"1 picture is in two classes, such as {train[0]}/001.PNG and {train[1]}/same.bmp" in said

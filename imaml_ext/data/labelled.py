@@ -82,7 +82,7 @@ def equal_pictures(pictures: Pictures, splits: Mapping[str, Sequence[str]]) -> l
         rows = [int(row) for row in group if pictures.names[pictures.labels[row]] in split_of]
         classes = {row: pictures.names[pictures.labels[row]] for row in rows}
         kinds = {
-            "in two splits, so that what is tested has been learnt from": {row: split_of[classes[row]] for row in rows},
+            "in two splits, which must share none": {row: split_of[classes[row]] for row in rows},
             "in two classes": classes,
             "in a class more than once": {row: row for row in rows},
         }
