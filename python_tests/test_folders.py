@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,12 +147,20 @@ def test_fractions_are_those_of_many_classes() -> None:
 
 def test_accents_are_one_name_however_they_are_written() -> None:
     for name in ("Käfer", "été", "ñandú"):
-        import unicodedata
-
         both = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
         splits = hashed_splits(both, 0.3, 0.3)
         assert len(both) == 2
         assert sorted(len(members) for members in splits.values()) == [0, 0, 2]
+
+
+def test_a_file_and_a_record_name_accents_in_either_form(tmp_path: Path) -> None:
+    write_folder(tmp_path / "mine", {unicodedata.normalize("NFD", "Käfer"): 1, "bee": 1})
+    (tmp_path / "splits.csv").write_text(f"class,split\n{unicodedata.normalize('NFC', 'Käfer')},test\nbee,train\n")
+    dataset = load_dataset("folder", root=tmp_path / "mine", pictures=SMALL, splits=tmp_path / "splits.csv")
+    assert dataset.classes() == {"train": ("bee",), "test": (unicodedata.normalize("NFD", "Käfer"),)}
+    for form in ("NFC", "NFD"):
+        with pytest.raises(DataError, match="which would be in test now"):
+            RecordedClasses("folder", {"train": [unicodedata.normalize(form, "Käfer")]}).check(dataset, what="the run")
 
 
 def test_a_split_without_a_class_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

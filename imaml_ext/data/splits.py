@@ -20,9 +20,14 @@ from imaml_ext.files import atomic_write
 Classes = Mapping[str, Sequence[str]]  # {split: its classes}
 
 
+def _one_form(name: str) -> str:
+    """Returns a name in one of the forms in which Unicode writes accents; systems differ in which they keep."""
+    return unicodedata.normalize("NFC", name)
+
+
 def place_of(name: str) -> float:
     """Returns where a class's name falls in [0, 1]: its SHA-256 over 2²⁵⁶, the same on every machine."""
-    text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogatepass")
+    text = _one_form(name).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest(), "big") / 2**256
 
 
@@ -195,11 +200,11 @@ def read_csv(path: Path, *headers: set[str]) -> list[dict[str, str]]:
 
 def splits_of_file(path: Path, wanted: Mapping[str, list[str]], names: Iterable[str]) -> dict[str, list[str]]:
     """Returns the splits of a file for the classes that there are; DataError where it names others."""
-    known = set(names)
-    missing = [name for members in wanted.values() for name in members if name not in known]
+    known = {_one_form(name): name for name in names}
+    missing = [name for members in wanted.values() for name in members if _one_form(name) not in known]
     if missing:
         raise DataError(f"{path} names {len(missing)} classes that the folder does not hold: {named(missing)}")
-    return {split: list(members) for split, members in wanted.items()}
+    return {split: [known[_one_form(name)] for name in members] for split, members in wanted.items()}
 
 
 # ---- recorded classes -----------------------------------------------------------------------------------------------
@@ -230,15 +235,15 @@ class RecordedClasses:
         """
         if dataset.name != self.data:
             return []
-        now = {name: split for split, members in dataset.classes().items() for name in members}
+        now = {_one_form(name): split for split, members in dataset.classes().items() for name in members}
         for split, elsewhere in (("train", ("val", "test")), ("val", ("test",))):
-            moved = [name for name in self.classes.get(split, ()) if now.get(name) in elsewhere]
+            moved = [n for n in map(_one_form, self.classes.get(split, ())) if now.get(n) in elsewhere]
             if moved:
                 places = " and ".join(dict.fromkeys(now[name] for name in moved))
                 advice = f"name a file of splits ({argument('splits', 'FILE')}) that leaves them there"
                 did = "trained on" if split == "train" else "validated with"
                 raise DataError(f"{what} {did} {_quoted(moved)}, which would be in {places} now; {advice}")
-        known = {name for members in self.classes.values() for name in members}
+        known = {_one_form(name) for members in self.classes.values() for name in members}
         return [name for name in now if name not in known]
 
 
