@@ -6,7 +6,6 @@ import hashlib
 import os
 import tarfile
 import tempfile
-import zlib
 from pathlib import Path
 
 from imaml_ext.errors import DataError
@@ -61,11 +60,10 @@ def _unpack(path: Path, target: Path) -> None:
                 archive.extractall(content, filter="data")
             os.replace(content, target)
         atomic_write(target.with_suffix(".of"), os.fsencode(path.resolve()))
-    except (tarfile.TarError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"the archive {path} is damaged, or not one of data ({error})") from error
     except OSError as error:
         if target.is_dir():  # another process was faster
             return
-        raise DataError(
-            f"the archive {path} could not be unpacked into {target} ({error.strerror or error})"
-        ) from error
+        reason = error.strerror or error
+        raise DataError(f"the archive {path} could not be unpacked into {target} ({reason})") from error
+    except Exception as error:  # each compression has an error of its own
+        raise DataError(f"the archive {path} is damaged, or not one of data ({error})") from error
