@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import signal
+from contextvars import ContextVar
+
+# What options of the data begin with on the command line that is under way; None in Python.
+option_prefix: ContextVar[str | None] = ContextVar("option_prefix", default=None)
+
+
+def argument(name: str, value: object = None) -> str:
+    """How a message calls an argument of a data set: `name=value`, or `--data.name value` on a command line."""
+    prefix = option_prefix.get()
+    if prefix is None:
+        return name if value is None else f"{name}={value}"
+    option = prefix + name.replace("_", "-")
+    return option if value in (None, True) else f"{option} {value}"
 
 
 class ImamlError(Exception):

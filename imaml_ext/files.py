@@ -7,23 +7,26 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from imaml_ext.errors import WriteError
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, a crash or a full disk sees the old content or the new, never a part.
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file so that a reader, a crash or a full disk sees the old content or the new, never a part.
+
+    What is written appears under `path` when the block ends without an error, with the permissions of any new file.
 
     Raises:
         WriteError: the file cannot be written; what was there before is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:60]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -33,6 +36,12 @@ def atomic_write(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # there is none where all went well
             temporary.unlink()
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Writes `content` as `written_whole` does; raises WriteError likewise."""
+    with written_whole(path) as file:
+        file.write(content)
 
 
 def _sync_directory(path: Path) -> None:

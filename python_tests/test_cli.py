@@ -328,17 +328,17 @@ def test_data_describes_a_data_set(tmp_path: Path) -> None:
 def test_data_describes_a_folder_of_pictures(tmp_path: Path) -> None:
     from PIL import Image
 
-    for name in ("ant", "bee", "cat", "dog", "elk", "fox"):
+    for name in ("ant", "bee", "cat", "dog", "gnu", "fox"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         for number in range(2):
             Image.new("RGB", (9, 9), (10 * number, 100, 200)).save(tmp_path / "mine" / name / f"{number}.png")
-    options = ["--root", tmp_path / "mine", "--cache-dir", tmp_path / "cache", "--image-size", 12]
+    options = ["--root", tmp_path / "mine", "--cache-dir", tmp_path / "cache", "--pictures.size", 12]
     described = imaml("data", "folder", *options, "--picture", tmp_path / "mine.png")
     assert described.returncode == 0, described.stderr
     assert "classification, one example: 3 × 12 × 12" in described.stdout
     assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
-    refused = imaml("data", "folder", *options, "--val-fraction", 0.01)
-    assert_one_sentence(refused, "holds 6 classes, which leaves none for 'val'")
+    refused = imaml("data", "folder", *options, "--test-fraction", 0.01)
+    assert_one_sentence(refused, "leave none for 'test' with --val-fraction 0.16 and --test-fraction 0.01")
     assert_one_sentence(imaml("data", "folder"), "root must be given")
 
 

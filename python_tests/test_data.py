@@ -119,7 +119,7 @@ def test_vinyals_split_is_the_published_one(real_root: Path) -> None:
         (lambda: load_dataset("omniglot", validation=-1), "validation must be at least 0, got -1"),
         (
             lambda: load_dataset("imagenet"),
-            "data source must be one of 'glyphs', 'omniglot', 'mini-imagenet', 'cifar-fs'",
+            "data source must be one of 'glyphs', 'omniglot', 'mini-imagenet', 'tiered-imagenet'",
         ),
     ],
 )

@@ -257,7 +257,7 @@ def test_settings_that_are_named_exist() -> None:
             assert name in known or name in OTHER_OPTIONS, f"{name_of(page)} names the setting {name}"
 
 
-OTHER_OPTIONS = {"max-restarts", "help", "debug", "native", "many-iterations", "seed", "proc-per-node"}
+OTHER_OPTIONS = {"max-restarts", "help", "debug", "dry-run", "native", "many-iterations", "seed", "proc-per-node"}
 
 
 def known_options() -> set[str]:
@@ -269,6 +269,7 @@ def known_options() -> set[str]:
     from imaml_ext.inner import InnerSolver
     from imaml_ext.meta import MetaAlgorithm
     from imaml_ext.models import TaskModel
+    from imaml_ext.pictures import Reading
     from imaml_ext.reproduction import EXPERIMENTS
     from imaml_ext.solvers import LinearSolver
     from imaml_ext.train import EvaluationSettings, Outer, RunSettings, Tasks, Theta
@@ -279,6 +280,7 @@ def known_options() -> set[str]:
     solvers = members(LinearSolver)
     places: dict[str, list[type]] = {
         "data": members(DataSource),
+        "data.pictures": [Reading],
         "tasks": [Tasks],
         "augment": [Augmentation],
         "model": members(TaskModel),

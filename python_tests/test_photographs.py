@@ -1,10 +1,13 @@
-"""mini-ImageNet, CIFAR-FS, FC100 and folders of pictures: every form they are read from, and what is damaged."""
+"""mini-ImageNet, tiered-ImageNet, CUB, CIFAR-FS and FC100: every form they are read from, and what is damaged."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pickle
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -13,7 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from imaml_ext.data import Folder, ImageDataset, MiniImageNet, cifar_split, load_dataset, pictures, summary
+from imaml_ext.data import (
+    Folder,
+    ImageDataset,
+    MiniImageNet,
+    cifar_split,
+    load_dataset,
+    packing,
+    summary,
+    tiered_imagenet,
+)
 from imaml_ext.data.cifar import class_names
 from imaml_ext.data.mini_imagenet import NUM_CLASSES
 from imaml_ext.data.pickles import load_pickle
@@ -136,6 +148,7 @@ def write_category_files(folder: Path) -> None:
 
 
 def save_picture(path: Path, number: int, image: int) -> None:
+    path.parent.mkdir(exist_ok=True)
     Image.fromarray(np.broadcast_to(pixels(number, image), (30, 40, 3))).save(path)
 
 
@@ -159,7 +172,75 @@ def write_tree(folder: Path) -> None:
                 save_picture(folder / split / class_name(number) / f"{image}.png", number, image)
 
 
-FORMS = {"cache": write_cache_files, "category": write_category_files, "csv": write_csv_files, "tree": write_tree}
+def write_learn2learn_files(folder: Path) -> None:
+    write_cache_files(folder)
+    (folder / "mini-imagenet-cache-val.pkl").rename(folder / "mini-imagenet-cache-validation.pkl")
+
+
+def write_csv_files_with_mark(folder: Path) -> None:
+    write_csv_files(folder)
+    for split in NUM_CLASSES:
+        path = folder / f"{split}.csv"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def write_hdf5_files(folder: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    for split, numbers in mini_classes().items():
+        with h5py.File(folder / f"{split}_data.hdf5", "w") as file:
+            group = file.create_group("datasets")
+            for number in numbers:
+                images = np.stack([np.broadcast_to(pixels(number, image), (84, 84, 3)) for image in range(2)])
+                group.create_dataset(class_name(number), data=images)
+
+
+def png(number: int, image: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size, tuple(pixels(number, image).tolist())).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_parquet(path: Path, pictures: list[tuple[int, int]], names: list[str] | None) -> None:
+    """Columns and metadata as the library `datasets` writes them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": png(number, image), "path": f"{number}-{image}.png"} for number, image in pictures]
+    table = pyarrow.table({"image": images, "label": [number for number, _ in pictures]})
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=7)
+
+
+def write_parquet_files(folder: Path) -> None:
+    """Two files of the training classes, one of the others; pictures in any order."""
+    names = [class_name(number) for number in range(100)]
+    for split, numbers in mini_classes().items():
+        pictures = [(number, image) for image in range(2) for number in numbers]
+        parts = [pictures[:40], pictures[40:]] if split == "train" else [pictures]
+        for part, some in enumerate(parts):
+            alias = "validation" if split == "val" else split
+            write_parquet(folder / "data" / f"{alias}-{part:05d}-of-{len(parts):05d}.parquet", some, names)
+
+
+def write_tree_with_valid(folder: Path) -> None:
+    write_tree(folder)
+    (folder / "val").rename(folder / "valid")
+
+
+FORMS = {
+    "cache": write_cache_files,
+    "learn2learn": write_learn2learn_files,
+    "category": write_category_files,
+    "hdf5": write_hdf5_files,
+    "csv": write_csv_files,
+    "csv with a mark": write_csv_files_with_mark,
+    "parquet": write_parquet_files,
+    "tree": write_tree,
+    "tree with valid": write_tree_with_valid,
+}
+PACKED = {"csv", "csv with a mark", "parquet", "tree", "tree with valid"}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -175,7 +256,12 @@ def test_mini_imagenet_is_the_same_from_every_form(form: str, tmp_path: Path) ->
     expected = np.stack([pixels(n, image) for n in range(100) for image in range(2)])
     assert np.array_equal(found.images, np.broadcast_to(expected[:, None, None], found.images.shape))
     packed = files_of(tmp_path / "cache") if (tmp_path / "cache").exists() else []
-    assert len(packed) == (1 if form in ("csv", "tree") else 0)
+    assert len(packed) == (form in PACKED)
+    with tarfile.open(tmp_path / "data.tar.gz", "w:gz", compresslevel=1) as archive:
+        archive.add(tmp_path / "data", "data")
+    again = MiniImageNet(root=tmp_path / "data.tar.gz", cache_dir=tmp_path / "cache").read()
+    assert np.array_equal(again.images, found.images)
+    assert again.names == found.names
 
 
 def test_mini_imagenet_dataset(tmp_path: Path) -> None:
@@ -203,7 +289,7 @@ def test_pictures_are_packed_once_and_a_changed_one_is_seen(tmp_path: Path, monk
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "read_pictures", unexpected)
+        patch.setattr(packing, "_read", unexpected)
         assert np.array_equal(MiniImageNet(root=tmp_path, cache_dir=cache).read().images, first.images)
         packed.write_bytes(packed.read_bytes()[:1000])  # a damaged cache is not believed
         with pytest.raises(AssertionError, match="read again"):
@@ -257,13 +343,13 @@ def _rewrite(folder: Path, name: str, **changes: object) -> None:
             r"'labels' must hold one label per image \(32\), got 31",
         ),
         ("csv", lambda f: _without(f, "test.csv"), "test.csv is missing"),
-        ("csv", lambda f: (f / "val.csv").write_text("name,class\n"), "must begin with the line 'filename,label'"),
+        ("csv", lambda f: (f / "val.csv").write_text("name,class\n"), "the line 'filename,label', got 'name,class'"),
         (
             "csv",
             lambda f: (f / "val.csv").write_text("filename,label\n../../secret.png,a\n"),
-            "row 2 must be the name of a file in images/ and a label, got '../../secret.png,a'",
+            "row 2 must be the name of a file in images/ and a label, got '../../secret.png'",
         ),
-        ("csv", lambda f: _without(f, f"images/{class_name(9)}00000000.png"), "the picture .*cannot be read"),
+        ("csv", lambda f: _without(f, f"images/{class_name(9)}00000000.png"), "the picture .* does not exist"),
         (
             "csv",
             lambda f: (f / f"images/{class_name(9)}00000000.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing"),
@@ -280,9 +366,262 @@ def test_spoilt_mini_imagenet(form: str, spoil, message: str, tmp_path: Path) ->
     assert not (tmp_path / "cache").exists()
 
 
+def test_errors_advise_no_option_that_there_is_not(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    (tmp_path / "test" / class_name(99) / "2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"is damaged or not a picture .*; mend it$"):
+        MiniImageNet(root=tmp_path, cache_dir=tmp_path / "cache").read()
+    for path in (tmp_path / "test" / class_name(99)).iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"class 'n00000099' has no pictures; add pictures \([^)]*\)$"):
+        MiniImageNet(root=tmp_path, cache_dir=tmp_path / "cache").read()
+
+
 def test_missing_mini_imagenet_says_what_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"root .* holds neither mini-imagenet-cache-train.pkl, .* nor train/; give"):
         MiniImageNet(root=tmp_path).read()
+
+
+def test_splits_that_share_classes_are_no_few_shot_splits(tmp_path: Path) -> None:
+    """As in timm/mini-imagenet: every class is in each of its files. A folder of one's own splits them by class."""
+    names = [class_name(number) for number in range(12)]
+    for image, split in enumerate(("train", "validation", "test")):
+        write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [(n, image) for n in range(12)], names)
+    cache = tmp_path / "cache"
+    with pytest.raises(DataError, match=r"share 12 classes, so that they are none of few-shot learning; .* `folder`"):
+        MiniImageNet(root=tmp_path, cache_dir=cache).read()
+    (tmp_path / "splits.json").write_text(json.dumps({"train": names[:8], "val": names[8:10], "test": names[10:]}))
+    folder = Folder(root=tmp_path, cache_dir=cache, pictures=Reading(size=84), splits=tmp_path / "splits.json")
+    found = folder.read()
+    assert found.names == tuple(names)
+    assert found.counts.tolist() == [3] * 12
+    expected = np.stack([pixels(number, image) for number in range(12) for image in (2, 0, 1)])
+    assert np.array_equal(found.images[:, 40, 40], expected)  # the files in order of their names
+
+
+def test_labels_without_names_are_classes_by_their_numbers(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [(number, 0) for number in range(30)], None)
+    found = Folder(root=tmp_path, cache_dir=tmp_path / "cache", pictures=Reading(size=4)).read()
+    assert sorted(found.names) == sorted(map(str, range(30)))
+    # A table beside folders of pictures is no data set of pictures.
+    for name in ("cat", "dog"):
+        save_picture(tmp_path / name / "0.png", 1, 1)
+    (tmp_path / "splits.csv").write_text("class,split\ncat,train\ndog,test\n")
+    options = {"root": tmp_path, "cache_dir": tmp_path / "cache", "splits": tmp_path / "splits.csv"}
+    assert Folder(**options, pictures=Reading(size=4), min_per_class=1).read().names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:500]), r"is damaged or not a \.parquet file"),
+        (lambda path: rewrite_parquet(path, drop="label"), "must have the columns image and label, it has image"),
+        (lambda path: rewrite_parquet(path, replace="image"), "image must hold the bytes of a picture, got NoneType"),
+        (lambda path: rewrite_parquet(path, damage=True), r"a\.parquet:3 is damaged or not a picture"),
+    ],
+)
+def test_spoilt_parquet(spoil, message: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [(number, 0) for number in range(30)], None)
+    spoil(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        Folder(root=tmp_path, cache_dir=tmp_path / "cache", pictures=Reading(size=4)).read()
+
+
+def rewrite_parquet(path: Path, *, drop: str = "", replace: str = "", damage: bool = False) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    rows = table.column("image").to_pylist()
+    if replace:
+        rows[5]["bytes"] = None
+    if damage:
+        rows[3]["bytes"] = b"nothing"
+    columns = {"image": pyarrow.array(rows), "label": table.column("label")}
+    columns.pop(drop, None)
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+@pytest.mark.parametrize(("module", "form"), [("h5py", "hdf5"), ("pyarrow.parquet", "parquet")])
+def test_a_missing_package_is_named(module: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train_data.hdf5", "val_data.hdf5", "test_data.hdf5") if form == "hdf5" else ("train-0.parquet",):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.partition(".")[0]
+    with pytest.raises(DataError, match=rf"is read with {package}, .*: pip install {package}, or .* extra '{form}'"):
+        MiniImageNet(root=tmp_path).read()
+
+
+@pytest.mark.parametrize("content", [b"", b"no hdf5 file", None])
+def test_spoilt_hdf5(content: bytes | None, tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    write_hdf5_files(tmp_path)
+    if content is None:
+        h5py.File(tmp_path / "val_data.hdf5", "w").close()
+    else:
+        (tmp_path / "val_data.hdf5").write_bytes(content)
+    message = "must hold a group 'datasets'" if content is None else "is damaged or not an .hdf5 file"
+    with pytest.raises(DataError, match=rf"val_data\.hdf5 {message}"):
+        MiniImageNet(root=tmp_path, cache_dir=tmp_path / "cache").read()
+
+
+# ---- tiered-ImageNet ------------------------------------------------------------------------------------------------
+
+
+def tiered_classes() -> dict[str, list[int]]:
+    numbers, first = {}, 0
+    for split, count in tiered_imagenet.NUM_CLASSES.items():
+        numbers[split] = list(range(first, first + count))
+        first += count
+    return numbers
+
+
+def tiered_pixels(number: int) -> tuple[int, int, int]:
+    return (number % 256, number // 256, 77)
+
+
+def write_tiered_labels(folder: Path, *, named: bool = True) -> dict[str, list[int]]:
+    """Writes the labels of a picture per class, two of the first class of each split; returns the classes in order."""
+    rows = {}
+    for split, numbers in tiered_classes().items():
+        order = [*reversed(numbers), numbers[0]]
+        content = {"label_specific": np.array([number - numbers[0] for number in order]), "label_general": [0]}
+        if named:
+            content["label_specific_str"] = [class_name(number) for number in numbers]
+        (folder / f"{split}_labels.pkl").write_bytes(pickle.dumps(content, protocol=2))
+        rows[split] = order
+    return rows
+
+
+def tiered_png(number: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (84, 84), tiered_pixels(number)).save(content, "PNG", compress_level=1)
+    return content.getvalue()
+
+
+def write_tiered_png(folder: Path) -> None:
+    for split, order in write_tiered_labels(folder).items():
+        pictures = [np.frombuffer(tiered_png(number), np.uint8)[:, None] for number in order]  # as cv2 encodes them
+        (folder / f"{split}_images_png.pkl").write_bytes(pickle.dumps(pictures, protocol=2))
+
+
+def write_tiered_npz(folder: Path) -> None:
+    for split, order in write_tiered_labels(folder).items():
+        images = np.stack([np.broadcast_to(np.uint8(tiered_pixels(number)), (84, 84, 3)) for number in order])
+        np.savez_compressed(folder / f"{split}_images.npz", images=images)
+
+
+def write_tiered_hdf5(folder: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    for split, numbers in tiered_classes().items():
+        with h5py.File(folder / f"{split}_data.hdf5", "w") as file:
+            group = file.create_group("datasets")
+            for number in numbers:
+                count = 2 if number == numbers[0] else 1
+                entry = group.create_dataset(class_name(number), (count,), dtype=h5py.vlen_dtype(np.uint8))
+                for image in range(count):
+                    entry[image] = np.frombuffer(tiered_png(number), np.uint8)
+
+
+@pytest.mark.parametrize("write", [write_tiered_png, write_tiered_npz, write_tiered_hdf5])
+def test_tiered_imagenet_is_the_same_from_every_form(write, tmp_path: Path) -> None:
+    place = tmp_path / "data" / "tiered-imagenet"
+    place.mkdir(parents=True)
+    write(place)
+    dataset = load_dataset("tiered-imagenet", root=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert dataset.description == "tiered-ImageNet, 608 classes, 611 photographs, 84×84 in colour"
+    assert {s: list(names) for s, names in dataset.classes().items()} == {
+        split: [class_name(number) for number in numbers] for split, numbers in tiered_classes().items()
+    }
+    for split, numbers in tiered_classes().items():
+        images = dataset.images(split)
+        assert images.drawings.tolist() == [2] + [1] * (len(numbers) - 1)
+        seen = (images.gather(np.arange(len(numbers)), np.zeros(len(numbers), int)) * 255).round().int()
+        assert torch.equal(seen[:, :, 41, 7], torch.tensor([tiered_pixels(number) for number in numbers]).int())
+
+
+def test_spoilt_tiered_imagenet(tmp_path: Path) -> None:
+    write_tiered_npz(tmp_path)
+
+    def read() -> None:
+        load_dataset("tiered-imagenet", root=tmp_path, cache_dir=tmp_path / "cache")
+
+    write_tiered_labels(tmp_path, named=False)
+    read()  # classes without names are numbered
+    labels = tmp_path / "val_labels.pkl"
+    for content, message in (
+        ({"label_specific": list(range(97))}, "must hold 97 images, as its labels do, got 98"),
+        ({"label_specific": [0] * 98}, "must have 97 classes in 'val', found 1"),
+        (
+            {"label_specific": [*range(97), 0], "label_specific_str": ["a"]},
+            "names 1 classes, the labels go to 96",
+        ),
+        ({"labels": 3}, "has no entry 'label_specific'"),
+    ):
+        labels.write_bytes(pickle.dumps(content))
+        with pytest.raises(DataError, match=message):
+            read()
+    labels.unlink()
+    with pytest.raises(DataError, match=r"tiered-ImageNet in .* is incomplete: val_labels\.pkl is missing"):
+        read()
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"tiered-ImageNet was not found: root .* holds neither train_images_png\.pkl"):
+        load_dataset("tiered-imagenet", root=empty)
+
+
+# ---- CUB-200-2011 ---------------------------------------------------------------------------------------------------
+
+
+def write_cub(folder: Path) -> list[str]:
+    """Two pictures per class, listed in another order than that of the classes; returns the names of the classes."""
+    folder.mkdir(parents=True)
+    names = [f"{i + 1:03d}.Bird_{(i * 37) % 200}" for i in range(200)]
+    pictures = [(i, image) for image in range(2) for i in reversed(range(200))]
+    (folder / "classes.txt").write_text("".join(f"{i + 1} {name}\n" for i, name in enumerate(names)))
+    paths = [f"{names[i]}/{names[i]}_{image}.jpg" for i, image in pictures]
+    (folder / "images.txt").write_text("".join(f"{row + 1} {path}\n" for row, path in enumerate(paths)))
+    labels = "".join(f"{row + 1} {i + 1}\n" for row, (i, _) in enumerate(pictures))
+    (folder / "image_class_labels.txt").write_text(labels)
+    for (i, image), path in zip(pictures, paths, strict=True):
+        (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 9), (i, 100 * image, 0)).save(folder / "images" / path, "BMP")  # exact, whatever its name
+    return names
+
+
+def test_cub(tmp_path: Path) -> None:
+    names = write_cub(tmp_path / "CUB_200_2011")
+    dataset = load_dataset("cub", root=tmp_path, cache_dir=tmp_path / "cache")
+    classes = dataset.classes()
+    assert {split: len(members) for split, members in classes.items()} == {"train": 100, "val": 50, "test": 50}
+    for i, name in enumerate(names):
+        assert name in classes["train" if i % 2 == 0 else "val" if i % 4 == 1 else "test"]
+    test = dataset.images("test")
+    seen = (test.gather(np.arange(50), np.ones(50, int)) * 255).round().int()
+    assert seen[:, :2, 3, 3].tolist() == [[i, 100] for i in range(3, 200, 4)]
+    assert "400 photographs of the published 11,788: results do not compare" in summary(dataset)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("classes.txt", lambda text: text.replace("7 007", "8 007"), "line 8 must be a number, used once, and a word"),
+        ("classes.txt", lambda text: text.partition("\n")[2], "must name 200 classes, 1 to 200, got 199"),
+        ("images.txt", lambda text: text.partition("\n")[2], "must label the 399 pictures of images.txt"),
+        ("image_class_labels.txt", lambda text: text.replace("1 200\n", "1 201\n", 1), "have a class, got '201'"),
+        ("images.txt", lambda text: text.replace("1 200.", "1 ../200."), "must lie in images/"),
+        ("images.txt", None, "holds neither images.txt nor"),
+        ("image_class_labels.txt", None, "cannot be read"),
+    ],
+)
+def test_spoilt_cub(file: str, change, message: str, tmp_path: Path) -> None:
+    write_cub(tmp_path / "CUB_200_2011")
+    path = tmp_path / "CUB_200_2011" / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        load_dataset("cub", root=tmp_path, cache_dir=tmp_path / "cache")
 
 
 # ---- CIFAR-FS and FC100 ---------------------------------------------------------------------------------------------
@@ -447,104 +786,3 @@ def test_cifar_is_downloaded_through_torchvision(tmp_path: Path, monkeypatch: py
     with pytest.raises(DataError, match=r"CIFAR-100 is downloaded through torchvision, which cannot be imported here"):
         load_dataset("cifar-fs", root=tmp_path / "empty", download=True)
     assert not (tmp_path / "empty").exists()
-
-
-# ---- folders --------------------------------------------------------------------------------------------------------
-
-
-def write_folder(folder: Path, counts: dict[str, int]) -> None:
-    """Pictures of 20 × 10 pixels, a colour a picture: red says which class, green which picture."""
-    for number, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for image in range(count):
-            colour = np.array([number * 10, image * 10, 50], np.uint8)
-            Image.fromarray(np.broadcast_to(colour, (10, 20, 3))).save(folder / name / f"{image:03d}.PNG")
-
-
-COUNTS = {f"class-{i}": 3 + i % 4 for i in range(10)}
-
-
-def test_folder_of_ragged_classes(tmp_path: Path) -> None:
-    root = tmp_path / "mine"
-    write_folder(root, COUNTS)
-    (root / "notes.txt").write_text("not a class")
-    (root / "class-0" / "notes.txt").write_text("not a picture")
-    dataset = load_dataset("folder", root=root, cache_dir=tmp_path / "cache", pictures=Reading(size=16))
-    assert isinstance(dataset, ImageDataset)
-    assert dataset.input_shape == (3, 16, 16)
-    parts = {split: dataset.images(split) for split in dataset.splits}
-    names = {split: {part.name(i) for i in range(part.num_classes)} for split, part in parts.items()}
-    assert {split: len(members) for split, members in names.items()} == {"train": 6, "val": 2, "test": 2}
-    assert set().union(*names.values()) == set(COUNTS)
-    train = dataset.images("train")
-    assert {train.name(i): int(n) for i, n in enumerate(train.drawings)} == {n: COUNTS[n] for n in names["train"]}
-    batch = dataset.sampler("train", ways=6, shots=1, queries=2, meta_batch=3, seed=0).sample(0)
-    colours = (batch.support_x[..., 0, 0] * 255).round().long()  # [3, 6, 3]
-    assert {int(c) // 10 for c in colours[0, :, 0]} == {int(name[-1]) for name in names["train"]}
-    with pytest.raises(ValueError, match=r"shots \+ queries must not exceed the 3 drawings class 'class-\d' has, got"):
-        dataset.sampler("train", ways=2, shots=2, queries=2, meta_batch=1, seed=0)
-    assert "3 to 6" in summary(dataset)
-
-
-def test_folder_split_follows_its_rule(tmp_path: Path) -> None:
-    import hashlib
-
-    write_folder(tmp_path, COUNTS)
-    ranked = sorted(COUNTS, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    found = Folder(
-        root=tmp_path, cache_dir=tmp_path / ".cache", pictures=Reading(size=4), val_fraction=0.3, test_fraction=0.1
-    ).read()
-    names = {split: {found.names[i] for i in members} for split, members in found.splits.items()}
-    assert names == {"train": set(ranked[:6]), "val": set(ranked[6:9]), "test": set(ranked[9:])}
-    found = Folder(
-        root=tmp_path, cache_dir=tmp_path / ".cache", pictures=Reading(size=4), val_fraction=0, test_fraction=0.5
-    ).read()
-    assert {split: members.size for split, members in found.splits.items()} == {"train": 5, "test": 5}
-    with pytest.raises(
-        DataError, match=r"holds 10 classes, which leaves none for 'test' with val_fraction = 0\.16 and"
-    ):
-        Folder(root=tmp_path, test_fraction=0.02).read()
-    with pytest.raises(ValueError, match=r"val_fraction must be at least 0 and below 1, got 1.5"):
-        Folder(root=tmp_path, val_fraction=1.5).read()
-
-
-def test_folder_with_splits_of_its_own(tmp_path: Path) -> None:
-    for split, counts in {"train": {"a": 2, "b": 3}, "test": {"c": 4}}.items():
-        write_folder(tmp_path / split, counts)
-    found = Folder(root=tmp_path, cache_dir=tmp_path / "cache", pictures=Reading(size=8, colours="grey")).read()
-    assert found.images.shape == (9, 8, 8)
-    assert found.images[1].tolist() == [[round(10 * 0.587 + 50 * 0.114)] * 8] * 8  # luma of (0, 10, 50)
-    assert {split: [found.names[i] for i in m] for split, m in found.splits.items()} == {
-        "train": ["a", "b"],
-        "test": ["c"],
-    }
-    write_folder(tmp_path / "val", {"a": 2})
-    with pytest.raises(DataError, match="class 'a' is in val and in another split"):
-        Folder(root=tmp_path, cache_dir=tmp_path / "cache").read()
-    for picture in (tmp_path / "test" / "c").iterdir():
-        picture.unlink()
-    with pytest.raises(DataError, match="class 'c' has no pictures"):
-        Folder(root=tmp_path, cache_dir=tmp_path / "cache").read()
-
-
-def test_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="root must be given: a folder that holds one folder of pictures per class"):
-        load_dataset("folder")
-    with pytest.raises(DataError, match="is not a folder"):
-        load_dataset("folder", root=tmp_path / "nowhere")
-    with pytest.raises(DataError, match="must hold one folder of pictures per class, found none"):
-        load_dataset("folder", root=tmp_path)
-    write_folder(tmp_path / "train", {"a": 1})
-    with pytest.raises(DataError, match="test/ is missing"):
-        load_dataset("folder", root=tmp_path)
-
-
-def test_a_truncated_picture_leaves_nothing_behind(tmp_path: Path) -> None:
-    root = tmp_path / "mine"
-    write_folder(root, COUNTS)
-    victim = root / "class-3" / "001.jpg"
-    Image.effect_noise((64, 64), 50).save(victim)
-    victim.write_bytes(victim.read_bytes()[:-500])
-    with pytest.raises(DataError, match=r"001\.jpg is damaged or not a picture"):
-        load_dataset("folder", root=root, cache_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()

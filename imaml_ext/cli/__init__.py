@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError
+from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError, option_prefix
 
 # Another command is a module of this name, with `run(arguments, ranks) -> exit code`, and a line here.
 COMMANDS = {
@@ -66,10 +66,14 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     from imaml_ext.train.job import joined
 
-    with joined() as ranks:
-        if ranks.size > 1 and name != "train":
-            raise ranks.reported_once(RunError(f"imaml {name} runs in one process: start it without torchrun"))
-        return int(importlib.import_module(f"imaml_ext.cli.{name}").run(arguments[1:], ranks))
+    python = option_prefix.set("--" if name == "data" else "--data.")
+    try:
+        with joined() as ranks:
+            if ranks.size > 1 and name != "train":
+                raise ranks.reported_once(RunError(f"imaml {name} runs in one process: start it without torchrun"))
+            return int(importlib.import_module(f"imaml_ext.cli.{name}").run(arguments[1:], ranks))
+    finally:
+        option_prefix.reset(python)
 
 
 def _help() -> str:

@@ -23,8 +23,8 @@ import numpy as np
 
 from imaml_ext.data import cache
 from imaml_ext.data.datasets import Dataset
+from imaml_ext.data.labelled import LabelledImages
 from imaml_ext.data.pickles import load_pickle
-from imaml_ext.data.pictures import LabelledImages
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
 from imaml_ext.pictures import Reading

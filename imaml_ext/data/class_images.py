@@ -104,6 +104,11 @@ class ClassImages:
     def device(self) -> torch.device:
         return self.images.device
 
+    def character_names(self) -> tuple[str, ...]:
+        """Returns the names of the characters, each once whatever its orientations are."""
+        names = self._names
+        return tuple(str(i) if names is None else names[i] for i in np.unique(self.character))
+
     def name(self, class_id: int) -> str:
         """Returns the readable name of a class, with its rotation in degrees where it is turned."""
         character, turns = int(self.character[class_id]), int(self.quarter_turns[class_id])

@@ -49,6 +49,10 @@ class Dataset(ABC):
             ValueError, TypeError: an unknown split, or numbers that the data cannot fill.
         """
 
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Returns the names of the classes of each split; empty in regression, which has none."""
+        return {}
+
     @abstractmethod
     def rows(self) -> list[dict[str, str | int]]:
         """Describes each split for a table: its name and what it holds."""
@@ -95,6 +99,9 @@ class ImageDataset(Dataset):
     def sampler(self, split: str, *, ways: Any = None, **sizes: Any) -> EpisodeSampler:
         images = self.images(split, device=sizes.pop("device", None))
         return EpisodeSampler(images, ways=ways, stream=split, **sizes)
+
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        return {split: part.character_names() for split, part in self._parts.items()}
 
     def rows(self) -> list[dict[str, str | int]]:
         rows = []

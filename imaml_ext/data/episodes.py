@@ -17,7 +17,7 @@ from torch import Tensor
 from imaml_ext.batch import EpisodeBatch, shard_slice
 from imaml_ext.checks import check_int
 from imaml_ext.data.augment import Augmentation
-from imaml_ext.data.class_images import ClassImages
+from imaml_ext.data.class_images import ClassImages, number_range
 from imaml_ext.rng import choose_distinct, random_words
 
 
@@ -95,11 +95,12 @@ class EpisodeSampler(TaskSampler):
         self.ways = check_int("ways", self.ways, minimum=1)
         if self.ways > images.num_classes:
             raise ValueError(f"ways must not exceed the {images.num_classes} classes there are, got {self.ways}")
-        smallest = int(images.drawings.argmin())
-        if self.shots + self.queries > images.drawings[smallest]:
-            whose = "a class has" if images.num_drawings is not None else f"class {images.name(smallest)!r} has"
-            wanted = f"must not exceed the {images.drawings[smallest]} drawings {whose}"
-            raise ValueError(f"shots + queries {wanted}, got {self.shots} + {self.queries}")
+        each = self.shots + self.queries
+        small = np.flatnonzero(images.drawings < each)
+        if small.size:
+            raise ValueError(
+                f"shots + queries must not exceed {_few(images, small)}, got {self.shots} + {self.queries}"
+            )
         if self.augmentation is not None:
             self.augmentation.check_images(images.image_shape)
         self.images = images if self.device is None else images.to(self.device)
@@ -140,3 +141,16 @@ class EpisodeSampler(TaskSampler):
         images = self.ways * (self.shots + self.queries)
         words = self._words(step, shard, images * Augmentation.WORDS, stream=f"{self.stream}/augmentation")
         return words.reshape(len(words), images, Augmentation.WORDS)
+
+
+def _few(images: ClassImages, small: np.ndarray) -> str:
+    """Says how few drawings classes have."""
+    if images.num_drawings is not None:
+        return f"the {images.num_drawings} drawings a class has"
+    names = [repr(images.name(int(i))) for i in small[:10]]
+    if small.size == 1:
+        return f"the {images.drawings[small[0]]} drawings class {names[0]} has"
+    more = f" and {small.size - 10} more" if small.size > 10 else ""
+    return (
+        f"the {number_range(images.drawings[small])} drawings that {small.size} classes have ({', '.join(names)}{more})"
+    )

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,7 +35,7 @@ from imaml_ext.data.class_images import ClassImages
 from imaml_ext.data.datasets import Dataset, ImageDataset
 from imaml_ext.data.source import FileSource
 from imaml_ext.errors import DataError
-from imaml_ext.pictures import Reading
+from imaml_ext.pictures import READING_VERSION, Reading
 from imaml_ext.pictures.decode import decode
 from imaml_ext.pictures.square import squared
 from imaml_ext.settings import NOT_NEGATIVE
@@ -187,14 +188,16 @@ def _load_packed(path: Path) -> np.ndarray:
 
 
 def _load_tree(folder: Path, packs: Path) -> np.ndarray:
-    """Reads torchvision's tree, or the file packed from it earlier, whose name carries sizes and times."""
+    """Reads torchvision's tree, or the file packed from it earlier, whose name carries its place, sizes and times."""
     drawings = _list_tree(folder)
 
     def read() -> cache.Arrays:
         return {"images": np.stack([_read_drawing(path) for path in drawings]), **_labels()}
 
-    packed = packs / "omniglot-packed" / f"omniglot28-{cache.files_digest(folder, drawings)}.npz"
-    return cache.cached_arrays(packed, _PACKED_ARRAYS, read)["images"]
+    place = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=4).hexdigest()
+    state = cache.files_digest(folder, drawings, READING_VERSION)
+    packed = packs / "omniglot-packed" / f"omniglot28-{place}-{state}.npz"
+    return cache.cached_arrays(packed, _PACKED_ARRAYS, read, superseded=f"omniglot28-{place}-*.npz")["images"]
 
 
 def _list_tree(folder: Path) -> list[Path]:

@@ -21,15 +21,7 @@ def load_pickle(path: Path, *keys: str) -> dict[str, Any]:
     Raises:
         DataError: the file is missing or damaged, names anything else, or holds no such dictionary.
     """
-    try:
-        with path.open("rb") as file:
-            content = _ArraysOnly(file, encoding="latin1").load()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # a damaged pickle raises errors of many kinds
-        reason = error or type(error).__name__
-        wanted = f"damaged or not a pickle of arrays ({reason})"
-        raise DataError(f"{path} is {wanted}; download or create it again") from error
+    content = _load(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a dictionary, got {type(content).__name__}")
     named = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
@@ -37,6 +29,26 @@ def load_pickle(path: Path, *keys: str) -> dict[str, Any]:
         if key not in named:
             raise DataError(f"{path} has no entry '{key}' (it holds {', '.join(map(str, named)) or 'nothing'})")
     return named
+
+
+def load_pickled_list(path: Path) -> list[Any]:
+    """Reads the list in a pickle file; otherwise as `load_pickle`."""
+    content = _load(path)
+    if not isinstance(content, list | tuple | np.ndarray):
+        raise DataError(f"{path} must hold a list, got {type(content).__name__}")
+    return list(content)
+
+
+def _load(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return _ArraysOnly(file, encoding="latin1").load()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a damaged pickle raises errors of many kinds
+        reason = error or type(error).__name__
+        wanted = f"damaged or not a pickle of arrays ({reason})"
+        raise DataError(f"{path} is {wanted}; download or create it again") from error
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -25,6 +25,8 @@ class DataSource(Choice):
         "glyphs": "imaml_ext.data.glyphs.Glyphs",
         "omniglot": "imaml_ext.data.omniglot.Omniglot",
         "mini-imagenet": "imaml_ext.data.mini_imagenet.MiniImageNet",
+        "tiered-imagenet": "imaml_ext.data.tiered_imagenet.TieredImageNet",
+        "cub": "imaml_ext.data.cub.Cub",
         "cifar-fs": "imaml_ext.data.cifar.CifarFS",
         "fc100": "imaml_ext.data.cifar.FC100",
         "folder": "imaml_ext.data.folder.Folder",
@@ -54,7 +56,8 @@ class CachedSource(DataSource):
 class FileSource(CachedSource):
     """A published data set that is read from files."""
 
-    # Folder of the data set's files; unset: the environment variable IMAML_DATA_ROOT, else the cache.
+    # Folder of the data set's files, or a tar archive of it; unset: the environment variable IMAML_DATA_ROOT, else the
+    # cache.
     root: Path | None = None
 
 

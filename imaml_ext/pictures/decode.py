@@ -8,11 +8,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imaml_ext.errors import DataError
+from imaml_ext.pictures.stored import StoredPicture
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I")
 
 
-def decode(path: Path, *, transparent: str = "white") -> Image.Image:
+def decode(path: Path | StoredPicture, *, transparent: str = "white") -> Image.Image:
     """Decodes a file as "L" or "RGB": turned as its EXIF orientation says, its transparent parts laid on a ground of
     the colour `transparent`, and 16 bits scaled to 8.
 
@@ -20,7 +21,7 @@ def decode(path: Path, *, transparent: str = "white") -> Image.Image:
         DataError: the file is missing, damaged or no picture.
     """
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as stream, Image.open(stream) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode in _DEEP:
                 deep = np.asarray(picture).astype(np.int64)
@@ -32,5 +33,5 @@ def decode(path: Path, *, transparent: str = "white") -> Image.Image:
             return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
     except FileNotFoundError as error:
         raise DataError(f"the picture {path} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoders raise errors of many kinds for a damaged file
         raise DataError(f"the picture {path} is damaged or not a picture ({error})") from error

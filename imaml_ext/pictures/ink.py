@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from imaml_ext.errors import DataError
+from imaml_ext.pictures.stored import StoredPicture
 
 
-def find_ink(picture: Image.Image, which: str, path: Path) -> Image.Image:
+def find_ink(picture: Image.Image, which: str, path: Path | StoredPicture) -> Image.Image:
     """Returns a picture "L" that is 255 where something is drawn, and 0 on the ground.
 
     `which`: strokes that are "dark" or "light" against the ground, or "either".

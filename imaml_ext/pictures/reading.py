@@ -13,7 +13,11 @@ from imaml_ext.errors import DataError
 from imaml_ext.pictures.decode import decode
 from imaml_ext.pictures.ink import cut_to_ink, find_ink
 from imaml_ext.pictures.square import squared
+from imaml_ext.pictures.stored import StoredPicture
 from imaml_ext.settings import COUNT, NOT_NEGATIVE, Settings
+
+READING_VERSION = 1  # counts changes of what is read from the same file: packed pictures of others are read again
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of files that are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +43,16 @@ class Reading(Settings):
         """(C, H, W) of what is read."""
         return (3 if self.colours == "rgb" else 1, self.size, self.size)
 
-    def read(self, path: Path | str) -> np.ndarray:
-        """Reads one file: uint8 [size, size], or [size, size, 3] in colour.
+    def read(self, path: Path | str | StoredPicture) -> np.ndarray:
+        """Reads one file, or its content: uint8 [size, size], or [size, size, 3] in colour.
 
         Raises:
             DataError: the file is missing, damaged or no picture; or it is blank, where ink is looked for.
         """
-        picture = decode(Path(path), transparent=self.transparent)
+        path = Path(path) if isinstance(path, str) else path
+        picture = decode(path, transparent=self.transparent)
         if self.colours == "ink":
-            picture = find_ink(picture, self.ink, Path(path))
+            picture = find_ink(picture, self.ink, path)
             if self.square == "ink":
                 return squared(cut_to_ink(picture, self.margin), self.size, "pad")
         return squared(picture.convert("RGB" if self.colours == "rgb" else "L"), self.size, self.square)

@@ -7,7 +7,7 @@ them what else was learnt (`log_lam`, `log_lr`). Its metadata describe the model
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from imaml_ext.data import RecordedClasses
 from imaml_ext.errors import WeightsError
 from imaml_ext.files import atomic_write
 from imaml_ext.losses import TaskLoss
@@ -43,6 +44,7 @@ class Card:
             those of its first tasks (missing in results of before there were such figures).
         environment: versions and hardware of the training. trained_from: the weights that it began with, if any.
         reading: how pictures of one's own are read, to be like the training's; None in regression.
+        classes: the names of the classes of each split; None where the run did not record them.
     """
 
     recipe: str
@@ -60,6 +62,12 @@ class Card:
     environment: dict[str, Any]
     trained_from: str | None = None
     reading: Reading | None = None
+    classes: Mapping[str, Sequence[str]] | None = None
+
+    @property
+    def recorded_classes(self) -> RecordedClasses:
+        """The classes that the weights were trained with, for a check that they are not judged by these."""
+        return RecordedClasses(self.data["kind"], self.classes or {})
 
     @property
     def figure(self) -> str:

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from imaml_ext.errors import ConfigError, Diverged, RunError
 from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.progress import say
 from imaml_ext.reproduction.options import ImageOptions, TrainedOptions
 from imaml_ext.reproduction.results import data_source, output_folder, read_json, write_results
 from imaml_ext.settings import changed, to_json
 from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.experiment import resolve_device
-from imaml_ext.train.progress import say
 from imaml_ext.train.reports import write_figure
 from imaml_ext.train.run_directory import RunDirectory, read_config
 from imaml_ext.train.trainer import check_directory, train

@@ -31,13 +31,13 @@ from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.losses import TaskLoss
 from imaml_ext.meta import FOMAML, IMAML, MAML, MetaAlgorithm
 from imaml_ext.models import Conv4
+from imaml_ext.progress import ProgressBar, say
 from imaml_ext.reproduction.figures import LABELS, STYLES, finish, panels
 from imaml_ext.reproduction.options import Cost
 from imaml_ext.reproduction.results import data_source, output_folder, read_json, write_results
 from imaml_ext.solvers import CG
 from imaml_ext.train.environment import environment
 from imaml_ext.train.experiment import resolve_device
-from imaml_ext.train.progress import ProgressBar, say
 from imaml_ext.train.reports import write_figure
 
 WAYS, SHOTS = 20, 5

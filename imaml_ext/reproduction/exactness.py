@@ -25,11 +25,11 @@ from imaml_ext.batch import Data, EpisodeBatch
 from imaml_ext.data.linear import LinearClosedForm, LinearSampler
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML, MAML, MetaAlgorithm
+from imaml_ext.progress import ProgressBar, say
 from imaml_ext.reproduction.figures import STYLES, curve_with_band, finish, panels
 from imaml_ext.reproduction.options import Exactness
 from imaml_ext.reproduction.results import output_folder, write_results
 from imaml_ext.solvers import CG
-from imaml_ext.train.progress import ProgressBar, say
 from imaml_ext.train.reports import write_figure
 
 _BLUES = ("#9ecae1", "#4292c6", "#08519c", "#000000")  # iMAML, from the fewest CG steps to the most

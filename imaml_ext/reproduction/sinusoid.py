@@ -17,6 +17,7 @@ from imaml_ext.errors import RunError
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.inner import GradientDescent, NewtonCG
 from imaml_ext.meta import FOMAML, MAML, Reptile
+from imaml_ext.progress import ProgressBar
 from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
 from imaml_ext.reproduction.figures import LABELS, STYLES, curve_with_band, finish, learning_curve, panels
 from imaml_ext.reproduction.options import ALGORITHMS, Sinusoid
@@ -25,7 +26,6 @@ from imaml_ext.settings import changed
 from imaml_ext.train.checkpoint import load_newest
 from imaml_ext.train.evaluation import evaluate
 from imaml_ext.train.experiment import Experiment, build
-from imaml_ext.train.progress import ProgressBar
 from imaml_ext.train.recipe import load_recipe
 from imaml_ext.train.run_directory import RunDirectory, read_config
 

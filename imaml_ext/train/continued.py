@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from imaml_ext.errors import CheckpointError, RunError
+from imaml_ext.progress import say
 from imaml_ext.settings import to_json
 from imaml_ext.train.checkpoint import (
     Checkpoint,
@@ -22,7 +23,6 @@ from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.experiment import Experiment
 from imaml_ext.train.meta_step import State
 from imaml_ext.train.metrics import MetricAccumulator
-from imaml_ext.train.progress import say
 from imaml_ext.train.run_directory import RunDirectory, read_config, record_config
 from imaml_ext.train.schedule import load_optimizer_state, optimizer_state, outer_optimizer
 

@@ -16,13 +16,13 @@ from imaml_ext.data import DataSource
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent
 from imaml_ext.pretrained.weights import Weights, read_weights
+from imaml_ext.progress import ProgressBar
 from imaml_ext.settings import COUNT, POSITIVE, Settings, changed, from_json
 from imaml_ext.train.checkpoint import chosen_checkpoint, load_checkpoint
 from imaml_ext.train.config import EvaluationSettings, RunSettings, Tasks, Theta, TrainConfig
 from imaml_ext.train.experiment import Experiment, build
-from imaml_ext.train.progress import ProgressBar
 from imaml_ext.train.ranks import Ranks
-from imaml_ext.train.run_directory import RunDirectory, read_config
+from imaml_ext.train.run_directory import RunDirectory, check_recorded_classes, read_config
 
 _FIRST = 1250  # query examples
 
@@ -183,6 +183,7 @@ def open_run(
     config = changed(read_config(directory).config, changes or {})
     saved = chosen_checkpoint(directory) if checkpoint is None else load_checkpoint(checkpoint)
     experiment = build(config)
+    check_recorded_classes(directory, experiment.dataset)
     like = experiment.algorithm.initial(experiment.model.init(seed=0, dtype=experiment.dtype))
     saved_params = {name: value.to(experiment.dtype) for name, value in saved.evaluated.items()}
     return experiment, experiment.restored(saved_params, like)
@@ -204,6 +205,7 @@ def evaluate_pretrained(
     changes = changes or {}
     weights = read_weights(source).for_ways(changes.get("tasks.ways"))
     experiment = build(changed(_config_of(weights), changes))
+    weights.card.recorded_classes.check(experiment.dataset, what=f"the weights {weights.name}")
     params = {name: value.to(experiment.device, experiment.dtype) for name, value in weights.params.items()}
     return _as_configured(experiment, params, split, from_scratch)
 

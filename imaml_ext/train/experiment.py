@@ -74,6 +74,7 @@ class Experiment:
             return {}
         run = RunDirectory.of_last_stage(Path(source)).holds_run()
         weights = run_weights(Path(source)) if run else read_weights(source)
+        weights.card.recorded_classes.check(self.dataset, what=f"theta.weights {weights.name}")
         weights = weights.for_ways(self.config.tasks.ways if self.config.theta.shared_head else None)
         ours, theirs = self.model.layout, weights.model.layout
         if theirs != ours:

@@ -9,7 +9,7 @@ from imaml_ext.errors import RunError
 from imaml_ext.pretrained.weights import Card, Weights, save_weights
 from imaml_ext.settings import changed, leaves, to_json
 from imaml_ext.train.checkpoint import chosen_checkpoint
-from imaml_ext.train.run_directory import RunDirectory, read_config, read_result, tested_step
+from imaml_ext.train.run_directory import RunDirectory, read_classes, read_config, read_result, tested_step
 
 
 def export_run(run: Path, output: Path, *, commit: str = "") -> Weights:
@@ -41,7 +41,8 @@ def run_weights(run: Path, *, commit: str = "") -> Weights:
         raise RunError(f"{run} has no checkpoint of step {tested_step(result)}, which its result.json is about")
     config = recorded.config
     dataset = config.data.load()
-    places = {name: None for name, _ in leaves(config.data) if name in ("root", "cache_dir")}
+    classes = read_classes(directory)
+    places = {name: None for name, _ in leaves(config.data) if name in ("root", "cache_dir", "splits")}
     card = Card(
         recipe=recorded.recipe,
         command=result["command"],
@@ -52,6 +53,7 @@ def run_weights(run: Path, *, commit: str = "") -> Weights:
         kind=config.data.kind_of_task,
         input_shape=tuple(dataset.input_shape),
         reading=dataset.reading,
+        classes=None if classes is None else classes.classes,
         steps=saved.step,
         meta_batch=config.outer.meta_batch,
         train_seconds=result["train_seconds"],

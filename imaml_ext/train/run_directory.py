@@ -1,6 +1,7 @@
 """The files of a run directory, each whole or absent whatever happens while it is written.
 
 config.json           recipe, resolved configuration, versions and hardware; written first
+classes.json          the data set, and the classes of each split
 metrics.jsonl         one line per logged meta-step
 checkpoints/          step-00000200.pt, …
 tensorboard/          events, where tensorboard is installed
@@ -19,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from imaml_ext.data import Dataset, RecordedClasses
+from imaml_ext.data.listing import named
 from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.progress import say
 from imaml_ext.settings import changed, from_json, leaves
 from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.legacy import config_from_old
@@ -32,6 +36,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"
+        self.classes = path / "classes.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
@@ -125,7 +130,7 @@ def record_config(directory: RunDirectory, stamp: Mapping[str, Any]) -> None:
 
 
 # Settings that a resumed run may set anew: they change where and how it runs, not what comes out.
-_FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "evaluation.", "run.")
+_FREE_ON_RESUME = ("data.root", "data.cache_dir", "data.download", "data.splits", "evaluation.", "run.")
 _FIXED_OF_RUN = ("run.seed", "run.dtype")
 
 
@@ -170,6 +175,35 @@ def check_directory(directory: RunDirectory, config: TrainConfig, *, resume: boo
         if value != was and not free and not (grown and name == "outer.steps"):
             where = f"{name} was {was!r} in {directory.path}, now {value!r}"
             raise ConfigError(f"a resumed run keeps its settings: {where}")
+
+
+def record_classes(directory: RunDirectory, dataset: Dataset) -> None:
+    """Writes which classes are in which split, where the run has no such file yet."""
+    if dataset.classes() and not directory.classes.exists():
+        atomic_write(directory.classes, json_bytes({"data": dataset.name, "classes": dataset.classes()}))
+
+
+def read_classes(directory: RunDirectory) -> RecordedClasses | None:
+    """Returns the classes that a run was trained with; None where it does not say."""
+    try:
+        recorded = json.loads(directory.classes.read_text())
+        return RecordedClasses(recorded["data"], recorded["classes"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{directory.classes} cannot be read: {error}") from error
+
+
+def check_recorded_classes(directory: RunDirectory, dataset: Dataset) -> None:
+    """Checks that a run is continued or judged on classes that it has not learnt from, and tells of new ones.
+
+    Raises:
+        DataError: classes have moved to another split.
+    """
+    recorded = read_classes(directory)
+    new = recorded.check(dataset, what=f"the run {directory.path}") if recorded is not None else []
+    if new:
+        say(f"{len(new)} classes are new since {directory.path} began: {named(new)}")
 
 
 class MetricsLog:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from imaml_ext.errors import RunError
+from imaml_ext.progress import say
 from imaml_ext.settings import changed
 from imaml_ext.train.config import TrainConfig, differences
 from imaml_ext.train.job import joined
-from imaml_ext.train.progress import say
 from imaml_ext.train.recipe import Recipe
 from imaml_ext.train.run_directory import RunDirectory, check_directory, read_config, read_result
 from imaml_ext.train.trainer import OnLog, train

@@ -18,6 +18,7 @@ from imaml_ext._version import __version__
 from imaml_ext.data import Sampler
 from imaml_ext.errors import ConfigError, Diverged, Interrupted
 from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.progress import ProgressBar, say
 from imaml_ext.settings import leaves, to_json
 from imaml_ext.train import reports
 from imaml_ext.train.captured import CapturedStep
@@ -29,9 +30,14 @@ from imaml_ext.train.evaluation import Evaluation, evaluate
 from imaml_ext.train.experiment import Experiment, build
 from imaml_ext.train.job import joined
 from imaml_ext.train.meta_step import EagerStep, MetaStep, State
-from imaml_ext.train.progress import ProgressBar, say
 from imaml_ext.train.ranks import Ranks
-from imaml_ext.train.run_directory import RunDirectory, absolute, check_directory
+from imaml_ext.train.run_directory import (
+    RunDirectory,
+    absolute,
+    check_directory,
+    check_recorded_classes,
+    record_classes,
+)
 from imaml_ext.train.run_logger import RunLogger
 from imaml_ext.train.schedule import learning_rate
 from imaml_ext.train.signals import StopRequest
@@ -46,7 +52,7 @@ _SHOWN = (  # metric, name and scale on the progress bar
 )
 
 # Settings in which the processes of a job may differ; weights are read by the first alone.
-_OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "run.threads", "theta.weights")
+_OF_THE_MACHINE = ("data.root", "data.cache_dir", "data.download", "data.splits", "run.threads", "theta.weights")
 
 OnLog = Callable[[dict[str, Any]], object]  # takes a row of metrics.jsonl; true: stop here
 
@@ -97,10 +103,12 @@ def train(
         experiment, train_tasks = ranks.on_all(_prepare, config, ranks)
         start = {} if begun else ranks.on_first(_start, experiment)
         ranks.check_equal(_facts(experiment, recipe))
+        ranks.on_first(check_recorded_classes, directory, experiment.dataset)
         here = environment(experiment.device, ranks.size)
         stamp = {"recipe": recipe, "config": to_json(config), "environment": here}
         ranks.on_first(run.enter_context, directory.opened())
         saved = ranks.on_first(opened, directory, config, stamp, resume, checkpoint)
+        ranks.on_first(record_classes, directory, experiment.dataset)
         state = ranks.on_all(restored, experiment, saved, start)
         with StopRequest(patient=ranks.size > 1) as stop, RunLogger(directory) as logger:
             ranks.on_first(logger.open, step=state.step, tensorboard=config.run.tensorboard)

@@ -1,7 +1,9 @@
-"""Progress of a run on stderr: a bar on a terminal, a line now and then in a log file."""
+"""Progress on stderr: a bar on a terminal, a line now and then in a log file."""
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -52,3 +54,15 @@ class ProgressBar:
 def say(text: str) -> None:
     """Writes a line for the user, beside the bar rather than into the results on stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+def first_process() -> bool:
+    """Tells whether this is the process that speaks for a job of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Writes a line for the user the first time it is said, and on the first process of a job alone."""
+    if first_process():
+        say(text)
