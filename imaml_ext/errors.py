@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 
 class ImamlError(Exception):
@@ -70,3 +71,11 @@ class Interrupted(ImamlError, RuntimeError):
         super().__init__(message)
         self.signal = int(number or signal.SIGINT)
         self.exit_code = 128 + self.signal
+
+
+class EvaluationStopped(Interrupted):
+    """A signal asked an evaluation to stop; `so_far` is its result for the tasks that were judged, None for too few."""
+
+    def __init__(self, number: int | None, message: str, so_far: Any) -> None:
+        super().__init__(number, message)
+        self.so_far = so_far

@@ -77,19 +77,24 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Holds what config.json says of a run."""
+    """Holds what config.json says of a run; older ones say nothing of `command` and `dataset`."""
 
     recipe: str
     config: TrainConfig
+    environment: dict[str, Any]
+    command: str = ""
+    dataset: dict[str, Any] | None = None  # description, input_shape and reading
 
 
 def read_config(directory: RunDirectory) -> RecordedRun:
     """Reads the configuration that a run was started with; RunError where there is none, or it is damaged."""
     try:
         recorded = json.loads(directory.config.read_text())
+        here = recorded.get("environment", {})
         if "preset" in recorded:
-            return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]))
-        return RecordedRun(str(recorded["recipe"]), from_json(TrainConfig, recorded["config"]))
+            return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]), here)
+        config = from_json(TrainConfig, recorded["config"])
+        return RecordedRun(str(recorded["recipe"]), config, here, recorded.get("command", ""), recorded.get("dataset"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{directory.path} holds no run: there is no config.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -23,6 +23,7 @@ from imaml_ext.train.config import TrainConfig
 from imaml_ext.train.environment import environment
 from imaml_ext.train.evaluation import Evaluation, evaluate
 from imaml_ext.train.experiment import Experiment, build
+from imaml_ext.train.export import dataset_record
 from imaml_ext.train.job import joined
 from imaml_ext.train.meta_step import EagerStep, MetaStep, State
 from imaml_ext.train.metrics import MetricAccumulator
@@ -88,7 +89,8 @@ def train(
         start = {} if begun else ranks.on_first(_start, experiment)
         ranks.check_equal(_facts(experiment, recipe))
         here = environment(experiment.device, ranks.size)
-        stamp = {"recipe": recipe, "config": to_json(config), "environment": here}
+        record = {"command": command, "dataset": dataset_record(experiment.dataset, config)}
+        stamp = {"recipe": recipe, **record, "config": to_json(config), "environment": here}
         ranks.on_first(run.enter_context, directory.opened())
         saved = ranks.on_first(_open, directory, stamp, config.run.seed, resume, checkpoint)
         state = ranks.on_all(_restore, experiment, saved, start)
