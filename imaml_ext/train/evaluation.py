@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -271,12 +271,24 @@ def open_run(
 ) -> tuple[Experiment, dict[str, Tensor]]:
     """Returns the experiment of a run and its newest meta-parameters to be judged; errors as of `evaluate_run`."""
     directory = RunDirectory.of_last_stage(path)
-    config = changed(read_config(directory).config, changes or {})
+    recorded = read_config(directory)
+    config = changed(recorded.config, changes or {})
     saved = saved_parameters(directory) if checkpoint is None else load_checkpoint(checkpoint)
     experiment = build(config)
+    if recorded.dataset is not None:
+        _check_shape(experiment, recorded.dataset["input_shape"], f"the run {directory.path}")
     like = experiment.algorithm.initial(experiment.model.init(seed=0, dtype=experiment.dtype))
     saved_params = {name: value.to(experiment.dtype) for name, value in saved.evaluated.items()}
     return experiment, experiment.restored(saved_params, like)
+
+
+def _check_shape(experiment: Experiment, wanted: Sequence[int], whose: str) -> None:
+    """Refuses examples of another shape than those of the training; some networks would take them."""
+    found = experiment.dataset.input_shape
+    if tuple(found) != tuple(wanted):
+        theirs, ours = (" × ".join(map(str, shape)) for shape in (found, wanted))
+        name = experiment.config.data.kind_name
+        raise ConfigError(f"an example of {name} must be of shape {ours} for {whose}, got {theirs}")
 
 
 def evaluate_pretrained(source: Path | str, changes: Mapping[str, Any] | None = None, **how: Any) -> Evaluation:
@@ -295,11 +307,7 @@ def evaluate_pretrained(source: Path | str, changes: Mapping[str, Any] | None = 
     changes = changes or {}
     weights = read_weights(source).for_ways(changes.get("tasks.ways"))
     experiment = build(changed(config_of(weights), changes))
-    shape, wanted = (tuple(each) for each in (experiment.dataset.input_shape, weights.card.input_shape))
-    if shape != wanted:
-        theirs, ours = (" × ".join(map(str, each)) for each in (shape, wanted))
-        name = experiment.config.data.kind_name
-        raise ConfigError(f"examples of {name} must be {ours} for the weights {weights.name}, got {theirs}")
+    _check_shape(experiment, weights.card.input_shape, f"the weights {weights.name}")
     params = {name: value.to(experiment.device, experiment.dtype) for name, value in weights.params.items()}
     return _as_configured(experiment, params, How(**how))
 
