@@ -63,7 +63,7 @@ def label_splits(
 def list_classes(folder: Path) -> dict[str, list[Path]]:
     """Lists the pictures of every class: {name of a folder in `folder`: its .png and .jpg files}, in order of name."""
     classes = {
-        path.name: sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+        path.name: sorted(filter(is_picture, path.iterdir()))
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith(".")
     }
@@ -73,6 +73,11 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
         if not pictures:
             raise DataError(f"class {name!r} has no pictures: {folder / name} holds no .png or .jpg file")
     return classes
+
+
+def is_picture(path: Path) -> bool:
+    """Tells whether a file is read as a picture, by its name."""
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 
 def list_splits(folder: Path) -> dict[str, dict[str, list[Path]]]:
