@@ -47,10 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
-    except OSError as error:  # of the flush: what a command does itself was explained before
-        with contextlib.suppress(OSError):
-            print(f"imaml: the output cannot be written: {error.strerror or error}", file=sys.stderr)
-        return 1
 
 
 def _explained(arguments: list[str]) -> int:
