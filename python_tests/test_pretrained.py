@@ -564,7 +564,7 @@ def test_an_adapted_learner_is_saved(learner, tmp_path):
     assert (again.classes, again.reading, again.weights) == (("ant", "bee", "cat"), learner.reading, "small")
     with pytest.raises(RunError, match=r"NAME\.safetensors"):
         adapted.save(tmp_path / "learner.pt")
-    with pytest.raises(WeightsError, match="no adapted learner: .*'imaml_ext 2'"):
+    with pytest.raises(WeightsError, match=r"no adapted learner: .*'imaml_ext 2'"):
         load_adapted(tmp_path / "small.safetensors")
     with pytest.raises(WeightsError, match="not written by `imaml export`: its format is 'imaml_ext learner 1'"):
         read_weights(tmp_path / "learner.safetensors")

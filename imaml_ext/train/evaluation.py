@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from imaml_ext.train.run_directory import RunDirectory, read_config
 from imaml_ext.train.signals import StopRequest
 
 _FIRST = 1250  # query examples
+_SECONDS = 1.0  # between two figures of an evaluation that is under way
 
 
 @dataclass(frozen=True)
@@ -335,11 +337,14 @@ def _as_configured(experiment: Experiment, params: Mapping[str, Tensor], how: Ho
         judging = _Judging(
             experiment, params, how.split, settings.tasks, settings.seed, how.transductive, how.per_class
         )
+        so_far, last = None, -math.inf
         with StopRequest() as stop, ProgressBar(title, total=settings.tasks) as bar:
             for done in judging.batches(alone):
-                so_far = judging.result(done, alone) if done > 1 else None
-                bar.update(done, {"": so_far.figure} if so_far else None)
-                if stop.signal and done < settings.tasks:
+                end, now = done == settings.tasks or stop.signal is not None, time.monotonic()
+                if done > 1 and (end or now - last >= _SECONDS):
+                    so_far, last = judging.result(done, alone), now
+                    bar.update(done, {"": so_far.figure})
+                if end and done < settings.tasks:
                     raise EvaluationStopped(stop.signal, f"stopped after {done} of {settings.tasks} tasks", so_far)
         assert so_far is not None
         return so_far
