@@ -6,16 +6,20 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_tools import assert_one_sentence, imaml
+from training_tools import assert_one_sentence, imaml, small_config
 
-from imaml_ext.data import load_dataset, omniglot_split
+from imaml_ext.data import Folder, load_dataset, omniglot_split
+from imaml_ext.models import Conv4
+from imaml_ext.pictures import Reading
 from imaml_ext.pretrained import learn_pictures, load_adapted, load_pretrained, read_images, read_weights
+from imaml_ext.train import Tasks, export_run, train
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -135,6 +139,27 @@ def test_another_number_of_classes_than_in_training(ways: int, drawn: Path, tmp_
     assert len(found["classes"]) == ways
     assert all(len(row["probabilities"]) == ways for row in found["pictures"])
     assert found["accuracy"] > 0.5  # these are the examples themselves, two of most symbols
+
+
+def test_weights_of_a_run_and_how_they_read_pictures(drawn: Path, tmp_path: Path) -> None:
+    """A run, and the file that is exported from it, read new pictures as the run has read those it was trained on."""
+    reading = Reading(size=20, colours="grey", square="pad")
+    data = Folder(root=drawn / "new", cache_dir=tmp_path, pictures=reading, val_fraction=0.0, test_fraction=0.5)
+    changes = {"data": data, "tasks": Tasks(ways=2, shots=1, queries=2), "model": Conv4(filters=3)}
+    train(replace(small_config(steps=2), **changes), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "mine.safetensors")
+    of_run = answers(drawn / "examples", drawn / "new", "--weights", tmp_path / "run")
+    assert of_run["weights"] == "run"
+    of_file = answers(drawn / "examples", drawn / "new", "--weights", tmp_path / "mine.safetensors")
+    assert of_run["pictures"] == of_file["pictures"]
+    classes = {name: sorted((drawn / "examples" / name).glob("*.png")) for name in NAMES}
+    learnt = learn_pictures(read_weights(tmp_path / "mine.safetensors"), classes)
+    assert learnt.reading == reading
+    new = sorted((drawn / "new").rglob("*.png"))
+    pixels = [np.asarray(Image.open(path).resize((20, 20), Image.Resampling.LANCZOS)) for path in new]
+    expected = learnt.predict(torch.from_numpy(np.stack(pixels)).unsqueeze(1))
+    given = [[row["probabilities"][name] for name in NAMES] for row in of_file["pictures"]]
+    torch.testing.assert_close(torch.tensor(given), expected)
 
 
 def test_what_is_wrong_is_said(drawn: Path, tmp_path: Path) -> None:

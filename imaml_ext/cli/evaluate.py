@@ -124,8 +124,9 @@ def _data(words: Sequence[str]) -> tuple[DataSource | None, DataSource]:
 
     None, where the command line names nothing to evaluate: it is read as a whole, and then said what is wrong with it.
     """
+    from imaml_ext.pretrained import read_weights
     from imaml_ext.train.evaluation import config_of
-    from imaml_ext.train.export import run_weights, weights_from
+    from imaml_ext.train.export import run_weights
     from imaml_ext.train.run_directory import RunDirectory, read_config
 
     pretrained = last_value(words, "--pretrained")
@@ -133,7 +134,7 @@ def _data(words: Sequence[str]) -> tuple[DataSource | None, DataSource]:
     runs = [path for path in named if RunDirectory.of_last_stage(path).holds_run()]
     try:
         if pretrained is not None:
-            known = config_of(weights_from(pretrained)).data
+            known = config_of(read_weights(pretrained)).data
         elif runs:
             known = read_config(RunDirectory.of_last_stage(runs[0])).config.data
         else:
@@ -145,7 +146,7 @@ def _data(words: Sequence[str]) -> tuple[DataSource | None, DataSource]:
         return known, known
     chosen = DataSource.kind(name)()
     if hasattr(chosen, "pictures"):
-        weights = run_weights(runs[0]) if pretrained is None else weights_from(pretrained)
+        weights = run_weights(runs[0]) if pretrained is None else read_weights(pretrained)
         if weights.card.reading is not None:
             chosen = dataclasses.replace(chosen, pictures=weights.card.reading)
     return known, chosen

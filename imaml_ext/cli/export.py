@@ -21,7 +21,7 @@ class Options:
     # Write the parameters of a Conv4 or MLP to this file too, as torch.nn layers name and shape them (torch.save).
     state_dict: Path | None = None
     commit: str = ""  # Commit of the sources that trained it, where the run does not say.
-    # Folder of the data set's files; only runs of before version 0.3, which do not say what their data are, need them.
+    # Folder of the data set's files; only older runs, which have not recorded what their data are, need it.
     data_root: Path | None = None
 
 

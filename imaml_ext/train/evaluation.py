@@ -338,7 +338,7 @@ def _as_configured(experiment: Experiment, params: Mapping[str, Tensor], how: Ho
             experiment, params, how.split, settings.tasks, settings.seed, how.transductive, how.per_class
         )
         so_far, last = None, -math.inf
-        with StopRequest() as stop, ProgressBar(title, total=settings.tasks) as bar:
+        with StopRequest(advice="nothing is reported") as stop, ProgressBar(title, total=settings.tasks) as bar:
             for done in judging.batches(alone):
                 end, now = done == settings.tasks or stop.signal is not None, time.monotonic()
                 if done > 1 and (end or now - last >= _SECONDS):
