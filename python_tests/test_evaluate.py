@@ -137,6 +137,9 @@ def test_a_run_on_another_data_set(run: Path, weights: Path, birds: Path, tmp_pa
     assert of_run["loss"] == of_weights["loss"]
     refused = imaml("evaluate", run, *folder, *tasks, "--data.pictures.size", 40)
     assert_one_sentence(refused, "must be of shape 1 × 28 × 28 for the run", "got 1 × 40 × 40")
+    train(small_config(steps=1), tmp_path / "other")
+    refused = imaml("evaluate", "--output", tmp_path / "other", run)
+    assert_one_sentence(refused, "are both runs: give the one to evaluate first")
     refused = imaml("evaluate", run, "--data", "sinusoid")
     assert_one_sentence(refused, "model must be 'mlp'")
 

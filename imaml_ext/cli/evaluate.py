@@ -71,10 +71,12 @@ class Options:
 
 def run(arguments: list[str], ranks: Ranks) -> int:
     words = renamed(arguments, command="evaluate")
-    known, default = _data(words)
+    run_read, known, default = _data(words)
     options = parse(Options, words, prog="imaml evaluate", default=Options(on=Data(default)))
     if (options.run is None) == (options.pretrained is None):
         raise ConfigError("evaluate needs a run directory or --pretrained NAME, and not both")
+    if options.run is not None and run_read not in (None, options.run):
+        raise ConfigError(f"{run_read} and {options.run} are both runs: give the one to evaluate first")
     if options.run is None and options.checkpoint is not None:
         raise ConfigError("--checkpoint is of a run directory: it cannot be given with --pretrained")
     changes = {path: getattr(options, name) for name, path in _PATHS.items() if getattr(options, name) is not None}
@@ -119,10 +121,11 @@ def _show(result: Evaluation, output: Path | None, arguments: list[str]) -> None
         print(table(("class", "accuracy", "queries"), columns, right=(1, 2)))
 
 
-def _data(words: Sequence[str]) -> tuple[DataSource | None, DataSource]:
-    """The data set that what is evaluated was trained on, and the one that the options of the data change.
+def _data(words: Sequence[str]) -> tuple[Path | None, DataSource | None, DataSource]:
+    """The run that a command line names, the data set that it or the weights were trained on, and the data set whose
+    settings are the defaults of the options.
 
-    None, where the command line names nothing to evaluate: it is read as a whole, and then said what is wrong with it.
+    The second is None where there is nothing to evaluate: the command line is read as a whole, and then refused.
     """
     from imaml_ext.pretrained import read_weights
     from imaml_ext.train.evaluation import config_of
@@ -131,22 +134,22 @@ def _data(words: Sequence[str]) -> tuple[DataSource | None, DataSource]:
 
     pretrained = last_value(words, "--pretrained")
     named = (Path(word) for word in words if not word.startswith("-"))
-    runs = [path for path in named if RunDirectory.of_last_stage(path).holds_run()]
+    run = next((path for path in named if RunDirectory.of_last_stage(path).holds_run()), None)
     try:
         if pretrained is not None:
-            known = config_of(read_weights(pretrained)).data
-        elif runs:
-            known = read_config(RunDirectory.of_last_stage(runs[0])).config.data
+            run, known = None, config_of(read_weights(pretrained)).data
+        elif run is not None:
+            known = read_config(RunDirectory.of_last_stage(run)).config.data
         else:
-            return None, Glyphs()
+            return None, None, Glyphs()
     except RunError:
-        return None, Glyphs()
+        return None, None, Glyphs()
     name = last_value(words, "--data")
     if name is None or name == known.kind_name or name not in DataSource.kinds:
-        return known, known
+        return run, known, known
     chosen = DataSource.kind(name)()
     if hasattr(chosen, "pictures"):
-        weights = run_weights(runs[0]) if pretrained is None else read_weights(pretrained)
+        weights = read_weights(str(pretrained)) if run is None else run_weights(run)
         if weights.card.reading is not None:
             chosen = dataclasses.replace(chosen, pictures=weights.card.reading)
-    return known, chosen
+    return run, known, chosen

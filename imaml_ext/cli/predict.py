@@ -14,7 +14,7 @@ import tyro
 from imaml_ext.cli.parser import last_value, parse
 from imaml_ext.cli.table import table
 from imaml_ext.data.pictures import is_picture, list_classes
-from imaml_ext.errors import ConfigError, DataError
+from imaml_ext.errors import ConfigError, DataError, RunError
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.pictures import Reading
 from imaml_ext.settings import Settings
@@ -46,14 +46,13 @@ class Options:
     weights: str = WEIGHTS  # What is adapted: weights by name, a file NAME.safetensors, or a run directory.
     # How pictures are read; unset: as in the training of the weights.
     how: Annotated[Pictures, tyro.conf.arg(name="")] = field(default_factory=Pictures)
-    # Judge all new pictures together, which helps where they show all classes about equally often; else each picture is
-    # judged alone beside the examples, whatever the others are.
+    # Judge all new pictures together, which helps a little where they show all classes equally often, and harms where
+    # they do not; else each picture is judged alone beside the examples.
     transductive: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str = "cpu"  # Device.
     save: Path | None = None  # Write the learner, as it is after the examples, to this file NAME.safetensors.
-    json: tyro.conf.FlagCreatePairsOff[bool] = (
-        False  # Print JSON, with the probability of every class, and nothing else.
-    )
+    # Print JSON, with the probability of every class, and nothing else.
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     output: Path | None = None  # Write the answers to this file NAME.csv or NAME.json.
 
 
@@ -61,8 +60,10 @@ def run(arguments: list[str], ranks: Ranks) -> int:
     from imaml_ext.pretrained import learn_pictures, load_adapted
     from imaml_ext.train.export import weights_from
 
-    weights = weights_from(last_value(arguments, "--weights") or WEIGHTS)
-    trained = weights.card.reading or Reading()
+    try:
+        trained = weights_from(last_value(arguments, "--weights") or WEIGHTS).card.reading or Reading()
+    except RunError:  # is said once the command line has been read as a whole
+        trained = Reading()
     default = Options(examples=tyro.MISSING, how=Pictures(trained))
     options = parse(Options, arguments, prog="imaml predict", default=default)
     if not options.new and options.save is None:
@@ -77,6 +78,7 @@ def run(arguments: list[str], ranks: Ranks) -> int:
         if not options.examples.is_dir():
             raise DataError(f"{options.examples} must be a folder of folders of pictures, or a file NAME.safetensors")
         classes = list_classes(options.examples)
+        weights = weights_from(options.weights)
         learner = learn_pictures(weights, classes, reading=options.how.pictures, device=options.device)
     if options.save is not None:
         learner.save(options.save)
