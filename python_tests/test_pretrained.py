@@ -364,6 +364,15 @@ def test_classes_keep_rows_of_their_own(classification, tmp_path):
                 torch.testing.assert_close(after[part], expected)
 
 
+@pytest.mark.long
+@pytest.mark.skipif(not os.environ.get("IMAML_DATA_ROOT"), reason="IMAML_DATA_ROOT names the folder of the real data")
+@pytest.mark.parametrize("name", ["omniglot-5w1s-gd", "omniglot-20w1s-hf"])
+def test_fewer_ways_than_trained_are_no_harder(name):
+    """With the mean alone the first has 96.6 %, with its rows as they are the second has 96.0 %."""
+    changes = {"run.device": "cpu", "tasks.ways": 4, "evaluation.tasks": 300, "evaluation.seed": 11}
+    assert evaluate_pretrained(name, changes).accuracy >= 0.978
+
+
 @pytest.mark.parametrize("source", ["omniglot-5w1s-gd", "sine"])
 def test_weights_of_another_model_are_refused(source, tmp_path):
     config = changed(small_config(), {"theta.weights": source})
