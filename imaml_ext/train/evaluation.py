@@ -182,7 +182,7 @@ class _Judging:
             classes = torch.from_numpy(self.sampler.indices(0, shard=shard).classes.reshape(-1)).to(right.device)
             right = right.view(classes.numel(), -1)
             self.per_class[0].index_add_(0, classes, right.sum(1))
-            self.per_class[1].index_add_(0, classes, torch.full_like(right, 1.0).sum(1))
+            self.per_class[1].index_add_(0, classes, torch.ones_like(right).sum(1))
 
     def result(self, done: int, ranks: Ranks) -> Evaluation:
         """Returns the result of the first `done` tasks, at least two of them."""
