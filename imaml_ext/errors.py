@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextvars import ContextVar
+from typing import Any
 
 # What options of the data begin with on the command line that is under way; None in Python.
 option_prefix: ContextVar[str | None] = ContextVar("option_prefix", default=None)
@@ -83,3 +84,11 @@ class Interrupted(ImamlError, RuntimeError):
         super().__init__(message)
         self.signal = int(number or signal.SIGINT)
         self.exit_code = 128 + self.signal
+
+
+class EvaluationStopped(Interrupted):
+    """A signal asked an evaluation to stop; `so_far` is its result for the tasks that were judged, None for too few."""
+
+    def __init__(self, number: int | None, message: str, so_far: Any) -> None:
+        super().__init__(number, message)
+        self.so_far = so_far

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -346,3 +347,48 @@ def test_doctor() -> None:
     report = imaml("doctor")
     assert "Traceback" not in report.stderr
     assert torch.__version__ in report.stdout
+
+
+def test_output_in_an_encoding_that_lacks_our_signs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    knobs = ["--outer.steps", 2, "--run-dir", run, *SMALL]
+
+    def in_ascii(*arguments: object) -> str:
+        done = subprocess.run(
+            imaml_command(*arguments), env=environment(PYTHONIOENCODING="ascii"), capture_output=True, check=True
+        )
+        return (done.stdout + done.stderr).decode("ascii")
+
+    assert re.search(
+        r"test mean squared error [\d.]+ \+/- [\d.]+ \(20 tasks", in_ascii("train", "sinusoid-5shot", *knobs)
+    )
+    assert "one example: 1 x 28 x 28" in in_ascii("data", "glyphs")
+    assert "--inner.lr" in in_ascii("train", "sinusoid-5shot", "--help")
+    odd = tmp_path / "h\udce9t\u00e9" / "\u2603"  # bytes that are no UTF-8, and signs that ASCII lacks
+    refused = subprocess.run(
+        imaml_command("predict", odd, odd), env=environment(PYTHONIOENCODING="ascii"), capture_output=True, check=False
+    )
+    assert refused.returncode == 1
+    assert rb"h\udce9t\xe9/\u2603 must be a folder of folders" in refused.stderr
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_ends_the_command_quietly(stream: str, tmp_path: Path) -> None:
+    """As in `imaml … | head`, or `imaml … 2>&1 | head` with the lines of a progress bar."""
+    steps = ["--outer.steps", 200_000, "--run.log-every", 1, "--run-dir", tmp_path / "run"]
+    commands = {
+        "stdout": ("evaluate", "--pretrained", "omniglot-5w1s-gd", "--data", "glyphs", "--tasks", 4, "--per-class"),
+        "stderr": ("train", "sinusoid-5shot", *SMALL, *steps),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if stream == "stderr":
+        pipes["stderr"] = subprocess.STDOUT
+    process = subprocess.Popen(imaml_command(*commands[stream]), env=environment(), text=True, **pipes)
+    assert process.stdout is not None
+    if stream == "stderr":
+        assert process.stdout.readline()
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0
+    assert "Traceback" not in (stderr or "")
+    assert "BrokenPipe" not in (stderr or "")

@@ -184,7 +184,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         train(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(RunError, match=r"is not finished: it has no result\.json"):
+    with pytest.raises(RunError, match="is not finished: export it, and give the file"):
         train(changed(small_config(), {"theta.weights": str(tmp_path / "run")}), tmp_path / "other")
 
 

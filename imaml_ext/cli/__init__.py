@@ -8,7 +8,10 @@ stopped by Ctrl-C or SIGTERM, after saving.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -20,8 +23,9 @@ from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError, option_pre
 COMMANDS = {
     "train": "Train on few-shot tasks, as a recipe says.",
     "evaluate": "Test a trained run, or pretrained weights, on new tasks.",
+    "predict": "Learn classes of pictures from a few examples of each, and name new pictures.",
     "runs": "List, compare and plot runs.",
-    "export": "Write what a finished run has learnt as a weights file.",
+    "export": "Write what a run has learnt as a weights file.",
     "reproduce": "Repeat an experiment of the paper.",
     "data": "Prepare a data set, and describe it.",
     "doctor": "Show versions and what this installation can use.",
@@ -32,15 +36,27 @@ _USAGE = "usage: imaml COMMAND [OPTIONS]"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments or os.environ.get("IMAML_DEBUG", "") not in ("", "0")
+    _write_any_character()
     try:
         try:
-            return _dispatch([word for word in arguments if word != "--debug"])
+            return _explained(arguments)
         finally:
-            sys.stdout.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
     except BrokenPipeError:  # whoever read the output has seen enough of it, as in `imaml … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # the interpreter flushes them once more at its end
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
+
+
+def _explained(arguments: list[str]) -> int:
+    """The exit code of a command, whose errors are explained on stderr."""
+    debug = "--debug" in arguments or os.environ.get("IMAML_DEBUG", "") not in ("", "0")
+    try:
+        return _dispatch([word for word in arguments if word != "--debug"])
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         return 130
     except ReportedElsewhere as error:
@@ -51,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"imaml: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+
+
+def _write_any_character() -> None:
+    """Lets stdout and stderr write what their encoding lacks: our signs in ASCII, the rest as `\\u2026`."""
+    signs = {"±": "+/-", "×": "x", "λ": "lambda", "−": "-", "…": "...", "→": "->", "°": " deg"}
+
+    def spelled(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        wrong = error.object[error.start]
+        return signs.get(wrong) or wrong.encode("ascii", "backslashreplace").decode(), error.start + 1
+
+    codecs.register_error("imaml", spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="imaml")
 
 
 def _dispatch(arguments: list[str]) -> int:

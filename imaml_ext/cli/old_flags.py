@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 _NAMES = {
+    "--data-root": "--data.root",
     "--data.name": "--data",
     "--data.image-size": "--data.pictures.size",
     "--data.ways": "--tasks.ways",
@@ -44,7 +45,7 @@ _VALUES = {
 }
 
 
-def renamed(arguments: Sequence[str]) -> list[str]:
+def renamed(arguments: Sequence[str], *, command: str = "train") -> list[str]:
     """The command line with the new names of its options; each old one is named on stderr."""
     words, result = list(arguments), []
     while words:
@@ -60,7 +61,8 @@ def renamed(arguments: Sequence[str]) -> list[str]:
         elif flag in _NAMES:
             new = [f"{_NAMES[flag]}{equals}{value if equals else ''}"]
             _warn(flag, _NAMES[flag])
-        elif flag == "--checkpoint" and value and not value.startswith("--"):  # MAML's option of this name has no value
+        elif command == "train" and flag == "--checkpoint" and value and not value.startswith("--"):
+            # MAML's option of this name has no value.
             new = [f"--from-checkpoint{equals}{value if equals else ''}"]
             _warn(flag, "--from-checkpoint")
         else:

@@ -85,7 +85,7 @@ def _chosen(settings: S, arguments: list[str], prefix: str = "--") -> S:
             continue
         flag = prefix + field.name.replace("_", "-")
         if isinstance(value, Choice):
-            name = _last(arguments, flag)
+            name = last_value(arguments, flag)
             if name in value.kinds and name != value.kind_name:
                 value = _carried(value, type(value).kind(name)())
         below = prefix if field.name in _FLAT else f"{flag}."
@@ -93,7 +93,7 @@ def _chosen(settings: S, arguments: list[str], prefix: str = "--") -> S:
     return settings
 
 
-def _last(arguments: list[str], flag: str) -> str | None:
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
     """The value that was given last to an option, as `--flag value` or `--flag=value`."""
     value = None
     for word, after in pairwise([*arguments, ""]):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from imaml_ext.batch import TaskData
-from imaml_ext.errors import RunError
+from imaml_ext.errors import DataError, WeightsError
+from imaml_ext.pictures import Reading
+from imaml_ext.pretrained.adapted import AdaptedLearner, checked_examples, on_device
+from imaml_ext.pretrained.images import read_images
 from imaml_ext.pretrained.weights import Weights, read_weights
 
 
@@ -22,14 +25,44 @@ def load_pretrained(
         adapted = learner.adapt(read_images(["a.png", "b.png"], learner.reading), torch.tensor([0, 1]))
         labels = adapted.predict(read_images(["which.png"], learner.reading)).argmax(-1)
 
-    `ways`: tell that many classes apart, by a last layer that they share (`Weights.for_ways`), in place of as many as
-    in training.
+    `ways`: tell that many classes apart (`Weights.for_ways`), in place of as many as in training.
 
     Raises:
         WeightsError: there are no such weights, the file is damaged, or `ways` is not for them. RunError: the device is
             not there.
     """
     return FewShotLearner(read_weights(source), ways=ways, device=device)
+
+
+def learn_pictures(
+    weights: Weights,
+    pictures: Mapping[str, Sequence[Path | str]],
+    *,
+    reading: Reading | None = None,
+    device: torch.device | str = "cpu",
+) -> AdaptedLearner:
+    """Adapts weights to pictures of named classes, any number of each: {name: image files}.
+
+    `reading`: how they are read, in place of how those of the training were.
+
+    Raises:
+        WeightsError: the weights are of regression, or their examples have another shape than pictures that are read
+            so. DataError: fewer than two classes, a class without pictures, or pictures that cannot be read.
+    """
+    reading = reading or weights.card.reading
+    if weights.card.kind != "classification" or reading is None:
+        raise WeightsError(f"the weights {weights.name} are of regression: they tell no pictures apart")
+    if reading.shape != weights.card.input_shape:
+        wanted, got = (" × ".join(map(str, shape)) for shape in (weights.card.input_shape, reading.shape))
+        raise WeightsError(f"the weights {weights.name} take pictures of {wanted} numbers, this reading gives {got}")
+    if len(pictures) < 2:
+        raise DataError(f"at least two classes of pictures are needed, got {', '.join(pictures) or 'none'}")
+    if empty := [name for name, paths in pictures.items() if not paths]:
+        raise DataError(f"classes without pictures: {', '.join(empty)}")
+    learner = FewShotLearner(weights, ways=len(pictures), device=device)
+    x = read_images([path for paths in pictures.values() for path in paths], reading)
+    y = torch.tensor([label for label, paths in enumerate(pictures.values()) for _ in paths])
+    return learner.adapt(x, y, classes=list(pictures), reading=reading)
 
 
 class FewShotLearner:
@@ -46,23 +79,24 @@ class FewShotLearner:
         self.classification = weights.card.kind == "classification"
         self.ways = weights.card.tasks["ways"] if self.classification else 0
         self._algorithm = weights.bound_algorithm()
-        try:
-            self._params = {name: value.to(device) for name, value in weights.params.items()}
-        except (RuntimeError, AssertionError) as error:
-            raise RunError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        self._params = {name: on_device(value, device) for name, value in weights.params.items()}
         self._theta = self._params["theta"]  # [N]
 
-    def adapt(self, x: Tensor, y: Tensor) -> AdaptedLearner:
+    def adapt(
+        self, x: Tensor, y: Tensor, *, classes: Sequence[str] | None = None, reading: Reading | None = None
+    ) -> AdaptedLearner:
         """Solves the inner problem on one support set.
 
         Args:
             x: [S, *input_shape]; images in [0, 1], Omniglot's with ink 1 on paper 0. y: [S] integer labels in
                 [0, ways), or float targets [S, 1] in regression. Weights for K shots do best with K examples per class.
+            classes: a name per label, `ways` of them; "0", "1", … where omitted.
+            reading: how x was read from pictures, if not as in training.
 
         Raises:
             TypeError, ValueError: a shape, dtype or label that does not fit.
         """
-        x = self.examples(x, "x")
+        x = checked_examples(x, "x", self.input_shape, like=self._theta)
         if not isinstance(y, Tensor):
             raise TypeError(f"y must be a tensor, got {type(y).__name__}")
         if self.classification:
@@ -77,45 +111,14 @@ class FewShotLearner:
             if y.shape != (len(x), 1):
                 raise ValueError(f"y must have shape [{len(x)}, 1], one target per example of x, got {list(y.shape)}")
             y = y.to(self._theta)
-        phi = self._algorithm.adapt(self._params, TaskData(x.unsqueeze(0), y.unsqueeze(0)))
-        return AdaptedLearner(self, phi, x)
-
-    def examples(self, x: Tensor, name: str) -> Tensor:
-        """Returns examples [S, *input_shape] as the parameters are; uint8 images become [0, 1]."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != 1 + len(self.input_shape) or tuple(x.shape[1:]) != self.input_shape or not len(x):
-            expected = ", ".join(map(str, ("S", *self.input_shape)))
-            raise ValueError(f"{name} must have shape [{expected}] with S >= 1, got {list(x.shape)}")
-        values = x.to(self._theta)
-        return values / 255 if x.dtype == torch.uint8 else values
-
-
-@dataclass(frozen=True)
-class AdaptedLearner:
-    """Holds a learner that has seen its support set.
-
-    Attributes:
-        phi: [1, N]. support: [S, *input_shape].
-    """
-
-    learner: FewShotLearner
-    phi: Tensor
-    support: Tensor
-
-    def predict(self, x: Tensor, *, with_support: bool = True) -> Tensor:
-        """Returns probabilities [Q, ways] of new examples [Q, *input_shape]; outputs [Q, 1] in regression.
-
-        Batch normalisation takes its statistics from the examples that are given together, in training and test alike.
-        `with_support` puts the support set beside them, so that one example alone is judged nearly as well as many.
-        Without it they are judged as in `imaml evaluate`, all queries of a task together.
-
-        Raises:
-            TypeError, ValueError: x is not [Q, *input_shape].
-        """
-        examples = self.learner.examples(x, "x")
-        if with_support:
-            examples = torch.cat([examples, self.support])
-        with torch.no_grad():
-            outputs = self.learner._algorithm.loss.outputs(self.phi, examples.unsqueeze(0))[0, : len(x)]  # [Q, ways]
-        return outputs.softmax(-1) if self.learner.classification else outputs
+        names = tuple(map(str, range(self.ways))) if classes is None else tuple(classes)
+        if len(names) != self.ways or len(set(names)) != len(names):
+            raise ValueError(f"classes must be {self.ways} different names, one per label, got {list(names)}")
+        return AdaptedLearner(
+            loss=self._algorithm.loss,
+            phi=self._algorithm.adapt(self._params, TaskData(x.unsqueeze(0), y.unsqueeze(0))),
+            support=x,
+            classes=names,
+            reading=reading or self.reading,
+            weights=self.weights.name,
+        )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -41,7 +42,8 @@ class Card:
         kind: "classification" or "regression". input_shape: of an example, (C, H, W) or (features,).
         steps: meta-steps. meta_batch: tasks in each. train_seconds: how long all of them took.
         test: split, tasks, seed, inner steps, and the figures with their 95 % intervals, as in result.json; `first` are
-            those of its first tasks (missing in results of before there were such figures).
+            those of its first tasks (missing in results of before there were such figures). Of a run that was not
+            finished, or of another checkpoint than the tested one, the figures of its validation, if there was one.
         environment: versions and hardware of the training. trained_from: the weights that it began with, if any.
         reading: how pictures of one's own are read, to be like the training's; None in regression.
         classes: the names of the classes of each split; None where the run did not record them.
@@ -58,7 +60,7 @@ class Card:
     steps: int
     meta_batch: int
     train_seconds: float
-    test: dict[str, Any]
+    test: dict[str, Any] | None
     environment: dict[str, Any]
     trained_from: str | None = None
     reading: Reading | None = None
@@ -72,13 +74,16 @@ class Card:
     @property
     def figure(self) -> str:
         """The result of the test, as a reader wants it."""
+        if self.test is None:
+            return "not tested"
+        split = "validation " if self.test.get("split") == "val" else ""
         if self.test["accuracy"] is None:
-            return f"mean squared error {self.test['loss']:.4f} ± {self.test['loss_interval']:.4f}"
-        return f"accuracy {100 * self.test['accuracy']:.2f} ± {100 * self.test['accuracy_interval']:.2f} %"
+            return f"{split}mean squared error {self.test['loss']:.4f} ± {self.test['loss_interval']:.4f}"
+        return f"{split}accuracy {100 * self.test['accuracy']:.2f} ± {100 * self.test['accuracy_interval']:.2f} %"
 
     def to_markdown(self, name: str, algorithm: MetaAlgorithm, *, shared_head: bool) -> str:
         """The card as a page, for the weights `name` that this algorithm adapts."""
-        where, first, classes = self.environment, self.test.get("first"), self.kind == "classification"
+        where, first, classes = self.environment, (self.test or {}).get("first"), self.kind == "classification"
         on = f"{where['cpu']}, {where['threads']} threads" if where["device"] == "cpu" else where.get("gpu")
         rows = {
             "data": self.description,
@@ -88,7 +93,7 @@ class Card:
             "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
             + (f", from the weights {self.trained_from}" if self.trained_from else ""),
             "on": on or where["device"],
-            "test": f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})",
+            **self._tested(),
             **({"check": _check(first)} if first else {}),
             "command": f"`{self.command}`",
             "commit": self.commit or "unknown",
@@ -97,6 +102,13 @@ class Card:
         lines = [f"| {key} | {value} |" for key, value in rows.items()]
         head, tail = [f"# {name}", "", "| | |", "|---|---|"], ["", f"    imaml evaluate --pretrained {name}", ""]
         return "\n".join([*head, *lines, *tail])
+
+    def _tested(self) -> dict[str, str]:
+        """The rows of the page about the test."""
+        if self.test is None:
+            return {"test": "none: this is not where the run ended"}
+        what = f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})"
+        return {"test": f"none: {what}" if self.test.get("split") == "val" else what}
 
 
 def _check(first: Mapping[str, Any]) -> str:
@@ -129,10 +141,23 @@ class Weights:
         """The algorithm on the loss of the model; it adapts `params` to support sets."""
         return self.algorithm.bound(TaskLoss(self.model, self.criterion))
 
-    def for_ways(self, ways: int | None) -> Weights:
-        """The same for tasks of another number of classes, each with the mean over the classes in the last layer.
+    def for_ways(self, ways: int | None, *, shared: bool = False) -> Weights:
+        """The same for tasks of another number of classes; None: as in training.
 
-        Nothing is lost by that where the head is a shared one. None: as in training.
+        Class c begins with m + s (r_c - m) in the last layer: r_c is its own trained row, and m the mean over the
+        trained rows, which classes beyond the trained ones have. s = min(1, ways / trained ways): rows that tell fewer
+        classes apart are closer to each other. That was measured on weights without a shared head, test tasks of
+        Omniglot, accuracy in %:
+
+            weights             ways   s = 0   s = 1   s = ways / trained
+            omniglot-5w1s-gd     3     97.6    99.2    99.4
+            omniglot-5w1s-gd     4     96.6    98.8    98.5
+            omniglot-20w1s-hf    4     99.0    96.0    99.1
+            omniglot-20w1s-hf    10    96.2    92.3    95.1
+            omniglot-5w1s-gd     6     94.8    96.8
+            omniglot-5w1s-gd     10    91.1    92.4
+
+        With `shared`, or where the head is a shared one, every class has m.
 
         Raises:
             WeightsError: they are of regression, or `ways` is not at least 2.
@@ -143,16 +168,31 @@ class Weights:
             raise WeightsError(f"the weights {self.name} are of regression: ways must be left out, got {ways}")
         if ways < 2:
             raise WeightsError(f"ways must be at least 2, got {ways}")
-        layout, theta = self.model.layout, self.params["theta"]
         model = self.model.fitted(self.card.input_shape, ways)
-        theta = model.layout.flatten(layout.views(theta) | layout.shared_last_layer(theta, ways))
+
+        def fitted(vector: Tensor) -> Tensor:  # theta, or what is learnt per parameter
+            views = self.model.layout.views(vector)
+            last = self.model.layout.shared_last_layer(vector, ways)
+            if not (shared or self.shared_head):
+                last = {name: _own_rows(views[name], means) for name, means in last.items()}
+            return model.layout.flatten(views | last)
+
+        vectors = {name for name, value in self.params.items() if value.numel() == self.model.layout.numel}
+        params = {name: fitted(value) if name in vectors else value for name, value in self.params.items()}
         card = replace(self.card, tasks=self.card.tasks | {"ways": ways})
-        return replace(self, params=self.params | {"theta": theta}, model=model, card=card)
+        return replace(self, params=params, model=model, card=card)
 
     def parameters(self, *, ways: int | None = None) -> dict[str, Tensor]:
         """theta by the names of the model's layout, for so many classes as `for_ways` says."""
         weights = self.for_ways(ways)
         return weights.model.layout.views(weights.params["theta"])
+
+
+def _own_rows(rows: Tensor, means: Tensor) -> Tensor:
+    """Rows [..., trained] in place of the first of their means [..., ways], as `Weights.for_ways` says."""
+    trained, ways = rows.shape[-1], means.shape[-1]
+    own = torch.lerp(means[..., :trained], rows[..., :ways], min(1.0, ways / trained))
+    return torch.cat([own, means[..., trained:]], dim=-1)
 
 
 def pretrained_names() -> list[str]:
@@ -172,14 +212,7 @@ def read_weights(source: Path | str) -> Weights:
             known = ", ".join(pretrained_names()) or "none"
             raise WeightsError(f"no pretrained weights are called {str(source)!r}; there are: {known}; or give a file")
         path = _PUBLISHED / f"{source}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except OSError as error:
-        raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise WeightsError(f"weights {path} are damaged: {error}") from error
+    tensors, metadata = read_tensors(path)
     form = metadata.pop("format", None)
     if form not in (FORMAT, old_format.FORMAT):
         raise WeightsError(f"{path} was not written by `imaml export`: its format is {form!r}")
@@ -188,6 +221,17 @@ def read_weights(source: Path | str) -> Weights:
         return _from_file(path.stem, tensors, values if form == FORMAT else old_format.old_weights(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"weights {path} cannot be used: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors and the metadata of a safetensors file; WeightsError where it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except OSError as error:
+        raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise WeightsError(f"weights {path} are damaged: {error}") from error
 
 
 def _from_file(name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> Weights:
@@ -225,6 +269,12 @@ def save_weights(path: Path, weights: Weights) -> None:
         "shared_head": weights.shared_head,
         "card": asdict(weights.card),  # the reading in it is as `to_json` makes it: its values are plain
     }
-    atomic_write(path, save(tensors, {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}))
+    write_tensors(path, FORMAT, tensors, values)
     page = weights.card.to_markdown(path.stem, weights.algorithm, shared_head=weights.shared_head)
     atomic_write(path.with_suffix(".md"), page.encode())
+
+
+def write_tensors(path: Path, form: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Writes a safetensors file of a format whose metadata are these values as JSON."""
+    metadata = {"format": form, **{key: json.dumps(value) for key, value in values.items()}}
+    atomic_write(path, save(dict(tensors), metadata))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,19 +13,22 @@ import torch
 from torch import Tensor
 
 from imaml_ext.batch import Data, shard_slice
-from imaml_ext.data import DataSource
-from imaml_ext.errors import ConfigError
+from imaml_ext.data import DataSource, EpisodeSampler
+from imaml_ext.errors import ConfigError, EvaluationStopped
 from imaml_ext.inner import GradientDescent
+from imaml_ext.pretrained.adapted import outputs_beside_support
 from imaml_ext.pretrained.weights import Weights, read_weights
 from imaml_ext.progress import ProgressBar
 from imaml_ext.settings import COUNT, POSITIVE, Settings, changed, from_json
-from imaml_ext.train.checkpoint import chosen_checkpoint, load_checkpoint
 from imaml_ext.train.config import EvaluationSettings, RunSettings, Tasks, Theta, TrainConfig
 from imaml_ext.train.experiment import Experiment, build
+from imaml_ext.train.export import saved_parameters
 from imaml_ext.train.ranks import Ranks
 from imaml_ext.train.run_directory import RunDirectory, check_recorded_classes, read_config
+from imaml_ext.train.signals import StopRequest
 
 _FIRST = 1250  # query examples
+_SECONDS = 1.0  # between two figures of an evaluation that is under way
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ class Evaluation:
     """Holds means over tasks; an interval is 1.96 · std / √tasks. Accuracies are fractions, None for regression.
 
     Attributes:
+        transductive: whether the queries of a task were judged together, which batch normalisation notices.
         first: the means over the first tasks, 1,250 query examples of them: enough to know the parameters again. A
             short evaluation of so many tasks, and of the same seed, has the same.
+        per_class: {class: (accuracy, query examples)} of every class that was in a task, where that was asked for.
     """
 
     split: str
@@ -55,22 +61,31 @@ class Evaluation:
     accuracy_interval: float | None
     first: dict[str, Any]  # tasks, loss, accuracy
     device: torch.device  # not in the JSON: the stamp beside it has it
+    transductive: bool = True
+    per_class: dict[str, tuple[float, int]] | None = None
     from_scratch: Evaluation | None = None  # the same tasks without meta-learning, where that was asked for
 
-    def __str__(self) -> str:
+    @property
+    def figure(self) -> str:
+        """The mean with its interval."""
         if self.accuracy is not None and self.accuracy_interval is not None:
-            figure = f"accuracy {100 * self.accuracy:.2f} ± {100 * self.accuracy_interval:.2f} %"
-        else:
-            figure = f"mean squared error {self.loss:.4f} ± {self.loss_interval:.4f}"
-        line = f"{self.split} {figure} ({self.tasks} tasks, 95 % interval)"
+            return f"accuracy {100 * self.accuracy:.2f} ± {100 * self.accuracy_interval:.2f} %"
+        return f"mean squared error {self.loss:.4f} ± {self.loss_interval:.4f}"
+
+    def __str__(self) -> str:
+        alone = "" if self.transductive else ", each query alone beside the support set"
+        line = f"{self.split} {self.figure} ({self.tasks} tasks, 95 % interval{alone})"
         if self.from_scratch is None:
             return line
         return f"{line}\nfrom scratch, {self.from_scratch.inner_steps} steps per task: {self.from_scratch}"
 
     def to_json(self) -> dict[str, Any]:
-        baseline = {} if self.from_scratch is None else {"from_scratch": self.from_scratch.to_json()}
-        values = {name: value for name, value in vars(self).items() if name not in ("device", "from_scratch")}
-        return values | baseline
+        left_out = {"device", "from_scratch", "per_class"} | ({"transductive"} if self.transductive else set())
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
+        if self.per_class is not None:
+            classes = self.per_class.items()
+            values["per_class"] = {name: {"accuracy": right, "queries": count} for name, (right, count) in classes}
+        return values | ({} if self.from_scratch is None else {"from_scratch": self.from_scratch.to_json()})
 
 
 def evaluate(
@@ -80,6 +95,8 @@ def evaluate(
     split: str,
     tasks: int,
     seed: int,
+    transductive: bool = True,
+    per_class: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
@@ -91,50 +108,111 @@ def evaluate(
     Args:
         params: all meta-parameters, or theta [N] alone; or `FromScratch`: task k is then learnt from the initial
             parameters of the seed `seed` + k.
+        transductive: judge the queries of a task together, as the literature does; else each of them alone beside the
+            support set. It matters to models whose outputs depend on their batch.
+        per_class: measure the accuracy of every class too.
 
     Raises:
         ConfigError: the data set has no such split, or its classes do not allow such tasks.
     """
-    if tasks < 2:
-        raise ConfigError(f"tasks must be at least 2, got {tasks}")
-    config, ranks = experiment.config, ranks or Ranks()
-    sampler = experiment.sampler(split, tasks=tasks, seed=seed)
-    batches = math.ceil(tasks / config.evaluation.meta_batch)
-    losses = torch.zeros(tasks, dtype=torch.float64, device=experiment.device)
-    accuracies = torch.zeros_like(losses)
-    for turn in range(0, batches, ranks.size):
-        batch = turn + ranks.rank
-        if batch < batches:
-            rows = shard_slice(tasks, (batch, batches))
-            episodes = sampler.sample(0, shard=(batch, batches))  # a slice of the one batch of all tasks
-            if isinstance(params, FromScratch):
-                phi = _from_scratch(experiment, params, episodes.support, seed=seed + rows.start)  # [B, N]
-            else:
-                phi = experiment.test_algorithm.adapt(params, episodes.support)  # [B, N]
-            with torch.no_grad():
+    ranks = ranks or Ranks()
+    judging = _Judging(experiment, params, split, tasks, seed, transductive, per_class)
+    for done in judging.batches(ranks):
+        progress(done)
+    return judging.result(tasks, ranks)
+
+
+class _Judging:
+    """Judges the tasks of an evaluation batch by batch, and gives the result of those so far."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        params: Tensor | Mapping[str, Tensor] | FromScratch,
+        split: str,
+        tasks: int,
+        seed: int,
+        transductive: bool,
+        per_class: bool,
+    ) -> None:
+        if tasks < 2:
+            raise ConfigError(f"tasks must be at least 2, got {tasks}")
+        self.experiment, self.params, self.split, self.tasks, self.seed = experiment, params, split, tasks, seed
+        self.transductive = transductive
+        self.sampler = experiment.sampler(split, tasks=tasks, seed=seed)
+        self.losses = torch.zeros(tasks, dtype=torch.float64, device=experiment.device)
+        self.accuracies = torch.zeros_like(self.losses)
+        self.per_class: Tensor | None = None  # [2, classes]: queries that were judged right, and all of them
+        if per_class:
+            if not isinstance(self.sampler, EpisodeSampler):
+                raise ConfigError(
+                    f"per_class must be false for {experiment.config.data.kind_name}, which is regression"
+                )
+            self.per_class = self.losses.new_zeros(2, self.sampler.images.num_classes)
+
+    def batches(self, ranks: Ranks) -> Iterator[int]:
+        """Judges the tasks in turns of one batch per rank; yields how many tasks are done after each."""
+        batches = math.ceil(self.tasks / self.experiment.config.evaluation.meta_batch)
+        for turn in range(0, batches, ranks.size):
+            batch = turn + ranks.rank
+            if batch < batches:
+                self._judge((batch, batches))
+            yield shard_slice(self.tasks, (min(turn + ranks.size, batches) - 1, batches)).stop
+
+    def _judge(self, shard: tuple[int, int]) -> None:
+        experiment, params, rows = self.experiment, self.params, shard_slice(self.tasks, shard)
+        episodes = self.sampler.sample(0, shard=shard)  # a slice of the one batch of all tasks
+        if isinstance(params, FromScratch):
+            phi = _from_scratch(experiment, params, episodes.support, seed=self.seed + rows.start)  # [B, N]
+        else:
+            phi = experiment.test_algorithm.adapt(params, episodes.support)  # [B, N]
+        with torch.no_grad():
+            if self.transductive:
                 outputs = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, …]
-                losses[rows] = experiment.loss.criterion(outputs, episodes.query_y).double()
-            if experiment.classification:
-                accuracies[rows] = (outputs.argmax(-1) == episodes.query_y).double().mean(1)
-        progress(shard_slice(tasks, (min(turn + ranks.size, batches) - 1, batches)).stop)
-    losses, accuracies = ranks.sum(losses), ranks.sum(accuracies)  # of zeros, but for the tasks of this rank
-    first = min(tasks, math.ceil(_FIRST / (config.tasks.queries * config.outputs)))
-    loss, loss_interval = _mean_and_interval(losses)
-    accuracy, accuracy_interval = _mean_and_interval(accuracies) if experiment.classification else (None, None)
-    first_accuracy = accuracies[:first].mean().item() if experiment.classification else None
-    return Evaluation(
-        split=split,
-        tasks=tasks,
-        seed=seed,
-        shots=experiment.shots(split),
-        inner_steps=params.steps if isinstance(params, FromScratch) else config.test_inner_steps,
-        loss=loss,
-        loss_interval=loss_interval,
-        accuracy=accuracy,
-        accuracy_interval=accuracy_interval,
-        first={"tasks": first, "loss": losses[:first].mean().item(), "accuracy": first_accuracy},
-        device=experiment.device,
-    )
+            else:
+                outputs = outputs_beside_support(experiment.loss, phi, episodes.support_x, episodes.query_x)
+            self.losses[rows] = experiment.loss.criterion(outputs, episodes.query_y).double()
+        if not experiment.classification:
+            return
+        right = (outputs.argmax(-1) == episodes.query_y).double()  # [B, Q], ordered by class
+        self.accuracies[rows] = right.mean(1)
+        if self.per_class is not None:
+            assert isinstance(self.sampler, EpisodeSampler)
+            classes = torch.from_numpy(self.sampler.indices(0, shard=shard).classes.reshape(-1)).to(right.device)
+            right = right.view(classes.numel(), -1)
+            self.per_class[0].index_add_(0, classes, right.sum(1))
+            self.per_class[1].index_add_(0, classes, torch.ones_like(right).sum(1))
+
+    def result(self, done: int, ranks: Ranks) -> Evaluation:
+        """Returns the result of the first `done` tasks, at least two of them."""
+        experiment, config = self.experiment, self.experiment.config
+        losses, accuracies = ranks.sum(self.losses)[:done], ranks.sum(self.accuracies)[:done]  # of zeros, but for own
+        first = min(done, math.ceil(_FIRST / (config.tasks.queries * config.outputs)))
+        loss, loss_interval = _mean_and_interval(losses)
+        accuracy, accuracy_interval = _mean_and_interval(accuracies) if experiment.classification else (None, None)
+        first_accuracy = accuracies[:first].mean().item() if experiment.classification else None
+        steps = self.params.steps if isinstance(self.params, FromScratch) else config.test_inner_steps
+        return Evaluation(
+            split=self.split,
+            tasks=done,
+            seed=self.seed,
+            shots=experiment.shots(self.split),
+            inner_steps=steps,
+            loss=loss,
+            loss_interval=loss_interval,
+            accuracy=accuracy,
+            accuracy_interval=accuracy_interval,
+            first={"tasks": first, "loss": losses[:first].mean().item(), "accuracy": first_accuracy},
+            device=experiment.device,
+            transductive=self.transductive,
+            per_class=None if self.per_class is None else self._of_classes(ranks.sum(self.per_class)),
+        )
+
+    def _of_classes(self, sums: Tensor) -> dict[str, tuple[float, int]]:
+        assert isinstance(self.sampler, EpisodeSampler)
+        right, count = sums.tolist()
+        judged = [each for each, queries in enumerate(count) if queries]
+        return {self.sampler.images.name(each): (right[each] / count[each], int(count[each])) for each in judged}
 
 
 def _from_scratch(experiment: Experiment, scratch: FromScratch, support: Data, *, seed: int) -> Tensor:
@@ -150,29 +228,43 @@ def _mean_and_interval(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(values.numel())
 
 
+@dataclass(frozen=True)
+class How:
+    """Says how an evaluation is done.
+
+    Attributes:
+        split: the classes that the tasks are made of. from_scratch: judge networks that are trained on each task alone
+            as well. transductive, per_class: as of `evaluate`.
+    """
+
+    split: str = "test"
+    from_scratch: FromScratch | None = None
+    transductive: bool = True
+    per_class: bool = False
+
+
 def evaluate_run(
     path: Path,
     changes: Mapping[str, Any] | None = None,
     *,
     checkpoint: Path | None = None,
-    split: str = "test",
-    from_scratch: FromScratch | None = None,
+    **how: Any,
 ) -> Evaluation:
     """Evaluates the meta-parameters of a run that `chosen_checkpoint` says, or those of `checkpoint`.
 
     Args:
         path: the run directory, or that of a recipe of several stages, of which the last is evaluated.
-        changes: of the run's settings, {path: value}: {"evaluation.tasks": 1000}.
-        from_scratch: judge networks that are trained on each task alone as well.
+        changes: of the run's settings, {path: value}: {"evaluation.tasks": 1000}; `data` is another data set.
+        how: the attributes of `How`.
 
     Raises:
         RunError: the directory holds no run or no checkpoint, or the checkpoint is damaged or of another model.
         ConfigError, DataError: the tasks asked for cannot be made; those of another number of ways, by weights alone.
+        EvaluationStopped: SIGINT or SIGTERM came.
     """
     if changes and "tasks.ways" in changes:
         raise ConfigError("ways are of weights: export the run, and evaluate what was exported")
-    experiment, params = open_run(path, changes, checkpoint=checkpoint)
-    return _as_configured(experiment, params, split, from_scratch)
+    return _as_configured(*open_run(path, changes, checkpoint=checkpoint), How(**how))
 
 
 def open_run(
@@ -180,61 +272,89 @@ def open_run(
 ) -> tuple[Experiment, dict[str, Tensor]]:
     """Returns the experiment of a run and its meta-parameters to be judged; errors as of `evaluate_run`."""
     directory = RunDirectory.of_last_stage(path)
-    config = changed(read_config(directory).config, changes or {})
-    saved = chosen_checkpoint(directory) if checkpoint is None else load_checkpoint(checkpoint)
+    recorded = read_config(directory)
+    config = changed(recorded.config, changes or {})
+    saved = saved_parameters(directory, checkpoint)
     experiment = build(config)
     check_recorded_classes(directory, experiment.dataset)
+    if recorded.dataset is not None:
+        _check_shape(experiment, recorded.dataset["input_shape"], f"the run {directory.path}")
     like = experiment.algorithm.initial(experiment.model.init(seed=0, dtype=experiment.dtype))
     saved_params = {name: value.to(experiment.dtype) for name, value in saved.evaluated.items()}
     return experiment, experiment.restored(saved_params, like)
 
 
-def evaluate_pretrained(
-    source: Path | str,
-    changes: Mapping[str, Any] | None = None,
-    *,
-    split: str = "test",
-    from_scratch: FromScratch | None = None,
-) -> Evaluation:
-    """Evaluates weights, by name or from a file, on tasks of their own data set; arguments as of `evaluate_run`.
+def _check_shape(experiment: Experiment, wanted: Sequence[int], whose: str) -> None:
+    """Refuses examples of another shape than those of the training; some networks would take them."""
+    found = experiment.dataset.input_shape
+    if tuple(found) != tuple(wanted):
+        theirs, ours = (" × ".join(map(str, shape)) for shape in (found, wanted))
+        name = experiment.config.data.kind_name
+        raise ConfigError(f"an example of {name} must be of shape {ours} for {whose}, got {theirs}")
+
+
+def evaluate_pretrained(source: Path | str, changes: Mapping[str, Any] | None = None, **how: Any) -> Evaluation:
+    """Evaluates weights, by name or from a file, on tasks of their own data set, or of another one.
+
+    Args:
+        changes, how: as of `evaluate_run`. Pictures of another data set are read as that data set says; the command
+            `imaml evaluate` has them read as those of the training.
 
     Raises:
         WeightsError: there are no such weights, or the file is damaged.
-        ConfigError, DataError: the tasks asked for cannot be made.
+        ConfigError, DataError: the tasks asked for cannot be made, or their examples have another shape than those
+            of the training.
+        EvaluationStopped: SIGINT or SIGTERM came.
     """
     changes = changes or {}
     weights = read_weights(source).for_ways(changes.get("tasks.ways"))
-    experiment = build(changed(_config_of(weights), changes))
+    experiment = build(changed(config_of(weights), changes))
     weights.card.recorded_classes.check(experiment.dataset, what=f"the weights {weights.name}")
+    _check_shape(experiment, weights.card.input_shape, f"the weights {weights.name}")
     params = {name: value.to(experiment.device, experiment.dtype) for name, value in weights.params.items()}
-    return _as_configured(experiment, params, split, from_scratch)
+    return _as_configured(experiment, params, How(**how))
 
 
-def _config_of(weights: Weights) -> TrainConfig:
+def config_of(weights: Weights) -> TrainConfig:
     """Returns the configuration in which weights are evaluated as they were when they were exported."""
     card, double = weights.card, weights.params["theta"].dtype == torch.float64
+    tested = {} if card.test is None or card.test.get("split") == "val" else card.test
     return TrainConfig(
         data=from_json(DataSource, card.data, "data"),  # type: ignore[type-abstract]
         tasks=from_json(Tasks, card.tasks, "tasks"),
         model=weights.model,
         theta=Theta(shared_head=weights.shared_head),
         algorithm=weights.algorithm,
-        evaluation=EvaluationSettings(tasks=card.test["tasks"], seed=card.test["seed"]),
+        evaluation=EvaluationSettings(**{name: tested[name] for name in ("tasks", "seed") if name in tested}),
         run=RunSettings(dtype="float64" if double else "float32"),
     )
 
 
-def _as_configured(
-    experiment: Experiment, params: Mapping[str, Tensor], split: str, from_scratch: FromScratch | None
-) -> Evaluation:
-    """Evaluates with the tasks and the seed that the configuration says, and a progress bar."""
-    settings = experiment.config.evaluation
+def _as_configured(experiment: Experiment, params: Mapping[str, Tensor], how: How) -> Evaluation:
+    """Evaluates with the tasks and the seed that the configuration says, and a progress bar, until a signal comes."""
+    settings, alone = experiment.config.evaluation, Ranks()
 
     def judged(title: str, params: Mapping[str, Tensor] | FromScratch) -> Evaluation:
-        with ProgressBar(title, total=settings.tasks) as bar:
-            return evaluate(
-                experiment, params, split=split, tasks=settings.tasks, seed=settings.seed, progress=bar.update
-            )
+        judging = _Judging(
+            experiment, params, how.split, settings.tasks, settings.seed, how.transductive, how.per_class
+        )
+        so_far, last = None, -math.inf
+        with StopRequest(advice="nothing is reported") as stop, ProgressBar(title, total=settings.tasks) as bar:
+            for done in judging.batches(alone):
+                end, now = done == settings.tasks or stop.signal is not None, time.monotonic()
+                if done > 1 and (end or now - last >= _SECONDS):
+                    so_far, last = judging.result(done, alone), now
+                    bar.update(done, {"": so_far.figure})
+                if end and done < settings.tasks:
+                    raise EvaluationStopped(stop.signal, f"stopped after {done} of {settings.tasks} tasks", so_far)
+        assert so_far is not None
+        return so_far
 
     result = judged("evaluating", params)
-    return result if from_scratch is None else replace(result, from_scratch=judged("from scratch", from_scratch))
+    if how.from_scratch is None:
+        return result
+    try:
+        return replace(result, from_scratch=judged("from scratch", how.from_scratch))
+    except EvaluationStopped as stopped:
+        stopped.so_far = replace(result, from_scratch=stopped.so_far)
+        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,10 +13,8 @@ from imaml_ext.errors import CheckpointError, ConfigError, RunError
 from imaml_ext.losses import TaskLoss
 from imaml_ext.meta import MetaAlgorithm
 from imaml_ext.models import Conv4, ParameterLayout, TaskModel
-from imaml_ext.pretrained.weights import read_weights
 from imaml_ext.train.config import TrainConfig
-from imaml_ext.train.export import run_weights
-from imaml_ext.train.run_directory import RunDirectory
+from imaml_ext.train.export import weights_from
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,10 @@ class Experiment:
         source = self.config.theta.weights
         if source is None:
             return {}
-        run = RunDirectory.of_last_stage(Path(source)).holds_run()
-        weights = run_weights(Path(source)) if run else read_weights(source)
+        ways = self.config.tasks.ways if self.config.theta.shared_head else None
+        weights = weights_from(source)
         weights.card.recorded_classes.check(self.dataset, what=f"theta.weights {weights.name}")
-        weights = weights.for_ways(self.config.tasks.ways if self.config.theta.shared_head else None)
+        weights = weights.for_ways(ways, shared=True)
         ours, theirs = self.model.layout, weights.model.layout
         if theirs != ours:
             expected = f"have the parameters of the model, {_described(ours)}, got {_described(theirs)}"

@@ -96,10 +96,13 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Holds what config.json says of a run."""
+    """Holds what config.json says of a run; older ones say nothing of `command` and `dataset`."""
 
     recipe: str
     config: TrainConfig
+    environment: dict[str, Any]
+    command: str = ""
+    dataset: dict[str, Any] | None = None  # description, input_shape and reading
 
 
 def read_config(directory: RunDirectory) -> RecordedRun:
@@ -111,9 +114,11 @@ def read_recorded(path: Path) -> RecordedRun:
     """Reads what a file `config.json` says of a run, wherever it lies; errors as of `read_config`."""
     try:
         recorded = json.loads(path.read_text())
+        here = recorded.get("environment", {})
         if "preset" in recorded:
-            return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]))
-        return RecordedRun(str(recorded["recipe"]), from_json(TrainConfig, recorded["config"]))
+            return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]), here)
+        config = from_json(TrainConfig, recorded["config"])
+        return RecordedRun(str(recorded["recipe"]), config, here, recorded.get("command", ""), recorded.get("dataset"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{path.parent} holds no run: there is no {path.name}") from error
     except KeyError as error:

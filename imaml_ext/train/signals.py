@@ -13,13 +13,15 @@ from imaml_ext.errors import Interrupted
 class StopRequest:
     """In `with StopRequest() as stop`, a first SIGINT or SIGTERM sets `stop.signal`; a second one raises at once.
 
+    `advice` says what can then be done.
+
     Not so with `patient`, for a job of several processes: one that leaves at once takes the others with it. There it is
     the launcher that loses patience.
     """
 
-    def __init__(self, *, patient: bool = False) -> None:
+    def __init__(self, *, patient: bool = False, advice: str = "continue with --resume") -> None:
         self.signal: int | None = None
-        self._patient = patient
+        self._patient, self._advice = patient, advice
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -34,5 +36,5 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and not self._patient:
-            raise Interrupted(number, "stopped at once; the run continues from its last checkpoint with --resume")
+            raise Interrupted(number, f"stopped at once; {self._advice}")
         self.signal = number

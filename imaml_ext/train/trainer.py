@@ -28,6 +28,7 @@ from imaml_ext.train.continued import checkpoint_of, opened, restored
 from imaml_ext.train.environment import environment
 from imaml_ext.train.evaluation import Evaluation, evaluate
 from imaml_ext.train.experiment import Experiment, build
+from imaml_ext.train.export import dataset_record
 from imaml_ext.train.job import joined
 from imaml_ext.train.meta_step import EagerStep, MetaStep, State
 from imaml_ext.train.ranks import Ranks
@@ -105,7 +106,8 @@ def train(
         ranks.check_equal(_facts(experiment, recipe))
         ranks.on_first(check_recorded_classes, directory, experiment.dataset)
         here = environment(experiment.device, ranks.size)
-        stamp = {"recipe": recipe, "config": to_json(config), "environment": here}
+        record = {"command": command, "dataset": dataset_record(experiment.dataset, config)}
+        stamp = {"recipe": recipe, **record, "config": to_json(config), "environment": here}
         ranks.on_first(run.enter_context, directory.opened())
         saved = ranks.on_first(opened, directory, config, stamp, resume, checkpoint)
         ranks.on_first(record_classes, directory, experiment.dataset)
