@@ -266,9 +266,10 @@ def compiler_command(environ: Mapping[str, str] = os.environ) -> tuple[str, list
 
 
 def compiler_version(environ: Mapping[str, str] = os.environ) -> str:
-    """The first line of the C++ compiler's `--version`, or what is wrong with it."""
+    """The first line of the C++ compiler's `--version`; "" where there is no compiler."""
     result = _run([*compiler_command(environ)[1], "--version"])
-    return next((line.strip() for line in result.stdout.splitlines() if line.strip()), "unknown")
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    return "" if result.returncode == 127 else next(iter(lines), "unknown")
 
 
 def probe_compiler(environ: Mapping[str, str] = os.environ) -> None:

@@ -80,7 +80,7 @@ def _versions(report: _Report) -> None:
             report.line(name, version(name))
         except PackageNotFoundError:
             report.line(name, "not installed", state=_BAD, advice=f"pip install {name}")
-    report.line("C++ compiler", _build.compiler_version())
+    report.line("C++ compiler", _build.compiler_version() or "none; only a build needs one")
     try:
         nvcc = _build.find_nvcc(os.environ)
         number = "{}.{}".format(*_build.nvcc_version(nvcc))
