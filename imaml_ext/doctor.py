@@ -94,7 +94,7 @@ def _extension(report: _Report, record: dict[str, Any] | None) -> None:
     if _native.error is None:
         report.line("compiled part", "loads")
     else:
-        report.line("compiled part", f"does not load: {_native.error}", state=_BAD)
+        report.line("compiled part", str(_native.error), state=_BAD)
     if record is None:
         report.line("built", "no record of the build", state=_NOTE if _native.error is None else _BAD)
         return

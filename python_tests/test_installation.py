@@ -306,7 +306,9 @@ def test_pyright_understands_the_pages(snippets: Path) -> None:
     pyright = shutil.which("pyright")
     if pyright is None:
         pytest.skip("pyright is not installed")
-    (snippets / "pyrightconfig.json").write_bytes(json_bytes({"extraPaths": [str(ROOT)]}))
+    # The pages' own losses have no types: what their methods return is not compared with the base class.
+    settings = {"extraPaths": [str(ROOT)], "reportIncompatibleMethodOverride": False}
+    (snippets / "pyrightconfig.json").write_bytes(json_bytes(settings))
     command = [pyright, "--pythonpath", sys.executable, "--project", str(snippets)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=snippets)
     judged(result.stdout)
