@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -343,19 +342,6 @@ def test_sources_that_cannot_be_written_to(build, tmp_path, monkeypatch):
     monkeypatch.setattr(build.os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(build.BuildError, match=f"the sources in {tmp_path} cannot be written to, .*: copy them"):
         build.check_build_host(tmp_path, platform="linux", setuptools="80.0")
-
-
-def test_setup_asks_first(build, tmp_path):
-    """Before it reads pyproject.toml, which an old setuptools does not understand."""
-    stub = tmp_path / "setuptools"
-    (stub / "command").mkdir(parents=True)
-    (stub / "__init__.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
-    (stub / "command" / "__init__.py").write_text("")
-    (stub / "command" / "build_ext.py").write_text("build_ext = object\n")
-    command = [sys.executable, BUILD_FILE.parents[1] / "setup.py", "egg_info"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert result.returncode == 1
-    assert result.stderr.startswith("imaml-ext needs setuptools 77 or later, and this is 65.5.0")
 
 
 @pytest.mark.parametrize(("cuda", "expected"), [(None, False), ("13.2", True)])
