@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).absolute().parent
 REBUILD = (
     "install the wheel that is made for this torch, or build it again in its sources with "
     "`pip install --no-build-isolation --force-reinstall --no-deps .`"
