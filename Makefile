@@ -29,7 +29,7 @@ export PATH := $(BIN):$(PATH)
 # A record of what was set up, so that a second call repeats nothing.
 STATE := build/setup
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml imaml_ext/_build.py imaml_ext/_record.py imaml_ext/_version.py $(shell find csrc -type f)
-CPP_FILES := $(shell find csrc cpp_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc cpp_tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help install train test test-all test-python test-long test-kernels test-cpp test-sanitize wheel test-wheel \
         lint format clean FORCE
