@@ -77,7 +77,8 @@ wheel: $(STATE)/torch
 	@echo 'Building dist/*.whl; the log is $(STATE)/wheel.log'
 	@rm -rf dist
 	@{ $(PIP) install build 'setuptools>=77' 'cmake>=3.25' ninja && \
-	   IMAML_EXT_CUDA=$${IMAML_EXT_CUDA:-0} $(BIN)/python -m build --no-isolation --outdir dist .; } \
+	   IMAML_EXT_LOCAL_VERSION=1 IMAML_EXT_CUDA=$${IMAML_EXT_CUDA:-0} \
+	   $(BIN)/python -m build --no-isolation --outdir dist .; } \
 	 > $(STATE)/wheel.log 2>&1 || { tail -n 60 $(STATE)/wheel.log; exit 1; }
 	@ls -1 dist/*
 

@@ -1,10 +1,10 @@
 """Has CMakeLists.txt compile csrc/ into `imaml_ext._C`. What depends on torch is here; all else is in pyproject.toml.
 
-What is built works with one torch. So a build's version names it, 0.1.0+torch2.14.cu130, and its metadata ask for it.
-Sources, which serve any torch, have the plain version.
+What is built works with one torch, and its metadata ask for that one. Sources serve any torch.
 
 Environment: IMAML_EXT_CUDA=auto|0|1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX; IMAML_EXT_DEBUG=1 compiles with
--O0 -g.
+-O0 -g. IMAML_EXT_LOCAL_VERSION=1 has the version name the torch too, 0.1.0+torch2.14.cu130, which tells wheels of one
+index apart. Not otherwise: pip refuses an sdist whose build has another version than its name.
 """
 
 import importlib.util
@@ -109,7 +109,8 @@ ANSWER = build_answer()
 VERSION, TORCH = load("_version").__version__, "torch>=2.6"
 if ANSWER is not None:
     built = ANSWER["record"]
-    VERSION += "+" + _record.label(built["torch"], built["torch_cuda"] if built["cuda"] else None)
+    if os.environ.get("IMAML_EXT_LOCAL_VERSION") == "1":
+        VERSION += "+" + _record.label(built["torch"], built["torch_cuda"] if built["cuda"] else None)
     TORCH = _record.requirement(built["torch"])
 setup(
     version=VERSION,

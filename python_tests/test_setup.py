@@ -49,10 +49,19 @@ def test_sources_serve_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_build_belongs_to_one_torch(
     monkeypatch: pytest.MonkeyPatch, command: str, record: dict[str, Any], label: str, requirement: str
 ) -> None:
+    monkeypatch.setenv("IMAML_EXT_LOCAL_VERSION", "1")
     told = run_setup(monkeypatch, command, record)["told"]
     assert told["version"] == f"{imaml_ext.__version__}+{label}"
     assert requirement in told["install_requires"]
     assert not any(needed.startswith("torch>") for needed in told["install_requires"])
+
+
+def test_a_build_has_the_version_of_its_sdist_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip discards an sdist whose build has another version than its file's name."""
+    monkeypatch.delenv("IMAML_EXT_LOCAL_VERSION", raising=False)
+    told = run_setup(monkeypatch, "dist_info", RECORD)["told"]
+    assert told["version"] == imaml_ext.__version__
+    assert "torch==2.13.*" in told["install_requires"]
 
 
 @pytest.mark.parametrize(
