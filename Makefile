@@ -3,6 +3,8 @@
 # make test-all   runs the rest, which takes longer: the Python tests marked `long`, the C++ tests, the CUDA kernels run
 #                 by the CPU under all Python tests of their ops, and the C++ tests again under sanitizers
 # make docs       installs what is needed, compiles, and makes the documentation site in build/docs/html
+# make wheel      builds the sdist and a wheel into dist/, for this Python and torch, and for the CPU alone unless
+#                 IMAML_EXT_CUDA is set; `make test-wheel` installs it into a clean environment and uses it there
 #
 # All of them use the active virtual or conda environment, else they make .venv. Variables:
 #   TORCH=torch==2.13.0   the torch to have (default: whichever is installed, else the index's newest)
@@ -27,10 +29,11 @@ export PATH := $(BIN):$(PATH)
 
 # A record of what was set up, so that a second call repeats nothing.
 STATE := build/setup
-BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml imaml_ext/_build.py imaml_ext/_version.py $(shell find csrc -type f)
-CPP_FILES := $(shell find csrc cpp_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml imaml_ext/_build.py imaml_ext/_record.py imaml_ext/_version.py $(shell find csrc -type f)
+CPP_FILES := $(shell find csrc cpp_tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install train test test-all test-python test-long test-kernels test-cpp test-sanitize lint format docs docs-links clean FORCE
+.PHONY: help install train test test-all test-python test-long test-kernels test-cpp test-sanitize wheel test-wheel \
+        lint format docs docs-links clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -68,6 +71,21 @@ $(STATE)/for-use $(STATE)/for-test $(STATE)/for-docs: $(STATE)/torch $(BUILD_INP
 	 { tail -n 60 $(STATE)/install.log; exit 1; }
 	@grep -ho 'imaml-ext: building .*' $(STATE)/install.log | sort -u
 	@touch $@ $(STATE)/for-use
+
+# --- wheels -------------------------------------------------------------------------------------------------------------
+
+# The wheel is built from the sdist, in a folder of its own: nothing that lies about here can get into it.
+wheel: $(STATE)/torch
+	@echo 'Building dist/*.whl; the log is $(STATE)/wheel.log'
+	@rm -rf dist
+	@{ $(PIP) install build 'setuptools>=77' 'cmake>=3.25' ninja && \
+	   IMAML_EXT_LOCAL_VERSION=1 IMAML_EXT_CUDA=$${IMAML_EXT_CUDA:-0} \
+	   $(BIN)/python -m build --no-isolation --outdir dist .; } \
+	 > $(STATE)/wheel.log 2>&1 || { tail -n 60 $(STATE)/wheel.log; exit 1; }
+	@ls -1 dist/*
+
+test-wheel: wheel $(STATE)/for-test
+	IMAML_EXT_WHEEL="$$(echo dist/*.whl)" $(BIN)/python -m pytest python_tests/test_wheel.py
 
 # --- checks -------------------------------------------------------------------------------------------------------------
 

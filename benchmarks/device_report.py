@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from imaml_ext import _build, _native, cg
-from imaml_ext.doctor import build_record
+from imaml_ext._record import build_record
 from imaml_ext.train.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]

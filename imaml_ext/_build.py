@@ -7,6 +7,7 @@ before there is a package. `python imaml_ext/_build.py` prints the decision for 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -21,6 +22,8 @@ from pathlib import Path
 # their driver compiles at the first launch.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0")
 
+_BYTES_OF_A_JOB = 2 * 2**30  # what a source that includes all of torch's headers, or a CUDA source, takes at most
+
 _PROBE = """\
 #include <cuda_runtime.h>
 __global__ void fill(float* x, float value) { x[threadIdx.x] = value; }
@@ -31,8 +34,22 @@ extern "C" int probe(float* x, void* stream) {
 """
 
 
+_CXX_PROBE = """\
+#include <concepts>
+#include <span>
+template <std::integral T> T first(std::span<const T> x) { return x.front(); }
+extern "C" int probe(const int* x) { return first(std::span<const int>(x, 1)); }
+"""
+
+_LAUNCHERS = ("ccache", "sccache", "distcc")  # programs that stand before a compiler in CXX
+
+
 class BuildError(RuntimeError):
     """The build that was asked for is impossible here; the message says why."""
+
+
+class SettingError(BuildError):
+    """An environment variable is wrong: no build is right, not even one without CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +151,8 @@ def probe_toolkit(nvcc: Path, environ: Mapping[str, str]) -> Toolkit:
         source = Path(folder) / "probe.cu"
         source.write_text(_PROBE, encoding="utf-8")
         nvcc_flags = ["-std=c++20", "-shared", "--cudart", "shared", "-Xcompiler", "-fPIC"]
-        if compiler := environ.get("CXX"):  # as CMakeLists.txt will
-            nvcc_flags += ["-ccbin", shlex.split(compiler)[-1]]
+        if environ.get("CXX"):  # as CMakeLists.txt will
+            nvcc_flags += ["-ccbin", compiler_command(environ)[1][0]]
         result = _run([root / "bin" / "nvcc", *nvcc_flags, source, "-o", Path(folder) / "probe.so"])
     if result.returncode != 0:
         raise BuildError(f"{nvcc} cannot compile and link a trivial kernel: {_last_line(result.stdout)}")
@@ -147,13 +164,25 @@ def choose_architectures(
 ) -> str:
     """The GPU architectures to compile for, as a TORCH_CUDA_ARCH_LIST.
 
-    That variable if it is set; else those of the GPUs of this machine (`capabilities`); else one a generation
-    (DEFAULT_ARCHITECTURES). Only what nvcc knows is chosen, and the last is embedded as PTX too.
+    That variable if it is set and not blank; else those of the GPUs of this machine (`capabilities`); else one a
+    generation (DEFAULT_ARCHITECTURES). Only what nvcc knows is chosen, and the last is embedded as PTX too.
+
+    Raises:
+        SettingError: the variable has what is no number, or what nvcc does not know.
+        BuildError: nvcc lists no architecture.
     """
-    if explicit := environ.get("TORCH_CUDA_ARCH_LIST"):
-        return explicit
+    explicit = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    wrong = [name for name in explicit if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name)]
+    if wrong:
+        raise SettingError(f"TORCH_CUDA_ARCH_LIST must be numbers such as '8.0;9.0+PTX', got {wrong[0]!r}")
     names = re.findall(r"compute_(\d+)(\d)\b", _run([nvcc, "--list-gpu-arch"]).stdout)
     known = sorted((int(major), int(minor)) for major, minor in names)
+    if explicit:
+        strings = ["{}.{}".format(*arch) for arch in known]
+        unknown = [name for name in explicit if known and name.partition("+")[0].rstrip("af") not in strings]
+        if unknown:
+            raise SettingError(f"TORCH_CUDA_ARCH_LIST has {unknown[0]}, and {nvcc} compiles for {', '.join(strings)}")
+        return ";".join(explicit)
     if not known:
         raise BuildError(f"`{nvcc} --list-gpu-arch` lists no architecture; set TORCH_CUDA_ARCH_LIST")
     # Binaries run on later minors of their generation: a GPU newer than nvcc takes the best that nvcc knows, with PTX.
@@ -182,11 +211,11 @@ def decide_cuda(
         environ: IMAML_EXT_CUDA, CUDA_HOME, CUDA_PATH, PATH, CXX and TORCH_CUDA_ARCH_LIST are read.
 
     Raises:
-        BuildError: IMAML_EXT_CUDA=1 and CUDA cannot be built, or IMAML_EXT_CUDA is none of auto, 0, 1.
+        BuildError: IMAML_EXT_CUDA=1 and CUDA cannot be built, or a variable has a value that it cannot have.
     """
     requested = environ.get("IMAML_EXT_CUDA", "").strip().lower() or "auto"
     if requested not in ("auto", "0", "1"):
-        raise BuildError(f"IMAML_EXT_CUDA must be auto, 0 or 1, got {requested!r}")
+        raise SettingError(f"IMAML_EXT_CUDA must be auto, 0 or 1, got {requested!r}")
     if requested == "0":
         return CudaDecision(build=False, requested=requested, reason="asked for")
     try:
@@ -205,6 +234,8 @@ def decide_cuda(
                 "the major versions must agree"
             )
         architectures = choose_architectures(toolkit.nvcc, capabilities=capabilities, environ=environ)
+    except SettingError:
+        raise
     except BuildError as error:
         if requested == "1":
             raise BuildError(f"IMAML_EXT_CUDA=1, but CUDA cannot be built: {error}") from None
@@ -226,10 +257,86 @@ def decide_for_torch(environ: Mapping[str, str] = os.environ) -> CudaDecision:
     )
 
 
+def compiler_command(environ: Mapping[str, str] = os.environ) -> tuple[str, list[str]]:
+    """$CXX as a launcher, such as ccache, or "", and the compiler with its options; c++ where it is not set."""
+    words = shlex.split(environ.get("CXX", "")) or ["c++"]
+    if len(words) > 1 and Path(words[0]).name in _LAUNCHERS:
+        return words[0], words[1:]
+    return "", words
+
+
 def compiler_version(environ: Mapping[str, str] = os.environ) -> str:
-    """The first line of the C++ compiler's `--version` ($CXX, else c++), or what is wrong with it."""
-    result = _run([*shlex.split(environ.get("CXX") or "c++"), "--version"])
-    return next((line.strip() for line in result.stdout.splitlines() if line.strip()), "unknown")
+    """The first line of the C++ compiler's `--version`; "" where there is no compiler."""
+    result = _run([*compiler_command(environ)[1], "--version"])
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    return "" if result.returncode == 127 else next(iter(lines), "unknown")
+
+
+def probe_compiler(environ: Mapping[str, str] = os.environ) -> None:
+    """Has the C++ compiler, through its launcher, compile and link a few lines of C++20.
+
+    Raises:
+        BuildError: there is none, or it cannot; the message carries the first error that it reported.
+    """
+    launcher, command = compiler_command(environ)
+    told = f"CXX={environ['CXX']}" if environ.get("CXX") else "c++; CXX names another"
+    for program in (launcher, command[0]):
+        if program and shutil.which(program, path=environ.get("PATH", os.defpath)) is None:
+            raise BuildError(f"there is no C++ compiler {program!r} ({told}): install g++ 11 or later, or clang++ 14")
+    with tempfile.TemporaryDirectory(prefix="imaml_ext-cxx-") as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(_CXX_PROBE, encoding="utf-8")
+        shared = ["-std=c++20", "-fPIC", "-shared", str(source), "-o", f"{folder}/probe.so"]
+        result = _run([launcher, *command, *shared] if launcher else [*command, *shared])
+    if result.returncode != 0:
+        errors = [line.strip() for line in result.stdout.splitlines() if "error" in line]
+        raise BuildError(
+            f"the C++ compiler ({told}) cannot compile C++20: {(errors or [_last_line(result.stdout)])[0]}"
+        )
+
+
+def parallel_jobs(environ: Mapping[str, str] = os.environ) -> int:
+    """Compilations at a time: MAX_JOBS, else the processors, as far as the free memory serves them.
+
+    Raises:
+        SettingError: MAX_JOBS is no number of jobs.
+    """
+    if asked := environ.get("MAX_JOBS", "").strip():
+        if not asked.isdigit() or int(asked) < 1:
+            raise SettingError(f"MAX_JOBS must be a whole number of at least 1, got {asked!r}")
+        return int(asked)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(processors, free_memory() / _BYTES_OF_A_JOB)))
+
+
+def free_memory(root: Path = Path("/")) -> float:
+    """Bytes that this process may still use, of the machine's and of its cgroup's; infinity where nothing says."""
+    free = [math.inf]
+    try:
+        text = (root / "proc/meminfo").read_text(encoding="utf-8")
+        free += [1024.0 * int(number) for number in re.findall(r"^MemAvailable: *(\d+) kB", text, re.MULTILINE)]
+        limit, used = ((root / "sys/fs/cgroup" / name).read_text() for name in ("memory.max", "memory.current"))
+        free += [float(limit) - float(used)]
+    except (OSError, ValueError):  # another system, no cgroup, or one without a limit ("max")
+        pass
+    return min(free)
+
+
+def check_build_host(sources: Path, *, platform: str, setuptools: str) -> None:
+    """What setup.py asks before anything else.
+
+    Raises:
+        BuildError: a system that is not supported, a setuptools that cannot read pyproject.toml, or sources that cannot
+            be written to.
+    """
+    if platform not in ("linux", "darwin"):
+        raise BuildError(f"imaml-ext is built on Linux and macOS, not on {platform}; under Windows use WSL 2")
+    if int(setuptools.split(".")[0]) < 77:
+        raise BuildError(
+            f"imaml-ext needs setuptools 77 or later, and this is {setuptools}: pip install 'setuptools>=77'"
+        )
+    if not os.access(sources, os.W_OK):
+        raise BuildError(f"the sources in {sources} cannot be written to, and a build leaves files there: copy them")
 
 
 def sources_digest(csrc: Path) -> str:
@@ -255,12 +362,16 @@ def _main() -> int:
     from torch.utils import cpp_extension
 
     try:
+        probe_compiler()
         decision = decide_for_torch()
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
+    launcher, compiler = compiler_command()
     answer = {
         "decision": str(decision),
+        "launcher": launcher,
+        "cxx": shlex.join(compiler),
         "include_dirs": ";".join(cpp_extension.include_paths()),
         "library_dir": cpp_extension.TORCH_LIB_PATH,
         "cxx11_abi": int(torch.compiled_with_cxx11_abi()),
@@ -273,6 +384,7 @@ def _main() -> int:
             "nvcc": decision.toolkit.version_string if decision.toolkit else None,
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
+            "cxx11_abi": torch.compiled_with_cxx11_abi(),
             "compiler": compiler_version(),
             "sources": sources_digest(Path(__file__).resolve().parents[1] / "csrc"),
         },

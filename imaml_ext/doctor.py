@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from imaml_ext import _build, _native
+from imaml_ext._record import REBUILD, build_record, local_version, unfit
 from imaml_ext._version import __version__
 from imaml_ext.errors import DataError
 
-_REBUILD = "build it again against this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
 _OK, _NOTE, _BAD = "ok", "--", "!!"
 
 
@@ -49,17 +47,10 @@ def doctor() -> int:
     _processors(report, record)
     _packages(report)
     _data(report)
-    print("\nEverything that training needs works." if report.healthy else "\nPut right what is marked !! first.")
+    where = "" if record is None or record["cuda"] or not torch.version.cuda else " on the CPU"
+    sound = f"\nEverything that training{where} needs works."
+    print(sound if report.healthy else "\nPut right what is marked !! first.")
     return 0 if report.healthy else 1
-
-
-def build_record() -> dict[str, Any] | None:
-    """Returns what setup.py wrote beside the extension when it was built; None where there is no such record."""
-    try:
-        record = json.loads((Path(_build.__file__).parent / "_build_info.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def architecture_serves(architectures: str, capability: tuple[int, int]) -> bool:
@@ -78,18 +69,18 @@ def architecture_serves(architectures: str, capability: tuple[int, int]) -> bool
 
 def _versions(report: _Report) -> None:
     report.section("Versions")
-    report.line("imaml_ext", __version__)
+    report.line("imaml_ext", __version__ + local_version())
     report.line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     flavour = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     if torch.version.hip:
         flavour = f"ROCm {torch.version.hip}"
     report.line("torch", f"{torch.__version__} ({flavour})")
-    for name in ("numpy", "matplotlib", "tyro", "rich"):
+    for name in ("numpy", "matplotlib", "tyro", "rich", "safetensors", "pillow", "fonttools"):
         try:
             report.line(name, version(name))
         except PackageNotFoundError:
             report.line(name, "not installed", state=_BAD, advice=f"pip install {name}")
-    report.line("C++ compiler", _build.compiler_version())
+    report.line("C++ compiler", _build.compiler_version() or "none; only a build needs one")
     try:
         nvcc = _build.find_nvcc(os.environ)
         number = "{}.{}".format(*_build.nvcc_version(nvcc))
@@ -103,35 +94,39 @@ def _extension(report: _Report, record: dict[str, Any] | None) -> None:
     if _native.error is None:
         report.line("compiled part", "loads")
     else:
-        report.line("compiled part", f"does not load: {_native.error}", state=_BAD, advice=_REBUILD)
+        report.line("compiled part", str(_native.error), state=_BAD)
     if record is None:
         report.line("built", "no record of the build", state=_NOTE if _native.error is None else _BAD)
         return
     what = f"with CUDA for {record['cuda_architectures']}" if record["cuda"] else "CPU only"
     report.line("built", what + (", without optimisation" if record["debug"] else ""))
     report.line("because", f"IMAML_EXT_CUDA={record['requested']}: {record['reason']}")
-    same = record["torch"] == torch.__version__
+    same = not unfit(record, torch=torch.__version__, cuda=torch.version.cuda)
     report.line(
         "built against",
         f"torch {record['torch']}, {record['compiler']}" + (f", nvcc {record['nvcc']}" if record["nvcc"] else ""),
-        state=_OK if same else _BAD if _native.error else _NOTE,
-        advice="" if same else f"torch is now {torch.__version__}; {_REBUILD}",
+        state=_OK if same else _BAD,
+        advice="" if same else f"torch is now {torch.__version__}; {REBUILD}",
     )
-    if torch.version.cuda and not record["cuda"] and record["requested"] != "0":
-        _cuda_now(report)
+    if torch.version.cuda and not record["cuda"]:
+        _cuda_now(report, record)
 
 
-def _cuda_now(report: _Report) -> None:
-    """Prints what a build today would do for CUDA, where the one that is there has none."""
+def _cuda_now(report: _Report, record: dict[str, Any]) -> None:
+    """Prints what a build today would do for CUDA, where the one that is there has none, and torch has."""
+    if record["requested"] == "0":
+        finding, advice = "no CUDA tensor can be used, though torch has CUDA", "a wheel or a build with CUDA can"
+        report.line("CUDA", finding, state=_NOTE, advice=advice)
+        return
     try:
         decision = _build.decide_for_torch()
     except _build.BuildError as error:
         finding, advice = str(error), ""
     else:
-        finding, advice = f"a build today would be {decision}", _REBUILD
+        finding, advice = f"a build today would be {decision}", REBUILD
         if not decision.build:
             finding = f"still not possible: {decision.reason}"
-            advice = f"install nvcc of CUDA {torch.version.cuda} or set CUDA_HOME, then {_REBUILD}"
+            advice = f"install nvcc of CUDA {torch.version.cuda} or set CUDA_HOME, then {REBUILD}"
     report.line("CUDA now", finding, state=_NOTE, advice=advice)
 
 

@@ -211,7 +211,10 @@ def test_empty_request_is_auto(build, machine):
         ("75 80 86 90", [(8, 6), (8, 6)], None, "8.6+PTX"),  # the GPUs that are there
         ("75 80 86 90", [(9, 0), (7, 5)], None, "7.5;9.0+PTX"),
         ("75 80 86 90", [(12, 0)], None, "9.0+PTX"),  # a GPU newer than nvcc runs its newest PTX
-        ("75 80 86 90", [(8, 6)], "8.0 9.0a", "8.0 9.0a"),  # the user's list, as it is
+        ("75 80 86 90", [(8, 6)], "8.0 9.0a", "8.0;9.0a"),  # the user's list
+        ("75 80 86 90", [(8, 6)], "7.5;9.0+PTX", "7.5;9.0+PTX"),
+        ("75 80 86 90", [(8, 6)], "  ", "8.6+PTX"),  # blank: no list
+        ("", [], "8.0", "8.0"),  # an nvcc that does not say what it knows
     ],
 )
 def test_architectures(build, machine, archs, capabilities, variable, expected):
@@ -219,6 +222,126 @@ def test_architectures(build, machine, archs, capabilities, variable, expected):
     environ = machine.environ | ({"TORCH_CUDA_ARCH_LIST": variable} if variable else {})
     decision = build.decide_cuda(torch_cuda="13.0", capabilities=capabilities, environ=environ)
     assert decision.architectures == expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [
+        ("banana", r"must be numbers such as '8.0;9.0\+PTX', got 'banana'"),
+        ("8.0;Hopper", "got 'Hopper'"),
+        ("80", "got '80'"),
+        ("8.0;3.5", "has 3.5, and .* compiles for 7.5, 8.0$"),
+    ],
+)
+@pytest.mark.parametrize("request_", ["auto", "1"])
+def test_a_wrong_list_of_architectures_is_no_build_without_cuda(build, machine, variable, reason, request_):
+    machine.wrap(machine.toolkit(archs="75 80"))
+    environ = machine.environ | {"TORCH_CUDA_ARCH_LIST": variable, "IMAML_EXT_CUDA": request_}
+    with pytest.raises(build.BuildError, match=f"^TORCH_CUDA_ARCH_LIST .*{reason}"):
+        build.decide_cuda(torch_cuda="13.0", environ=environ)
+
+
+# --- the C++ compiler, the machine and the sources ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "launcher", "command"),
+    [
+        (None, "", ["c++"]),
+        ("", "", ["c++"]),
+        ("clang++", "", ["clang++"]),
+        ("g++ -m64", "", ["g++", "-m64"]),
+        ("ccache g++", "ccache", ["g++"]),
+        ("/opt/my\\ tools/sccache /usr/bin/g++-12 -B/x", "/opt/my tools/sccache", ["/usr/bin/g++-12", "-B/x"]),
+        ("ccache", "", ["ccache"]),
+    ],
+)
+def test_compiler_command(build, variable, launcher, command):
+    environ = {} if variable is None else {"CXX": variable}
+    assert build.compiler_command(environ) == (launcher, command)
+
+
+def test_no_compiler(build, machine):
+    with pytest.raises(build.BuildError, match=r"^there is no C\+\+ compiler 'c\+\+' .*install g\+\+ 11"):
+        build.probe_compiler(machine.environ)
+    with pytest.raises(build.BuildError, match=r"^there is no C\+\+ compiler 'ccache' \(CXX=ccache g\+\+\)"):
+        build.probe_compiler(machine.environ | {"CXX": "ccache g++"})
+
+
+def test_a_compiler_that_is_too_old(build, machine, monkeypatch):
+    refuse = "echo 'g++-7: error: unrecognized -std=c++20'; echo 'compilation terminated.'; exit 1\n"
+    write_script(machine.bin / "g++-7", refuse)
+    monkeypatch.setenv("PATH", str(machine.bin), prepend=os.pathsep)
+    with pytest.raises(build.BuildError, match=r"CXX=g\+\+-7\) cannot compile C\+\+20: g\+\+-7: error: unrecog"):
+        build.probe_compiler(machine.environ | {"CXX": "g++-7"})
+
+
+def test_a_launcher_is_given_the_compiler(build, machine, monkeypatch):
+    write_script(machine.bin / "ccache", f'echo "$@" > {machine.root}/told\n')
+    write_script(machine.bin / "g++", "exit 1\n")
+    monkeypatch.setenv("PATH", str(machine.bin), prepend=os.pathsep)
+    build.probe_compiler(machine.environ | {"CXX": "ccache g++ -m64"})
+    assert (machine.root / "told").read_text().startswith("g++ -m64 -std=c++20 ")
+
+
+def test_nvcc_is_given_the_compiler_alone(build, machine):
+    root = machine.toolkit()
+    machine.wrap(root)
+    assert build.decide_cuda(torch_cuda="13.0", environ=machine.environ | {"CXX": "ccache g++ -m64"}).build
+    assert "-ccbin g++ " in (root / "compiled").read_text()
+
+
+def test_this_machines_compiler(build):
+    build.probe_compiler(os.environ)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_wrong_number_of_jobs(build, value):
+    with pytest.raises(build.BuildError, match=f"^MAX_JOBS must be a whole number of at least 1, got '{value}'"):
+        build.parallel_jobs({"MAX_JOBS": value})
+
+
+def test_jobs_follow_processors_and_free_memory(build, monkeypatch):
+    assert build.parallel_jobs({"MAX_JOBS": "7"}) == 7
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda process: range(16), raising=False)
+    for free, jobs in ((2**20, 1), (5 * 2**30, 2), (100 * 2**30, 16), (float("inf"), 16)):
+        monkeypatch.setattr(build, "free_memory", lambda free=free: free)
+        assert build.parallel_jobs({}) == jobs
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("8589934592", 6 * 2**30), ("max", 16 * 2**30), (None, 16 * 2**30), ("99999999999", 16 * 2**30)],
+)
+def test_free_memory_is_the_machines_or_the_containers(build, tmp_path, limit, expected):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {16 * 2**20} kB\n")
+    if limit is not None:
+        group = tmp_path / "sys/fs/cgroup"
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text(f"{2 * 2**30}\n")
+    assert build.free_memory(tmp_path) == expected
+    assert build.free_memory(tmp_path / "nothing") == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("platform", "setuptools", "reason"),
+    [
+        ("win32", "80.0", "is built on Linux and macOS, not on win32; under Windows use WSL 2"),
+        ("linux", "76.1.0", "needs setuptools 77 or later, and this is 76.1.0: pip install 'setuptools>=77'"),
+    ],
+)
+def test_what_a_build_needs_first(build, tmp_path, platform, setuptools, reason):
+    with pytest.raises(build.BuildError, match=reason):
+        build.check_build_host(tmp_path, platform=platform, setuptools=setuptools)
+    build.check_build_host(tmp_path, platform="linux", setuptools="77.0.3")
+
+
+def test_sources_that_cannot_be_written_to(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(build.BuildError, match=f"the sources in {tmp_path} cannot be written to, .*: copy them"):
+        build.check_build_host(tmp_path, platform="linux", setuptools="80.0")
 
 
 @pytest.mark.parametrize(("cuda", "expected"), [(None, False), ("13.2", True)])

@@ -2,16 +2,18 @@
 
 import json
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from imaml_ext import _build, _native
+from imaml_ext import _build, _native, _record
 from imaml_ext import doctor as doctor_module
+from imaml_ext._record import REBUILD, build_record
 from imaml_ext.batch import TaskData
-from imaml_ext.doctor import architecture_serves, build_record, doctor
+from imaml_ext.doctor import architecture_serves, doctor
 from imaml_ext.errors import DataError, NativeUnavailableError
 from imaml_ext.inner import GradientDescent
 from imaml_ext.losses import TaskLoss
@@ -25,6 +27,7 @@ RECORD = {
     "nvcc": None,
     "torch": torch.__version__,
     "torch_cuda": None,
+    "cxx11_abi": True,
     "compiler": "c++ 12.2.0",
     "sources": "0123456789abcdef",
     "debug": False,
@@ -68,7 +71,8 @@ def test_sound_installation(capsys):
 
 
 def test_extension_that_does_not_load(capsys, monkeypatch):
-    monkeypatch.setattr(_native, "error", ImportError("_C.so: undefined symbol: _ZN2at4_ops"))
+    damaged = ImportError("_C.so: undefined symbol: _ZN2at4_ops")
+    monkeypatch.setattr(_native, "error", NativeUnavailableError(_record.not_loaded(damaged)))
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(doctor_module, "build_record", lambda: RECORD | {"torch": "2.6.0"})
     assert doctor() == 1
@@ -79,11 +83,11 @@ def test_extension_that_does_not_load(capsys, monkeypatch):
 
 
 def test_adapting_without_the_extension_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(_native, "error", ImportError("_C.so: undefined symbol: _ZN2at4_ops"))
+    monkeypatch.setattr(_native, "error", NativeUnavailableError(f"built for another torch: {REBUILD}"))
     monkeypatch.setattr(_native, "_C", None)
     model = MLP(1, (8,), 1)
     data = TaskData(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
-    with pytest.raises(NativeUnavailableError, match=r"undefined symbol.*pip install --no-build-isolation"):
+    with pytest.raises(NativeUnavailableError, match=r"built for another.*pip install --no-build-isolation"):
         GradientDescent(steps=1, lr=0.1).solve(TaskLoss(model, "mse"), model.init(seed=0), data, lam=1.0)
     assert TaskLoss(model, "mse", engine="torch")(model.init(seed=0).expand(2, -1), data).shape == (2,)
 
@@ -109,6 +113,27 @@ def test_cpu_build_beside_a_cuda_torch(capsys, monkeypatch):
     assert "a build today would be with CUDA for 9.0+PTX" in lines_of(output, "--")
 
 
+def test_cpu_wheel_beside_a_cuda_torch(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(doctor_module, "build_record", lambda: RECORD | {"requested": "0", "reason": "asked for"})
+    assert doctor() == 0
+    output = capsys.readouterr().out
+    assert "no CUDA tensor can be used" in lines_of(output, "--")
+    assert "Everything that training on the CPU needs works." in output
+
+
+@pytest.mark.parametrize("name", ["numpy", "matplotlib", "tyro", "rich", "safetensors", "pillow", "fonttools"])
+def test_a_dependency_that_is_missing(capsys, monkeypatch, name):
+    def version(asked):
+        if asked == name:
+            raise PackageNotFoundError(asked)
+        return "1.0"
+
+    monkeypatch.setattr(doctor_module, "version", version)
+    assert doctor() == 1
+    assert f"pip install {name}" in lines_of(capsys.readouterr().out, "->")
+
+
 def test_gpu_that_the_build_does_not_serve(capsys, monkeypatch):
     class Properties:
         name, total_memory, major, minor = "Old GPU", 8 * 2**30, 7, 0
@@ -118,7 +143,9 @@ def test_gpu_that_the_build_does_not_serve(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     monkeypatch.setattr(
-        doctor_module, "build_record", lambda: RECORD | {"cuda": True, "cuda_architectures": "8.0;9.0+PTX"}
+        doctor_module,
+        "build_record",
+        lambda: RECORD | {"cuda": True, "torch_cuda": "13.0", "cuda_architectures": "8.0;9.0+PTX"},
     )
     assert doctor() == 1
     output = capsys.readouterr().out
@@ -189,7 +216,7 @@ def test_architecture_serves(architectures, capability, expected):
 
 
 def test_build_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(_build, "__file__", str(tmp_path / "_build.py"))
+    monkeypatch.setattr(_record, "PACKAGE", tmp_path)
     record = tmp_path / "_build_info.json"
     assert build_record() is None
     record.write_text('{"cuda": tr')  # cut short

@@ -12,7 +12,8 @@ from pathlib import Path
 import imaml_ext
 
 PACKAGE = Path(imaml_ext.__file__).parent
-BASE = {"errors", "checks", "files", "progress", "rng", "settings", "batch", "_version", "_build", "_renamed"}
+BASE = {"errors", "checks", "files", "progress", "rng", "settings", "batch"}
+BASE |= {"_version", "_build", "_record", "_renamed"}
 # What each room may import beside itself and the base.
 ROOMS: dict[str, set[str]] = {
     **{name: set() for name in BASE},

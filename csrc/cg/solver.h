@@ -78,6 +78,7 @@ struct CgResult {
 
 // Throws c10::ValueError / c10::TypeError for arguments that do not fit together (see CgOptions), and passes on
 // whatever `hvp` and `preconditioner` throw.
-CgResult cg(const RowOperator& hvp, const at::Tensor& b, const CgOptions& options = {});
+__attribute__((visibility("default"))) CgResult cg(const RowOperator& hvp, const at::Tensor& b,
+                                                   const CgOptions& options = {});
 
 }  // namespace imaml_ext

@@ -17,6 +17,8 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
+from imaml_ext._record import local_version
+from imaml_ext._version import __version__
 from imaml_ext.errors import ImamlError, ReportedElsewhere, RunError, option_prefix
 
 # Another command is a module of this name, with `run(arguments, ranks) -> exit code`, and a line here.
@@ -91,6 +93,10 @@ def _dispatch(arguments: list[str]) -> int:
         if first:
             print(_help())
         return 0
+    if name == "--version":
+        if first:
+            print(f"imaml_ext {__version__}{local_version()}")
+        return 0
     if name not in COMMANDS:
         if first:
             print(f"{_USAGE}\nimaml: there is no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
@@ -110,6 +116,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _help() -> str:
     commands = [f"  {name:<11}{summary}" for name, summary in COMMANDS.items()]
     end = "`imaml COMMAND --help` shows the options of a command. With --debug, or IMAML_DEBUG=1 in the environment,\n"
+    end = "`imaml --version` shows the version, and the torch that it was built for.\n" + end
     lines = [_USAGE, "", "Few-shot meta-learning with implicit gradients.", "", "commands:", *commands, ""]
     return "\n".join([*lines, end + "errors show their traceback."])
 

@@ -1,6 +1,6 @@
 """The inner problem, argmin_φ L(φ) + ½ Σ λ (φ − θ)², and its solvers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -37,4 +37,5 @@ def newton_cg(loss: Loss | LossFunction, theta: Tensor, data: Any, **options: An
     return _solved(NewtonCG, loss, theta, data, options)
 
 
-__getattr__ = old_names(__name__, {"HessianFree": "imaml_ext.inner.NewtonCG"})
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
+    __getattr__ = old_names(__name__, {"HessianFree": "imaml_ext.inner.NewtonCG"})

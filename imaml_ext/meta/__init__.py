@@ -1,5 +1,7 @@
 """Meta-gradients: what an outer optimiser needs to know of a batch of tasks."""
 
+from typing import TYPE_CHECKING
+
 from imaml_ext._renamed import old_names
 from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from imaml_ext.meta.algorithm import MetaAlgorithm, MetaGradient
@@ -24,11 +26,14 @@ __all__ = [
     "prox_solve",
 ]
 
-__getattr__ = old_names(
-    __name__,
-    {
-        "LearnableLam": 'imaml_ext._renamed.LearnableLam = the setting learn={"lam": "global"} of an algorithm',
-        "gauss_newton_operator": 'imaml_ext._renamed.gauss_newton_operator = loss.linearize(phi, data, "gauss_newton")',
-        "hessian_operator": "imaml_ext._renamed.hessian_operator = loss.linearize(phi, data)",
-    },
-)
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
+    __getattr__ = old_names(
+        __name__,
+        {
+            "LearnableLam": 'imaml_ext._renamed.LearnableLam = the setting learn={"lam": "global"} of an algorithm',
+            "gauss_newton_operator": (
+                'imaml_ext._renamed.gauss_newton_operator = loss.linearize(phi, data, "gauss_newton")'
+            ),
+            "hessian_operator": "imaml_ext._renamed.hessian_operator = loss.linearize(phi, data)",
+        },
+    )

@@ -1,5 +1,7 @@
 """Task models: functions of many tasks at once, with flat parameters."""
 
+from typing import TYPE_CHECKING
+
 from imaml_ext._renamed import old_names
 from imaml_ext.models.conv4 import Conv4
 from imaml_ext.models.layout import ParameterLayout
@@ -15,10 +17,11 @@ __all__ = [
     "from_module",
 ]
 
-__getattr__ = old_names(
-    __name__,
-    {
-        **{name: f"imaml_ext.losses.{name}" for name in ("Criterion", "LossFunction", "TaskLoss")},
-        **{name: f"imaml_ext.batch.{name}" for name in ("Data", "TaskData")},
-    },
-)
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
+    __getattr__ = old_names(
+        __name__,
+        {
+            **{name: f"imaml_ext.losses.{name}" for name in ("Criterion", "LossFunction", "TaskLoss")},
+            **{name: f"imaml_ext.batch.{name}" for name in ("Data", "TaskData")},
+        },
+    )

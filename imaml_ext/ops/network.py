@@ -5,13 +5,15 @@ A network is a list of layers here, each a product with a weight, a norm, an act
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from imaml_ext._native import native
+from imaml_ext._native import native, no_cuda_code
 from imaml_ext.ops.registration import register_fake
 
 Network = tuple[int, ...]  # the int[] of the ops: channels, height and width of an example, then six numbers per layer
@@ -38,22 +40,38 @@ def linear(channels: int, activation: str = "identity") -> Network:
 def supports(params: Tensor) -> bool:
     """Tells whether there are kernels for parameters of this device and dtype, outside the transforms of torch.func.
 
+    Warns once of CUDA parameters where the compiled part has no CUDA code.
+
     Raises:
         NativeUnavailableError: there would be, but the compiled part does not load.
     """
     if params.dtype not in (torch.float32, torch.float64) or is_functorch_wrapped_tensor(params):
         return False
-    return native().with_cuda if params.is_cuda else params.is_cpu and native() is not None
+    if params.is_cuda and not native().with_cuda:
+        _warn_without_cuda()
+        return False
+    return params.is_cuda or (params.is_cpu and native() is not None)
+
+
+@functools.cache
+def _warn_without_cuda() -> None:
+    warnings.warn(f"networks on CUDA are left to torch's own ops: {no_cuda_code()}", RuntimeWarning, stacklevel=4)
+
+
+def _ops(like: Tensor) -> Any:
+    """Returns the native ops; raises NativeUnavailableError where there are none for the device of `like`."""
+    native(like.device)
+    return torch.ops.imaml_ext
 
 
 def network_outputs(params: Tensor, x: Tensor, network: Network) -> Tensor:
     """Returns outputs [B, S, K] without a graph."""
-    return torch.ops.imaml_ext.network_outputs(params.detach().contiguous(), x.contiguous(), network)
+    return _ops(params).network_outputs(params.detach().contiguous(), x.contiguous(), network)
 
 
 def network_gradient(params: Tensor, x: Tensor, y: Tensor, network: Network) -> tuple[Tensor, Tensor, Tensor]:
     """Returns losses [B], outputs [B, S, K] and every task's own gradient [B, N], without a graph."""
-    return torch.ops.imaml_ext.network_gradient(params.detach().contiguous(), x.contiguous(), y.contiguous(), network)
+    return _ops(params).network_gradient(params.detach().contiguous(), x.contiguous(), y.contiguous(), network)
 
 
 def network_descend_(
@@ -63,7 +81,7 @@ def network_descend_(
 
     theta is [1 or B, N], lam and lr are [1 or B, 1 or N].
     """
-    return torch.ops.imaml_ext.network_descend_(phi, theta, lam, lr, x.contiguous(), y.contiguous(), network, steps)
+    return _ops(phi).network_descend_(phi, theta, lam, lr, x.contiguous(), y.contiguous(), network, steps)
 
 
 class NetworkLinearisation:
@@ -71,19 +89,19 @@ class NetworkLinearisation:
 
     def __init__(self, params: Tensor, x: Tensor, y: Tensor, network: Network) -> None:
         self._params, self._y, self._network = params.detach().contiguous(), y.contiguous(), network
-        self.losses, self.outputs, self.gradient, self._tape = torch.ops.imaml_ext.network_linearise(
+        self.losses, self.outputs, self.gradient, self._tape = _ops(params).network_linearise(
             self._params, x.contiguous(), self._y, network
         )
 
     def product(self, p: Tensor, rows: slice = slice(None), *, gauss_newton: bool = False) -> Tensor:
         """Returns H p, or Jᵀ C J p, [k, N] for p [k, N] of the tasks `rows`: a pass forward along p and one back."""
         stored, p = (self._params[rows], self._tape[rows], self._y[rows]), p.detach().contiguous()
-        return torch.ops.imaml_ext.network_product(*stored, p, self._network, gauss_newton)
+        return _ops(p).network_product(*stored, p, self._network, gauss_newton)
 
     def curvature(self, p: Tensor) -> Tensor:
         """Returns pᵀ Jᵀ C J p [B] float64 for p [B, N], by the pass forward alone, half of a product."""
         p = p.detach().contiguous()
-        return torch.ops.imaml_ext.network_curvature(self._params, self._tape, self._y, p, self._network)
+        return _ops(p).network_curvature(self._params, self._tape, self._y, p, self._network)
 
     @property
     def rows_per_block(self) -> int | None:

@@ -78,7 +78,7 @@ def _arguments(
             raise ValueError(f"{name} must be on the device of phi, {phi.device}, got {value.device}")
     if phi.dim() != 2:
         raise ValueError(f"phi must have shape [B, N] (one row per task), got {list(phi.shape)}")
-    native()
+    native(phi.device)
     shared = theta.unsqueeze(0) if theta.dim() == 1 else theta
     return [shared, *(as_coefficient(value, name, phi) for name, value in coefficients.items())]
 

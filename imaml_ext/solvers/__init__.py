@@ -1,22 +1,16 @@
 """Linear solvers over Hessian-vector products, one system per row."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
 from imaml_ext.solvers.linear import LinearSolver, Solution, SolveStatus
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
+if TYPE_CHECKING:
+    from imaml_ext.solvers.minres import MINRES as MINRES
+
 __all__ = ["CG", "FixedPoint", "LinearSolver", "Neumann", "Solution", "SolveStatus", "cg"]
-
-
-def __getattr__(name: str) -> Any:
-    """Any solver of `LinearSolver.kinds` by the name of its class, and old names."""
-    for kind, path in LinearSolver.kinds.items():
-        if path.endswith(f".{name}"):
-            return LinearSolver.kind(kind)
-    return _old(name)
-
 
 _old = old_names(
     __name__,
@@ -26,3 +20,12 @@ _old = old_names(
         "CGStatus": "imaml_ext.solvers.SolveStatus",
     },
 )
+
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
+
+    def __getattr__(name: str) -> Any:
+        """Any solver of `LinearSolver.kinds` by the name of its class, and old names."""
+        for kind, path in LinearSolver.kinds.items():
+            if path.endswith(f".{name}"):
+                return LinearSolver.kind(kind)
+        return _old(name)

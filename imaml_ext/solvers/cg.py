@@ -119,7 +119,7 @@ def cg(
 
     Raises:
         TypeError, ValueError: an argument, or what a callback returned, of the wrong type, dtype, shape or device.
-        NativeUnavailableError: the compiled part is missing.
+        NativeUnavailableError: the compiled part does not load, or has no code for the device of b.
 
     Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Residual drift:
     van der Vorst and Ye (2000).
@@ -129,7 +129,7 @@ def cg(
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
     return Solution(
-        *native().cg(
+        *native(b.device).cg(
             hvp,
             b,
             shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),

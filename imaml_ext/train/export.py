@@ -121,7 +121,7 @@ def run_weights(
 
 
 def saved_parameters(directory: RunDirectory, checkpoint: Path | None = None) -> Checkpoint:
-    """Returns the checkpoint that a run is judged by (`chosen_checkpoint`), or the one asked for, which must be its own."""
+    """Returns the checkpoint that a run is judged by, or the one asked for, which must be of this run."""
     if checkpoint is not None:
         if checkpoint.resolve().parent != directory.checkpoints.resolve():
             raise CheckpointError(f"checkpoint must be one of {directory.checkpoints}, got {checkpoint}")

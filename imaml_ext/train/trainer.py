@@ -87,7 +87,7 @@ def train(
         The content of result.json.
 
     Raises:
-        ConfigError, DataError: what was asked for cannot be run; nothing has been written.
+        ConfigError, DataError, NativeUnavailableError: what was asked for cannot be run; nothing has been written.
         RunError: the directory holds another run or cannot be written, or a checkpoint is damaged; the processes do not
             agree on what to run, or one of them has ended.
         Diverged: the meta-gradient or the parameters became non-finite.
@@ -132,6 +132,7 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
         raise ConfigError(f"outer.meta_batch must be {needed}, got {tasks}")
     ranks.use_device(config.run.device)
     experiment = build(config)
+    native(experiment.device)
     if config.run.capture:
         if ranks.size > 1:
             raise ConfigError(f"run.capture must be left out with several processes, got {ranks.size}")

@@ -1,4 +1,5 @@
 // The CPU kernels for AVX2. Every header comes first: nothing inline may be compiled for more than the baseline.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
@@ -8,7 +9,6 @@
 
 #include "common/cpu/kernels.h"
 
-#if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,4 +1,5 @@
 // The CPU kernels for AVX-512. Every header comes first: nothing inline may be compiled for more than the baseline.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
@@ -14,7 +15,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,f16c"))), apply_to = function)
 #else
