@@ -211,7 +211,7 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "data.x must be on the device of theta, meta", {"theta": theta.to("meta")}),
         (ValueError, "lam must be at least 0, got -1.0", {"lam": -1.0}),
         (ValueError, "lam must be finite, got nan", {"lam": float("nan")}),
-        (TypeError, "lam must be a number, got str", {"lam": "2"}),
+        (TypeError, "lam must be a number or a tensor, got str", {"lam": "2"}),
         (ValueError, "lam must be a number, .*got .7.", {"lam": torch.ones(7)}),
         (ValueError, "lr must be at least 0", {"lr": -0.1}),
         (ValueError, "lr must be a number, .*got .4.", {"lr": torch.ones(4)}),

@@ -19,7 +19,7 @@ from imaml_ext.meta.algorithm import (
     query_gradient,
 )
 from imaml_ext.meta.implicit import Reaction, implicit_solve
-from imaml_ext.ops import Coefficient, prox_gradient_
+from imaml_ext.ops import Coefficient, check_entries, prox_gradient_
 from imaml_ext.settings import NOT_NEGATIVE, POSITIVE
 from imaml_ext.solvers import CG, LinearSolver
 from imaml_ext.solvers.linear import SolveStatus
@@ -56,6 +56,8 @@ class IMAML(MetaAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.lam, Tensor):
+            check_entries(self.lam, "lam", above=0)
         if self.loss is not None:
             self.loss.check_curvature(self.curvature)
         if not hasattr(self.inner, "lr"):

@@ -69,11 +69,9 @@ def prox_solve(
     check_number("damping", damping, at_least=0)
     if inner is not None and not callable(inner) and not hasattr(inner, "solve"):
         raise TypeError(f"inner must be an inner solver or a function, got {type(inner).__name__}")
-    if not isinstance(lam, Tensor):
-        check_number("lam", lam, above=0)
     solver = linear_solver or CG(max_iterations=20, rtol=1e-6)
     rows, tasks = task_rows(theta, data, num_tasks)  # [1 or B, N]
-    coefficient = ops.as_coefficient(lam, "lam", rows.detach().expand(tasks, -1))  # [1 or B, 1 or N], with its graph
+    coefficient = ops.as_coefficient(lam, "lam", rows.detach().expand(tasks, -1), above=0)  # [1 or B, 1 or N], with its graph
 
     def solve(lam_rows: Tensor) -> Tensor:
         if callable(inner):
