@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from imaml_ext._version import __version__
 
 if TYPE_CHECKING:
-    from imaml_ext.errors import NativeUnavailableError, SolveError
+    from imaml_ext.errors import NativeUnavailableError, SolveError, SolveWarning
     from imaml_ext.inner import GradientDescent, NewtonCG
     from imaml_ext.losses import TaskLoss
     from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile, prox_solve  # type: ignore[no-redef]  # submodules have these names too
@@ -29,6 +29,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "SolveStatus",
+    "SolveWarning",
     "TaskLoss",
     "__version__",
     "cg",

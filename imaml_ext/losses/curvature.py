@@ -158,11 +158,11 @@ def _check_graph(derivative: Tensor, params: Tensor, weights: Tensor, name: str)
     would take the derivative for a constant, as that of a linear function is. A backward that detaches a part of what
     it returns is not found.
     """
-    reached, found = False, {params.grad_fn, None}
+    reached, found = False, {params.grad_fn}
     waiting = [derivative.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node in found:
+        if node is None or node in found:
             continue
         found.add(node)
         if node.name() == _ONCE:

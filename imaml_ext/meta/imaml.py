@@ -90,16 +90,10 @@ class IMAML(MetaAlgorithm):
             **inner.metrics,
             "support_loss": operator.losses.mean(),
             "inner_gradient_norm": torch.linalg.vector_norm(proximal, dim=1).mean(),
-            "solve_residual": _relative(solution.residual_norm, v).mean(),
+            "solve_residual": solved.relative_residual.to(v.dtype).mean(),
             "solve_iterations": solution.iterations.to(v.dtype).mean(),
             SolveStatus(solver.breakdown).name.lower(): solution.broke_down.to(v.dtype).mean(),
             **count_metrics(solved.counted_tasks, ~solution.non_finite, v.dtype),
         }
         by_lam = {"lam": -solved.u * (phi - theta)} if self.learn else {}
         return self._result(params, lam * solved.u, by_lam, solved.counted_tasks, metrics)
-
-
-def _relative(residual_norm: Tensor, v: Tensor) -> Tensor:
-    """‖v − A u‖ / ‖v‖, 0 for v = 0: [B]."""
-    norm = torch.linalg.vector_norm(v, dim=1)
-    return torch.where(norm == 0, 0.0, residual_norm.to(v.dtype) / norm)

@@ -124,7 +124,9 @@ def cg(
     check_arguments(hvp, b, x0, preconditioner)
     check_every = check_int("check_every", check_every, minimum=0)
     if check_every > 0 and is_traced():
-        raise ValueError(f"check_every must be 0 where cg is traced, as a trace can look at no value, got {check_every}")
+        raise ValueError(
+            f"check_every must be 0 where cg is traced, as a trace can look at no value, got {check_every}"
+        )
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
