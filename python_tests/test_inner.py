@@ -210,6 +210,11 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "inputs must have the dtype of params", {"theta": theta.float()}),
         (ValueError, "data.x must be on the device of theta, meta", {"theta": theta.to("meta")}),
         (ValueError, "lam must be at least 0, got -1.0", {"lam": -1.0}),
+        (
+            ValueError,
+            "lam must be at least 0, got a tensor with an entry of -2",
+            {"lam": torch.tensor([0.0, -2.0, 1.0])},
+        ),
         (ValueError, "lam must be finite, got nan", {"lam": float("nan")}),
         (TypeError, "lam must be a number or a tensor, got str", {"lam": "2"}),
         (ValueError, "lam must be a number, .*got .7.", {"lam": torch.ones(7)}),

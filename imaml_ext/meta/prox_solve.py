@@ -19,7 +19,7 @@ from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.losses.loss import Loss, LossFunction, as_loss, task_rows
 from imaml_ext.meta.implicit import ImplicitSolution, Reaction, implicit_solve
 from imaml_ext.ops import Coefficient
-from imaml_ext.ops.calls import is_traced, is_transformed, leave_graph
+from imaml_ext.ops.calls import eager, is_traced, is_transformed
 from imaml_ext.solvers import CG, LinearSolver
 
 InnerFunction = Callable[[Any, Tensor, Any, Tensor], Tensor]  # loss, theta, data, lam -> phi [B, N]
@@ -27,6 +27,7 @@ Unfinished = Literal["warn", "raise", "ignore"]
 
 
 @_renamed.old_keywords(functools.partial(_renamed.solver_keywords, max_iterations=20, rtol=1e-6))
+@eager
 def prox_solve(
     loss: Loss | LossFunction,
     theta: Tensor,
@@ -79,7 +80,6 @@ def prox_solve(
 
     Source: Rajeswaran et al., arXiv 1909.04630, Lemma 1; Domke, Generic methods for optimization-based modeling (2012).
     """
-    leave_graph("prox_solve")
     _check_call()
     given, loss = loss, as_loss(loss)
     if inner is not None and not callable(inner) and not hasattr(inner, "solve"):
@@ -130,7 +130,7 @@ class _Site:
     @classmethod
     def of_caller(cls) -> _Site:
         frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("imaml_ext."):
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("imaml_ext.", "torch.")):
             frame = frame.f_back
         module = frame.f_globals.get("__name__", "__main__")
         return cls(

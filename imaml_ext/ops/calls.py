@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,27 +15,44 @@ _MODES = torch._C._TorchDispatchModeKey
 C = TypeVar("C", bound=Callable[..., Any])
 
 
-def leave_graph(name: str) -> None:
-    """Ends a graph of torch.compile before the call of `name`, which then runs as it does without torch.compile.
+def eager(function: C) -> C:
+    """Decorates a function that torch.compile is to leave alone, with all that it calls: a graph ends before its call.
 
-    Raises:
-        torch._dynamo.exc.Unsupported: with fullgraph=True, and in torch.export with strict=True; says what to do.
+    As `torch.compiler.disable`, whose import takes a second, does; but that import waits until there is a graph. With
+    fullgraph=True, and in torch.export with strict=True, the error of torch.compile says what to do.
     """
-    if torch.compiler.is_dynamo_compiling():
-        torch._dynamo.skip_frame(
-            msg=f"{name} runs a loop outside torch.compile, so that it cannot be part of a full graph: compile with "
-            f"fullgraph=False, or call {name} outside the compiled function (torch.export takes it with strict=False)"
-        )
+    name = function.__name__
+    disabled = None
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonlocal disabled
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.skip_frame(
+                msg=f"{name} runs a loop outside torch.compile, so that it cannot be part of a full graph: compile "
+                f"with fullgraph=False, or call {name} outside the compiled function (torch.export takes it with "
+                "strict=False)"
+            )
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments, **options)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*arguments, **options)
+
+    return call  # type: ignore[return-value]
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace, make_fx, torch.export or FakeTensorMode is at work: no number may then be looked at."""
-    modes = (_MODES.PROXY, _MODES.FAKE)
-    return torch.jit.is_tracing() or any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    """Whether a tracer of torch or FakeTensorMode is at work: no number may then be looked at."""
+    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
+        return True
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.PROXY, _MODES.FAKE))
 
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func, or a level of forward-mode differentiation, is at work."""
+    if torch.compiler.is_dynamo_compiling():  # which has its own rules for them
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -46,9 +65,9 @@ def check_untransformed(name: str, **values: object) -> None:
             continue
         if torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise RuntimeError(
-                f"{name} must be called outside the transforms of torch.func (grad, vmap, jvp, …), got {argument} of "
-                "one: give the systems of vmap as rows of one batch, and differentiate by torch.autograd through "
-                "imaml_ext.prox_solve"
+                f"{name} must be called outside the transforms of torch.func (grad, vmap, jvp, …), got {argument} from "
+                "inside one: give the systems of vmap as rows of one batch, and differentiate by torch.autograd "
+                "through imaml_ext.prox_solve"
             )
         if forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(f"{name} has no forward-mode derivative: {argument} must have no tangent")

@@ -13,7 +13,7 @@ from torch import Tensor
 from imaml_ext._native import native
 from imaml_ext.checks import check_int
 from imaml_ext.ops import Coefficient, as_coefficient
-from imaml_ext.ops.calls import callback, check_untransformed, is_traced, leave_graph
+from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, check_system
 
@@ -65,6 +65,7 @@ def check_arguments(
         raise TypeError(f"preconditioner must be a tensor or callable, got {type(preconditioner).__name__}")
 
 
+@eager
 def cg(
     hvp: Operator | BlockOperator,
     b: Tensor,
@@ -119,7 +120,6 @@ def cg(
     Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Residual drift:
     van der Vorst and Ye (2000).
     """
-    leave_graph("cg")
     check_untransformed("cg", b=b, shift=shift, x0=x0, preconditioner=preconditioner)
     check_arguments(hvp, b, x0, preconditioner)
     check_every = check_int("check_every", check_every, minimum=0)
