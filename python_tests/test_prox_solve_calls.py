@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from meta_tasks import F64, Data, Episodes, relative
+from meta_tasks import F64, Data, Episodes, regression, relative
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imaml_ext import CG, FOMAML, IMAML, MAML, NewtonCG, SolveError, SolveWarning, prox_solve
+from imaml_ext import CG, FOMAML, IMAML, MAML, GradientDescent, NewtonCG, SolveError, SolveWarning, prox_solve
 from imaml_ext.losses import GaussNewtonOperator, HessianOperator
 from imaml_ext.meta import ImplicitSolution
 
@@ -111,6 +112,34 @@ def test_prox_solve_waits_for_no_device_where_it_is_not_to_look() -> None:
         assert bool(watch.seen) == looks
 
 
+def test_every_result_loads_as_weights_and_is_compared_as_an_object() -> None:
+    loss, theta, episodes = regression(2)
+    reports: list[ImplicitSolution] = []
+    leaf = theta.clone().requires_grad_()
+    options = {"on_solve": reports.append, "on_breakdown": "keep", "on_unfinished": "ignore"}
+    prox_solve(loss, leaf, 1.0, episodes.support, **options).sum().backward()
+    inner = NewtonCG().solve(loss, theta, episodes.support, lam=1.0)
+    descent = GradientDescent().solve(loss, theta, episodes.support, lam=1.0)
+    for result in (reports[0], inner, descent, IMAML(loss).meta_gradient(theta, episodes)):
+        file = io.BytesIO()
+        torch.save(result, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        assert type(loaded) is type(result)
+        assert loaded == loaded
+        assert loaded != result
+        for tensor, value in zip(tensors(loaded), tensors(result), strict=True):
+            assert torch.equal(tensor, value)
+
+
+def tensors(value: object) -> list[Tensor]:
+    """All tensors of a result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else vars(value).values() if hasattr(value, "__dict__") else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
 class _Quartic(torch.autograd.Function):
     """Σ_j x_j⁴ of every row, whose gradient is computed in differentiable operations, detached, or marked."""
 
@@ -180,6 +209,7 @@ def test_the_curvature_of_a_loss_without_curvature_is_zero() -> None:
     torch.testing.assert_close(operator(p), 12 * phi.square() * p)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_prox_solve_says_what_transforms_and_tracers_cannot_have() -> None:
     theta = torch.ones(5, dtype=F64, requires_grad=True)
     data = Data(torch.rand(2, 5, dtype=F64), torch.randn(2, 5, dtype=F64))

@@ -21,7 +21,7 @@ from imaml_ext.solvers import CG, LinearSolver, SolveStatus
 _ROUNDINGS = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NewtonResult(InnerResult):
     """An `InnerResult` that also says how the steps went.
 

@@ -15,7 +15,7 @@ from imaml_ext.ops import Coefficient
 from imaml_ext.settings import Choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InnerResult:
     """Where the inner solver ended; every field stays on the device.
 

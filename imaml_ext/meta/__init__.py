@@ -1,5 +1,7 @@
 """Meta-gradients: what an outer optimiser needs to know of a batch of tasks."""
 
+import torch
+
 from imaml_ext._renamed import old_names
 from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from imaml_ext.meta.algorithm import MetaAlgorithm, MetaGradient
@@ -23,6 +25,8 @@ __all__ = [
     "implicit_solve",
     "prox_solve",
 ]
+
+torch.serialization.add_safe_globals([ImplicitSolution, MetaGradient])
 
 __getattr__ = old_names(
     __name__,

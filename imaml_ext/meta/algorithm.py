@@ -24,7 +24,7 @@ MetaParameters = Mapping[str, Tensor]  # "theta" [N], and what is learnt beside 
 Self = TypeVar("Self", bound="MetaAlgorithm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MetaGradient:
     """What an outer optimiser needs to know of a batch of tasks; nothing has been read back.
 
