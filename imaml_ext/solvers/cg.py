@@ -65,6 +65,16 @@ def check_arguments(
         raise TypeError(f"preconditioner must be a tensor or callable, got {type(preconditioner).__name__}")
 
 
+def _look_every(check_every: int) -> int:
+    """The argument of that name, checked."""
+    check_every = check_int("check_every", check_every, minimum=0)
+    if check_every > 0 and is_traced():
+        raise ValueError(
+            f"check_every must be 0 where cg is traced, as a trace can look at no value, got {check_every}"
+        )
+    return check_every
+
+
 @eager
 def cg(
     hvp: Operator | BlockOperator,
@@ -122,11 +132,6 @@ def cg(
     """
     check_untransformed("cg", b=b, shift=shift, x0=x0, preconditioner=preconditioner)
     check_arguments(hvp, b, x0, preconditioner)
-    check_every = check_int("check_every", check_every, minimum=0)
-    if check_every > 0 and is_traced():
-        raise ValueError(
-            f"check_every must be 0 where cg is traced, as a trace can look at no value, got {check_every}"
-        )
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
@@ -143,7 +148,7 @@ def cg(
             atol=_tolerance(atol, "atol", b),
             inverse_diagonal=diagonal,
             preconditioner=preconditioner,
-            check_every=check_every,
+            check_every=_look_every(check_every),
             rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
         )
     )
