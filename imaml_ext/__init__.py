@@ -10,7 +10,7 @@ from imaml_ext._record import unfit_for_installed_torch
 from imaml_ext._version import __version__
 
 if TYPE_CHECKING:  # from the modules themselves: `imaml_ext.solvers.cg` is a module and a function
-    from imaml_ext.errors import NativeUnavailableError, SolveError
+    from imaml_ext.errors import NativeUnavailableError, SolveError, SolveWarning
     from imaml_ext.inner import GradientDescent, NewtonCG
     from imaml_ext.losses import TaskLoss
     from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
@@ -33,6 +33,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "SolveStatus",
+    "SolveWarning",
     "TaskLoss",
     "__version__",
     "cg",

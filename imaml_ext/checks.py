@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 
@@ -26,20 +27,21 @@ def check_int(name: str, value: object, *, minimum: int) -> int:
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
-    """`value` as a finite float, above or at least a bound.
+    """`value` as a finite float, above or at least a bound; numbers of NumPy count as numbers.
 
     Raises:
         TypeError, ValueError: it is no number, not finite, or outside the bound.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    number = float(value)
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
-    if above is not None and not value > above:
+    if above is not None and not number > above:
         raise ValueError(f"{name} must be above {above:g}, got {value}")
-    if at_least is not None and not value >= at_least:
+    if at_least is not None and not number >= at_least:
         raise ValueError(f"{name} must be at least {at_least:g}, got {value}")
-    return float(value)
+    return number
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:

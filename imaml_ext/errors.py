@@ -45,6 +45,10 @@ class SolveError(ImamlError, RuntimeError):
     """Rows of a linear solve that failed: says which, how, and what to do."""
 
 
+class SolveWarning(UserWarning):
+    """A linear solve that ended short of its tolerance, so that what follows from it is inexact."""
+
+
 class RunError(ImamlError, RuntimeError):
     """A run that cannot start or continue: says why, and what can be done."""
 

@@ -21,6 +21,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -187,6 +188,8 @@ def _checked_plain(expected: Any, value: Any, name: str, bounds: Bounds | None) 
     """A number, string, path or truth value."""
     if expected in (int, float) and not isinstance(value, bool) and hasattr(value, "__index__"):
         value = expected(value.__index__())
+    elif expected is float and isinstance(value, Real) and not isinstance(value, bool):  # NumPy's
+        value = float(value)
     elif expected is Path and isinstance(value, str):
         value = Path(value)
     if not isinstance(value, expected) or (expected in (int, float) and isinstance(value, bool)):

@@ -278,6 +278,54 @@ def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(cur
     assert torch.equal(runs[True].step_sizes, runs[False].step_sizes)
 
 
+def logistic(params: Tensor, data: Data) -> Tensor:
+    """Mean negative log-likelihood of labels y [B, S] for inputs x [B, S, N]."""
+    z = torch.einsum("bsn,bn->bs", data.x, params)
+    return (torch.nn.functional.softplus(z) - data.y * z).mean(1)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("stop_early", [True, False])
+def test_the_rounding_of_the_objective_does_not_keep_newton_from_the_minimum(offset: float, stop_early: bool) -> None:
+    """In float32 F resolves a gradient of 1e-4 at best, and of 1e-3 with a constant added; gradients resolve more."""
+
+    def shifted(params: Tensor, data: Data) -> Tensor:
+        return logistic(params, data) + offset
+
+    x = torch.randn(B, 50, 6)
+    data = Data(x, (torch.rand(B, 50) < torch.sigmoid(x.sum(2))).float())
+    theta, lam = torch.zeros(6), 0.1
+    descent = GradientDescent(steps=1500, lr=2.0).solve(logistic, theta, data, lam=lam, measure=True)
+    settings = NewtonCG(steps=10, linear_solver=CG(max_iterations=20, rtol=1e-6), stop_early=stop_early)
+    newton = settings.solve(shifted, theta, data, lam=lam, measure=True)
+    assert float(descent.final_gradient_norm.max()) < 1e-7
+    assert float(newton.final_gradient_norm.max()) < max(1e-7, 4 * float(descent.final_gradient_norm.max()))
+    torch.testing.assert_close(newton.phi, descent.phi, rtol=1e-5, atol=1e-6)
+    assert (newton.objectives.diff(dim=0) <= 0).all()
+
+
+def test_a_step_that_rounding_hides_is_judged_by_its_slopes() -> None:
+    """A whole step to the other side of the minimum, and beyond: refused where the gradient there says that F rises."""
+    curvature = torch.full((2, 1), 2.0)
+    data = Data(curvature, torch.tensor([[1e-5], [1e-5]]))
+
+    def loss(params: Tensor, data: Data) -> Tensor:
+        return 100.0 + 0.5 * (data.x * (params - data.y).square()).sum(1)
+
+    class Overshoot(CG):
+        """Directions of 1.5 and of 2.5 times the way to the minimum."""
+
+        def solve(self, operator: object, b: Tensor, shift: object = 0.0) -> object:
+            found = super().solve(operator, b, shift)
+            object.__setattr__(found, "x", found.x * torch.tensor([[1.5], [2.5]]))
+            return found
+
+    solver = NewtonCG(steps=1, linear_solver=Overshoot(max_iterations=2, rtol=0.0), backtracks=0)
+    result = solver.solve(loss, torch.zeros(1), data, lam=0.0)
+    assert result.step_sizes.tolist() == [[1.0, 0.0]]
+    torch.testing.assert_close(result.phi, torch.tensor([[1.5e-5], [0.0]]))
+
+
 def test_the_implicit_gradient_after_newton_is_that_after_many_gradient_steps() -> None:
     """Any inner solver will do: near the minimum, which λ makes the only one, φ and the meta-gradient are the same."""
     loss, theta, episodes = regression(3)

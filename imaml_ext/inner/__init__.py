@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from imaml_ext._renamed import old_names
@@ -19,6 +20,8 @@ __all__ = [
     "gradient_descent",
     "newton_cg",
 ]
+torch.serialization.add_safe_globals([InnerResult, NewtonResult])
+
 _OF_A_SOLVE = ("lam", "num_tasks", "measure")
 
 

@@ -17,8 +17,11 @@ from imaml_ext.losses.loss import Loss
 from imaml_ext.settings import NOT_NEGATIVE, Bounds
 from imaml_ext.solvers import CG, LinearSolver, SolveStatus
 
+# A change of F by so many times the resolution of its dtype is lost in the rounding of the sums that F is made of.
+_ROUNDINGS = 50
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class NewtonResult(InnerResult):
     """An `InnerResult` that also says how the steps went.
 
@@ -52,7 +55,8 @@ class NewtonCG(InnerSolver):
 
     A step: (H_b + Λ + δI) d_b = −∇F_b(φ_b) by the linear solver, then φ_b ← φ_b + t_b d_b, t_b the first of 1, s, s²,
     … with F_b(φ_b + t d_b) ≤ F_b(φ_b) + c t ∇F_bᵀd_b. A task for which none is acceptable stays where it is, so that
-    its objective never increases; one whose loss is not finite stays too, and leaves the others alone.
+    its objective never increases; one whose loss is not finite stays too, and leaves the others alone. Where the change
+    of F by the whole step is lost in its rounding, ½ (∇F(φ) + ∇F(φ + d))ᵀd stands for it, and F counts as unchanged.
 
     Where conjugate gradients meet a direction of non-positive curvature, d is the iterate before it, and on the first
     iteration −∇F: of the Hessian, as Nocedal and Wright have it; the Gauss-Newton matrix, Martens' choice, has none.
@@ -63,6 +67,8 @@ class NewtonCG(InnerSolver):
 
     Source: Rajeswaran et al., arXiv 1909.04630, section 4 (5 CG steps, a line search on the training loss); Nocedal and
     Wright, Numerical Optimization (2006), algorithm 7.1; Martens, Deep learning via Hessian-free optimization (2010).
+    Slopes in place of F: Hager and Zhang, A new conjugate gradient method with guaranteed descent and an efficient line
+    search (2005), the approximate Wolfe conditions.
     """
 
     steps: Annotated[int, NOT_NEGATIVE] = 2  # Newton steps per task.
@@ -87,6 +93,11 @@ class NewtonCG(InnerSolver):
                 losses = loss(phi, data)
                 return losses, losses + ops.prox_penalty(phi, center, lam)
 
+        def slope_at(phi: Tensor, direction: Tensor) -> Tensor:
+            """∇F(φ)ᵀd of every task, [B] float64."""
+            gradient = ops.prox_gradient_(loss.gradient(phi, data).gradient.clone(), phi, center, lam)
+            return (gradient * direction).sum(1, dtype=torch.float64)
+
         losses, step_sizes = (phi.new_empty(self.steps, len(phi)) for _ in range(2))
         objectives = phi.new_empty(self.steps + 1, len(phi))
         negative_curvature = torch.zeros(self.steps, len(phi), dtype=torch.bool, device=phi.device)
@@ -103,7 +114,7 @@ class NewtonCG(InnerSolver):
 
             slope = (gradient * direction).sum(1, dtype=torch.float64)  # ∇Fᵀd [B]
             here, step_sizes[step] = self._line_search(
-                objective, phi, direction, (losses[step], objectives[step]), self.armijo * slope
+                objective, slope_at, phi, direction, (losses[step], objectives[step]), slope
             )
             phi = _moved(phi, direction, step_sizes[step])
         objectives[self.steps] = objective(phi)[1] if here is None else here[1]
@@ -129,15 +140,18 @@ class NewtonCG(InnerSolver):
     def _line_search(
         self,
         objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+        slope_at: Callable[[Tensor, Tensor], Tensor],
         phi: Tensor,
         direction: Tensor,
         here: tuple[Tensor, Tensor],
-        decrease: Tensor,
+        slope: Tensor,
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The first t of 1, s, s², … with F(φ + t d) ≤ F(φ) + t · decrease, every row by itself.
+        """The first t of 1, s, s², … with F(φ + t d) ≤ F(φ) + c t ∇Fᵀd, every row by itself.
+
+        Where that decrease is lost in the rounding of F, the slopes at both ends of the whole step tell it.
 
         Args:
-            here: L(φ), F(φ) [B]. decrease: c ∇Fᵀd [B] float64, negative where d descends.
+            here: L(φ), F(φ) [B]. slope: ∇Fᵀd [B] float64, negative where d descends.
 
         Returns:
             L and F where the rows end, and the step sizes t [B], 0 where none of them will do.
@@ -146,12 +160,21 @@ class NewtonCG(InnerSolver):
         loss, start = here
         value = start
         taken = torch.zeros_like(start)
-        searching = decrease < 0  # [B]; not so for a NaN, nor where the gradient is 0
+        decrease = self.armijo * slope
+        searching = slope < 0  # [B]; not so for a NaN, nor where the gradient is 0
         for trial in range(1 + self.backtracks):
             t = self.shrink**trial
-            trial_loss, trial_value = objective(_moved(phi, direction, torch.where(searching, t, taken)))
+            moved = _moved(phi, direction, torch.where(searching, t, taken))
+            trial_loss, trial_value = objective(moved)
             # In the precision of F: a decrease that it cannot resolve is none.
             accepted = searching & (trial_value.double() <= start.double() + t * decrease) & (trial_value <= start)
+            if trial == 0:
+                rounding = _ROUNDINGS * torch.finfo(start.dtype).eps * start.abs()
+                lost = searching & ~accepted & (-slope <= rounding) & ((trial_value - start).abs() <= rounding)
+                if not looks or bool(lost.any()):
+                    # F(φ + d) − F(φ) ≈ ½ (∇F(φ) + ∇F(φ + d))ᵀd
+                    descends = lost & (0.5 * (slope + slope_at(moved, direction)) <= decrease)
+                    accepted, trial_value = accepted | descends, torch.where(descends, start, trial_value)
             loss, value = torch.where(accepted, trial_loss, loss), torch.where(accepted, trial_value, value)
             taken = torch.where(accepted, t, taken)
             searching = searching & ~accepted

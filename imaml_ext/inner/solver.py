@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from imaml_ext import ops
-from imaml_ext.checks import check_number
 from imaml_ext.losses.loss import Loss, LossFunction, as_loss, task_rows
 from imaml_ext.ops import Coefficient
 from imaml_ext.settings import Choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InnerResult:
     """Where the inner solver ended; every field stays on the device.
 
@@ -78,12 +77,10 @@ class InnerSolver(Choice):
             NativeUnavailableError: the compiled part is missing.
         """
         loss = as_loss(loss)
-        if not isinstance(lam, Tensor):
-            check_number("lam", lam, at_least=0)
         rows, tasks = task_rows(theta, data, num_tasks)
         center = rows.detach().contiguous()  # [1 or B, N]
         phi = center.expand(tasks, -1).clone(memory_format=torch.contiguous_format)
-        coefficient = ops.as_coefficient(lam, "lam", phi).detach()  # [1 or B, 1 or N]
+        coefficient = ops.as_coefficient(lam, "lam", phi, at_least=0).detach()  # [1 or B, 1 or N]
         result = self._minimise(loss, phi, center, data, coefficient)
         if not measure:
             return result

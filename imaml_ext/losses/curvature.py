@@ -12,6 +12,7 @@ from torch import Tensor
 from imaml_ext.ops.network import NetworkLinearisation
 
 ALL = slice(None)
+_ONCE = "torch::autograd::Error"  # the node that autograd puts behind a function marked `once_differentiable`
 
 
 class CurvatureOperator(ABC):
@@ -116,7 +117,7 @@ class GaussNewtonOperator(CurvatureOperator):
             losses = criterion(self._leaf_outputs)  # [B]
             self._output_gradient = task_gradient(losses, self._leaf_outputs, create_graph=True)
             self._cotangent = torch.zeros_like(self._outputs).requires_grad_()  # w
-            self._pullback = vector_jacobian(self._outputs, self._phi, self._cotangent, create_graph=True)  # Jᵀ w
+            self._pullback = _pullback(self._outputs, self._phi, self._cotangent, "model")  # Jᵀ w
         self.losses = losses.detach()
         self.gradient = vector_jacobian(self._outputs, self._phi, self._output_gradient.detach())
 
@@ -139,23 +140,59 @@ def task_gradient(losses: Tensor, params: Tensor, *, create_graph: bool = False)
     """Returns every task's own gradient [B, N] from one backward pass; zero where no loss depends on a parameter.
 
     Raises:
-        ValueError: the losses depend on nothing by differentiable operations.
+        ValueError: the losses depend on nothing by differentiable operations; or, where a graph is asked for, their
+            gradient cannot be differentiated.
     """
     if not losses.requires_grad:
         raise ValueError("loss must depend on params by differentiable operations, got a constant")
-    (gradient,) = torch.autograd.grad(
-        losses.sum(), params, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return gradient if create_graph else gradient.contiguous()
+    if not create_graph:
+        (gradient,) = torch.autograd.grad(losses.sum(), params, allow_unused=True, materialize_grads=True)
+        return gradient.contiguous()
+    return _pullback(losses, params, torch.ones_like(losses).requires_grad_(), "loss")
 
 
-def vector_jacobian(outputs: Tensor, inputs: Tensor, vector: Tensor, *, create_graph: bool = False) -> Tensor:
+def _check_graph(derivative: Tensor, params: Tensor, weights: Tensor, name: str) -> None:
+    """Raises ValueError where autograd cannot follow a derivative in params, linear in the leaf `weights`, to these.
+
+    So it is where a function on the way is marked `once_differentiable`, or where all ways are cut. Autograd by itself
+    would take the derivative for a constant, as that of a linear function is. A backward that detaches a part of what
+    it returns is not found.
+    """
+    reached, found = False, {params.grad_fn}
+    waiting = [derivative.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        if node.name() == _ONCE:
+            reached = False
+            break
+        reached |= getattr(node, "variable", None) is weights
+        waiting += [following for following, _ in node.next_functions]
+    if not reached:
+        raise ValueError(
+            f"{name} must be twice differentiable in params, got one whose gradient is differentiable no further: "
+            "write the backward of its autograd.Function in differentiable operations (not once_differentiable)"
+        )
+
+
+def vector_jacobian(outputs: Tensor, inputs: Tensor, vector: Tensor) -> Tensor:
     """Returns vectorᵀ ∂outputs/∂inputs and keeps the graph of the outputs; zero where there is no dependence."""
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
-    return torch.autograd.grad(
-        outputs, inputs, vector, True, create_graph, allow_unused=True, materialize_grads=True
-    )[0]  # fmt: skip
+    return torch.autograd.grad(outputs, inputs, vector, True, allow_unused=True, materialize_grads=True)[0]
+
+
+def _pullback(outputs: Tensor, params: Tensor, cotangent: Tensor, name: str) -> Tensor:
+    """cotangentᵀ ∂outputs/∂params [B, N] with a graph into the leaf `cotangent`; zero where there is no dependence."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(params)
+    (pulled,) = torch.autograd.grad(outputs, params, cotangent, create_graph=True, allow_unused=True)
+    if pulled is None:
+        return torch.zeros_like(params)
+    _check_graph(pulled, params, cotangent, name)
+    return pulled
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from imaml_ext._renamed import old_names
 from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from imaml_ext.meta.algorithm import MetaAlgorithm, MetaGradient
@@ -25,6 +27,8 @@ __all__ = [
     "implicit_solve",
     "prox_solve",
 ]
+
+torch.serialization.add_safe_globals([ImplicitSolution, MetaGradient])
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists
     __getattr__ = old_names(

@@ -17,14 +17,14 @@ from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
 from imaml_ext.losses.loss import Loss, as_loss
 from imaml_ext.meta.learnt import Learnt, Sharing, learnt
-from imaml_ext.ops import Coefficient, as_coefficient
+from imaml_ext.ops import Coefficient, as_coefficient, check_entries
 from imaml_ext.settings import NOT_NEGATIVE, Choice
 
 MetaParameters = Mapping[str, Tensor]  # "theta" [N], and what is learnt beside it: "log_lam" [G], "log_lr" [G]
 Self = TypeVar("Self", bound="MetaAlgorithm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MetaGradient:
     """What an outer optimiser needs to know of a batch of tasks; nothing has been read back.
 
@@ -86,6 +86,8 @@ class MetaAlgorithm(Choice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.lam, Tensor):
+            check_entries(self.lam, "lam", at_least=0)
         for name in self.learn:
             if name not in Learnt.kinds:
                 raise ConfigError(f"learn must name some of {', '.join(Learnt.kinds)}, got {name!r}")

@@ -19,7 +19,7 @@ from imaml_ext.meta.algorithm import (
     query_gradient,
 )
 from imaml_ext.meta.implicit import Reaction, implicit_solve
-from imaml_ext.ops import Coefficient, prox_gradient_
+from imaml_ext.ops import Coefficient, check_entries, prox_gradient_
 from imaml_ext.settings import NOT_NEGATIVE, POSITIVE
 from imaml_ext.solvers import CG, LinearSolver
 from imaml_ext.solvers.linear import SolveStatus
@@ -56,6 +56,8 @@ class IMAML(MetaAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.lam, Tensor):
+            check_entries(self.lam, "lam", above=0)
         if self.loss is not None:
             self.loss.check_curvature(self.curvature)
         if not hasattr(self.inner, "lr"):
@@ -88,16 +90,10 @@ class IMAML(MetaAlgorithm):
             **inner.metrics,
             "support_loss": operator.losses.mean(),
             "inner_gradient_norm": torch.linalg.vector_norm(proximal, dim=1).mean(),
-            "solve_residual": _relative(solution.residual_norm, v).mean(),
+            "solve_residual": solved.relative_residual.to(v.dtype).mean(),
             "solve_iterations": solution.iterations.to(v.dtype).mean(),
             SolveStatus(solver.breakdown).name.lower(): solution.broke_down.to(v.dtype).mean(),
             **count_metrics(solved.counted_tasks, ~solution.non_finite, v.dtype),
         }
         by_lam = {"lam": -solved.u * (phi - theta)} if self.learn else {}
         return self._result(params, lam * solved.u, by_lam, solved.counted_tasks, metrics)
-
-
-def _relative(residual_norm: Tensor, v: Tensor) -> Tensor:
-    """‖v − A u‖ / ‖v‖, 0 for v = 0: [B]."""
-    norm = torch.linalg.vector_norm(v, dim=1)
-    return torch.where(norm == 0, 0.0, residual_norm.to(v.dtype) / norm)

@@ -17,7 +17,7 @@ from imaml_ext.solvers import CG, LinearSolver, Solution
 Reaction = Literal["keep", "gradient", "skip", "raise"]  # to a linear solve that breaks down
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImplicitSolution:
     """Every task's u, on the device.
 
@@ -25,11 +25,13 @@ class ImplicitSolution:
         u: [B, N]; zero in a task that does not count.
         counted_tasks: [B] bool: the task takes part in a mean over tasks.
         solution: what the linear solver returned.
+        relative_residual: [B] float64, ‖v − A u‖ / ‖v‖ of the solver's u; 0 for v = 0.
     """
 
     u: Tensor
     counted_tasks: Tensor
     solution: Solution
+    relative_residual: Tensor
 
 
 @_renamed.old_keywords(_renamed.solver_keywords)
@@ -85,4 +87,6 @@ def implicit_solve(
         u = torch.where(solution.broke_down.unsqueeze(1), v / shift, u)
     elif on_breakdown == "skip":
         counted = counted & ~solution.broke_down
-    return ImplicitSolution(torch.where(counted.unsqueeze(1), u, 0.0), counted, solution)
+    norm = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+    residual = torch.where(norm == 0, 0.0, solution.residual_norm / norm)
+    return ImplicitSolution(torch.where(counted.unsqueeze(1), u, 0.0), counted, solution, residual)

@@ -4,6 +4,7 @@ from imaml_ext.ops import network as network
 from imaml_ext.ops.prox import (
     Coefficient,
     as_coefficient,
+    check_entries,
     compute_dtype,
     cpu_capability,
     prox_adam_step_,
@@ -16,6 +17,7 @@ from imaml_ext.ops.prox import (
 __all__ = [
     "Coefficient",
     "as_coefficient",
+    "check_entries",
     "compute_dtype",
     "cpu_capability",
     "prox_adam_step_",

@@ -11,13 +11,17 @@ does not fit, and names the argument.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from imaml_ext._native import error as load_error
 from imaml_ext._native import native
+from imaml_ext.checks import check_number
+from imaml_ext.ops.calls import is_traced
 from imaml_ext.ops.registration import register_fake
 
 Coefficient = float | Tensor  # a number, one per task [B], one per parameter [N], or one per element [B, N]
@@ -33,18 +37,30 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def as_coefficient(value: Coefficient, name: str, like: Tensor) -> Tensor:
+def as_coefficient(
+    value: Coefficient, name: str, like: Tensor, *, above: float | None = None, at_least: float | None = None
+) -> Tensor:
     """Returns a coefficient as [1 or B, 1 or N] in the compute type of `like` [B, N]; copies nothing to broadcast.
+
+    Args:
+        above, at_least: bounds of a number, and of the entries of a tensor (see `check_entries`).
 
     Raises:
         TypeError: not a number or a floating-point tensor.
-        ValueError: a shape that does not fit, a 1-D tensor where B == N, or another device.
+        ValueError: a shape that does not fit, a 1-D tensor where B == N, another device, or a value outside its bounds
+            or outside the range of the compute type.
     """
     (rows, cols), dtype = like.shape, compute_dtype(like.dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     if not isinstance(value, Tensor):
-        return torch.full((1, 1), float(value), dtype=dtype, device=like.device)
+        number = float(value)
+        if above is not None or at_least is not None:
+            check_number(name, value, above=above, at_least=at_least)
+        largest = torch.finfo(dtype).max
+        if largest < abs(number) < float("inf"):
+            raise ValueError(f"{name} must be at most {largest:.3g}, the largest {dtype}, got {value}")
+        return torch.full((1, 1), number, dtype=dtype, device=like.device)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
     if value.device != like.device:
@@ -63,8 +79,24 @@ def as_coefficient(value: Coefficient, name: str, like: Tensor) -> Tensor:
             f"{name} must be a number, [{rows}] (one per task), [{cols}] (one per parameter) or [{rows}, {cols}], "
             f"got {list(value.shape)}"
         )
+    check_entries(value, name, above=above, at_least=at_least)
     value = value.to(dtype)
     return value if value.shape[1] == 1 or value.stride(1) == 1 else value.contiguous()
+
+
+def check_entries(value: Tensor, name: str, *, above: float | None = None, at_least: float | None = None) -> None:
+    """Raises ValueError where an entry of a tensor on the CPU is outside its bounds; waits for no other device.
+
+    A NaN passes: it is the affair of its task.
+    """
+    if (above is None and at_least is None) or not value.is_cpu or is_traced():
+        return
+    # Through NumPy, so that it is no operation of torch, as a look at a value of the device would be.
+    lowest = float(np.fmin.reduce(value.detach().double().numpy(), axis=None, initial=np.inf))
+    if above is not None and lowest <= above:
+        raise ValueError(f"{name} must be above {above:g}, got a tensor with an entry of {lowest:g}")
+    if at_least is not None and lowest < at_least:
+        raise ValueError(f"{name} must be at least {at_least:g}, got a tensor with an entry of {lowest:g}")
 
 
 def _arguments(

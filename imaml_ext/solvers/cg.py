@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from imaml_ext._native import native
 from imaml_ext.checks import check_int
 from imaml_ext.ops import Coefficient, as_coefficient
+from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution
+from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, check_system
 
 BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
@@ -42,7 +44,7 @@ def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
         if value.dim() != 0 and value.shape != b.shape[:1]:
             raise ValueError(f"{name} must be a number or have shape [{b.shape[0]}], got {list(value.shape)}")
         return value.detach().to(torch.float64).reshape(-1).contiguous()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
@@ -56,20 +58,24 @@ def check_arguments(
     preconditioner: Tensor | Operator | BlockOperator | None,
 ) -> None:
     """What `cg` and its oracle demand of their arguments beyond what the ops check."""
-    if not callable(hvp):
-        raise TypeError(f"hvp must be callable, got {type(hvp).__name__}")
-    if not isinstance(b, Tensor):
-        raise TypeError(f"b must be a tensor, got {type(b).__name__}")
-    if b.dim() != 2:
-        raise ValueError(f"b must have shape [B, N] (one system per row), got {list(b.shape)}")
-    if b.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"b must be float32, float64, bfloat16 or float16, got {b.dtype}")
+    check_system(hvp, b)
     if x0 is not None and not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
     if preconditioner is not None and not isinstance(preconditioner, Tensor) and not callable(preconditioner):
         raise TypeError(f"preconditioner must be a tensor or callable, got {type(preconditioner).__name__}")
 
 
+def _look_every(check_every: int) -> int:
+    """The argument of that name, checked."""
+    check_every = check_int("check_every", check_every, minimum=0)
+    if check_every > 0 and is_traced():
+        raise ValueError(
+            f"check_every must be 0 where cg is traced, as a trace can look at no value, got {check_every}"
+        )
+    return check_every
+
+
+@eager
 def cg(
     hvp: Operator | BlockOperator,
     b: Tensor,
@@ -124,13 +130,16 @@ def cg(
     Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Residual drift:
     van der Vorst and Ye (2000).
     """
+    check_untransformed("cg", b=b, shift=shift, x0=x0, preconditioner=preconditioner)
     check_arguments(hvp, b, x0, preconditioner)
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
+    elif preconditioner is not None:
+        preconditioner = callback(preconditioner, "cg", "preconditioner", b)
     return Solution(
         *native(b.device).cg(
-            hvp,
+            callback(hvp, "cg", "hvp", b),
             b,
             shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
             x0=x0,
@@ -139,7 +148,7 @@ def cg(
             atol=_tolerance(atol, "atol", b),
             inverse_diagonal=diagonal,
             preconditioner=preconditioner,
-            check_every=check_int("check_every", check_every, minimum=0),
+            check_every=_look_every(check_every),
             rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
         )
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imaml_ext.errors import SolveError
 from imaml_ext.ops import Coefficient
+from imaml_ext.ops.calls import callback, check_untransformed
 from imaml_ext.settings import Choice
 
 Operator = Callable[[Tensor], Tensor]  # p [B, N] -> H p [B, N], row b from row b alone
@@ -58,12 +59,16 @@ _ADVICE = {
         "that was found; raise shift"
     ),
 }
+_UNFINISHED = (SolveStatus.MAX_ITERATIONS,)
 _BROKE_DOWN = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.DIVERGED, SolveStatus.SINGULAR)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a linear solver returns; every field stays on the device of `b`, and nothing has been read back.
+
+    Two solutions are equal only if they are the same object. `torch.load` with weights_only=True reads a solution back
+    where imaml_ext.solvers has been imported.
 
     Attributes:
         x: [B, N] the solution, or the last good iterate of a row that failed.
@@ -89,6 +94,11 @@ class Solution:
         """[B] bool: the matrix is not what the solver needs (NEGATIVE_CURVATURE, DIVERGED or SINGULAR)."""
         return torch.stack([self.status == status for status in _BROKE_DOWN]).any(0)
 
+    @property
+    def unfinished(self) -> Tensor:
+        """[B] bool: the solver has stopped short of the tolerance, and the matrix is not to blame (MAX_ITERATIONS)."""
+        return torch.stack([self.status == status for status in _UNFINISHED]).any(0)
+
     def raise_if_failed(self, *, unfinished: bool = True, what: str = "rows") -> None:
         """Waits for the device, and raises `SolveError` if a row is not CONVERGED.
 
@@ -104,11 +114,55 @@ class Solution:
         sentences = []
         for status in list(SolveStatus)[1:]:
             rows = [row for row, value in enumerate(statuses) if value == status]
-            if rows and (unfinished or status != SolveStatus.MAX_ITERATIONS):
+            if rows and (unfinished or status not in _UNFINISHED):
                 shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
                 sentences.append(f"{status.name} in {len(rows)} of {len(statuses)} {what} ({shown}): {status.advice}")
         if sentences:
             raise SolveError("; ".join(sentences))
+
+
+torch.serialization.add_safe_globals([Solution])
+
+
+def check_system(hvp: object, b: object) -> None:
+    """Raises TypeError or ValueError unless hvp is callable and b a floating-point [B, N]."""
+    if not callable(hvp):
+        raise TypeError(f"hvp must be callable, got {type(hvp).__name__}")
+    if not isinstance(b, Tensor):
+        raise TypeError(f"b must be a tensor, got {type(b).__name__}")
+    if b.dim() != 2:
+        raise ValueError(f"b must have shape [B, N] (one system per row), got {list(b.shape)}")
+    if b.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"b must be float32, float64, bfloat16 or float16, got {b.dtype}")
+
+
+def checked(operator: Operator, b: Tensor, name: str, *, shift: Coefficient) -> tuple[Operator, Tensor]:
+    """Operator and b without a graph, for a solver `name` in torch operations: what it demands is what `cg` does.
+
+    Raises:
+        TypeError, ValueError: for the arguments; and in a call of the operator, for a product unlike b.
+        RuntimeError: under a transform of torch.func.
+    """
+    check_untransformed(name, b=b, shift=shift)
+    check_system(operator, b)
+    operator = callback(operator, name, "hvp", b)
+
+    def product(p: Tensor) -> Tensor:
+        result = operator(p)
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{name}: hvp must return a tensor, got {type(result).__name__}")
+        for what in ("device", "dtype", "shape"):
+            found, expected = getattr(result, what), getattr(b, what)
+            if found != expected:
+                error = TypeError if what == "dtype" else ValueError
+                raise error(f"{name}: hvp must have the {what} of b, {_words(expected)}, got {_words(found)}")
+        return result.detach()
+
+    return product, b.detach()
+
+
+def _words(value: object) -> str:
+    return str(list(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")
 
 
 class LinearSolver(Choice):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
-from imaml_ext.solvers.cg import check_arguments
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus
+from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus, checked
 
 _ITERATING, _VERIFYING = 4, 5  # rows at work
 
@@ -38,7 +37,7 @@ class MINRES(LinearSolver):
     atol: Annotated[float, NOT_NEGATIVE] = 0.0  # Absolute residual at which a task's solve stops.
 
     def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
-        check_arguments(operator, b, None, None)
+        operator, b = checked(operator, b, "MINRES", shift=shift)
         rows = _Rows(b, as_coefficient(shift, "shift", b).detach(), self.rtol, self.atol)
         for _ in range(self.max_iterations):
             rows.advance(operator)

@@ -11,7 +11,7 @@ from torch import Tensor
 from imaml_ext.errors import ConfigError
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.settings import COUNT, NOT_NEGATIVE, POSITIVE
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus
+from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus, checked
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Neumann(LinearSolver):
     rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
 
     def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
+        operator, b = checked(operator, b, "Neumann", shift=shift)
         shift = as_coefficient(shift, "shift", b).detach()
         return _richardson(operator, b, shift, 1 / shift, products=self.max_iterations, rtol=self.rtol)
 
@@ -57,6 +58,7 @@ class FixedPoint(LinearSolver):
     def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
         if self.lr is None:
             raise ConfigError("FixedPoint.lr must be given where no inner solver tells it, got None")
+        operator, b = checked(operator, b, "FixedPoint", shift=shift)
         step = as_coefficient(self.lr, "lr", b).detach()
         shift = as_coefficient(shift, "shift", b).detach()
         return _richardson(operator, b, shift, step, products=self.max_iterations, rtol=self.rtol)
