@@ -110,8 +110,8 @@ def _table(sheet: Sheet) -> None:
 def _ruled(sheet: Sheet, directions: int) -> None:
     draws = sheet.draws
     period = draws.uniform(0.035, 0.09) * min(sheet.height, sheet.width) * (1 if directions == 2 else 1.6)
-    tint = np.array([[150, 180, 225], [170, 170, 180], [205, 150, 150], [150, 205, 190]][draws.rng.integers(4)])
-    strength, wide, tilt = draws.uniform(0.4, 1.0), draws.uniform(1.0, 2.6), draws.uniform(-0.1, 0.1)
+    tint = np.array([[110, 150, 220], [150, 150, 160], [200, 120, 120], [110, 190, 170]][draws.rng.integers(4)])
+    strength, wide, tilt = draws.uniform(0.3, 1.0), draws.uniform(1.0, 3.0), draws.uniform(-0.1, 0.1)
     y, x = np.mgrid[: sheet.height, : sheet.width]
     lines = np.zeros((sheet.height, sheet.width))
     for turn in (tilt, tilt + np.pi / 2)[:directions]:

@@ -15,6 +15,9 @@ from imaml_ext.pictures.ink import cut_to_ink, find_ink
 from imaml_ext.pictures.square import squared
 from imaml_ext.settings import COUNT, NOT_NEGATIVE, Settings
 
+# Raised whenever the same file and `Reading` give other pixels than before: caches of pictures carry it in their key.
+READING_VERSION = 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading(Settings):
@@ -47,7 +50,7 @@ class Reading(Settings):
         """
         picture = decode(Path(path), transparent=self.transparent)
         if self.colours == "ink":
-            picture = find_ink(picture, self.ink, Path(path))
+            picture = find_ink(picture, self.ink, Path(path), size=self.size)
             if self.square == "ink":
                 return squared(cut_to_ink(picture, self.margin), self.size, "pad")
         return squared(picture.convert("RGB" if self.colours == "rgb" else "L"), self.size, self.square)
@@ -58,13 +61,20 @@ def read_pictures(paths: Sequence[Path | str], reading: Reading) -> np.ndarray:
 
     Raises:
         DataError: files are missing, damaged, no pictures, or blank where ink is looked for: names each of them.
+        TypeError: `paths` is a single path.
     """
-    images, problems = [], []
-    for path in paths:
+    if isinstance(paths, str | Path):
+        raise TypeError(f"paths must be a list of files, got a single one, {str(paths)!r}")
+    colours, size, _ = reading.shape
+    images = np.empty((len(paths), size, size) if colours == 1 else (len(paths), size, size, 3), dtype=np.uint8)
+    problems = []
+    for image, path in zip(images, paths, strict=True):
         try:
-            images.append(reading.read(path))
+            image[:] = reading.read(path)
         except DataError as error:
             problems.append(str(error))
+    if len(problems) > 1:
+        raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} pictures cannot be read:", *problems]))
     if problems:
-        raise DataError("\n".join(problems))
-    return np.stack(images) if images else np.empty((0, *reading.shape[1:], *reading.shape[:1])[: len(reading.shape)])
+        raise DataError(problems[0])
+    return images

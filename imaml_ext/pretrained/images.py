@@ -20,11 +20,12 @@ def read_images(paths: Sequence[Path | str], reading: Reading | Sequence[int]) -
             middle square of a photograph.
 
     Raises:
-        DataError: files are missing, no images, or (where ink is looked for) blank. ValueError: a shape that cannot be.
+        DataError: files are missing, no images, or (where ink is looked for) blank: names each of them.
+        ValueError: a shape that cannot be, or no files. TypeError: a single path in place of a list.
     """
     if not isinstance(reading, Reading):
         reading = reading_of_shape(reading)
-    if not paths:
+    if len(paths) == 0:
         raise ValueError("paths must name at least one file, got none")
     pixels = torch.from_numpy(read_pictures(paths, reading))  # [n, H, W] or [n, H, W, 3]
     pixels = pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels.unsqueeze(1)
