@@ -30,7 +30,7 @@ class Reading(Settings):
     ink: Literal["either", "dark", "light"] = "either"
     # How a picture becomes a square: it is squeezed, cut to its middle, padded, or cut to the ink that it shows.
     square: Literal["squeeze", "middle", "pad", "ink"] = "squeeze"
-    margin: Annotated[float, NOT_NEGATIVE] = 0.1  # Margin around the ink, of the side of the ink's square.
+    margin: Annotated[float, NOT_NEGATIVE] = 0.2  # Margin around the ink, of the side of the ink's square.
     transparent: Literal["white", "black"] = "white"  # What a picture with a transparent ground is laid on.
 
     def __post_init__(self) -> None:

@@ -25,9 +25,9 @@ def read_images(paths: Sequence[Path | str], reading: Reading | Sequence[int]) -
     """
     if not isinstance(reading, Reading):
         reading = reading_of_shape(reading)
-    if len(paths) == 0:
-        raise ValueError("paths must name at least one file, got none")
     pixels = torch.from_numpy(read_pictures(paths, reading))  # [n, H, W] or [n, H, W, 3]
+    if not len(pixels):
+        raise ValueError("paths must name at least one file, got none")
     pixels = pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels.unsqueeze(1)
     return pixels.to(torch.float32) / 255
 
