@@ -236,19 +236,26 @@ def _strokes(drawing: np.ndarray, sheet: Sheet) -> np.ndarray:
     picture = Image.fromarray(np.rint(255 * sharp).astype(np.uint8))
     picture = picture.rotate(draws.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     room = [int(0.85 * n - m - 0.15 * n) for n, m in zip((sheet.width, sheet.height), picture.size, strict=True)]
-    at = [int(0.15 * n + draws.uniform(0, 1) * max(r, 0)) for n, r in zip((sheet.width, sheet.height), room, strict=True)]
+    at = [
+        int(0.15 * n + draws.uniform(0, 1) * max(r, 0)) for n, r in zip((sheet.width, sheet.height), room, strict=True)
+    ]
     ink = Image.new("L", (sheet.width, sheet.height))
     ink.paste(picture, tuple(at))
     return np.asarray(ink, dtype=np.float64) / 255
 
 
 @functools.cache
-def drawings() -> np.ndarray:
-    """Reads Omniglot's own drawings, bool [1623, 20, 105, 105], from `$IMAML_DATA_ROOT/omniglot/omniglot105.npz`."""
+def _packed() -> tuple[np.ndarray, int, int]:
     with np.load(Path(os.environ["IMAML_DATA_ROOT"]) / "omniglot" / "omniglot105.npz") as file:
-        height, width = file["shape"]
-        bits = np.unpackbits(file["images_packed"], axis=1, count=int(height) * int(width))
-    return bits.reshape(1623, 20, height, width).view(bool)
+        height, width = map(int, file["shape"])
+        return file["images_packed"], height, width
+
+
+def drawing(character: int, drawer: int) -> np.ndarray:
+    """Reads one of Omniglot's own drawings, bool [105, 105], from `$IMAML_DATA_ROOT/omniglot/omniglot105.npz`."""
+    packed, height, width = _packed()
+    bits = np.unpackbits(packed[20 * character + drawer], count=height * width)
+    return bits.reshape(height, width).view(bool)
 
 
 def save_photographs(
@@ -262,7 +269,7 @@ def save_photographs(
         drawers = rng.permutation(20)[:each]
         for number, drawer in enumerate(drawers):
             condition = conditions[rng.integers(len(conditions))]
-            picture = photograph(drawings()[character, drawer], condition, Draws(rng))
+            picture = photograph(drawing(character, drawer), condition, Draws(rng))
             path = place / f"photograph{number}.jpg"
             picture.save(path, quality=92)
             written.setdefault(place.name, []).append(path)

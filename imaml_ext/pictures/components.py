@@ -30,11 +30,12 @@ class Parts:
     def beside(self, reach: float) -> np.ndarray:
         """Tells which parts hug the picture's edge to a depth of `reach`, as tables and the corners of shadows do.
 
-        A stroke that runs out of the picture is four times as long as it is wide, or comes from further within. Where
-        the largest part of the others does not touch the edge, small ones that do are slivers between edges.
+        A stroke that runs out of the picture is four times as long as it is wide, or comes from further within. Small
+        parts are slivers between edges: a hundredth of the picture, or where the largest part of the others does not
+        touch the edge, a fifth of that.
         """
         flat = (self.contact > 0) & (self.depth < reach)
-        hugs = flat & (4 * self.contact**2 > self.area)
+        hugs = flat & ((4 * self.contact**2 > self.area) | (100 * self.area < self.labels.size))
         others = np.where(hugs, 0, self.area)
         if others.any() and self.contact[main := others.argmax()] == 0:
             hugs |= flat & (5 * self.area < self.area[main])

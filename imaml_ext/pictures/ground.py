@@ -35,17 +35,19 @@ def contrast(values: np.ndarray, which: str, window: int | None) -> tuple[np.nda
         signs = [1 if which == "dark" else -1] * values.shape[2] if which != "either" else _signs(values)
         filled = [(closed if sign > 0 else opened)(values[..., c], window) for c, sign in enumerate(signs)]
         apart = np.abs(LOG[np.stack(filled, axis=-1)] - logs)
-    apart = apart - np.median(apart, axis=(0, 1))  # filling in takes the brightest of a window: noise lifts it
+    few = slice(None, None, 1 if min(apart.shape[:2]) < 200 else 2)  # of a large picture, every fourth pixel will do
+    flat = apart[few, few].reshape(-1, apart.shape[2])
+    # Filling in takes the brightest of a window: noise lifts it.
+    lift = np.median(flat, axis=0)
     # Pixels a few apart have noise of their own, and the same ground; the picture may be too small for a few.
     lag = min(3, logs.shape[1] - 1)
-    noise = 1.05 * np.median(np.abs(logs[:, lag:] - logs[:, : logs.shape[1] - lag]), axis=(0, 1))
+    noise = 1.05 * np.median(np.abs(logs[few, lag:] - logs[few, : logs.shape[1] - lag]), axis=(0, 1))
     noise = np.maximum(noise, 0.01 * UNIT)
-    flat = apart.reshape(-1, apart.shape[2])
     most = max(1, len(flat) // 200)
-    top = np.partition(flat, len(flat) - most, axis=0)[-most:].mean(0).clip(1)
+    top = (np.partition(flat, len(flat) - most, axis=0)[-most:].mean(0) - lift).clip(1)
     weights = top / noise**2  # Fisher's discriminant, as if the channels' noises were independent
     weights /= weights.sum()
-    return apart @ weights, float(noise @ weights)
+    return apart @ weights.astype(np.float32) - float(lift @ weights), float(noise @ weights)
 
 
 def _signs(values: np.ndarray) -> list[int]:
@@ -54,7 +56,7 @@ def _signs(values: np.ndarray) -> list[int]:
     They are narrow, and a minority where they are: they differ from the window's median, and from its filling.
     """
     small = Image.fromarray(values if values.shape[2] == 3 else values[..., 0])
-    small.thumbnail((96, 96), Image.Resampling.BOX)
+    small.thumbnail((64, 64), Image.Resampling.BOX)
     window = max(3, min(small.size) // 5 // 2 * 2 + 1)
     medians, pixels = (np.atleast_3d(np.asarray(p)) for p in (small.filter(ImageFilter.MedianFilter(window)), small))
     signs = []

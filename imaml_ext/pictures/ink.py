@@ -13,6 +13,7 @@ from imaml_ext.pictures.ground import LEAST, UNIT, contrast
 from imaml_ext.pictures.lines import ruled_lines
 
 _SIDE = 384  # pixels of the longer side in which strokes are looked for
+_SMALL = 40  # a drawing's largest part has more pixels than a square of that fraction of the picture's shorter side
 _NARROW = 4  # strokes are narrower than the picture's shorter side divided by that
 
 
@@ -36,13 +37,28 @@ def find_ink(picture: Image.Image, which: str, path: Path, *, size: int = 0) -> 
     if least >= 200:  # grain of the picture; a small one has none to spare
         picture = picture.filter(ImageFilter.GaussianBlur(least / 500))
     values = np.asarray(picture).reshape(picture.height, picture.width, -1)
-    for window in (max(3, least // _NARROW // 2 * 2 + 1), None):
-        stands_out, noise = contrast(values, which, window)
-        stands_out = stands_out - 1.3 * ruled_lines(stands_out, noise, UNIT)
-        ink = _strokes(stands_out, max(LEAST, 5 * noise), least / 2 if window is None else 1.5 * window)
-        if ink is not None:
-            return Image.fromarray(ink)
-    raise DataError(f"{path} is blank: nothing on it stands out from its ground")
+    window = max(3, least // _NARROW // 2 * 2 + 1)
+    local, noise = contrast(values, which, window)
+    lines = 1.3 * ruled_lines(local, noise, UNIT)
+    ink = _strokes(local - lines, max(LEAST, 5 * noise), 1.5 * window)
+    whole, noise = contrast(values, which, None)
+    solid = _strokes(whole - lines, max(LEAST, 5 * noise), np.inf)
+    if solid is not None and (ink is None or _is_part(ink, solid, whole)) and np.mean(solid[solid > 0] == 255) > 0.7:
+        ink = solid  # broader than the window, with an edge: light that fades is no drawing
+    if ink is None:
+        raise DataError(f"{path} is blank: nothing on it stands out from its ground")
+    return Image.fromarray(ink)
+
+
+def _is_part(ink: np.ndarray, solid: np.ndarray, whole: np.ndarray) -> bool:
+    """Tells whether strokes are but the narrow ends of a solid shape, all of which stands out as far as they do.
+
+    A drawing in a shadow, or on a sheet that lies amid a table, stands out from that shape.
+    """
+    narrow, broad = ink > 127, solid > 127
+    if broad.sum() < 2 * narrow.sum() or (narrow & broad).sum() < 0.9 * narrow.sum():
+        return False
+    return bool(abs(np.median(whole[narrow]) / np.median(whole[broad]) - 1) < 0.2)
 
 
 def _strokes(values: np.ndarray, faintest: float, reach: float) -> np.ndarray | None:
@@ -60,9 +76,9 @@ def _strokes(values: np.ndarray, faintest: float, reach: float) -> np.ndarray | 
         if not beside.any():
             break
         strong &= ~_grown(parts.where(beside))
-    drawn = parts.where((parts.peak > 0.6 * level) & ~_specks(parts))
-    if not drawn.any():
+    if parts.area.max() < (min(values.shape) / _SMALL) ** 2:
         return None
+    drawn = parts.where((parts.peak > 0.6 * level) & ~_specks(parts))
     level = float(np.quantile(values[drawn], 0.75))
     # The ground to 0, strokes to 1, their edges between.
     return np.rint(255 * np.where(drawn, (values / level - 0.3) / 0.4, 0).clip(0, 1)).astype(np.uint8)

@@ -21,7 +21,7 @@ def ruled_lines(contrast: np.ndarray, noise: float, unit: float) -> np.ndarray:
     scale = 170 / unit
     picture = Image.fromarray(np.rint((scale * contrast).clip(0, 255)).astype(np.uint8))
     angle = 0.0
-    for side, angles in ((128, np.arange(-10, 10.1, 0.75)), (256, np.arange(-0.75, 0.76, 0.25)), (512, [-0.1, 0, 0.1])):
+    for side, angles in ((128, np.arange(-10, 11)), (256, np.arange(-0.75, 0.76, 0.25)), (512, [-0.1, 0, 0.1])):
         small = picture.copy()
         small.thumbnail((side, side), Image.Resampling.BOX)
         tried = [angle + float(a) for a in angles]
@@ -41,6 +41,7 @@ def ruled_lines(contrast: np.ndarray, noise: float, unit: float) -> np.ndarray:
 
 def _profiles(picture: Image.Image, angle: float) -> list[np.ndarray]:
     """Returns what most of each row, and most of each column, of the turned picture has at least."""
-    values = np.asarray(picture.rotate(angle, Image.Resampling.BILINEAR))
+    values = np.asarray(picture.rotate(angle, Image.Resampling.BILINEAR, fillcolor=255))
     ranks = [int(_SHARE * (values.shape[axis] - 1)) for axis in (1, 0)]
-    return [np.partition(values, ranks[i], axis=1 - i).take(ranks[i], axis=1 - i).astype(np.float32) for i in (0, 1)]
+    found = [np.partition(values, ranks[i], axis=1 - i).take(ranks[i], axis=1 - i) for i in (0, 1)]
+    return [np.where(profile < 255, profile, 0).astype(np.float32) for profile in found]  # 255: mostly outside

@@ -26,7 +26,7 @@ class Reading(Settings):
     size: Annotated[int, COUNT] = 84  # Pixels per side.
     # "rgb" and "grey" keep the picture as it is; "ink" is 1 where something is drawn, and 0 on the ground around it.
     colours: Literal["rgb", "grey", "ink"] = "rgb"
-    # Which strokes are ink: darker or lighter than the ground, or whichever there are.
+    # Strokes are darker or lighter than the ground, all of them; "either" is decided for each picture.
     ink: Literal["either", "dark", "light"] = "either"
     # How a picture becomes a square: it is squeezed, cut to its middle, padded, or cut to the ink that it shows.
     square: Literal["squeeze", "middle", "pad", "ink"] = "squeeze"
