@@ -213,7 +213,7 @@ def photograph(drawing: np.ndarray | None, condition: str, draws: Draws) -> Imag
 
 
 def _strokes(drawing: np.ndarray, sheet: Sheet) -> np.ndarray:
-    """Lays a drawing on the sheet: 0 to 1 [H, W], inside the middle seven tenths of it."""
+    """Lays a drawing on the middle seven tenths of the sheet: 0 to 1 [H, W]."""
     draws, side = sheet.draws, min(sheet.height, sheet.width)
     picture = Image.fromarray(np.where(drawing, 255, 0).astype(np.uint8))
     if sheet.thicken > 1:
@@ -235,12 +235,12 @@ def _strokes(drawing: np.ndarray, sheet: Sheet) -> np.ndarray:
         sharp = np.clip((np.asarray(picture, dtype=np.float64) / 255 - 0.35) / 0.5, 0, 1)
     picture = Image.fromarray(np.rint(255 * sharp).astype(np.uint8))
     picture = picture.rotate(draws.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
-    room = [int(0.85 * n - m - 0.15 * n) for n, m in zip((sheet.width, sheet.height), picture.size, strict=True)]
-    at = [
-        int(0.15 * n + draws.uniform(0, 1) * max(r, 0)) for n, r in zip((sheet.width, sheet.height), room, strict=True)
-    ]
+    left, top = (
+        int(0.15 * n + draws.uniform(0, 1) * max(int(0.7 * n) - m, 0))
+        for n, m in zip((sheet.width, sheet.height), picture.size, strict=True)
+    )
     ink = Image.new("L", (sheet.width, sheet.height))
-    ink.paste(picture, tuple(at))
+    ink.paste(picture, (left, top))
     return np.asarray(ink, dtype=np.float64) / 255
 
 
@@ -268,7 +268,7 @@ def save_photographs(
         place.mkdir(parents=True)
         drawers = rng.permutation(20)[:each]
         for number, drawer in enumerate(drawers):
-            condition = conditions[rng.integers(len(conditions))]
+            condition = conditions[int(rng.integers(len(conditions)))]
             picture = photograph(drawing(character, drawer), condition, Draws(rng))
             path = place / f"photograph{number}.jpg"
             picture.save(path, quality=92)

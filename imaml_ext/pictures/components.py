@@ -55,7 +55,7 @@ def find_parts(mask: np.ndarray, values: np.ndarray) -> Parts:
         both = (here >= 0) & (there >= 0)
         pairs.append(np.stack([here[both], there[both]]))
     labels = np.full(mask.shape, -1)
-    labels[mask] = part = _roots(*np.concatenate(pairs, axis=1), count)
+    labels[mask] = part = _roots(np.concatenate(pairs, axis=1), count)
     y, x = np.nonzero(mask)
     inside = np.minimum(np.minimum(y, height - 1 - y), np.minimum(x, width - 1 - x))
     parts = int(part.max(initial=-1)) + 1
@@ -66,9 +66,9 @@ def find_parts(mask: np.ndarray, values: np.ndarray) -> Parts:
     return Parts(labels, area, contact, depth, peak)
 
 
-def _roots(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
-    """Numbers the parts of a graph of `count` nodes with edges a-b: each root is hung below the least it touches."""
-    parent = np.arange(count)
+def _roots(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Numbers the parts of a graph of `count` nodes and edges [2, n]: each root is hung below the least it touches."""
+    parent, (a, b) = np.arange(count), pairs
     while a.size:
         np.minimum.at(parent, np.maximum(parent[a], parent[b]), np.minimum(parent[a], parent[b]))
         while not np.array_equal(parent, above := parent[parent]):

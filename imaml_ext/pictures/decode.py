@@ -12,8 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from imaml_ext.errors import DataError
 
 # By the ending of their names, which pictures can be read here; some formats are left out of some builds of Pillow.
-_ALWAYS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff")
-_ALWAYS += (".ppm", ".pgm", ".pbm", ".pnm", ".tga")
+_ALWAYS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff"}
+_ALWAYS |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
 _WITH = {"webp": (".webp",), "avif": (".avif",), "jpg_2000": (".jp2",)}
 
 
@@ -42,7 +42,7 @@ def decode(path: Path, *, transparent: str = "white") -> Image.Image:
         warnings.simplefilter("ignore")  # what makes a picture unreadable is an error below
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large scans are no attack: see MOST_PIXELS
         try:
-            # As an open file: by name, Pillow maps some TIFFs into memory, where it mistakes those that lie on their side.
+            # As an open file: by name, Pillow maps TIFFs into memory, and mistakes those that lie on their side.
             with path.open("rb") as stream, Image.open(stream) as file:
                 return _plain(_upright(file), transparent)
         except FileNotFoundError as error:
