@@ -229,6 +229,7 @@ def known_options() -> set[str]:
     from imaml_ext.inner import InnerSolver
     from imaml_ext.meta import MetaAlgorithm
     from imaml_ext.models import TaskModel
+    from imaml_ext.pictures import Reading
     from imaml_ext.reproduction import EXPERIMENTS
     from imaml_ext.solvers import LinearSolver
     from imaml_ext.train import EvaluationSettings, Outer, RunSettings, Tasks, Theta
@@ -239,6 +240,7 @@ def known_options() -> set[str]:
     solvers = members(LinearSolver)
     places: dict[str, list[type]] = {
         "data": members(DataSource),
+        "data.pictures": [Reading],
         "tasks": [Tasks],
         "augment": [Augmentation],
         "model": members(TaskModel),
