@@ -7,6 +7,7 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,21 @@ import pytest
 import torch
 from drawn_photographs import CONDITIONS, Draws, photograph, save_photographs
 from PIL import Image, ImageDraw, features
+from training_tools import small_config
 
 from imaml_ext.data import Folder, load_dataset
 from imaml_ext.data.omniglot import omniglot_split
 from imaml_ext.errors import DataError
+from imaml_ext.models import Conv4
 from imaml_ext.pictures import READING_VERSION, SUFFIXES, Reading, read_pictures
 from imaml_ext.pictures.components import find_parts
 from imaml_ext.pictures.decode import decode
 from imaml_ext.pictures.ground import closed, opened
 from imaml_ext.pictures.ink import find_ink
 from imaml_ext.pretrained import load_pretrained, read_images
+from imaml_ext.train.config import Tasks
+from imaml_ext.train.export import export_run
+from imaml_ext.train.trainer import train
 
 needs_drawings = pytest.mark.skipif(
     "IMAML_DATA_ROOT" not in os.environ, reason="IMAML_DATA_ROOT is not set: it names the folder of the real data"
@@ -424,6 +430,26 @@ def test_a_learner_of_four_symbols_names_photographs(tmp_path: Path) -> None:
 # ---- one reading everywhere -----------------------------------------------------------------------------------------
 
 
+def write_folder(root: Path) -> list[Path]:
+    """Writes four classes of two pictures with a transparent ground."""
+    rng = np.random.default_rng(torch.randint(1 << 30, (1,)).item())
+    paths = [root / name / f"{number}.png" for name in ("a", "b", "c", "d") for number in range(2)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = figure((30, 30, 60), (220, 230, 240), size=int(rng.integers(80, 120)))
+        picture.putalpha(int(rng.integers(150, 256)))
+        picture.save(path)
+    return paths
+
+
+def pixels_of(folder: Folder, paths: list[Path]) -> torch.Tensor:
+    """What the data set holds for these files, float [n, C, H, W]."""
+    found = folder.read()
+    rows = [2 * found.names.index(path.parent.name) + int(path.stem) for path in paths]
+    images = torch.from_numpy(found.images[rows]).float() / 255
+    return images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
+
+
 @pytest.mark.parametrize(
     "reading",
     [
@@ -435,25 +461,28 @@ def test_a_learner_of_four_symbols_names_photographs(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_and_read_images_see_the_same_pixels(reading: Reading, tmp_path: Path) -> None:
-    rng = np.random.default_rng(torch.randint(1 << 30, (1,)).item())
-    paths = []
-    for name in ("a", "b", "c", "d"):
-        for number in range(2):
-            path = tmp_path / "root" / name / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture = figure((30, 30, 60), (220, 230, 240), size=int(rng.integers(80, 120)))
-            picture.putalpha(int(rng.integers(150, 256)))
-            picture.save(path)
-            paths.append(path)
-    root = tmp_path / "root"
+    paths, root = write_folder(tmp_path / "root"), tmp_path / "root"
     folder = Folder(root=root, cache_dir=tmp_path / "cache", pictures=reading, val_fraction=0.25, test_fraction=0.25)
-    images = torch.from_numpy(folder.read().images).float() / 255
-    found = read_images(paths, folder.load().reading)
-    order = {name: i for i, name in enumerate(folder.read().names)}
-    mine = torch.tensor([2 * order[path.parent.name] + int(path.stem) for path in paths])
-    expected = images[mine]
-    expected = expected.permute(0, 3, 1, 2) if expected.dim() == 4 else expected.unsqueeze(1)
-    assert torch.equal(found, expected)
+    assert torch.equal(read_images(paths, folder.load().reading), pixels_of(folder, paths))
+
+
+def test_exported_weights_read_pictures_as_the_run_did(tmp_path: Path) -> None:
+    """Grey scans, whose ink is dark in the run: weights that took ink for light would see the opposite."""
+    write_folder(tmp_path / "root")
+    for part, classes in {"train": "ab", "test": "cd"}.items():
+        (tmp_path / "root" / part).mkdir()
+        for name in classes:
+            (tmp_path / "root" / name).rename(tmp_path / "root" / part / name)
+    paths = sorted((tmp_path / "root").glob("*/*/*.png"))
+    for reading in (Reading(size=16, colours="grey", square="pad"), Reading(size=16, colours="ink", ink="dark")):
+        folder = Folder(root=tmp_path / "root", cache_dir=tmp_path / "cache", pictures=reading)
+        changes = {"data": folder, "tasks": Tasks(ways=2, shots=1, queries=1), "model": Conv4(filters=2)}
+        run = tmp_path / reading.colours
+        train(replace(small_config(steps=1), **changes), run, recipe="glyphs-5w1s", command="imaml train")
+        export_run(run, tmp_path / "weights.safetensors")
+        learner = load_pretrained(tmp_path / "weights.safetensors")
+        assert learner.reading == reading
+        assert torch.equal(read_images(paths, learner.reading), pixels_of(folder, paths))
 
 
 def test_ink_settings_on_their_own() -> None:
