@@ -114,7 +114,7 @@ if ANSWER is not None:
     TORCH = _record.requirement(built["torch"])
 setup(
     version=VERSION,
-    install_requires=[TORCH, "numpy", "tyro", "rich", "matplotlib", "fonttools", "pillow", "safetensors"],
+    install_requires=[TORCH, "numpy", "tyro", "rich", "matplotlib", "fonttools", "pillow>=10.1", "safetensors"],
     ext_modules=[Extension("imaml_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

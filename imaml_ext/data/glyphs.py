@@ -43,7 +43,7 @@ _SEED = 0x676C79706873
 RADIUS = 10 * SUB  # the longer side of a character is 20 pixels before distortion
 _MATRIX_SPREAD = (13, 22, 22, 13)  # percent of RADIUS: entries xx, xy, yx, yy of the matrix vary by up to this much
 _SHIFT_SPREAD = 3 * SUB // 2  # each centre is off by up to 1.5 pixels
-_READING = Reading(size=SIZE, colours="ink", square="ink", margin=0.2)
+_READING = Reading(size=SIZE, colours="ink", square="ink", margin=0.2)  # 20 of 28 pixels, as drawn here
 _REINSTALL = "reinstall matplotlib from the package index"
 
 
@@ -74,7 +74,7 @@ class Glyphs(CachedSource):
             f"glyphs, {description}",
             parts,
             notes,
-            reading=Reading(size=SIZE, colours="ink", square="ink", margin=0.2),
+            reading=_READING,
         )
 
 

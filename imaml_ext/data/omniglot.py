@@ -40,7 +40,7 @@ from imaml_ext.pictures.decode import decode
 from imaml_ext.pictures.square import squared
 from imaml_ext.settings import NOT_NEGATIVE
 
-OMNIGLOT = Reading(size=28, colours="ink", square="ink")
+OMNIGLOT = Reading(size=28, colours="ink", square="ink", margin=0.2)  # the best margin on training characters
 NUM_CHARACTERS = 1623
 NUM_DRAWERS = 20
 _ROWS = NUM_CHARACTERS * NUM_DRAWERS

@@ -16,8 +16,8 @@ from imaml_ext.pictures.square import squared
 from imaml_ext.pictures.stored import StoredPicture
 from imaml_ext.settings import COUNT, NOT_NEGATIVE, Settings
 
-READING_VERSION = 1  # counts changes of what is read from the same file: packed pictures of others are read again
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of files that are read
+# Raised whenever the same file and `Reading` give other pixels than before: caches of pictures carry it in their key.
+READING_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Reading(Settings):
     size: Annotated[int, COUNT] = 84  # Pixels per side.
     # "rgb" and "grey" keep the picture as it is; "ink" is 1 where something is drawn, and 0 on the ground around it.
     colours: Literal["rgb", "grey", "ink"] = "rgb"
-    # Which strokes are ink: darker or lighter than the ground, or whichever there are.
+    # Strokes are darker or lighter than the ground, all of them; "either" is decided for each picture.
     ink: Literal["either", "dark", "light"] = "either"
     # How a picture becomes a square: it is squeezed, cut to its middle, padded, or cut to the ink that it shows.
     square: Literal["squeeze", "middle", "pad", "ink"] = "squeeze"
-    margin: Annotated[float, NOT_NEGATIVE] = 0.1  # Margin around the ink, of the side of the ink's square.
+    margin: Annotated[float, NOT_NEGATIVE] = 0.2  # Margin around the ink, of the side of the ink's square.
     transparent: Literal["white", "black"] = "white"  # What a picture with a transparent ground is laid on.
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Reading(Settings):
         path = Path(path) if isinstance(path, str) else path
         picture = decode(path, transparent=self.transparent)
         if self.colours == "ink":
-            picture = find_ink(picture, self.ink, path)
+            picture = find_ink(picture, self.ink, path, size=self.size)
             if self.square == "ink":
                 return squared(cut_to_ink(picture, self.margin), self.size, "pad")
         return squared(picture.convert("RGB" if self.colours == "rgb" else "L"), self.size, self.square)
@@ -63,13 +63,20 @@ def read_pictures(paths: Sequence[Path | str], reading: Reading) -> np.ndarray:
 
     Raises:
         DataError: files are missing, damaged, no pictures, or blank where ink is looked for: names each of them.
+        TypeError: `paths` is a single path.
     """
-    images, problems = [], []
-    for path in paths:
+    if isinstance(paths, str | Path):
+        raise TypeError(f"paths must be a list of files, got a single one, {str(paths)!r}")
+    colours, size, _ = reading.shape
+    images = np.empty((len(paths), size, size) if colours == 1 else (len(paths), size, size, 3), dtype=np.uint8)
+    problems = []
+    for image, path in zip(images, paths, strict=True):
         try:
-            images.append(reading.read(path))
+            image[:] = reading.read(path)
         except DataError as error:
             problems.append(str(error))
+    if len(problems) > 1:
+        raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} pictures cannot be read:", *problems]))
     if problems:
-        raise DataError("\n".join(problems))
-    return np.stack(images) if images else np.empty((0, *reading.shape[1:], *reading.shape[:1])[: len(reading.shape)])
+        raise DataError(problems[0])
+    return images

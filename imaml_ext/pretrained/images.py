@@ -20,13 +20,14 @@ def read_images(paths: Sequence[Path | str], reading: Reading | Sequence[int]) -
             middle square of a photograph.
 
     Raises:
-        DataError: files are missing, no images, or (where ink is looked for) blank. ValueError: a shape that cannot be.
+        DataError: files are missing, no images, or (where ink is looked for) blank: names each of them.
+        ValueError: a shape that cannot be, or no files. TypeError: a single path in place of a list.
     """
     if not isinstance(reading, Reading):
         reading = reading_of_shape(reading)
-    if not paths:
-        raise ValueError("paths must name at least one file, got none")
     pixels = torch.from_numpy(read_pictures(paths, reading))  # [n, H, W] or [n, H, W, 3]
+    if not len(pixels):
+        raise ValueError("paths must name at least one file, got none")
     pixels = pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels.unsqueeze(1)
     return pixels.to(torch.float32) / 255
 
