@@ -192,7 +192,7 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
 
   // A row still at work has spent its iterations.
   result.status.masked_fill_(result.status.ge(kIterating), kMaxIterations);
-  result.residual_norm = state.select(1, kResidual).clone();
+  result.residual_norm = state.select(1, kResidual).clone(at::MemoryFormat::Contiguous);
   return result;
 }
 

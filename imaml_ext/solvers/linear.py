@@ -122,6 +122,15 @@ class Solution:
             raise SolveError("; ".join(sentences))
 
 
+def row_norm(a: Tensor) -> Tensor:
+    """‖a‖ of every row, [B] float64, for entries of any magnitude: squares are taken next to 1."""
+    if a.dtype != torch.float64 or a.shape[1] == 0:
+        return torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
+    largest = a.abs().amax(1)
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+    return torch.linalg.vector_norm(a / scale.unsqueeze(1), dim=1) * scale
+
+
 class LinearSolver(Choice):
     """Settings of a linear solver, and the solver. A new one is a file, and an entry of `kinds`.
 
