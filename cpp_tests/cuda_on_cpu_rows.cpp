@@ -37,10 +37,14 @@ struct System {
       const double p_i = static_cast<double>(p[i]);
       hp[i] = static_cast<T>(static_cast<float>(i / cols == 1 ? -4 * p_i : i / cols == 3 ? 1e-3 * p_i : p_i));
     }
-    for (int64_t row = 0; row < kRows; ++row)
-      state[row] = {1.0 * cols, 1.0, 1e-3, 0.25, 1.0, 1.0, 1.0, 2.0, kInfinity, 0.0};
+    for (int64_t row = 0; row < kRows; ++row) {
+      const double before =
+          std::sqrt(cols) / 8;  // of the residual: a step of these vectors makes it some ten times that
+      const double unit = CgRows<T>::wide() ? 4.0 : 1.0;
+      state[row] = {1.0 * cols, before, 1e-3, unit, 1.0, 1.0, before, kInfinity, kInfinity, 0.0};
+    }
     status[2] = kVerifying;
-    state[2].stalls = 2.0;
+    state[2].stalls = 4.0;
     state[2].kept = 0.5;
     state[1].solution_bound = 0.0;
     state[3].rz = std::sqrt(CgRows<T>::largest());
@@ -89,7 +93,7 @@ void has_the_same_bits() {
         EXPECT(kept.bytes() == read_again.bytes());
         EXPECT(kept.bytes() == words.bytes());
         EXPECT(kept.status[0] == kIterating);
-        EXPECT(kept.state[0].kept == 1.0);
+        EXPECT(kept.state[0].kept == std::sqrt(cols) / 8);
         EXPECT(kept.status[1] == kNegativeCurvature);
         EXPECT(kept.status[2] == kStagnated && kept.state[2].residual == 0.5);
         EXPECT(kept.status[4] == kNonFinite);

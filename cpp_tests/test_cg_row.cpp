@@ -20,7 +20,7 @@ RowState iterating(double rr, double threshold) {
   state.rz = rr;
   state.residual = state.least = std::sqrt(rr);
   state.threshold = threshold;
-  state.scale = 1.0;
+  state.unit = 1.0;
   state.kept = state.measured = kInf;
   return state;
 }
@@ -34,7 +34,7 @@ void begin_decides() {
   bool clear = true;
   EXPECT(begin(state, {4.0, 4.0, 0.0}, 1e-3, 0.0, clear) == kIterating);
   EXPECT(!clear && state.threshold == 2e-3 && state.residual == 2.0 && state.rz == 0.0 && state.solution_bound == 0.0);
-  EXPECT(state.scale == 1.0 && state.kept == kInf && state.measured == kInf);
+  EXPECT(state.unit == 1.0 && state.kept == kInf && state.measured == kInf);
   EXPECT(begin(state, {4.0, 4.0, 0.0}, 1e-3, 5.0, clear) == kConverged);  // atol above ‖b‖
   EXPECT(state.threshold == 5.0);
   EXPECT(begin(state, {0.0, 9.0, 9.0}, 1e-3, 0.0, clear) == kConverged && clear);  // b = 0, whatever x0
@@ -56,110 +56,114 @@ void sums_of_float64_keep_their_range() {
   RowState state{};
   bool clear = false;
   EXPECT(row_begin(state, {1.0, 1.0, 0.0}, 0x1p600, 0x1p600, 0.5, 0.0, true, clear) == kIterating);
-  EXPECT(state.residual == 0x1p-600 && state.threshold == 0x1p-601 && state.scale == 0x1p600);
+  EXPECT(state.residual == 0x1p-600 && state.threshold == 0x1p-601 && state.unit == 0x1p-600);
   EXPECT(row_rescaled(state, 0x1p300, 0x1p-600) == 1.0);
   EXPECT(row_begin(state, {1.0, 1.0, 0.0}, 0x1p-600, 0x1p-600, 0.5, 0.0, true, clear) == kIterating);
-  EXPECT(state.residual == 0x1p600 && state.scale == 0x1p-600);
+  EXPECT(state.residual == 0x1p600 && state.unit == 0x1p600);
   // ‖b‖ itself is beyond the largest number.
   EXPECT(row_begin(state, {0x1p900, 0x1p900, 0.0}, 0x1p-600, 0x1p-600, 0.5, 0.0, true, clear) == kNonFinite);
 }
 
 void step_length() {
   bool scaled = true;
+  double length = 0.0;
   Best best = Best::kNothing;
   RowState state = iterating(6.0, 1e-6);
   int32_t status = kIterating;
-  EXPECT(row_step_length(state, status, {3.0, 18.0, 2.0}, kU, kLargest, scaled, best) == 2.0);
+  EXPECT(row_step_length(state, status, {3.0, 18.0, 2.0}, kU, kLargest, length, scaled, best) == 2.0);
   EXPECT(status == kIterating && !scaled);
-  EXPECT_CLOSE(state.operator_norm, 3.0, 1e-12);
+  EXPECT(state.operator_norm2 == 9.0);
+  EXPECT_CLOSE(length, 2.0 * std::sqrt(2.0), 1e-12);
 
   for (const double curvature : {0.0, -1.0, -1e-300, 1e-16}) {  // all but -1 are lost in rounding
     const int32_t expected = curvature == -1.0 ? kNegativeCurvature : kSingular;
     status = kIterating;
     state = iterating(6.0, 1e-6);
-    EXPECT(row_step_length(state, status, {curvature, 1.0, 1.0}, kU, kLargest, scaled, best) == 0.0);
+    EXPECT(row_step_length(state, status, {curvature, 1.0, 1.0}, kU, kLargest, length, scaled, best) == 0.0);
     EXPECT(status == expected && scaled && best == Best::kNothing);  // x is still 0: b / shift
     status = kIterating;
     state = iterating(6.0, 1e-6);
     state.solution_bound = 1.0;
     state.kept = 0.25;
-    row_step_length(state, status, {curvature, 1.0, 1.0}, kU, kLargest, scaled, best);
+    row_step_length(state, status, {curvature, 1.0, 1.0}, kU, kLargest, length, scaled, best);
     EXPECT(status == expected && !scaled);
     EXPECT(best == (expected == kSingular ? Best::kRestore : Best::kNothing));
     EXPECT(state.residual == (expected == kSingular ? 0.25 : std::sqrt(6.0)));
   }
   // A p is a millionth of a rounding error beside what A does to other vectors: p is in the kernel.
   state = iterating(1.0, 1e-6);
-  state.solution_bound = state.operator_norm = 1.0;
+  state.solution_bound = state.operator_norm2 = 1.0;
   status = kIterating;
-  row_step_length(state, status, {1e-22, 1e-44, 1.0}, kU, kLargest, scaled, best);
+  row_step_length(state, status, {1e-22, 1e-44, 1.0}, kU, kLargest, length, scaled, best);
   EXPECT(status == kSingular);
   for (const double bad : {kNan, kInf, -kInf}) {
     status = kIterating;
     state = iterating(6.0, 1e-6);
-    EXPECT(row_step_length(state, status, {bad, 1.0, 1.0}, kU, kLargest, scaled, best) == 0.0 && status == kNonFinite);
+    EXPECT(row_step_length(state, status, {bad, 1.0, 1.0}, kU, kLargest, length, scaled, best) == 0.0 &&
+           status == kNonFinite);
     status = kIterating;
-    row_step_length(state, status, {1.0, 1.0, bad}, kU, kLargest, scaled, best);
+    row_step_length(state, status, {1.0, 1.0, bad}, kU, kLargest, length, scaled, best);
     EXPECT(status == kNonFinite);
   }
   // ‖A p‖² alone leaves the range of numbers, pᵀAp does not.
   for (const auto& [pAp, ApAp] : {std::pair{1e200, kInf}, std::pair{1e-200, 0.0}}) {
     status = kIterating;
     state = iterating(1.0, 1e-6);
-    EXPECT_CLOSE(row_step_length(state, status, {pAp, ApAp, 1.0}, kU, kLargest, scaled, best) * pAp, 1.0, 1e-12);
+    EXPECT_CLOSE(row_step_length(state, status, {pAp, ApAp, 1.0}, kU, kLargest, length, scaled, best) * pAp, 1.0,
+                 1e-12);
     EXPECT(status == kIterating);
-    row_step_length(state, status, {-pAp, ApAp, 1.0}, kU, kLargest, scaled, best);
+    row_step_length(state, status, {-pAp, ApAp, 1.0}, kU, kLargest, length, scaled, best);
     EXPECT(status == kNegativeCurvature);
   }
   status = kIterating;  // a step that float32 cannot hold
   state = iterating(1.0, 1e-6);
-  row_step_length(state, status, {1e-60, 1e-120, 1.0}, kU, std::numeric_limits<float>::max(), scaled, best);
+  row_step_length(state, status, {1e-60, 1e-120, 1.0}, kU, std::numeric_limits<float>::max(), length, scaled, best);
   EXPECT(status == kNonFinite);
 
   status = kVerifying;  // p is x: nothing moves, ‖x‖ is known exactly now
   state = iterating(6.0, 1e-6);
   state.solution_bound = 100.0;
-  EXPECT(row_step_length(state, status, {-5.0, 4.0, 9.0}, kU, kLargest, scaled, best) == 0.0);
+  EXPECT(row_step_length(state, status, {-5.0, 4.0, 9.0}, kU, kLargest, length, scaled, best) == 0.0);
   EXPECT(status == kVerifying && state.solution_bound == 3.0);
 }
-
-const Curvature kOne{1.0, 1.0, 1.0};
 
 void only_a_measured_residual_converges() {
   RowState state = iterating(1.0, 1e-3);
   int32_t status = kIterating, iterations = 0;
   Best best = Best::kNothing;
-  EXPECT(row_residual(state, status, iterations, 0.5, {2.0, 4.0, 1.0}, 1e-8, kU, best));
+  EXPECT(row_residual(state, status, iterations, 0.5, 1e-8, kU, best));
   EXPECT(status == kVerifying && iterations == 1 && state.residual == 1e-4);
   // The measured residual is too large: start again from it, without a direction to be conjugate to.
   state.rz = 7.0;
-  EXPECT(!row_residual(state, status, iterations, 0.0, kOne, 1e-2, kU, best));
+  EXPECT(!row_residual(state, status, iterations, 0.0, 1e-2, kU, best));
   EXPECT(status == kIterating && iterations == 1 && state.residual == 0.1 && state.measured == 0.1);
   EXPECT(best == Best::kKeep && state.kept == 0.1);
   EXPECT(row_direction(state, status, 1e-2, kLargest) == 0.0 && state.rz == 1e-2);
   // The next one is small enough.
   status = kVerifying;
-  EXPECT(!row_residual(state, status, iterations, 0.0, kOne, 1e-8, kU, best));
+  EXPECT(!row_residual(state, status, iterations, 0.0, 1e-8, kU, best));
   EXPECT(status == kConverged);
   // A residual measured to be zero is converged whatever the tolerance.
   state = iterating(1.0, 0.0);
   status = kVerifying;
-  row_residual(state, status, iterations, 0.0, kOne, 0.0, kU, best);
+  row_residual(state, status, iterations, 0.0, 0.0, kU, best);
   EXPECT(status == kConverged);
 }
 
 void stagnation() {
   RowState state = iterating(1.0, 1e-6);
   int32_t status = kVerifying, iterations = 9;
-  for (const auto& [norm, expected] : {std::pair{1e-3, kIterating}, std::pair{8e-4, kIterating},
-                                       std::pair{7.9e-4, kIterating}, std::pair{2e-3, kStagnated}}) {
+  for (const auto& [norm, expected] :
+       {std::pair{1e-3, kIterating}, std::pair{8e-4, kIterating}, std::pair{7.9e-4, kIterating},
+        std::pair{2e-3, kIterating}, std::pair{7.8e-4, kIterating}, std::pair{1e-3, kStagnated}}) {
     Best best = Best::kNothing;
     status = kVerifying;
-    row_residual(state, status, iterations, 0.0, kOne, norm * norm, kU, best);
+    row_residual(state, status, iterations, 0.0, norm * norm, kU, best);
     EXPECT(status == expected);
-    EXPECT(best == (expected == kStagnated ? Best::kRestore : Best::kKeep));
+    const bool least = norm < 1e-3 || state.stalls == 0.0;
+    EXPECT(best == (expected == kStagnated ? Best::kRestore : least ? Best::kKeep : Best::kNothing));
   }
-  EXPECT_CLOSE(state.residual, 7.9e-4, 1e-12);  // the least that was measured
+  EXPECT_CLOSE(state.residual, 7.8e-4, 1e-12);  // the least that was measured
 }
 
 void growth_of_the_residual() {
@@ -167,14 +171,14 @@ void growth_of_the_residual() {
   RowState state = iterating(1.0, 1e-6);
   int32_t status = kIterating, iterations = 0;
   Best best = Best::kNothing;
-  EXPECT(row_residual(state, status, iterations, 1.0, kOne, 9.0, u32, best));
+  EXPECT(row_residual(state, status, iterations, 1.0, 9.0, u32, best));
   EXPECT(best == Best::kNothing && state.least == 1.0);
-  EXPECT(row_residual(state, status, iterations, 1.0, kOne, 25.0, u32, best));  // five times the least
-  EXPECT(best == Best::kKeep && state.kept == 3.0);  // what the row has still, before the step
+  EXPECT(row_residual(state, status, iterations, 1.0, 25.0, u32, best));  // five times the least
+  EXPECT(best == Best::kKeep && state.kept == 3.0);                       // what the row has still, before the step
   best = Best::kNothing;
-  EXPECT(row_residual(state, status, iterations, 1.0, kOne, 900.0, u32, best));
+  EXPECT(row_residual(state, status, iterations, 1.0, 900.0, u32, best));
   EXPECT(best == Best::kNothing && state.residual == 30.0);
-  EXPECT(!row_residual(state, status, iterations, 1.0, kOne, 1e8, u32, best));  // beyond 1 / √u of the least
+  EXPECT(!row_residual(state, status, iterations, 1.0, 1e8, u32, best));  // beyond 1 / √u of the least
   EXPECT(status == kSingular && best == Best::kRestore && state.residual == 3.0 && iterations == 3);
 }
 
@@ -182,7 +186,7 @@ void a_residual_that_is_not_finite_takes_no_step() {
   RowState state = iterating(1.0, 1e-3);
   int32_t status = kIterating, iterations = 3;
   Best best = Best::kNothing;
-  EXPECT(!row_residual(state, status, iterations, 1.0, kOne, kNan, kU, best));
+  EXPECT(!row_residual(state, status, iterations, 1.0, kNan, kU, best));
   EXPECT(status == kNonFinite && iterations == 3 && state.residual == 1.0);
 }
 
@@ -204,7 +208,7 @@ void scaled_right_hand_side() {
   row_scaled_rhs(state, {-8.0, 16.0, 4.0}, true, 1.0);
   EXPECT_CLOSE(state.residual, 6.0, 1e-12);
   state = iterating(4.0, 1e-3);
-  state.scale = 0x1p-10;  // b is 2¹¹, and sums are those of b / 2¹⁰
+  state.unit = 0x1p10;  // b is 2¹¹, and sums are those of b / 2¹⁰
   state.residual = 0x1p11;
   row_scaled_rhs(state, {-8.0, 16.0, 4.0}, true, 1.0);
   EXPECT_CLOSE(state.residual, 6.0 * 0x1p10, 1e-12);
@@ -226,11 +230,11 @@ void scaled_right_hand_side() {
 void overflow_is_looked_for_only_near_the_edge() {
   RowState state = iterating(1.0, 1e-3);
   state.solution_bound = 1e30;
-  EXPECT(!row_may_overflow(state, 1.0, kOne, std::numeric_limits<float>::max()));
+  EXPECT(!row_may_overflow(state, 1.0, std::numeric_limits<float>::max()));
   state.solution_bound = 3.4e38;
-  EXPECT(row_may_overflow(state, 1e38, kOne, std::numeric_limits<float>::max()));
+  EXPECT(row_may_overflow(state, 1e38, std::numeric_limits<float>::max()));
   state.solution_bound = kNan;
-  EXPECT(row_may_overflow(state, 1.0, kOne, std::numeric_limits<float>::max()));
+  EXPECT(row_may_overflow(state, 1.0, std::numeric_limits<float>::max()));
 }
 
 }  // namespace

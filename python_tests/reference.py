@@ -110,10 +110,11 @@ class _Rows:
         self.end(iterating & ~(pAp.isfinite() & pp.isfinite()), CGStatus.NON_FINITE)
         iterating = self.status == ITERATING
         p = pp.sqrt()
-        norm = torch.where((ApAp > 1e-280) & ApAp.isfinite(), ApAp.sqrt(), torch.where(p > 0, pAp.abs() / p, 0.0))
-        grown = torch.maximum(self.operator_norm, norm / p)
-        self.operator_norm = torch.where(iterating & (p > 0), grown, self.operator_norm)
-        positive = (pAp > 8 * u * p * norm) & (norm > 2 * u * self.operator_norm * p)
+        in_range = (ApAp > 1e-200) & ApAp.isfinite()
+        grown = torch.maximum(self.operator_norm, (ApAp / pp).sqrt())
+        self.operator_norm = torch.where(iterating & in_range & (p > 0), grown, self.operator_norm)
+        stands_out = (pAp > 8 * u * p * ApAp.sqrt()) & (ApAp.sqrt() > 2 * u * self.operator_norm * p)
+        positive = (pAp > 0) & (~in_range | stands_out)
         bad, first = iterating & ~positive, iterating & ~positive & (self.solution_bound == 0)
         negative = pAp < -8 * u * self.operator_norm * pp
         self.end(bad & negative, CGStatus.NEGATIVE_CURVATURE)
@@ -138,7 +139,7 @@ class _Rows:
         self.end(rows & (norm <= self.threshold), CGStatus.CONVERGED)
         rows = rows & self.active()
         self.stalls += (rows & (norm > 0.9 * self.measured)).double()
-        self.end(rows & (self.stalls >= 2), CGStatus.STAGNATED, restore=True)
+        self.end(rows & (self.stalls >= 4), CGStatus.STAGNATED, restore=True)
         rows = rows & self.active()
         self.status[rows] = ITERATING
         self.least = torch.where(rows, norm, self.least)

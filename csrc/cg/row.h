@@ -9,7 +9,7 @@
 // both safe and tight: ‖A‖ is not known, nor how the operator rounds. A row is therefore CONVERGED only when b − A x
 // has been measured to be within its tolerance. Where ‖r‖ is, the row turns VERIFYING: the vector it hands to the
 // operator next is x itself. The row then stops, or its directions start again from the residual that was measured. A
-// row that two such measurements have hardly improved has reached what its arithmetic allows: STAGNATED.
+// row that four such measurements have hardly improved has reached what its arithmetic allows: STAGNATED.
 #pragma once
 
 #include <cmath>
@@ -34,15 +34,15 @@ enum RowStatus : int32_t {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// One row of the float64 tensor `state` [B, kRowStateWidth]. Sums over a row (rᵀz, pᵀAp, …) are taken of `scale` times
-// the vectors, a power of two next to 1 / ‖r‖ for float64 and 1 for narrower types, whose squares float64 always holds.
-// Norms are those of the vectors themselves.
+// One row of the float64 tensor `state` [B, kRowStateWidth]. Sums over a row (rᵀz, pᵀAp, …) are taken of the vectors
+// divided by `unit`: a power of two next to ‖r‖ for float64, and 1 for narrower types, whose squares float64 always
+// holds. Norms are those of the vectors themselves.
 struct RowState {
   double rz;              // rᵀz of the last direction; 0: the next direction starts afresh (β = 0)
   double residual;        // ‖r‖ at the iterate the row holds
   double threshold;       // max(rtol ‖b‖, atol)
-  double scale;           // of the vectors in sums
-  double operator_norm;   // largest ‖A p‖ / ‖p‖ met so far, a lower estimate of ‖A‖
+  double unit;            // of the vectors in sums
+  double operator_norm2;  // largest ‖A p‖² / ‖p‖² met so far, a lower estimate of ‖A‖²
   double solution_bound;  // ≥ ‖x‖; 0 exactly when x = 0
   double least;           // least ‖r‖ since the last measurement
   double kept;            // ‖r‖ of the iterate in `best`; infinity: there is none
@@ -106,13 +106,13 @@ IMAML_HOST_DEVICE int32_t row_begin(RowState& state, const BeginSums& sums, doub
     return kConverged;
   }
   if (r_norm <= state.threshold) return kConverged;
-  if (wide) state.scale = ldexp(1.0, -static_cast<int>(fmin(fmax(ilogb(r_norm), -1000.0), 1000.0)));
+  if (wide) state.unit = ldexp(1.0, static_cast<int>(fmin(fmax(ilogb(r_norm), -1000.0), 1000.0)));
   return kIterating;
 }
 
-// A sum of r times r_scale, as one of r times the row's scale.
+// A sum of r times r_scale, as one of r in the row's unit.
 IMAML_HOST_DEVICE double row_rescaled(const RowState& state, double r_scale, double sum) {
-  const double factor = state.scale / r_scale;
+  const double factor = 1.0 / (state.unit * r_scale);
   return sum * factor * factor;
 }
 
@@ -124,32 +124,33 @@ IMAML_HOST_DEVICE Best row_end(RowState& state, int32_t& status, int32_t end) {
   return Best::kRestore;
 }
 
-// Once A p is known. Returns α; 0 where the row does not move (it stopped, or it only measures).
+// Once A p is known. Returns α; 0 where the row does not move (it stopped, or it only measures). `length` is ‖α p‖.
 // On the very first step from x = 0 a row without positive curvature is given b / shift: `take_scaled_rhs`.
 //
 // Curvature counts as positive when the cosine of the angle between p and A p stands out of the rounding of either, and
 // A p out of the rounding of a product. For an operator whose products have errors of about u ‖A‖ ‖p‖ this is sure of a
 // positive definite A up to a condition of about 1 / (8 u).
 IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const Curvature& c, double unit_roundoff,
-                                         double largest, bool& take_scaled_rhs, Best& best) {
+                                         double largest, double& length, bool& take_scaled_rhs, Best& best) {
   take_scaled_rhs = false;
   best = Best::kNothing;
-  const double p = sqrt(c.pp);
+  length = sqrt(c.pp) * state.unit;
   if (status == kVerifying) {  // p is x
-    state.solution_bound = p / state.scale;
+    state.solution_bound = length;
     return 0.0;
   }
   if (!is_finite(c.pAp) || !is_finite(c.pp)) {  // so they are where A p is finite, unless it overflows them
     status = kNonFinite;
     return 0.0;
   }
-  // ‖A p‖ ≥ |pᵀAp| / ‖p‖ where its square leaves the range of numbers.
-  const bool in_range = c.ApAp > 1e-280 && is_finite(c.ApAp);
-  const double Ap = in_range ? sqrt(c.ApAp) : p > 0.0 ? fabs(c.pAp) / p : 0.0;
-  if (p > 0.0) state.operator_norm = fmax(state.operator_norm, Ap / p);
-  if (!(c.pAp > 8.0 * unit_roundoff * p * Ap) || !(Ap > 2.0 * unit_roundoff * state.operator_norm * p)) {
+  // Where ‖A p‖² leaves the range of numbers, the sign of pᵀAp alone is looked at.
+  const bool in_range = c.ApAp > 1e-200 && is_finite(c.ApAp);
+  if (in_range && c.pp > 0.0) state.operator_norm2 = fmax(state.operator_norm2, c.ApAp / c.pp);
+  const double u2 = unit_roundoff * unit_roundoff;
+  const bool stands_out = c.pAp * c.pAp > 64.0 * u2 * c.pp * c.ApAp && c.ApAp > 4.0 * u2 * state.operator_norm2 * c.pp;
+  if (!(c.pAp > 0.0) || (in_range && !stands_out)) {
     take_scaled_rhs = state.solution_bound == 0.0;
-    if (c.pAp < -8.0 * unit_roundoff * state.operator_norm * c.pp) {
+    if (c.pAp < -8.0 * unit_roundoff * sqrt(state.operator_norm2) * c.pp) {
       status = kNegativeCurvature;
     } else if (take_scaled_rhs) {
       status = kSingular;
@@ -163,6 +164,7 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
     status = kNonFinite;
     return 0.0;
   }
+  length *= alpha;
   return alpha;
 }
 
@@ -171,17 +173,17 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
 // That p = z is r = b shows in ‖z‖² = rᵀz = ‖r‖² (Cauchy and Schwarz), the sums being the same up to their order.
 IMAML_HOST_DEVICE void row_scaled_rhs(RowState& state, const Curvature& c, bool shift_is_number, double s) {
   if (shift_is_number && !(s > 0.0)) return;  // x stays 0, and ‖b‖ its residual
-  const double norm = state.residual * state.scale;
+  const double norm = state.residual / state.unit;
   const double rr = norm * norm;
   const bool p_is_b = fabs(state.rz - rr) <= 1e-13 * rr && fabs(c.pp - rr) <= 1e-13 * rr;
   const double Hp_squared = c.ApAp - 2.0 * s * c.pAp + s * s * c.pp;
   const bool known = p_is_b && shift_is_number && is_finite(Hp_squared);
-  state.residual = known ? sqrt(fmax(Hp_squared, 0.0)) / s / state.scale : NAN;
+  state.residual = known ? sqrt(fmax(Hp_squared, 0.0)) / s * state.unit : NAN;
 }
 
 // Whether x + α p might leave the finite numbers: |x_j| ≤ ‖x‖. Where true the caller looks at every element.
-IMAML_HOST_DEVICE bool row_may_overflow(const RowState& state, double alpha, const Curvature& c, double largest) {
-  return !(state.solution_bound + alpha * sqrt(c.pp) / state.scale < largest);
+IMAML_HOST_DEVICE bool row_may_overflow(const RowState& state, double length, double largest) {
+  return !(state.solution_bound + length < largest);
 }
 
 // b − A x has been measured, for the x that the row has.
@@ -193,7 +195,7 @@ IMAML_HOST_DEVICE void row_measured(RowState& state, int32_t& status, double nor
     return;
   }
   if (norm > 0.9 * state.measured) state.stalls += 1.0;
-  if (state.stalls >= 2.0) {
+  if (state.stalls >= 4.0) {
     best = row_end(state, status, kStagnated);
     return;
   }
@@ -211,13 +213,13 @@ IMAML_HOST_DEVICE void row_measured(RowState& state, int32_t& status, double nor
 // ‖A‖ ‖e‖²_A ≥ ‖r‖², and the error e falls in the norm of A. So for a positive definite A of condition κ a residual
 // never exceeds an earlier one by more than √κ: where it does by more than 1 / √u, A is singular to working precision.
 // The iterates of a singular A run off along its kernel, which is why an iterate is kept before its residual grows.
-IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& iterations, double alpha,
-                                    const Curvature& c, double rr, double unit_roundoff, Best& best) {
+IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& iterations, double length, double rr,
+                                    double unit_roundoff, Best& best) {
   if (!is_finite(rr)) {  // the iterate before this step was the last finite one, and so was its residual
     status = kNonFinite;
     return false;
   }
-  const double norm = sqrt(rr) / state.scale;
+  const double norm = sqrt(rr) * state.unit;
   if (status == kVerifying) {
     row_measured(state, status, norm, best);
     return false;
@@ -234,7 +236,7 @@ IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& i
   ++iterations;
   state.residual = norm;
   state.least = fmin(state.least, norm);
-  state.solution_bound += alpha * sqrt(c.pp) / state.scale;
+  state.solution_bound += length;
   if (norm <= state.threshold) status = kVerifying;
   return true;
 }

@@ -91,7 +91,7 @@ def cg(
 
     A row is CONVERGED when b − A x has been measured, by one product, to be at most max(rtol ‖b‖, atol). It measures
     when the residual carried by recurrence is: the next p of that row is x itself. Where rounding has driven the two
-    apart, the row goes on from the measured one. It is STAGNATED once two measurements were not a tenth smaller.
+    apart, the row goes on from the measured one. It is STAGNATED once four measurements were not a tenth smaller.
 
     A row is SINGULAR or has NEGATIVE_CURVATURE when pᵀAp > 0 does not stand out of rounding. On the first step from
     x = 0 it returns b / shift where the shift is positive (else 0). Later, a row of NEGATIVE_CURVATURE returns the

@@ -141,7 +141,7 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
   Curvature curvature{};
   ResidualSums sums{};
   Best best = Best::kNothing;
-  double alpha = 0.0;
+  double alpha = 0.0, length = 0.0;
   bool take_scaled_rhs = false;
   bool take_step = false;
 
@@ -151,7 +151,7 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
                               [&](int64_t begin, int64_t end) { return kernels.curvature(a, row, begin, end); });
 
     // α = rᵀz / pᵀAp
-    alpha = row_step_length(state, status, curvature, a.unit_roundoff(), a.largest(), take_scaled_rhs, best);
+    alpha = row_step_length(state, status, curvature, a.unit_roundoff(), a.largest(), length, take_scaled_rhs, best);
     if (take_scaled_rhs) {
       kernels.scaled_rhs(a, row, 0, a.cols);
       row_scaled_rhs(state, curvature, a.shift.col_stride == 0,
@@ -159,7 +159,7 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
     }
   }
 
-  if (row_is_active(status) && row_may_overflow(state, alpha, curvature, a.largest())) {
+  if (row_is_active(status) && row_may_overflow(state, length, a.largest())) {
     const double infinite = sum_of_pieces(a.cols, split_row, [&](int64_t begin, int64_t end) {
       return kernels.step_is_finite(a, row, begin, end, static_cast<C>(alpha)) ? 0.0 : 1.0;
     });
@@ -173,7 +173,7 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
         a.cols, split_row,
         [&](int64_t begin, int64_t end) { return kernels.residual(a, row, begin, end, from, static_cast<C>(alpha)); },
         Sweep::kBackward);
-    take_step = row_residual(state, status, a.iterations[row], alpha, curvature, sums.rr, a.unit_roundoff(), best);
+    take_step = row_residual(state, status, a.iterations[row], length, sums.rr, a.unit_roundoff(), best);
   }
   keep_or_restore(a, row, best);
 

@@ -42,7 +42,7 @@ struct Passes {
   IMAML_PASS Curvature curvature(const A& a, int64_t row, int64_t first, int64_t last) {
     const T* const p_row = a.p_now() + row * a.cols;
     const T* const hp_row = a.hp + row * a.cols;
-    const double scale = a.state[row].scale;
+    const double scale = 1.0 / a.state[row].unit;
     Sum pAp, ApAp, pp;
     with_row(a.shift, row, [&](const auto& shift) {
       sweep(first, last, [&](int64_t i, int n) {
@@ -77,7 +77,7 @@ struct Passes {
     const T* const from_row = (from == ResidualFrom::kSolution ? a.b : a.r_now()) + at;
     T* const r_row = a.r + at;
     const bool keep = !a.last;
-    const double scale = a.state[row].scale;
+    const double scale = 1.0 / a.state[row].unit;
     const auto step = broadcast(from == ResidualFrom::kSolution ? C(1) : alpha);
     Sum rr, rz;
     with_row(a.shift, row, [&](const auto& shift) {
@@ -175,7 +175,7 @@ struct Passes {
     const int64_t at = row * a.cols;
     const bool preconditioned = a.inverse_diagonal.data != nullptr;
     const CoefficientRow<C> inverse(a.inverse_diagonal, row);
-    const double scale = a.state[row].scale;
+    const double scale = 1.0 / a.state[row].unit;
     Sum rz;
     sweep(first, last, [&](int64_t i, int n) {
       const auto r = load(a.r + at + i, n);

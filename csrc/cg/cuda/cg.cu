@@ -26,6 +26,7 @@ struct CgDecision {
   RowState state;
   Curvature curvature;
   double alpha;
+  double length;  // ‖α p‖
   double beta;
   int32_t status;
   int32_t iterations;
@@ -250,7 +251,7 @@ struct CgStep : CgWork<T> {
   __device__ void pass(int phase, const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (!row_is_active(d.status)) return;
     if (phase == 0) {
-      curvature(part, d.state.scale, sums);
+      curvature(part, 1.0 / d.state.unit, sums);
     } else {
       residual(part, d, sums);
       if (d.may_overflow) sums[2] = overflows(part, static_cast<C>(d.alpha));
@@ -278,7 +279,7 @@ struct CgStep : CgWork<T> {
     const bool verifying = d.status == kVerifying;
     const T* const r_row = (verifying ? a.b : a.r_now()) + start;
     const C alpha = verifying ? C(1) : static_cast<C>(d.alpha);
-    const double scale = d.state.scale;
+    const double scale = 1.0 / d.state.unit;
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile, 1);
       auto r = tile.load(r_row);
@@ -320,9 +321,9 @@ struct CgStep : CgWork<T> {
     if (!row_is_active(d.status)) return;
     if (phase == 0) {  // α = rᵀz / pᵀAp
       d.curvature = {sums[0], sums[1], sums[2]};
-      d.alpha =
-          row_step_length(d.state, d.status, d.curvature, a.unit_roundoff(), a.largest(), d.take_scaled_rhs, d.best);
-      d.may_overflow = row_is_active(d.status) && row_may_overflow(d.state, d.alpha, d.curvature, a.largest());
+      d.alpha = row_step_length(d.state, d.status, d.curvature, a.unit_roundoff(), a.largest(), d.length,
+                                d.take_scaled_rhs, d.best);
+      d.may_overflow = row_is_active(d.status) && row_may_overflow(d.state, d.length, a.largest());
       if (d.take_scaled_rhs) {
         const double shift = static_cast<double>(a.shift.data[row * a.shift.row_stride]);
         row_scaled_rhs(d.state, d.curvature, a.shift.col_stride == 0, shift);
@@ -330,8 +331,7 @@ struct CgStep : CgWork<T> {
     } else if (sums[2] > 0.0) {
       d.status = kNonFinite;
     } else {
-      d.take_step =
-          row_residual(d.state, d.status, d.iterations, d.alpha, d.curvature, sums[0], a.unit_roundoff(), d.best);
+      d.take_step = row_residual(d.state, d.status, d.iterations, d.length, sums[0], a.unit_roundoff(), d.best);
       const double rz = a.inverse_diagonal.data != nullptr ? sums[1] : sums[0];
       if (a.update_direction) d.beta = row_direction(d.state, d.status, rz, a.largest());
     }
@@ -375,7 +375,7 @@ struct CgDirection : CgWork<T> {
   __device__ void pass(int, const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (!row_is_active(d.status)) return;
     const int64_t start = part.start();
-    const double scale = d.state.scale;
+    const double scale = 1.0 / d.state.unit;
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile);
       const Numbers r = this->load(tile, a.r + start);
