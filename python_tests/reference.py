@@ -73,14 +73,13 @@ class _Rows:
     def active(self) -> Tensor:
         return self.status >= ITERATING
 
-    def end(self, rows: Tensor, status: CGStatus, *, restore: bool = False) -> None:
-        """Gives rows at work a status; with `restore` they end with the iterate of least residual that they have."""
+    def end(self, rows: Tensor, status: CGStatus, *, slack: float = 0.0) -> None:
+        """Gives rows at work a status; they end with the iterate kept if its residual is below `slack` times theirs."""
         rows = rows & self.active()
         self.status[rows] = int(status)
-        if restore:
-            better = rows & (self.kept < self.residual)
-            self.x[better] = self.best[better]
-            self.residual = torch.where(better, self.kept, self.residual)
+        better = rows & (self.kept < slack * self.residual)
+        self.x[better] = self.best[better]
+        self.residual = torch.where(better, self.kept, self.residual)
 
     def keep(self, rows: Tensor, residual: Tensor) -> None:
         self.best[rows] = self.x[rows]
@@ -119,7 +118,7 @@ class _Rows:
         negative = pAp < -8 * u * self.operator_norm * pp
         self.end(bad & negative, CGStatus.NEGATIVE_CURVATURE)
         self.end(first, CGStatus.SINGULAR)
-        self.end(bad, CGStatus.SINGULAR, restore=True)
+        self.end(bad, CGStatus.SINGULAR, slack=4.0)
         if first.any():
             quotient = torch.where(s > 0, b.to(Ap.dtype) / s, 0.0).to(b.dtype).expand_as(b)
             self.x[first] = torch.where(quotient.isfinite(), quotient, 0.0)[first]
@@ -139,8 +138,12 @@ class _Rows:
         self.end(rows & (norm <= self.threshold), CGStatus.CONVERGED)
         rows = rows & self.active()
         self.stalls += (rows & (norm > 0.9 * self.measured)).double()
-        self.end(rows & (self.stalls >= 4), CGStatus.STAGNATED, restore=True)
-        rows = rows & self.active()
+        stagnated, unmeasured = rows & (self.stalls >= 4), self.kept < torch.minimum(norm, self.measured)
+        self.end(stagnated, CGStatus.STAGNATED, slack=1.0)
+        again = stagnated & unmeasured
+        self.status[again] = VERIFYING
+        self.kept = torch.where(again, INFINITY, self.kept)
+        rows = rows & self.active() & ~again
         self.status[rows] = ITERATING
         self.least = torch.where(rows, norm, self.least)
         self.measured = torch.where(rows, torch.minimum(norm, self.measured), self.measured)
@@ -148,10 +151,12 @@ class _Rows:
 
     def moved(self, rows: Tensor, norm: Tensor, step: Tensor) -> Tensor:
         """The new residual is known: the rows that take the step, of that length [B]."""
-        self.end(rows & (norm * self.u**0.5 > self.least), CGStatus.SINGULAR, restore=True)
+        self.end(rows & (norm * self.u**0.5 > self.least), CGStatus.SINGULAR, slack=4.0)
         rows = rows & self.active()
         grown = 4 * self.least
-        kept = rows & (norm > grown) & (self.residual <= grown) & (self.residual < self.kept)
+        grows = (norm > grown) & (self.residual <= grown)
+        runs_off = (step > 32 * self.solution_bound) & (self.solution_bound > 0)
+        kept = rows & (grows | runs_off) & (self.residual < self.kept)
         self.keep(kept & (self.measured == INFINITY), self.residual)
         self.iterations += rows.to(torch.int32)
         self.residual = torch.where(rows, norm, self.residual)

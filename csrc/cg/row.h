@@ -116,12 +116,17 @@ IMAML_HOST_DEVICE double row_rescaled(const RowState& state, double r_scale, dou
   return sum * factor * factor;
 }
 
-// The row ends with the iterate of least residual that it has.
-IMAML_HOST_DEVICE Best row_end(RowState& state, int32_t& status, int32_t end) {
+// The row ends with the iterate that it has kept, where its residual is at most `slack` times the present one.
+IMAML_HOST_DEVICE Best row_end(RowState& state, int32_t& status, int32_t end, double slack) {
   status = end;
-  if (!(state.kept < state.residual)) return Best::kNothing;
+  if (!(state.kept < slack * state.residual)) return Best::kNothing;
   state.residual = state.kept;
   return Best::kRestore;
+}
+
+// A singular row prefers the iterate from before it ran off along the kernel, where a residual says little of x.
+IMAML_HOST_DEVICE Best row_end_singular(RowState& state, int32_t& status) {
+  return row_end(state, status, kSingular, 4.0);
 }
 
 // Once A p is known. Returns α; 0 where the row does not move (it stopped, or it only measures). `length` is ‖α p‖.
@@ -155,7 +160,7 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
     } else if (take_scaled_rhs) {
       status = kSingular;
     } else {
-      best = row_end(state, status, kSingular);
+      best = row_end_singular(state, status);
     }
     return 0.0;
   }
@@ -196,7 +201,11 @@ IMAML_HOST_DEVICE void row_measured(RowState& state, int32_t& status, double nor
   }
   if (norm > 0.9 * state.measured) state.stalls += 1.0;
   if (state.stalls >= 4.0) {
-    best = row_end(state, status, kStagnated);
+    best = row_end(state, status, kStagnated, 1.0);
+    if (best == Best::kRestore && state.kept < state.measured) {  // known by recurrence alone
+      status = kVerifying;
+      state.kept = kInfinity;
+    }
     return;
   }
   status = kIterating;
@@ -212,7 +221,7 @@ IMAML_HOST_DEVICE void row_measured(RowState& state, int32_t& status, double nor
 //
 // ‖A‖ ‖e‖²_A ≥ ‖r‖², and the error e falls in the norm of A. So for a positive definite A of condition κ a residual
 // never exceeds an earlier one by more than √κ: where it does by more than 1 / √u, A is singular to working precision.
-// The iterates of a singular A run off along its kernel, which is why an iterate is kept before its residual grows.
+// The iterates of a singular A run off along its kernel, which is why one is kept before it or its residual grows much.
 IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& iterations, double length, double rr,
                                     double unit_roundoff, Best& best) {
   if (!is_finite(rr)) {  // the iterate before this step was the last finite one, and so was its residual
@@ -225,11 +234,13 @@ IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& i
     return false;
   }
   if (norm * sqrt(unit_roundoff) > state.least) {
-    best = row_end(state, status, kSingular);
+    best = row_end_singular(state, status);
     return false;
   }
   const double grown = 4.0 * state.least;
-  if (norm > grown && state.residual <= grown && state.residual < state.kept && state.measured == kInfinity) {
+  const bool grows = norm > grown && state.residual <= grown;
+  const bool runs_off = length > 32.0 * state.solution_bound && state.solution_bound > 0.0;
+  if ((grows || runs_off) && state.residual < state.kept && state.measured == kInfinity) {
     best = Best::kKeep;
     state.kept = state.residual;
   }

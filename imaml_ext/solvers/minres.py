@@ -24,8 +24,8 @@ class MINRES(LinearSolver):
     breakdown. A row is CONVERGED only when b − A x itself was measured to be within the tolerance, by one product. If
     rounding has driven it away from the recurrence, the row begins again from x; once two measurements were not a tenth
     smaller than one before it is STAGNATED, with the x of the least. A row is SINGULAR where the residual has become a
-    null vector of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖, and a measurement confirms it: x then solves the least-squares problem. A step
-    to an x so long that rounding A x alone exceeds the residual by far is not taken, but the residual measured.
+    null vector of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖, and a measurement confirms it: x then solves the least-squares problem.
+    Before a step to an x so long that rounding A x alone exceeds the residual by far, the row measures instead.
 
     Source: Paige and Saunders, Solution of sparse indefinite systems of linear equations (1975). Why a residual must be
     measured: Sleijpen, van der Vorst, Modersitzki, Differences in the effects of rounding errors in Krylov solvers

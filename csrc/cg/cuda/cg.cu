@@ -52,15 +52,23 @@ struct CgWork {
 
   __device__ bool is_over(const Decision& d) const { return !row_is_active(d.status); }
 
-  __device__ Decision begin(int64_t row) const {
-    Decision d{};
-    d.state = a.state[row];
+  // Field by field: the state as a whole would take twenty registers at a time.
+  __device__ void begin(int64_t row, Decision& d) const {
+    const auto* const from = reinterpret_cast<const double*>(a.state + row);
+    auto* const to = reinterpret_cast<double*>(&d.state);
+#pragma unroll 1
+    for (int64_t k = 0; k < kRowStateWidth; ++k) to[k] = from[k];
+    d.alpha = d.beta = 0.0;
     d.status = a.status[row];
     d.iterations = a.iterations != nullptr ? a.iterations[row] : 0;
-    return d;
+    d.may_overflow = d.take_scaled_rhs = d.take_step = false;
+    d.best = Best::kNothing;
   }
   __device__ void end(int64_t row, const Decision& d) const {
-    a.state[row] = d.state;
+    const auto* const from = reinterpret_cast<const double*>(&d.state);
+    auto* const to = reinterpret_cast<double*>(a.state + row);
+#pragma unroll 1
+    for (int64_t k = 0; k < kRowStateWidth; ++k) to[k] = from[k];
     a.status[row] = d.status;
     if (a.iterations != nullptr) a.iterations[row] = d.iterations;
   }
@@ -160,10 +168,11 @@ struct CgBegin : CgWork<T> {
   static constexpr int kSums = 4;
   static constexpr bool kKeeps = false;
 
-  __device__ Decision begin(int64_t) const {
-    Decision d{};
+  __device__ void begin(int64_t, Decision& d) const {
     d.b_scale = d.r_scale = 1.0;
-    return d;
+    d.alpha = d.beta = 0.0;
+    d.iterations = 0;
+    d.take_step = d.summed = false;
   }
   __device__ bool is_over(const Decision& d) const { return d.summed; }
 
