@@ -16,7 +16,7 @@ constexpr int64_t kRows = 5;
 
 template <typename T>
 struct System {
-  std::vector<T> b, hp, x, r, p;
+  std::vector<T> b, hp, x, r, p, best;
   std::vector<compute_t<T>> shift, inverse_diagonal;
   std::vector<RowState> state = std::vector<RowState>(kRows);
   std::vector<int32_t> status = std::vector<int32_t>(kRows, kIterating);
@@ -25,19 +25,27 @@ struct System {
   explicit System(int64_t cols) {
     std::mt19937 draw(static_cast<unsigned>(cols));
     std::normal_distribution<double> normal;
-    for (auto* vector : {&b, &hp, &x, &r, &p}) {
+    for (auto* vector : {&b, &hp, &x, &r, &p, &best}) {
       for (int64_t i = 0; i < kRows * cols; ++i) vector->push_back(static_cast<T>(static_cast<float>(normal(draw))));
     }
     b = p;  // with `first` that is the direction
     for (int64_t i = 0; i < cols; ++i) shift.push_back(static_cast<compute_t<T>>(0.5 + std::fabs(normal(draw))));
     inverse_diagonal = shift;
-    // Rows that go on, of negative curvature, that verify, that overflow, and that have a NaN.
+    // Rows that go on and keep their x, of negative curvature, that verify in vain and take back `best`, that overflow,
+    // and that have a NaN.
     for (int64_t i = 0; i < kRows * cols; ++i) {
       const double p_i = static_cast<double>(p[i]);
       hp[i] = static_cast<T>(static_cast<float>(i / cols == 1 ? -4 * p_i : i / cols == 3 ? 1e-3 * p_i : p_i));
     }
-    for (int64_t row = 0; row < kRows; ++row) state[row] = {1.0 * cols, 2.0 * cols, 1e-3, 1.0, 1.0, 0.0};
+    for (int64_t row = 0; row < kRows; ++row) {
+      const double before =
+          std::sqrt(cols) / 8;  // of the residual: a step of these vectors makes it some ten times that
+      const double unit = CgRows<T>::wide() ? 4.0 : 1.0;
+      state[row] = {1.0 * cols, before, 1e-3, unit, 1.0, 1.0, before, kInfinity, kInfinity, 0.0};
+    }
     status[2] = kVerifying;
+    state[2].stalls = 4.0;
+    state[2].kept = 0.5;
     state[1].solution_bound = 0.0;
     state[3].rz = std::sqrt(CgRows<T>::largest());
     hp[4 * cols + 7] = static_cast<T>(NAN);
@@ -49,7 +57,7 @@ struct System {
       const auto* const from = reinterpret_cast<const char*>(vector.data());
       all.insert(all.end(), from, from + vector.size() * sizeof(vector[0]));
     };
-    add(x), add(r), add(p), add(state), add(status), add(iterations);
+    add(x), add(r), add(p), add(best), add(state), add(status), add(iterations);
     return all;
   }
 
@@ -57,7 +65,7 @@ struct System {
     CgStep<T> work;
     CgRows<T>& a = work.a;
     a.rows = kRows, a.cols = cols;
-    a.b = b.data(), a.hp = hp.data(), a.x = x.data(), a.r = r.data(), a.p = p.data();
+    a.b = b.data(), a.hp = hp.data(), a.x = x.data(), a.r = r.data(), a.p = p.data(), a.best = best.data();
     a.shift = {shift.data(), 0, 1};
     if (with_diagonal) a.inverse_diagonal = {inverse_diagonal.data(), 0, 1};
     a.state = state.data(), a.status = status.data(), a.iterations = iterations.data();
@@ -85,7 +93,9 @@ void has_the_same_bits() {
         EXPECT(kept.bytes() == read_again.bytes());
         EXPECT(kept.bytes() == words.bytes());
         EXPECT(kept.status[0] == kIterating);
+        EXPECT(kept.state[0].kept == std::sqrt(cols) / 8);
         EXPECT(kept.status[1] == kNegativeCurvature);
+        EXPECT(kept.status[2] == kStagnated && kept.state[2].residual == 0.5);
         EXPECT(kept.status[4] == kNonFinite);
         EXPECT(kept.iterations[0] == 3);
       }

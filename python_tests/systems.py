@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +62,63 @@ def dense(rows: int, cols: int) -> Tensor:
     q = torch.linalg.qr(torch.randn(rows, cols, cols, dtype=torch.float64)).Q
     a = (q * spectrum(rows, cols, conditions(rows)).unsqueeze(1)) @ q.mT
     return (a + a.mT) / 2
+
+
+def spd(cols: int, condition: float) -> Tensor:
+    """A random symmetric positive definite matrix [N, N] float64, its eigenvalues spaced evenly on a log scale."""
+    q = torch.linalg.qr(torch.randn(cols, cols, dtype=torch.float64)).Q
+    a = (q * torch.logspace(0, -math.log10(condition), cols, dtype=torch.float64)) @ q.mT
+    return (a + a.mT) / 2
+
+
+def known_matrices() -> dict[str, Tensor]:
+    """Positive definite test matrices of the literature [N, N] float64, of condition numbers from 10 to 1e16."""
+    i = torch.arange(1, 41, dtype=torch.float64)
+    row, column = i.unsqueeze(1), i
+    pascal = torch.tensor([[math.comb(j + k, j) for k in range(12)] for j in range(12)], dtype=torch.float64)
+    moler = 2 * torch.eye(20, dtype=torch.float64) - torch.ones(20, 20, dtype=torch.float64).tril()
+    laplacian = 2 * torch.eye(40, dtype=torch.float64) - (row - column).abs().eq(1).double()
+    strakos = 1e-3 + (i[:24] - 1) / 23 * (1 - 1e-3) * 0.8 ** (24 - i[:24])
+    return {
+        "hilbert": (1 / (row + column - 1))[:9, :9],
+        "hilbert, singular to working precision": (1 / (row + column - 1))[:12, :12],
+        "pascal": pascal[:8, :8],
+        "pascal, large": pascal,
+        "moler": moler @ moler.mT,
+        "minij": torch.minimum(row, column),
+        "lehmer": torch.minimum(row, column) / torch.maximum(row, column),
+        "kms": 0.99 ** (row - column).abs(),
+        "laplacian": laplacian,
+        "biharmonic": laplacian @ laplacian,
+        "strakos": strakos.diag(),
+        "random, 10": spd(40, 10),
+        "random, 1e4": spd(40, 1e4),
+        "random, 1e12": spd(20, 1e12),
+    }
+
+
+def singular_matrices() -> dict[str, Tensor]:
+    """Positive semi-definite matrices [N, N] float64 with a kernel."""
+    edges = (torch.rand(30, 30, dtype=torch.float64) < 0.3).double().triu(1)
+    edges[torch.arange(29), torch.arange(1, 30)] = 1
+    edges = edges + edges.mT
+    i = torch.arange(40)
+    cycle = ((i.unsqueeze(1) - i) % 40).unsqueeze(0).eq(torch.tensor([1, 39]).view(2, 1, 1)).double().sum(0)
+    thin, wide = torch.randn(20, 5, dtype=torch.float64), torch.randn(50, 49, dtype=torch.float64)
+    return {
+        "graph": edges.sum(1).diag() - edges,
+        "cycle": 2 * torch.eye(40, dtype=torch.float64) - cycle,
+        "gram of rank 5": thin @ thin.mT,
+        "gram of rank N - 1": wide @ wide.mT,
+        "projection": (torch.arange(20) % 2).double().diag(),
+    }
+
+
+def residual_in_long_double(matrix: Tensor, x: Tensor, b: Tensor) -> float:
+    """‖b − A x‖ in extended precision, of the numbers as they are."""
+    A, x64, b64 = (t.double().numpy().astype(np.longdouble) for t in (matrix, x, b))
+    r = b64 - A @ x64
+    return float(np.sqrt((r * r).sum()))
 
 
 def multiply(matrices: Tensor) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imaml_ext import Solution, SolveError, SolveStatus, cg, ops
 
-C, M, NEG, BAD = range(4)
+C, M, NEG, BAD, SING = 0, 1, 2, 3, 7
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,11 @@ def test_converged_is_never_said_of_a_residual_that_has_drifted(dtype: torch.dty
         wide = type(systems)(systems.d.double(), systems.v.double())
         converged = result.status == C
         said += int(converged.sum())
-        if dtype == torch.float32:
-            assert (wide.relative_residual(result.x, b)[converged] <= rtol).all()
-        else:  # the callback itself rounds to the narrow type
-            assert (wide.relative_residual(result.x, b)[converged] <= 3 * rtol).all()
-        recurrence_alone = result.residual_norm / b.double().norm(dim=1)
-        assert (recurrence_alone[converged] <= rtol).all()
+        # The callback itself rounds to the narrow type.
+        within = rtol * (1.5 if dtype == torch.float32 else 3)
+        assert (wide.relative_residual(result.x, b)[converged] <= within).all()
+        measured = result.residual_norm / b.double().norm(dim=1)
+        assert (measured[converged] <= rtol).all()
     assert said >= 3
 
 
@@ -104,13 +103,13 @@ def test_broken_rows_get_their_status_and_leave_the_others_bits_alone(dtype: tor
     broken_d, broken_b = d.clone(), b.clone()
     expected = {
         1: (NEG, "indefinite: the first step is downhill"),
-        2: (NEG, "zero matrix"),
+        2: (SING, "zero matrix"),
         3: (BAD, "NaN in b"),
         4: (BAD, "infinity in b"),
         5: (BAD, "NaN out of the operator"),
         6: (BAD, "infinity out of the operator"),
         7: (C, "b = 0"),
-        8: (NEG, "singular, b not in its range"),
+        8: (SING, "singular, b not in its range"),
     }
     broken_d[1] = -1.0
     broken_d[2] = 0.0
@@ -497,7 +496,7 @@ def test_blocks_of_long_rows_have_the_bits_of_the_batch() -> None:
 
 def test_every_block_is_solved_before_the_next() -> None:
     d = torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0]).unsqueeze(1) * torch.linspace(1, 2, 9)
-    d[:3] = 1.0  # done after a step
+    d[:3] = 1.0  # done after a step and a measurement
     b = torch.randn(7, 9)
     calls: list[tuple[str, slice]] = []
 
@@ -519,7 +518,7 @@ def test_every_block_is_solved_before_the_next() -> None:
     assert calls == [(which, rows) for rows in blocks for which in "HMHMH"]
     calls.clear()
     cg(hvp, b, max_iterations=4, rows_per_block=3, check_every=1)
-    assert calls == [("H", blocks[0])] + [("H", rows) for rows in blocks[1:] for _ in range(4)]
+    assert calls == [("H", blocks[0])] * 2 + [("H", rows) for rows in blocks[1:] for _ in range(4)]
 
 
 def test_an_exception_in_a_later_block_comes_out_whole() -> None:
@@ -613,7 +612,7 @@ def test_other_threads_run_while_the_loop_does() -> None:
 def test_raise_if_failed_says_which_rows_and_what_to_do() -> None:
     d = torch.tensor([[1.0, 2.0], [-1.0, 1.0], [math.nan, 1.0], [1.0, 1.0]])
     b = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    result = cg(lambda p: d * p, b, max_iterations=1)
+    result = cg(lambda p: d * p, b, max_iterations=2)
     with pytest.raises(SolveError) as caught:
         result.raise_if_failed()
     message = str(caught.value)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from meta_tasks import F64, regression, relative
-from systems import multiply
+from systems import known_matrices, multiply, residual_in_long_double, singular_matrices
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,6 +130,27 @@ def test_converged_is_measured_where_rounding_drives_the_recurrence_away() -> No
     residual = (b.double() - multiply(A.double())(solution.x.double())).norm(dim=1) / b.double().norm(dim=1)
     floor = 60 * torch.finfo(torch.float32).eps * solution.x.double().norm(dim=1) / b.double().norm(dim=1)
     assert (residual <= 1e-3 + floor)[converged].all()
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_what_it_says_of_known_matrices_was_measured(dtype: torch.dtype) -> None:
+    """Shifted to be indefinite too. A row that is done has the residual that it reports."""
+    said = set()
+    small = [matrix for matrix in {**known_matrices(), **singular_matrices()}.values() if len(matrix) <= 24]
+    for matrix in small:
+        for shift in (0.0, -float(matrix.diagonal().mean())):
+            A = (matrix + shift * torch.eye(len(matrix), dtype=F64)).to(dtype)
+            b, rtol = torch.randn(1, len(A), dtype=dtype), 1e-8 if dtype == F64 else 1e-5
+            solution = MINRES(max_iterations=100, rtol=rtol).solve(lambda p: p @ A, b)  # noqa: B023
+            said.add(int(solution.status))
+            assert solution.x.isfinite().all()
+            if solution.status == SolveStatus.MAX_ITERATIONS:
+                continue
+            true, norm = residual_in_long_double(A, solution.x[0], b[0]), float(b.double().norm())
+            rounding = len(A) * torch.finfo(dtype).eps * float((A.abs() @ solution.x[0].abs()).norm())
+            assert float(solution.residual_norm) == pytest.approx(true, rel=1.0, abs=rounding)
+            assert true <= (3 * rtol if solution.status == SolveStatus.CONVERGED else 2) * norm
+    assert said >= {SolveStatus.CONVERGED, SolveStatus.STAGNATED, SolveStatus.SINGULAR}
 
 
 class _Watch(TorchDispatchMode):

@@ -160,19 +160,19 @@ def test_penalty_is_differentiable_twice(kind: str, shared: bool) -> None:
 
 def _cg_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     rows, cols = 3, 10
-    b, r, p, z = _vectors(4, (rows, cols), dtype, device)
+    b, r, p, z, best = _vectors(5, (rows, cols), dtype, device)
     wide = ops.compute_dtype(dtype)
     shift = torch.rand(1, cols, dtype=wide, device=device)
     inverse = torch.rand(rows, 1, dtype=wide, device=device)
     tolerance = torch.full((1,), 1e-9, dtype=torch.float64, device=device)
-    state = torch.rand(rows, 6, dtype=torch.float64, device=device)
-    status = torch.full((rows,), 4, dtype=torch.int32, device=device)
+    state = torch.rand(rows, 10, dtype=torch.float64, device=device)
+    status = torch.full((rows,), reference.ITERATING, dtype=torch.int32, device=device)
     iterations = torch.zeros_like(status)
     x = torch.zeros_like(b)
     return {
         "cg_begin_": (b, None, shift, inverse, tolerance, tolerance, x, r, p, state, status, iterations, True),
         "cg_direction_": (z, None, x, r, p, state, status),
-        "cg_step_": (2 * p, b, shift, inverse, x, r, p, state, status, iterations, True),
+        "cg_step_": (2 * p, b, shift, inverse, x, r, p, best, state, status, iterations, True),
     }
 
 
@@ -204,14 +204,14 @@ def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
 def test_opcheck_of_a_solve_that_begins_and_ends_with_b(device: str) -> None:
     arguments = _cg_arguments(torch.float32, device)
     b, _, shift, _, tolerance, _, x, r, p, state, status, iterations, _ = arguments["cg_begin_"]
-    op = torch.ops.imaml_ext
+    op, z = torch.ops.imaml_ext, arguments["cg_direction_"][0]
     opcheck(
         op.cg_begin_.default,
         (b, None, shift, None, tolerance, tolerance, None, None, None, state, status, iterations),
     )
     for first, last in ((True, False), (False, True), (True, True)):
-        status.fill_(4)
-        opcheck(op.cg_step_.default, (2 * b, b, shift, None, x, r, p, state, status, iterations, True, first, last))
+        status.fill_(reference.ITERATING)
+        opcheck(op.cg_step_.default, (2 * b, b, shift, None, x, r, p, z, state, status, iterations, True, first, last))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,13 +235,13 @@ def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype:
 
     def tables() -> tuple[Tensor, Tensor, Tensor]:
         count = torch.empty(rows, dtype=torch.int32, device=device)
-        return torch.empty(rows, 6, dtype=torch.float64, device=device), count, count.clone()
+        return torch.empty(rows, 10, dtype=torch.float64, device=device), count, count.clone()
 
     def same(ours: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(ours, other, rtol=0, atol=0, equal_nan=True)
 
     # With the vectors written out, the step as any other.
-    x, r, p = (torch.full_like(b, math.nan) for _ in range(3))
+    x, r, p, best = (torch.full_like(b, math.nan) for _ in range(4))
     written = tables()
     op.cg_begin_(b, None, shift, None, tolerance, tolerance, x, r, p, *written)
     assert x.count_nonzero() == 0
@@ -250,7 +250,7 @@ def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype:
     same(unwritten, written)
     begun = tuple(t.clone() for t in unwritten)
     before = b.clone()
-    op.cg_step_(d * b, b, shift, None, x, r, p, *written)
+    op.cg_step_(d * b, b, shift, None, x, r, p, best, *written)
     state, status, iterations = written
 
     for first, last in ((True, False), (True, True), (False, True)):
@@ -259,13 +259,13 @@ def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype:
         other_r[4], other_p[4] = 0, 0
         kept_r, kept_p = other_r.clone(), other_p.clone()
         ours = tuple(t.clone() for t in begun)
-        op.cg_step_(d * b, b, shift, None, other_x, other_r, other_p, *ours, True, first, last)
+        op.cg_step_(d * b, b, shift, None, other_x, other_r, other_p, best, *ours, True, first, last)
         torch.testing.assert_close(other_x, x, rtol=0, atol=0)
         same((ours[0][:, 1:], *ours[1:]), (state[:, 1:], status, iterations))
         if last:
             same((other_r, other_p), (kept_r, kept_p))
         else:
-            at_work = status >= 4
+            at_work = status >= reference.ITERATING
             assert {0, 7, 8} <= set(at_work.nonzero().flatten().tolist())
             same((ours[0], other_r[at_work], other_p[at_work]), (state, r[at_work], p[at_work]))
             assert (other_p[~at_work] == 0).all()  # the operator is given something finite

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cg/row.h"
 #include "common/coefficient.h"
@@ -23,6 +24,7 @@ struct CgRows {
   T* x = nullptr;         // [B, N]
   T* r = nullptr;         // [B, N]
   T* p = nullptr;         // [B, N]
+  T* best = nullptr;      // [B, N]  written where a row keeps an iterate, and nowhere read before
   Coefficient<C> shift;
   Coefficient<C> inverse_diagonal;
   const double* rtol = nullptr;  // [B] or one for all (stride 0)
@@ -41,6 +43,7 @@ struct CgRows {
   IMAML_HOST_DEVICE const T* p_now() const { return first ? b : p; }
 
   static constexpr double unit_roundoff() { return 0.5 * static_cast<double>(std::numeric_limits<T>::epsilon()); }
+  static constexpr bool wide() { return std::is_same_v<T, double>; }
   static constexpr double largest() { return static_cast<double>(std::numeric_limits<T>::max()); }
 };
 

@@ -15,7 +15,7 @@ namespace {
 
 // The tensors of one solve, as the ops receive them; one that an op does not use stays undefined.
 struct CgTensors {
-  at::Tensor b, hp, z, shift, inverse_diagonal, rtol, atol, x, r, p, state, status, iterations;
+  at::Tensor b, hp, z, shift, inverse_diagonal, rtol, atol, x, r, p, best, state, status, iterations;
   bool update_direction = true, first = false, last = false;
 
   // The only place that validates. Each failure names the op and the argument. Returns the vectors' dtype.
@@ -42,6 +42,7 @@ CgArguments<T> CgTensors::arguments() const {
   if (x.defined()) a.x = x.mutable_data_ptr<T>();
   if (r.defined()) a.r = r.mutable_data_ptr<T>();
   if (p.defined()) a.p = p.mutable_data_ptr<T>();
+  if (best.defined()) a.best = best.mutable_data_ptr<T>();
   if (shift.defined()) a.shift = as_coefficient<C>(shift);
   if (inverse_diagonal.defined()) a.inverse_diagonal = as_coefficient<C>(inverse_diagonal);
   if (rtol.defined()) {
@@ -67,7 +68,8 @@ std::pair<const char*, at::Tensor> CgTensors::leader() const {
 at::ScalarType CgTensors::check(const char* op) const {
   const auto [leader_name, like] = leader();
   check_rows(op, leader_name, like);
-  const std::pair<const char*, const at::Tensor&> vectors[] = {{"hp", hp}, {"z", z}, {"x", x}, {"r", r}, {"p", p}};
+  const std::pair<const char*, const at::Tensor&> vectors[] = {{"hp", hp}, {"z", z}, {"x", x},
+                                                               {"r", r},   {"p", p}, {"best", best}};
   for (const auto& [name, vector] : vectors) {
     if (vector.defined()) check_like(op, name, vector, leader_name, like);
   }
@@ -126,11 +128,11 @@ void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::T
 
 void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
               const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first,
-              bool last) {
+              at::Tensor& best, at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction,
+              bool first, bool last) {
   CgTensors t;
   t.hp = hp, t.b = b, t.shift = shift, t.inverse_diagonal = inverse_diagonal.value_or(at::Tensor());
-  t.x = x, t.r = r, t.p = p, t.state = state, t.status = status, t.iterations = iterations;
+  t.x = x, t.r = r, t.p = p, t.best = best, t.state = state, t.status = status, t.iterations = iterations;
   t.update_direction = update_direction && !last, t.first = first, t.last = last;
   run("cg_step_", t, [](auto device, const auto& a) { cg_step(device, a); });
 }
@@ -145,12 +147,12 @@ void register_ops(torch::Library& m) {
 
 }  // namespace
 
-// Conjugate gradients. state [B, 6] float64 and status [B] int32 live on the device of the vectors; a row's fields
+// Conjugate gradients. state [B, 10] float64 and status [B] int32 live on the device of the vectors; a row's fields
 // are those of RowState and RowStatus in row.h. Coefficients have shape [1 or B, 1 or N].
 //
 // A solve from x = 0 with no preconditioner begins with r = p = b. cg_begin_ without x, r and p leaves it at that,
 // and cg_step_ with `first` makes all three from b. With `last` it leaves r and p as they are: only x, ‖r‖ and the
-// status come of it.
+// status come of it. `best` is memory for an iterate that a row may come back to: cg_step_ alone reads and writes it.
 TORCH_LIBRARY_FRAGMENT(imaml_ext, m) {
   m.def(
       "cg_begin_(Tensor b, Tensor? hx, Tensor shift, Tensor? inverse_diagonal, Tensor rtol, Tensor atol, "
@@ -161,8 +163,8 @@ TORCH_LIBRARY_FRAGMENT(imaml_ext, m) {
       "Tensor(c!) status) -> ()");
   m.def(
       "cg_step_(Tensor hp, Tensor b, Tensor shift, Tensor? inverse_diagonal, Tensor(a!) x, Tensor(b!) r, "
-      "Tensor(c!) p, Tensor(d!) state, Tensor(e!) status, Tensor(f!) iterations, bool update_direction=True, "
-      "bool first=False, bool last=False) -> ()");
+      "Tensor(c!) p, Tensor(d!) best, Tensor(e!) state, Tensor(f!) status, Tensor(g!) iterations, "
+      "bool update_direction=True, bool first=False, bool last=False) -> ()");
 }
 IMAML_REGISTER(register_ops)
 

@@ -20,7 +20,7 @@ void cg_direction_(const std::optional<at::Tensor>& z, const std::optional<at::T
 
 void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift,
               const std::optional<at::Tensor>& inverse_diagonal, at::Tensor& x, at::Tensor& r, at::Tensor& p,
-              at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction, bool first,
-              bool last);
+              at::Tensor& best, at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction,
+              bool first, bool last);
 
 }  // namespace imaml_ext

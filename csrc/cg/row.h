@@ -5,41 +5,59 @@
 //
 //     α = rᵀz / pᵀAp      x ← x + α p      r ← r − α A p      z = M r      β = rᵀz / (rᵀz)_old      p ← z + β p
 //
-// A residual carried by recurrence drifts away from b − A x as rounding errors gather. A row therefore keeps a running
-// bound on that drift (van der Vorst and Ye, SIAM J. Sci. Comput. 22, 2000) and is CONVERGED only when ‖r‖ + drift is
-// within its tolerance. When ‖r‖ alone is, the row turns VERIFYING: the vector it hands to the operator next is x
-// itself, so that b − A x is measured rather than extrapolated, and the row either stops or starts again from there.
+// A residual carried by recurrence drifts away from b − A x as rounding errors gather, and no bound on that drift is
+// both safe and tight: ‖A‖ is not known, nor how the operator rounds. A row is therefore CONVERGED only when b − A x
+// has been measured to be within its tolerance. Where ‖r‖ is, the row turns VERIFYING: the vector it hands to the
+// operator next is x itself. The row then stops, or its directions start again from the residual that was measured. A
+// row that four such measurements have hardly improved has reached what its arithmetic allows: STAGNATED.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "common/host_device.h"
 
 namespace imaml_ext {
 
-// The first four are results (imaml_ext.CGStatus has the same numbers); the last two are rows still at work.
+// imaml_ext.SolveStatus has the same numbers; the last two are rows still at work.
 enum RowStatus : int32_t {
   kConverged = 0,
   kMaxIterations = 1,
   kNegativeCurvature = 2,
   kNonFinite = 3,
-  kIterating = 4,
-  kVerifying = 5,
+  kSingular = 7,
+  kStagnated = 8,
+  kIterating = 16,
+  kVerifying = 17,
 };
 
-// One row of the float64 tensor `state` [B, kRowStateWidth].
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// One row of the float64 tensor `state` [B, kRowStateWidth]. Sums over a row (rᵀz, pᵀAp, …) are taken of the vectors
+// divided by `unit`: a power of two next to ‖r‖ for float64, and 1 for narrower types, whose squares float64 always
+// holds. Norms are those of the vectors themselves.
 struct RowState {
   double rz;              // rᵀz of the last direction; 0: the next direction starts afresh (β = 0)
-  double rr;              // rᵀr at the iterate the row holds
+  double residual;        // ‖r‖ at the iterate the row holds
   double threshold;       // max(rtol ‖b‖, atol)
-  double operator_norm;   // largest ‖A p‖ / ‖p‖ met so far, a lower estimate of ‖A‖
+  double unit;            // of the vectors in sums
+  double operator_norm2;  // largest ‖A p‖² / ‖p‖² met so far, a lower estimate of ‖A‖²
   double solution_bound;  // ≥ ‖x‖; 0 exactly when x = 0
-  double drift;           // bound on ‖(b − A x) − r‖
+  double least;           // least ‖r‖ since the last measurement
+  double kept;            // ‖r‖ of the iterate in `best`; infinity: there is none
+  double measured;        // least ‖b − A x‖ that a measurement has found above the threshold
+  double stalls;          // measurements that improved on `measured` by less than a tenth
 };
-constexpr int64_t kRowStateWidth = 6;
-constexpr int64_t kResidualSquared = 1;  // the column of rr
+constexpr int64_t kRowStateWidth = 10;
+constexpr int64_t kResidual = 1;  // its column
 static_assert(sizeof(RowState) == kRowStateWidth * sizeof(double), "RowState is read as a row of float64");
+
+struct BeginSums {
+  double bb;  // ‖b‖²
+  double rr;  // ‖r‖²
+  double xx;  // ‖x0‖²
+};
 
 struct Curvature {
   double pAp;   // pᵀ A p
@@ -47,58 +65,103 @@ struct Curvature {
   double pp;    // ‖p‖²
 };
 
+// What becomes of `best`, the memory of one more iterate.
+enum class Best : int32_t {
+  kNothing,
+  kKeep,     // best ← x, before x changes
+  kRestore,  // x ← best
+};
+
 IMAML_HOST_DEVICE bool row_is_active(int32_t status) { return status >= kIterating; }
 
 IMAML_HOST_DEVICE bool is_finite(double value) { return fabs(value) <= 1.7976931348623157e308; }
 
-// Before the first iteration: r = b − A x0 has been formed (r = b when x0 = 0).
-// bb = ‖b‖², rr = ‖r‖², xx = ‖x0‖². Afterwards `clear_solution` says whether x must be set to zero.
-IMAML_HOST_DEVICE int32_t row_begin(RowState& state, double bb, double rr, double xx, double rtol, double atol,
-                                    double unit_roundoff, bool& clear_solution) {
-  const double threshold = fmax(rtol * sqrt(bb), atol);
-  state = RowState{0.0, rr, threshold, 0.0, sqrt(xx), 0.0};
-  clear_solution = false;
-  if (!is_finite(xx)) {  // a warm start that is not finite is no iterate to keep
-    clear_solution = true;
-    state.solution_bound = 0.0;
-    state.rr = bb;
-    return kNonFinite;
-  }
-  if (!is_finite(bb) || !is_finite(rr)) return kNonFinite;
-  if (bb == 0.0) {  // A x = 0: x = 0, whatever x0
-    clear_solution = true;
-    state.solution_bound = 0.0;
-    state.rr = 0.0;
-    return kConverged;
-  }
-  if (xx > 0.0) {  // ‖A x0‖ ≤ ‖b‖ + ‖r‖, which also bounds the rounding error of the measured residual
-    state.operator_norm = (sqrt(bb) + sqrt(rr)) / sqrt(xx);
-    state.drift = unit_roundoff * (sqrt(bb) + sqrt(rr));
-  }
-  return sqrt(rr) + state.drift <= threshold ? kConverged : kIterating;
+// A scale for a sum of squares of float64 numbers that came out as `squares` unscaled: 1 where that lost nothing.
+IMAML_HOST_DEVICE double row_scale_of_sum(double squares) {
+  if (squares > 1e-200 && squares < 1e200) return 1.0;
+  return squares <= 1e-200 ? 0x1p600 : 0x1p-600;
 }
 
-// Once A p is known. Returns α; 0 where the row does not move (it stopped, or it only measures).
-// On the very first step from x = 0 a row of non-positive curvature is given b / shift: `take_scaled_rhs`.
+// Before the first iteration: r = b − A x0 has been formed (r = b when x0 = 0). The sums bb and rr are of b times
+// b_scale and of r times r_scale. `wide`: the vectors are float64. Afterwards `clear_solution` says whether x must be
+// set to zero.
+IMAML_HOST_DEVICE int32_t row_begin(RowState& state, const BeginSums& sums, double b_scale, double r_scale, double rtol,
+                                    double atol, bool wide, bool& clear_solution) {
+  const double b_norm = sqrt(sums.bb) / b_scale;
+  const double r_norm = sqrt(sums.rr) / r_scale;
+  state = RowState{0.0, r_norm, fmax(rtol * b_norm, atol), 1.0, 0.0, sqrt(sums.xx), r_norm, kInfinity, kInfinity, 0.0};
+  clear_solution = false;
+  // A warm start that is not finite is no iterate to keep. (It makes r so too; a finite one beyond 1e154 does not.)
+  if (!is_finite(sums.xx) && !is_finite(sums.rr)) {
+    clear_solution = true;
+    state.solution_bound = 0.0;
+    state.residual = b_norm;
+    return kNonFinite;
+  }
+  if (!is_finite(b_norm) || !is_finite(r_norm)) return kNonFinite;
+  if (sums.bb == 0.0) {  // A x = 0: x = 0, whatever x0
+    clear_solution = true;
+    state.solution_bound = 0.0;
+    state.residual = 0.0;
+    return kConverged;
+  }
+  if (r_norm <= state.threshold) return kConverged;
+  if (wide) state.unit = ldexp(1.0, static_cast<int>(fmin(fmax(ilogb(r_norm), -1000.0), 1000.0)));
+  return kIterating;
+}
+
+// A sum of r times r_scale, as one of r in the row's unit.
+IMAML_HOST_DEVICE double row_rescaled(const RowState& state, double r_scale, double sum) {
+  const double factor = 1.0 / (state.unit * r_scale);
+  return sum * factor * factor;
+}
+
+// The row ends with the iterate that it has kept, where its residual is at most `slack` times the present one.
+IMAML_HOST_DEVICE Best row_end(RowState& state, int32_t& status, int32_t end, double slack) {
+  status = end;
+  if (!(state.kept < slack * state.residual)) return Best::kNothing;
+  state.residual = state.kept;
+  return Best::kRestore;
+}
+
+// A singular row prefers the iterate from before it ran off along the kernel, where a residual says little of x.
+IMAML_HOST_DEVICE Best row_end_singular(RowState& state, int32_t& status) {
+  return row_end(state, status, kSingular, 4.0);
+}
+
+// Once A p is known. Returns α; 0 where the row does not move (it stopped, or it only measures). `length` is ‖α p‖.
+// On the very first step from x = 0 a row without positive curvature is given b / shift: `take_scaled_rhs`.
 //
-// Curvature counts as positive when the cosine of the angle between p and A p stands out of the rounding of either. A
-// positive definite A of condition κ has a cosine above 2 √κ / (κ + 1) (Kantorovich), so that only κ beyond 1 / (16 u²)
-// is mistaken: 5e30 in float64, 2e13 in float32. A singular A is caught before x grows without bound along its kernel.
+// Curvature counts as positive when the cosine of the angle between p and A p stands out of the rounding of either, and
+// A p out of the rounding of a product. For an operator whose products have errors of about u ‖A‖ ‖p‖ this is sure of a
+// positive definite A up to a condition of about 1 / (8 u).
 IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const Curvature& c, double unit_roundoff,
-                                         double largest, bool& take_scaled_rhs) {
+                                         double largest, double& length, bool& take_scaled_rhs, Best& best) {
   take_scaled_rhs = false;
-  if (!is_finite(c.pAp) || !is_finite(c.ApAp) || !is_finite(c.pp)) {
+  best = Best::kNothing;
+  length = sqrt(c.pp) * state.unit;
+  if (status == kVerifying) {  // p is x
+    state.solution_bound = length;
+    return 0.0;
+  }
+  if (!is_finite(c.pAp) || !is_finite(c.pp)) {  // so they are where A p is finite, unless it overflows them
     status = kNonFinite;
     return 0.0;
   }
-  if (c.pp > 0.0) state.operator_norm = fmax(state.operator_norm, sqrt(c.ApAp / c.pp));
-  if (status == kVerifying) {  // p is x
-    state.solution_bound = sqrt(c.pp);
-    return 0.0;
-  }
-  if (!(c.pAp > 8.0 * unit_roundoff * sqrt(c.pp) * sqrt(c.ApAp))) {
-    status = kNegativeCurvature;
+  // Where ‖A p‖² leaves the range of numbers, the sign of pᵀAp alone is looked at.
+  const bool in_range = c.ApAp > 1e-200 && is_finite(c.ApAp);
+  if (in_range && c.pp > 0.0) state.operator_norm2 = fmax(state.operator_norm2, c.ApAp / c.pp);
+  const double u2 = unit_roundoff * unit_roundoff;
+  const bool stands_out = c.pAp * c.pAp > 64.0 * u2 * c.pp * c.ApAp && c.ApAp > 4.0 * u2 * state.operator_norm2 * c.pp;
+  if (!(c.pAp > 0.0) || (in_range && !stands_out)) {
     take_scaled_rhs = state.solution_bound == 0.0;
+    if (c.pAp < -8.0 * unit_roundoff * sqrt(state.operator_norm2) * c.pp) {
+      status = kNegativeCurvature;
+    } else if (take_scaled_rhs) {
+      status = kSingular;
+    } else {
+      best = row_end_singular(state, status);
+    }
     return 0.0;
   }
   const double alpha = state.rz / c.pAp;
@@ -106,6 +169,7 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
     status = kNonFinite;
     return 0.0;
   }
+  length *= alpha;
   return alpha;
 }
 
@@ -114,36 +178,77 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
 // That p = z is r = b shows in ‖z‖² = rᵀz = ‖r‖² (Cauchy and Schwarz), the sums being the same up to their order.
 IMAML_HOST_DEVICE void row_scaled_rhs(RowState& state, const Curvature& c, bool shift_is_number, double s) {
   if (shift_is_number && !(s > 0.0)) return;  // x stays 0, and ‖b‖ its residual
-  const double margin = 1e-13 * state.rr;
-  const bool p_is_b = fabs(state.rz - state.rr) <= margin && fabs(c.pp - state.rr) <= margin;
+  const double norm = state.residual / state.unit;
+  const double rr = norm * norm;
+  const bool p_is_b = fabs(state.rz - rr) <= 1e-13 * rr && fabs(c.pp - rr) <= 1e-13 * rr;
   const double Hp_squared = c.ApAp - 2.0 * s * c.pAp + s * s * c.pp;
-  state.rr = p_is_b && shift_is_number ? fmax(Hp_squared, 0.0) / (s * s) : NAN;
+  const bool known = p_is_b && shift_is_number && is_finite(Hp_squared);
+  state.residual = known ? sqrt(fmax(Hp_squared, 0.0)) / s * state.unit : NAN;
 }
 
 // Whether x + α p might leave the finite numbers: |x_j| ≤ ‖x‖. Where true the caller looks at every element.
-IMAML_HOST_DEVICE bool row_may_overflow(const RowState& state, double alpha, const Curvature& c, double largest) {
-  return !(state.solution_bound + alpha * sqrt(c.pp) < largest);
+IMAML_HOST_DEVICE bool row_may_overflow(const RowState& state, double length, double largest) {
+  return !(state.solution_bound + length < largest);
+}
+
+// b − A x has been measured, for the x that the row has.
+IMAML_HOST_DEVICE void row_measured(RowState& state, int32_t& status, double norm, Best& best) {
+  state.residual = norm;
+  state.rz = 0.0;  // directions start again from the measured residual
+  if (norm <= state.threshold) {
+    status = kConverged;
+    return;
+  }
+  if (norm > 0.9 * state.measured) state.stalls += 1.0;
+  if (state.stalls >= 4.0) {
+    best = row_end(state, status, kStagnated, 1.0);
+    if (best == Best::kRestore && state.kept < state.measured) {  // known by recurrence alone
+      status = kVerifying;
+      state.kept = kInfinity;
+    }
+    return;
+  }
+  status = kIterating;
+  state.least = norm;
+  state.measured = fmin(state.measured, norm);
+  if (norm < state.kept) {
+    best = Best::kKeep;
+    state.kept = norm;
+  }
 }
 
 // Once the new residual is known. Returns whether the step x ← x + α p is taken.
-IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& iterations, double alpha,
-                                    const Curvature& c, double rr, double unit_roundoff) {
+//
+// ‖A‖ ‖e‖²_A ≥ ‖r‖², and the error e falls in the norm of A. So for a positive definite A of condition κ a residual
+// never exceeds an earlier one by more than √κ: where it does by more than 1 / √u, A is singular to working precision.
+// The iterates of a singular A run off along its kernel, which is why one is kept before it or its residual grows much.
+IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& iterations, double length, double rr,
+                                    double unit_roundoff, Best& best) {
   if (!is_finite(rr)) {  // the iterate before this step was the last finite one, and so was its residual
     status = kNonFinite;
     return false;
   }
-  state.rr = rr;
-  const double norm = sqrt(rr);
+  const double norm = sqrt(rr) * state.unit;
   if (status == kVerifying) {
-    state.drift = unit_roundoff * state.operator_norm * state.solution_bound;
-    state.rz = 0.0;  // directions start again from the measured residual
-    status = (norm + state.drift <= state.threshold || rr == 0.0) ? kConverged : kIterating;
+    row_measured(state, status, norm, best);
     return false;
   }
+  if (norm * sqrt(unit_roundoff) > state.least) {
+    best = row_end_singular(state, status);
+    return false;
+  }
+  const double grown = 4.0 * state.least;
+  const bool grows = norm > grown && state.residual <= grown;
+  const bool runs_off = length > 32.0 * state.solution_bound && state.solution_bound > 0.0;
+  if ((grows || runs_off) && state.residual < state.kept && state.measured == kInfinity) {
+    best = Best::kKeep;
+    state.kept = state.residual;
+  }
   ++iterations;
-  state.solution_bound += alpha * sqrt(c.pp);
-  state.drift += unit_roundoff * state.operator_norm * state.solution_bound;
-  if (norm <= state.threshold) status = norm + state.drift <= state.threshold ? kConverged : kVerifying;
+  state.residual = norm;
+  state.least = fmin(state.least, norm);
+  state.solution_bound += length;
+  if (norm <= state.threshold) status = kVerifying;
   return true;
 }
 

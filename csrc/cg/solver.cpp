@@ -2,6 +2,8 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -22,25 +24,34 @@ void call(const char* name, Arguments&&... arguments) {
   op.call(std::forward<Arguments>(arguments)...);
 }
 
-// The work vectors r and p of the last solve on the CPU, kept by each thread for its next one: fresh memory of this
-// size costs more in page faults than an iteration costs. (On CUDA the caching allocator does this.)
+// The work vectors r, p and `best` of the last solve on the CPU, kept by each thread for its next one: fresh memory of
+// this size costs more in page faults than an iteration costs. (On CUDA the caching allocator does this.) `best` lies
+// last: where no row keeps an iterate, its pages are never touched.
 class WorkVectors {
  public:
   WorkVectors(int64_t rows, const at::Tensor& b) {
-    const bool fits = b.device().is_cpu() && kept_.defined() && kept_.scalar_type() == b.scalar_type() &&
+    const bool fits = kept_.defined() && is_plain(b) && kept_.scalar_type() == b.scalar_type() &&
                       kept_.size(1) == rows && kept_.size(2) == b.size(1);
-    both_ = fits ? std::exchange(kept_, at::Tensor()) : at::empty({2, rows, b.size(1)}, b.options());
+    all_ = fits ? std::exchange(kept_, at::Tensor()) : at::empty({3, rows, b.size(1)}, b.options());
   }
   // Not kept if a callback holds on to one of them: it would see the next solve.
   void done() {
-    if (both_.device().is_cpu() && both_.storage().use_count() == 1) kept_ = std::move(both_);
+    if (is_plain(all_) && all_.storage().use_count() == 1) kept_ = std::move(all_);
   }
-  at::Tensor r(int64_t rows) const { return both_.select(0, 0).narrow(0, 0, rows); }
-  at::Tensor p(int64_t rows) const { return both_.select(0, 1).narrow(0, 0, rows); }
+  at::Tensor r(int64_t rows) const { return of(0, rows); }
+  at::Tensor p(int64_t rows) const { return of(1, rows); }
+  at::Tensor best(int64_t rows) const { return of(2, rows); }
 
  private:
+  // Whether autograd may save it and every mode may see it: not what inference mode or a tensor mode has made.
+  static bool is_plain(const at::Tensor& tensor) {
+    return tensor.device().is_cpu() && !tensor.is_inference() && !c10::InferenceMode::is_enabled() &&
+           !tensor.key_set().has(c10::DispatchKey::Python) && !c10::impl::dispatch_mode_enabled();
+  }
+  at::Tensor of(int64_t which, int64_t rows) const { return all_.select(0, which).narrow(0, 0, rows); }
+
   static thread_local at::Tensor kept_;
-  at::Tensor both_;  // [2, rows, N]
+  at::Tensor all_;  // [3, rows, N]
 };
 thread_local at::Tensor WorkVectors::kept_;
 
@@ -81,6 +92,7 @@ class Block {
         x_(of(result.x)),
         r_(work.r(rows.count())),
         p_(work.p(rows.count())),
+        best_(work.best(rows.count())),
         state_(of(state)),
         status_(of(result.status)),
         iterations_(of(result.iterations)) {
@@ -102,7 +114,11 @@ class Block {
 
   // What a callback returned: a tensor like b, made contiguous.
   at::Tensor apply(const RowOperator& callback, const char* name, const at::Tensor& argument) const {
+    const bool counted = !argument.is_inference();  // inference tensors have no version
+    const int64_t version = counted ? argument._version() : 0;
     at::Tensor result = callback(argument, rows_);
+    TORCH_CHECK_VALUE(!counted || argument._version() == version, "cg: ", name,
+                      " must leave its argument as it is, but has written to it");
     TORCH_CHECK_TYPE(result.defined(), "cg: ", name, " returned no tensor");
     result = result.detach().contiguous();
     check_like("cg", name, result, rows_.count() == batch_ ? "b" : "b[rows]", b_);
@@ -114,7 +130,7 @@ class Block {
   int64_t batch_;
   CgOptions o_;
   std::optional<at::Tensor> inverse_diagonal_;
-  at::Tensor b_, x_, r_, p_, state_, status_, iterations_;
+  at::Tensor b_, x_, r_, p_, best_, state_, status_, iterations_;
 };
 
 void Block::solve(const RowOperator& hvp) {
@@ -142,8 +158,8 @@ void Block::solve(const RowOperator& hvp) {
     }
     const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
     // A callable preconditioner stands between the new residual and the new direction.
-    call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, state_, status_, iterations_,
-                   /*update_direction=*/!o_.preconditioner, first, last);
+    call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
+                   iterations_, /*update_direction=*/!o_.preconditioner, first, last);
     if (o_.preconditioner && !last) {
       call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
     }
@@ -176,7 +192,7 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
 
   // A row still at work has spent its iterations.
   result.status.masked_fill_(result.status.ge(kIterating), kMaxIterations);
-  result.residual_norm = state.select(1, kResidualSquared).sqrt();
+  result.residual_norm = state.select(1, kResidual).clone(at::MemoryFormat::Contiguous);
   return result;
 }
 

@@ -15,7 +15,7 @@ from imaml_ext.inner.solver import InnerResult, InnerSolver
 from imaml_ext.losses.curvature import CurvatureOperator
 from imaml_ext.losses.loss import Loss
 from imaml_ext.settings import NOT_NEGATIVE, Bounds
-from imaml_ext.solvers import CG, LinearSolver, SolveStatus
+from imaml_ext.solvers import CG, LinearSolver
 
 # A change of F by so many times the resolution of its dtype is lost in the rounding of the sums that F is made of.
 _ROUNDINGS = 50
@@ -133,7 +133,7 @@ class NewtonCG(InnerSolver):
         ):
             return _cauchy(operator, gradient, shift)
         solved = solver.solve(operator, -gradient, shift)
-        negative = solved.status == SolveStatus.NEGATIVE_CURVATURE
+        negative = solved.broke_down
         steepest = negative & (solved.iterations == 0)
         return torch.where(steepest.unsqueeze(1), -gradient, solved.x), negative
 

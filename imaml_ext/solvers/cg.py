@@ -95,14 +95,13 @@ def cg(
     breaks down or turns non-finite leaves the others' bits alone. The loop is C++; between two calls of `hvp` there is
     one fused op and no host synchronisation.
 
-    A row stops at ‖r‖ ≤ max(rtol ‖b‖, atol), as SciPy's `cg` does, but is CONVERGED only when that holds of b − A x and
-    not just of the residual carried by recurrence: where rounding may have driven the two apart, the row spends one
-    call of `hvp` on x itself to measure it, and goes on from there if need be. A tolerance that the dtype cannot reach
-    therefore ends in MAX_ITERATIONS.
+    A row is CONVERGED when b − A x has been measured, by one product, to be at most max(rtol ‖b‖, atol). It measures
+    when the residual carried by recurrence is: the next p of that row is x itself. Where rounding has driven the two
+    apart, the row goes on from the measured one. It is STAGNATED once four measurements were not a tenth smaller.
 
-    Curvature is non-positive, pᵀAp ≤ 0, when it does not stand out of rounding: pᵀAp ≤ 8u ‖p‖ ‖Ap‖, u the unit roundoff
-    of the dtype. On the first step from x = 0 such a row returns b / shift where the shift is positive (else 0); later,
-    the iterate it had. A zero right-hand side gives x = 0 after no iterations.
+    A row is SINGULAR or has NEGATIVE_CURVATURE when pᵀAp > 0 does not stand out of rounding. On the first step from
+    x = 0 it returns b / shift where the shift is positive (else 0). Later, a row of NEGATIVE_CURVATURE returns the
+    iterate it had, and a SINGULAR one the iterate before its residual grew. A zero b gives x = 0 after no iterations.
 
     Args:
         hvp: called with p [B, N] (contiguous, not to be kept or written to: without x0 and preconditioner the first p
@@ -110,7 +109,8 @@ def cg(
         b: [B, N], float32, float64, bfloat16 or float16.
         shift: λ + δ, a number, one per task [B], one per parameter [N], or [B, N].
         x0: [B, N], a warm start, at the price of one more call of `hvp`.
-        max_iterations: the largest number of calls of `hvp` otherwise.
+        max_iterations: the largest number of calls of `hvp` otherwise, that which measures included: a row that meets
+            its tolerance with the last of them is MAX_ITERATIONS. To measure any x: `cg(…, x0=x, max_iterations=0)`.
         rtol, atol: numbers, or one per row [B].
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N]), or a callable r -> M r.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
@@ -127,8 +127,8 @@ def cg(
         TypeError, ValueError: an argument, or what a callback returned, of the wrong type, dtype, shape or device.
         NativeUnavailableError: the compiled part does not load, or has no code for the device of b.
 
-    Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Residual drift:
-    van der Vorst and Ye (2000).
+    Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Restarts from a
+    measured residual: van der Vorst and Ye (2000).
     """
     check_untransformed("cg", b=b, shift=shift, x0=x0, preconditioner=preconditioner)
     check_arguments(hvp, b, x0, preconditioner)

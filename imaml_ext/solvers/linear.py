@@ -21,7 +21,7 @@ Self = TypeVar("Self", bound="LinearSolver")
 
 
 class SolveStatus(IntEnum):
-    """How a row ended. The first four numbers are those of RowStatus in csrc/cg/row.h; its other two are at work."""
+    """How a row ended. RowStatus in csrc/cg/row.h has the same numbers."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
@@ -29,6 +29,7 @@ class SolveStatus(IntEnum):
     NON_FINITE = 3
     DIVERGED = 6
     SINGULAR = 7
+    STAGNATED = 8
 
     @property
     def advice(self) -> str:
@@ -39,12 +40,14 @@ class SolveStatus(IntEnum):
 _ADVICE = {
     SolveStatus.CONVERGED: "the residual is within the tolerance",
     SolveStatus.MAX_ITERATIONS: (
-        "the iterations were spent before the tolerance was met: raise max_iterations or rtol, precondition, add to "
-        "shift, or use float64 if residual_norm has stopped falling"
+        "the iterations were spent before a measured residual met the tolerance: raise max_iterations or rtol, "
+        "precondition, or add to shift"
     ),
     SolveStatus.NEGATIVE_CURVATURE: (
-        "pᵀAp ≤ 0 to working precision, so A = H + diag(shift) (or the preconditioner) is not positive definite: "
-        "raise shift, use a positive semi-definite matrix such as Gauss-Newton in place of H, or solve by MINRES"
+        "pᵀAp < 0, so A = H + diag(shift) (or the preconditioner) is not positive definite to working precision, which "
+        "a definite A can be too if its condition number is beyond about 1e15 in float64, 1e6 in float32, 250 in "
+        "float16 and 60 in bfloat16: raise shift, use a positive semi-definite matrix such as Gauss-Newton in place of "
+        "H, or solve by MINRES"
     ),
     SolveStatus.NON_FINITE: (
         "b, x0 or what the callback returned has NaN or infinite entries, or the solution overflows its dtype: look at "
@@ -55,11 +58,16 @@ _ADVICE = {
         "solver's lr, or solve by CG or MINRES"
     ),
     SolveStatus.SINGULAR: (
-        "A = H + diag(shift) is singular to working precision, and b is not in its range: x has the least residual "
-        "that was found; raise shift"
+        "A = H + diag(shift) is singular to working precision, and b is not in its range: x has about the least "
+        "residual that was found; raise shift, or use a wider dtype if A is only ill-conditioned"
+    ),
+    SolveStatus.STAGNATED: (
+        "b − A x was measured repeatedly and falls no further, though it is above the tolerance: residual_norm is what "
+        "this dtype and these products can reach; raise rtol, use a wider dtype, or compute the products in more "
+        "precision"
     ),
 }
-_UNFINISHED = (SolveStatus.MAX_ITERATIONS,)
+_UNFINISHED = (SolveStatus.MAX_ITERATIONS, SolveStatus.STAGNATED)
 _BROKE_DOWN = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.DIVERGED, SolveStatus.SINGULAR)
 
 
@@ -74,9 +82,10 @@ class Solution:
         x: [B, N] the solution, or the last good iterate of a row that failed.
         status: [B] int32, a `SolveStatus`.
         iterations: [B] int32, steps taken.
-        residual_norm: [B] float64, ‖b − A x‖ for the x returned (in CG and MINRES by the recurrence, whose drift is
-            bounded below the tolerance where a row is CONVERGED; in Neumann and FixedPoint of the iterate before x
-            where a row has spent its iterations); NaN where nothing has measured it.
+        residual_norm: [B] float64, ‖b − A x‖ for the x returned, measured where a row is CONVERGED or STAGNATED. In CG
+            and MINRES it is otherwise that of the recurrence, an estimate that can be far too small once rounding
+            matters. In Neumann and FixedPoint it is that of the iterate before x where a row has spent its iterations.
+            NaN where nothing has measured it.
     """
 
     x: Tensor
@@ -103,7 +112,8 @@ class Solution:
         """Waits for the device, and raises `SolveError` if a row is not CONVERGED.
 
         Args:
-            unfinished: rows that have spent their iterations have failed too. what: the rows are, for the message.
+            unfinished: rows that have spent their iterations or STAGNATED have failed too. what: the rows are, for the
+                message.
 
         Raises:
             SolveError: says which rows have failed, how, and what to do.
@@ -163,6 +173,15 @@ def checked(operator: Operator, b: Tensor, name: str, *, shift: Coefficient) -> 
 
 def _words(value: object) -> str:
     return str(list(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")
+
+
+def row_norm(a: Tensor) -> Tensor:
+    """‖a‖ of every row, [B] float64, for entries of any magnitude: squares are taken next to 1."""
+    if a.dtype != torch.float64 or a.shape[1] == 0:
+        return torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
+    largest = a.abs().amax(1)
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+    return torch.linalg.vector_norm(a / scale.unsqueeze(1), dim=1) * scale
 
 
 class LinearSolver(Choice):

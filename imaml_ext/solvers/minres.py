@@ -10,9 +10,9 @@ from torch import Tensor
 
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus, checked
+from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus, checked, row_norm
 
-_ITERATING, _VERIFYING = 4, 5  # rows at work
+_ITERATING, _VERIFYING, _SUSPECT = 16, 17, 18  # rows at work; the last two measure, _SUSPECT before it is SINGULAR
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,10 @@ class MINRES(LinearSolver):
 
     Each iterate has the least residual of its Krylov space: the residual never grows, and negative curvature is no
     breakdown. A row is CONVERGED only when b − A x itself was measured to be within the tolerance, by one product. If
-    rounding has driven it away from the recurrence, the row begins again from x. A row is SINGULAR where the residual
-    has become a null vector of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖: x then solves the least-squares problem.
+    rounding has driven it away from the recurrence, the row begins again from x; once two measurements were not a tenth
+    smaller than one before it is STAGNATED, with the x of the least. A row is SINGULAR where the residual has become a
+    null vector of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖, and a measurement confirms it: x then solves the least-squares problem.
+    Before a step to an x so long that rounding A x alone exceeds the residual by far, the row measures instead.
 
     Source: Paige and Saunders, Solution of sparse indefinite systems of linear equations (1975). Why a residual must be
     measured: Sleijpen, van der Vorst, Modersitzki, Differences in the effects of rounding errors in Krylov solvers
@@ -57,6 +59,7 @@ class _Rows:
         self.operator_norm = torch.zeros_like(norm)
         self.zero, self.one = torch.zeros_like(norm), torch.ones_like(norm)
         self.residual = norm
+        self.best, self.measured, self.stalls = self.x, norm, self.zero  # x of the least residual that was measured
         self._end(~norm.isfinite(), SolveStatus.NON_FINITE)
         self._end(norm <= self.threshold, SolveStatus.CONVERGED)
         self.v = self.v_before = self.w = self.w_before = torch.zeros_like(b)
@@ -65,7 +68,7 @@ class _Rows:
 
     def advance(self, operator: Operator) -> None:
         """One product: a Lanczos step for rows at work, the residual of x for rows that verify."""
-        iterating, verifying = self._rows(_ITERATING), self._rows(_VERIFYING)
+        iterating, verifying = self._rows(_ITERATING), self._rows(_VERIFYING) | self._rows(_SUSPECT)
         p = torch.where(verifying, self.x, self.v)
         Ap = operator(p) + self.shift.to(p.dtype) * p
         finite = _norm(Ap).isfinite()
@@ -91,7 +94,7 @@ class _Rows:
         singular = rows & (torch.hypot(gamma_bar, delta_next) <= negligible) & (self.iterations.unsqueeze(1) > 0)
         gamma = torch.hypot(gamma_bar, beta)
         singular = singular | (rows & (gamma <= negligible))
-        self._end(singular, SolveStatus.SINGULAR)
+        self._end(singular, _SUSPECT)
         rows = rows & ~singular
         gamma = torch.where(rows, gamma, self.one)
         c, s = gamma_bar / gamma, beta / gamma
@@ -100,9 +103,12 @@ class _Rows:
         dtype = Ap.dtype
         w = (self.v - delta.to(dtype) * self.w - epsilon.to(dtype) * self.w_before) / gamma.to(dtype)
         x = self.x + (c * self.residual).to(dtype) * w
-        overflow = rows & ~_norm(x).isfinite()
+        x_norm = _norm(x)
+        overflow = rows & ~x_norm.isfinite()
         self._end(overflow, SolveStatus.NON_FINITE)
-        rows = rows & ~overflow
+        too_long = rows & (torch.finfo(dtype).eps * self.operator_norm * x_norm > 64 * self.residual.abs())
+        self._end(too_long, _VERIFYING)
+        rows = rows & ~overflow & ~too_long
         v = u / torch.where(beta > 0, beta, self.one).to(dtype)
         for name, value in {
             "x": x, "w_before": self.w, "w": w, "v_before": self.v, "v": v, "beta": beta, "c": c, "s": s,
@@ -116,10 +122,18 @@ class _Rows:
     def _verify(self, rows: Tensor, Ax: Tensor) -> None:
         r = self.b - Ax
         norm = _norm(r)
-        converged = rows & (norm <= self.threshold)
+        self._end(rows & (norm <= self.threshold), SolveStatus.CONVERGED)
+        self._end(rows & self._rows(_SUSPECT) & (norm <= 2 * self.residual.abs()), SolveStatus.SINGULAR)
         self.residual = torch.where(rows, norm, self.residual)
-        self._end(converged, SolveStatus.CONVERGED)
-        self._begin(rows & ~converged, r, norm)
+        rows = rows & self._at_work()
+        self.stalls = self.stalls + (rows & (norm > 0.9 * self.measured)).double()
+        least = rows & (norm < self.measured)
+        self.best, self.measured = torch.where(least, self.x, self.best), torch.where(least, norm, self.measured)
+        stagnated = rows & (self.stalls >= 2)
+        self._end(stagnated, SolveStatus.STAGNATED)
+        self.x = torch.where(stagnated, self.best, self.x)
+        self.residual = torch.where(stagnated, self.measured, self.residual)
+        self._begin(rows & ~stagnated, r, norm)
 
     def _begin(self, rows: Tensor, r: Tensor, norm: Tensor) -> None:
         """The Krylov space of r, from x on."""
@@ -130,18 +144,20 @@ class _Rows:
             "s": self.zero, "delta_next": self.zero, "epsilon_next": self.zero,
         }.items():  # fmt: skip
             setattr(self, name, torch.where(rows, value, getattr(self, name)))
-        self._end(rows & self._rows(_VERIFYING), _ITERATING)
+        self._end(rows, _ITERATING)
 
     def _rows(self, status: int) -> Tensor:
         return (self.status == status).unsqueeze(1)
 
     def _end(self, rows: Tensor, status: int) -> None:
         """Gives rows at work [B, 1] a status."""
-        at_work = self._rows(_ITERATING) | self._rows(_VERIFYING)
-        self.status = self.status.masked_fill((rows & at_work)[:, 0], int(status))
+        self.status = self.status.masked_fill((rows & self._at_work())[:, 0], int(status))
+
+    def _at_work(self) -> Tensor:
+        return (self.status >= _ITERATING).unsqueeze(1)
 
     def solution(self) -> Solution:
-        self._end(self._rows(_ITERATING) | self._rows(_VERIFYING), SolveStatus.MAX_ITERATIONS)
+        self._end(self._at_work(), SolveStatus.MAX_ITERATIONS)
         return Solution(self.x, self.status, self.iterations, self.residual[:, 0].abs())
 
 
@@ -152,4 +168,4 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _norm(a: Tensor) -> Tensor:
     """‖a‖ of every row, [B, 1] float64."""
-    return torch.linalg.vector_norm(a, dim=1, keepdim=True, dtype=torch.float64)
+    return row_norm(a).unsqueeze(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from imaml_ext.errors import ConfigError
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.settings import COUNT, NOT_NEGATIVE, POSITIVE
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus, checked
+from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus, checked, row_norm
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _richardson(operator: Operator, b: Tensor, shift: Tensor, step: Tensor, *, p
     I − M^½ A M^½ is symmetric, so that the residual shrinks at every step in the norm rᵀ M r if the iteration
     converges: one growth proves that it does not, and ends the row.
     """
-    norm = torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)  # [B]
+    norm = row_norm(b)  # [B]
     floor = 1000 * torch.finfo(b.dtype).eps  # growth within rounding of what r is the difference of proves nothing
     non_finite = ~b.isfinite().all(1)
     active, diverged = ~non_finite & (norm > 0), torch.zeros_like(non_finite)
@@ -81,9 +81,9 @@ def _richardson(operator: Operator, b: Tensor, shift: Tensor, step: Tensor, *, p
         if k > 0:
             Hx, Sx = operator(x), shift * x
             r = b - Hx - Sx
-            measured = torch.linalg.vector_norm(r, dim=1, dtype=torch.float64)
+            measured = row_norm(r)
             new_energy = _energy(r, step)
-            rounding = floor * (norm + sum(torch.linalg.vector_norm(v, dim=1, dtype=torch.float64) for v in (Hx, Sx)))
+            rounding = floor * (norm + sum(row_norm(v) for v in (Hx, Sx)))
             broken = active & ~measured.isfinite()
             grown = active & (new_energy > energy) & (measured > rounding)
             x = torch.where((broken | grown).unsqueeze(1), last, x)

@@ -12,24 +12,38 @@ namespace {
 
 enum class Sweep { kForward, kBackward };
 
-// Runs pass(begin, end) over a row's pieces and returns what each gave, in the order of the pieces. A pass that sweeps
-// against the one before it begins with what that one has left in the cache.
-template <typename Result, typename Pass>
-std::vector<Result> over_pieces(int64_t cols, bool split_row, const Pass& pass, Sweep sweep = Sweep::kForward) {
-  const int64_t pieces = pieces_of(cols);
-  std::vector<Result> results(pieces);
-  const auto work = [&](int64_t first, int64_t last) {
+void add(double& to, double part) { to += part; }
+void add(ResidualSums& to, const ResidualSums& part) { to.rr += part.rr, to.rz += part.rz; }
+void add(BeginSums& to, const BeginSums& part) { to.bb += part.bb, to.rr += part.rr, to.xx += part.xx; }
+void add(Curvature& to, const Curvature& part) { to.pAp += part.pAp, to.ApAp += part.ApAp, to.pp += part.pp; }
+
+// Calls work(begin, end) for every piece of a row. A pass that sweeps against the one before it begins with what that
+// one has left in the cache.
+template <typename Work>
+void each_piece(int64_t cols, bool split_row, const Work& work, Sweep sweep = Sweep::kForward) {
+  const auto pieces = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t k = sweep == Sweep::kForward ? i : first + last - 1 - i;
-      results[k] = pass(k * kPiece, std::min((k + 1) * kPiece, cols));
+      work(k * kPiece, std::min((k + 1) * kPiece, cols));
     }
   };
   if (split_row) {
-    at::parallel_for(0, pieces, 1, work);
+    at::parallel_for(0, pieces_of(cols), 1, pieces);
   } else {
-    work(0, pieces);
+    pieces(0, pieces_of(cols));
   }
-  return results;
+}
+
+// The sums that pass(begin, end) gives, over the whole row: added up in the order of the pieces.
+template <typename Pass>
+auto sum_of_pieces(int64_t cols, bool split_row, const Pass& pass, Sweep sweep = Sweep::kForward) {
+  if (cols <= kPiece) return pass(int64_t{0}, cols);  // a short row is not worth the memory
+  using Sums = decltype(pass(0, cols));
+  std::vector<Sums> sums(pieces_of(cols));
+  each_piece(cols, split_row, [&](int64_t begin, int64_t end) { sums[begin / kPiece] = pass(begin, end); }, sweep);
+  Sums total{};
+  for (const Sums& part : sums) add(total, part);
+  return total;
 }
 
 // Many rows: a thread takes whole rows, which stay in its cache from pass to pass; the last first, because a callback
@@ -65,43 +79,54 @@ void next_direction(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_
   // Even a row that is over has a direction, for the operator to be given something finite.
   if (a.first && !a.last && to == UpdateTo::kNothing) to = UpdateTo::kZero;
   if (!take_step && to == UpdateTo::kNothing) return;
-  over_pieces<char>(a.cols, split_row, [&](int64_t begin, int64_t end) {
+  each_piece(a.cols, split_row, [&](int64_t begin, int64_t end) {
     kernels.update(a, row, begin, end, take_step, static_cast<C>(alpha), to, static_cast<C>(beta));
-    return 0;
   });
 }
 
 template <typename T>
 double dot_rz(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
-  double rz = 0.0;
-  for (const double piece : over_pieces<double>(
-           a.cols, split_row, [&](int64_t begin, int64_t end) { return kernels.dot_rz(a, row, begin, end); })) {
-    rz += piece;
-  }
-  return rz;
+  return sum_of_pieces(a.cols, split_row,
+                       [&](int64_t begin, int64_t end) { return kernels.dot_rz(a, row, begin, end); });
+}
+
+// best ← x   or   x ← best
+template <typename T>
+void keep_or_restore(const CgArguments<T>& a, int64_t row, Best what) {
+  T* const x = a.x + row * a.cols;
+  T* const best = a.best + row * a.cols;
+  if (what == Best::kRestore) std::copy_n(best, a.cols, x);
+  if (what == Best::kKeep && a.first) std::fill_n(best, a.cols, T(0));
+  if (what == Best::kKeep && !a.first) std::copy_n(x, a.cols, best);
 }
 
 // r = b − A x0,  z = M r,  p = z;   without x, r and p the sums alone
 template <typename T>
 void begin_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
-  BeginSums sums;
-  for (const BeginSums& s : over_pieces<BeginSums>(
-           a.cols, split_row, [&](int64_t begin, int64_t end) { return kernels.begin(a, row, begin, end); })) {
-    sums.bb += s.bb;
-    sums.rr += s.rr;
-    sums.xx += s.xx;
+  const auto sums_scaled = [&](double b_scale, double r_scale) {
+    return sum_of_pieces(a.cols, split_row, [&](int64_t begin, int64_t end) {
+      return kernels.begin(a, row, begin, end, b_scale, r_scale);
+    });
+  };
+  BeginSums sums = sums_scaled(1.0, 1.0);
+  double b_scale = 1.0, r_scale = 1.0;
+  if (a.wide()) {
+    b_scale = row_scale_of_sum(sums.bb), r_scale = row_scale_of_sum(sums.rr);
+    if (b_scale != 1.0 || r_scale != 1.0) sums = sums_scaled(b_scale, r_scale);
   }
+  RowState& state = a.state[row];
   bool clear_solution = false;
   a.iterations[row] = 0;
-  a.status[row] = row_begin(a.state[row], sums.bb, sums.rr, sums.xx, a.rtol[row * a.rtol_stride],
-                            a.atol[row * a.atol_stride], a.unit_roundoff(), clear_solution);
+  a.status[row] = row_begin(state, sums, b_scale, r_scale, a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
+                            a.wide(), clear_solution);
+  const double rr = row_rescaled(state, r_scale, sums.rr);
   if (a.x == nullptr) {
-    row_direction(a.state[row], a.status[row], sums.rr, a.largest());
+    row_direction(state, a.status[row], rr, a.largest());
     return;
   }
   if (clear_solution || a.hp == nullptr) std::fill_n(a.x + row * a.cols, a.cols, T(0));
   if (a.update_direction && row_is_active(a.status[row])) {
-    const double rz = a.inverse_diagonal.data != nullptr ? dot_rz(a, kernels, row, split_row) : sums.rr;
+    const double rz = a.inverse_diagonal.data != nullptr ? dot_rz(a, kernels, row, split_row) : rr;
     next_direction(a, kernels, row, split_row, rz, /*take_step=*/false, 0.0);
   }
   // Even a row that is over has a direction, for the operator to be given something finite.
@@ -113,23 +138,20 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
   using C = typename CgArguments<T>::C;
   RowState& state = a.state[row];
   int32_t& status = a.status[row];
-  Curvature curvature{0.0, 0.0, 0.0};
-  ResidualSums sums;
-  double alpha = 0.0;
+  Curvature curvature{};
+  ResidualSums sums{};
+  Best best = Best::kNothing;
+  double alpha = 0.0, length = 0.0;
   bool take_scaled_rhs = false;
   bool take_step = false;
 
   if (row_is_active(status)) {
     // A p = H p + shift p,  pᵀAp
-    for (const Curvature& c : over_pieces<Curvature>(
-             a.cols, split_row, [&](int64_t begin, int64_t end) { return kernels.curvature(a, row, begin, end); })) {
-      curvature.pAp += c.pAp;
-      curvature.ApAp += c.ApAp;
-      curvature.pp += c.pp;
-    }
+    curvature = sum_of_pieces(a.cols, split_row,
+                              [&](int64_t begin, int64_t end) { return kernels.curvature(a, row, begin, end); });
 
     // α = rᵀz / pᵀAp
-    alpha = row_step_length(state, status, curvature, a.unit_roundoff(), a.largest(), take_scaled_rhs);
+    alpha = row_step_length(state, status, curvature, a.unit_roundoff(), a.largest(), length, take_scaled_rhs, best);
     if (take_scaled_rhs) {
       kernels.scaled_rhs(a, row, 0, a.cols);
       row_scaled_rhs(state, curvature, a.shift.col_stride == 0,
@@ -137,27 +159,23 @@ void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row,
     }
   }
 
-  if (row_is_active(status) && row_may_overflow(state, alpha, curvature, a.largest())) {
-    const auto finite = over_pieces<char>(a.cols, split_row, [&](int64_t begin, int64_t end) {
-      return kernels.step_is_finite(a, row, begin, end, static_cast<C>(alpha));
+  if (row_is_active(status) && row_may_overflow(state, length, a.largest())) {
+    const double infinite = sum_of_pieces(a.cols, split_row, [&](int64_t begin, int64_t end) {
+      return kernels.step_is_finite(a, row, begin, end, static_cast<C>(alpha)) ? 0.0 : 1.0;
     });
-    if (std::find(finite.begin(), finite.end(), char(0)) != finite.end()) status = kNonFinite;
+    if (infinite > 0.0) status = kNonFinite;
   }
 
   if (row_is_active(status)) {
     // r ← r − α A p,  rᵀr, rᵀ M r
     const auto from = status == kVerifying ? ResidualFrom::kSolution : ResidualFrom::kRecurrence;
-    for (const ResidualSums& s : over_pieces<ResidualSums>(
-             a.cols, split_row,
-             [&](int64_t begin, int64_t end) {
-               return kernels.residual(a, row, begin, end, from, static_cast<C>(alpha));
-             },
-             Sweep::kBackward)) {
-      sums.rr += s.rr;
-      sums.rz += s.rz;
-    }
-    take_step = row_residual(state, status, a.iterations[row], alpha, curvature, sums.rr, a.unit_roundoff());
+    sums = sum_of_pieces(
+        a.cols, split_row,
+        [&](int64_t begin, int64_t end) { return kernels.residual(a, row, begin, end, from, static_cast<C>(alpha)); },
+        Sweep::kBackward);
+    take_step = row_residual(state, status, a.iterations[row], length, sums.rr, a.unit_roundoff(), best);
   }
+  keep_or_restore(a, row, best);
 
   // x ← x + α p,  p ← z + β p
   if (a.first && !take_step && !take_scaled_rhs) std::fill_n(a.x + row * a.cols, a.cols, T(0));

@@ -18,21 +18,15 @@ enum class UpdateTo : int {
 };
 
 struct ResidualSums {
-  double rr = 0.0;  // rᵀr
-  double rz = 0.0;  // rᵀ M r, M the diagonal preconditioner or the identity
-};
-
-struct BeginSums {
-  double bb = 0.0;
-  double rr = 0.0;
-  double xx = 0.0;
+  double rr;  // rᵀr
+  double rz;  // rᵀ M r, M the diagonal preconditioner or the identity
 };
 
 template <typename T>
 struct CgKernels {
   using A = CgArguments<T>;
   using C = typename A::C;
-  BeginSums (*begin)(const A&, int64_t row, int64_t begin, int64_t end);
+  BeginSums (*begin)(const A&, int64_t row, int64_t begin, int64_t end, double b_scale, double r_scale);
   Curvature (*curvature)(const A&, int64_t row, int64_t begin, int64_t end);
   bool (*step_is_finite)(const A&, int64_t row, int64_t begin, int64_t end, C alpha);
   ResidualSums (*residual)(const A&, int64_t row, int64_t begin, int64_t end, ResidualFrom from, C alpha);

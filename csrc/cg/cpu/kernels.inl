@@ -6,14 +6,24 @@ struct Passes {
   using A = CgArguments<T>;
   using C = typename A::C;
 
+  // What is squared or multiplied in a sum: of float64 numbers, whose squares may leave their range, `scale` times
+  // them.
+  static IMAML_INLINE Lanes<double> scaled(const Lanes<C>& lanes, double scale) {
+    if constexpr (A::wide()) {
+      return lanes * broadcast(scale);
+    } else {
+      return widen(lanes);
+    }
+  }
+
   // r = b − (H x0 + shift x0), or b itself (written where there is an r);   ‖b‖², ‖r‖², ‖x0‖²
-  IMAML_PASS BeginSums begin(const A& a, int64_t row, int64_t first, int64_t last) {
+  IMAML_PASS BeginSums begin(const A& a, int64_t row, int64_t first, int64_t last, double b_scale, double r_scale) {
     const int64_t at = row * a.cols;
     const CoefficientRow<C> shift(a.shift, row);
     Sum bb, rr, xx;
     sweep(first, last, [&](int64_t i, int n) {
       const auto b = load(a.b + at + i, n);
-      bb.add(widen(b) * widen(b));
+      bb.add(scaled(b, b_scale) * scaled(b, b_scale));
       if (a.hp == nullptr) {
         if (a.r != nullptr) store(a.r + at + i, b, n);
         return;
@@ -21,7 +31,7 @@ struct Passes {
       const auto x = load(a.x + at + i, n);
       const auto r = rounded<T>(b - (load(a.hp + at + i, n) + shift.at(i, n) * x));
       store(a.r + at + i, r, n);
-      rr.add(widen(r) * widen(r));
+      rr.add(scaled(r, r_scale) * scaled(r, r_scale));
       xx.add(widen(x) * widen(x));
     });
     const double b_squared = bb.total();
@@ -32,12 +42,13 @@ struct Passes {
   IMAML_PASS Curvature curvature(const A& a, int64_t row, int64_t first, int64_t last) {
     const T* const p_row = a.p_now() + row * a.cols;
     const T* const hp_row = a.hp + row * a.cols;
+    const double scale = 1.0 / a.state[row].unit;
     Sum pAp, ApAp, pp;
     with_row(a.shift, row, [&](const auto& shift) {
       sweep(first, last, [&](int64_t i, int n) {
         const auto p = load(p_row + i, n);
-        const auto Ap = widen(load(hp_row + i, n) + shift.at(i, n) * p);
-        const auto wide_p = widen(p);
+        const auto Ap = scaled(load(hp_row + i, n) + shift.at(i, n) * p, scale);
+        const auto wide_p = scaled(p, scale);
         pAp.add(wide_p * Ap);
         ApAp.add(Ap * Ap);
         pp.add(wide_p * wide_p);
@@ -66,6 +77,7 @@ struct Passes {
     const T* const from_row = (from == ResidualFrom::kSolution ? a.b : a.r_now()) + at;
     T* const r_row = a.r + at;
     const bool keep = !a.last;
+    const double scale = 1.0 / a.state[row].unit;
     const auto step = broadcast(from == ResidualFrom::kSolution ? C(1) : alpha);
     Sum rr, rz;
     with_row(a.shift, row, [&](const auto& shift) {
@@ -77,16 +89,16 @@ struct Passes {
       };
       if (a.inverse_diagonal.data == nullptr) {
         sweep(first, last, [&](int64_t i, int n) {
-          const auto wide = widen(next(i, n));
+          const auto wide = scaled(next(i, n), scale);
           rr.add(wide * wide);
         });
       } else {
         with_row(a.inverse_diagonal, row, [&](const auto& inverse) {
           sweep(first, last, [&](int64_t i, int n) {
             const auto r = next(i, n);
-            const auto wide = widen(r);
+            const auto wide = scaled(r, scale);
             rr.add(wide * wide);
-            rz.add(wide * widen(inverse.at(i, n) * r));
+            rz.add(wide * scaled(inverse.at(i, n) * r, scale));
           });
         });
       }
@@ -163,12 +175,13 @@ struct Passes {
     const int64_t at = row * a.cols;
     const bool preconditioned = a.inverse_diagonal.data != nullptr;
     const CoefficientRow<C> inverse(a.inverse_diagonal, row);
+    const double scale = 1.0 / a.state[row].unit;
     Sum rz;
     sweep(first, last, [&](int64_t i, int n) {
       const auto r = load(a.r + at + i, n);
       auto z = load((a.z != nullptr ? a.z : a.r) + at + i, n);
       if (preconditioned) z = inverse.at(i, n) * z;
-      rz.add(widen(r) * widen(z));
+      rz.add(scaled(r, scale) * scaled(z, scale));
     });
     return rz.total();
   }

@@ -26,6 +26,7 @@ struct CgDecision {
   RowState state;
   Curvature curvature;
   double alpha;
+  double length;  // ‖α p‖
   double beta;
   int32_t status;
   int32_t iterations;
@@ -33,6 +34,11 @@ struct CgDecision {
   bool take_scaled_rhs;
   bool take_step;
   bool clear_solution;
+  Best best;
+  // Of cg_begin_: the scales of b and r in sums; and whether sums were all that was asked for.
+  double b_scale;
+  double r_scale;
+  bool summed;
 };
 
 template <typename T>
@@ -46,20 +52,38 @@ struct CgWork {
 
   __device__ bool is_over(const Decision& d) const { return !row_is_active(d.status); }
 
-  __device__ Decision begin(int64_t row) const {
-    Decision d{};
-    d.state = a.state[row];
+  // Field by field: the state as a whole would take twenty registers at a time.
+  __device__ void begin(int64_t row, Decision& d) const {
+    const auto* const from = reinterpret_cast<const double*>(a.state + row);
+    auto* const to = reinterpret_cast<double*>(&d.state);
+#pragma unroll 1
+    for (int64_t k = 0; k < kRowStateWidth; ++k) to[k] = from[k];
+    d.alpha = d.beta = 0.0;
     d.status = a.status[row];
     d.iterations = a.iterations != nullptr ? a.iterations[row] : 0;
-    return d;
+    d.may_overflow = d.take_scaled_rhs = d.take_step = false;
+    d.best = Best::kNothing;
   }
   __device__ void end(int64_t row, const Decision& d) const {
-    a.state[row] = d.state;
+    const auto* const from = reinterpret_cast<const double*>(&d.state);
+    auto* const to = reinterpret_cast<double*>(a.state + row);
+#pragma unroll 1
+    for (int64_t k = 0; k < kRowStateWidth; ++k) to[k] = from[k];
     a.status[row] = d.status;
     if (a.iterations != nullptr) a.iterations[row] = d.iterations;
   }
 
   __device__ __forceinline__ Numbers load(const Tile<V>& tile, const T* row) const { return widened(tile.load(row)); }
+
+  // What is squared or multiplied in a sum: of float64 numbers, whose squares may leave their range, `scale` times
+  // them.
+  static __device__ __forceinline__ Numbers scaled(Numbers numbers, double scale) {
+    if constexpr (CgRows<T>::wide()) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) numbers.v[k] *= scale;
+    }
+    return numbers;
+  }
 
   // M r or r
   template <typename Part>
@@ -110,6 +134,21 @@ struct CgWork {
     }
   }
 
+  // best ← x   or   x ← best
+  template <typename Part>
+  __device__ void keep_or_restore(const Part& part, const Decision& d) const {
+    if (d.best == Best::kNothing) return;
+    T* const x_row = a.x + part.start();
+    T* const best_row = a.best + part.start();
+    part.for_each_tile([&](const Tile<V>& tile) {
+      if (d.best == Best::kRestore) {
+        tile.store(x_row, tile.load(best_row));
+      } else {
+        tile.store(best_row, a.first ? Pack<T, V>{} : tile.load(x_row));
+      }
+    });
+  }
+
   // x ← 0,   p ← 0
   template <typename Part>
   __device__ void clear(const Part& part, bool solution, bool direction) const {
@@ -125,16 +164,22 @@ template <typename T>
 struct CgBegin : CgWork<T> {
   using typename CgWork<T>::C, typename CgWork<T>::Decision, typename CgWork<T>::Numbers;
   using CgWork<T>::V, CgWork<T>::a;
-  static constexpr int kPhases = 2;
+  static constexpr int kPhases = CgRows<T>::wide() ? 3 : 2;  // float64 sums that have left their range: once more
   static constexpr int kSums = 4;
   static constexpr bool kKeeps = false;
 
-  __device__ Decision begin(int64_t) const { return {}; }
-  __device__ bool is_over(const Decision&) const { return false; }
+  __device__ void begin(int64_t, Decision& d) const {
+    d.b_scale = d.r_scale = 1.0;
+    d.alpha = d.beta = 0.0;
+    d.iterations = 0;
+    d.take_step = d.summed = false;
+  }
+  __device__ bool is_over(const Decision& d) const { return d.summed; }
 
   // r = b − (H x0 + shift x0), or b itself (written where there is an r);   ‖b‖², ‖r‖², ‖x0‖², rᵀ M r
   template <typename Part>
-  __device__ void pass(int, const Part& part, const Decision&, double (&sums)[kSums]) const {
+  __device__ void pass(int, const Part& part, const Decision& d, double (&sums)[kSums]) const {
+    if (d.summed) return;
     const int64_t start = part.start();
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile);
@@ -148,7 +193,7 @@ struct CgBegin : CgWork<T> {
 #pragma unroll
         for (int k = 0; k < V; ++k) x.v[k] = fused(shift.v[k], x.v[k], hx.v[k]);
         r = tile.load(a.b + start);
-        const Numbers packed_b = tile.settled(place, widened(r));
+        const Numbers packed_b = this->scaled(tile.settled(place, widened(r)), d.b_scale);
         add_products(sums[0], packed_b, packed_b);
 #pragma unroll
         for (int k = 0; k < V; ++k) r.v[k] = static_cast<T>(static_cast<C>(r.v[k]) - x.v[k]);
@@ -156,20 +201,28 @@ struct CgBegin : CgWork<T> {
         r = tile.load(a.b + start);
       }
       if (a.r != nullptr) tile.store(a.r + start, r);
-      const Numbers packed_r = tile.settled(place, widened(r));
+      const Numbers packed_r = this->scaled(tile.settled(place, widened(r)), d.r_scale);
       add_products(sums[1], packed_r, packed_r);
       if (a.inverse_diagonal.data != nullptr) {
-        add_products(sums[3], packed_r, tile.settled(place, this->preconditioned(part, tile, widened(r))));
+        const Numbers packed_z = tile.settled(place, this->preconditioned(part, tile, widened(r)));
+        add_products(sums[3], packed_r, this->scaled(packed_z, d.r_scale));
       }
     });
   }
 
-  __device__ void decide(int, int64_t row, Decision& d, const double (&sums)[kSums]) const {
-    const double bb = a.hp != nullptr ? sums[0] : sums[1];
-    d.status = row_begin(d.state, bb, sums[1], sums[2], a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
-                         a.unit_roundoff(), d.clear_solution);
+  __device__ void decide(int phase, int64_t row, Decision& d, const double (&sums)[kSums]) const {
+    if (d.summed) return;
+    const BeginSums of_row{a.hp != nullptr ? sums[0] : sums[1], sums[1], sums[2]};
+    if (kPhases > 2 && phase == 0) {
+      d.b_scale = row_scale_of_sum(of_row.bb), d.r_scale = row_scale_of_sum(of_row.rr);
+      if (d.b_scale != 1.0 || d.r_scale != 1.0) return;
+    }
+    d.summed = true;
+    d.status = row_begin(d.state, of_row, d.b_scale, d.r_scale, a.rtol[row * a.rtol_stride],
+                         a.atol[row * a.atol_stride], a.wide(), d.clear_solution);
     if (a.update_direction) {
-      d.beta = row_direction(d.state, d.status, a.inverse_diagonal.data != nullptr ? sums[3] : sums[1], a.largest());
+      const double rz = a.inverse_diagonal.data != nullptr ? sums[3] : sums[1];
+      d.beta = row_direction(d.state, d.status, row_rescaled(d.state, d.r_scale, rz), a.largest());
     }
   }
 
@@ -207,7 +260,7 @@ struct CgStep : CgWork<T> {
   __device__ void pass(int phase, const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (!row_is_active(d.status)) return;
     if (phase == 0) {
-      curvature(part, sums);
+      curvature(part, 1.0 / d.state.unit, sums);
     } else {
       residual(part, d, sums);
       if (d.may_overflow) sums[2] = overflows(part, static_cast<C>(d.alpha));
@@ -216,12 +269,12 @@ struct CgStep : CgWork<T> {
 
   // pᵀAp, ‖Ap‖², ‖p‖²
   template <typename Part>
-  __device__ __forceinline__ void curvature(const Part& part, double (&sums)[kSums]) const {
+  __device__ __forceinline__ void curvature(const Part& part, double scale, double (&sums)[kSums]) const {
     part.for_each_tile([&](const Tile<V>& tile) {
       const Numbers p = this->load(tile, a.p_now() + part.start());
       const Numbers Ap = load_Ap(part, tile, p);
-      const Numbers packed_p = tile.settled(part.template place<C>(tile), p);
-      const Numbers packed_Ap = tile.settled(part.template place<C>(tile, 1), Ap);
+      const Numbers packed_p = this->scaled(tile.settled(part.template place<C>(tile), p), scale);
+      const Numbers packed_Ap = this->scaled(tile.settled(part.template place<C>(tile, 1), Ap), scale);
       add_products(sums[0], packed_p, packed_Ap);
       add_products(sums[1], packed_Ap, packed_Ap);
       add_products(sums[2], packed_p, packed_p);
@@ -235,6 +288,7 @@ struct CgStep : CgWork<T> {
     const bool verifying = d.status == kVerifying;
     const T* const r_row = (verifying ? a.b : a.r_now()) + start;
     const C alpha = verifying ? C(1) : static_cast<C>(d.alpha);
+    const double scale = 1.0 / d.state.unit;
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile, 1);
       auto r = tile.load(r_row);
@@ -244,12 +298,12 @@ struct CgStep : CgWork<T> {
       if (!a.last) tile.store(a.r + start, r);
       const Numbers wide = widened(r);
       if (a.inverse_diagonal.data != nullptr) {
-        const Numbers packed_z = tile.settled(place, this->preconditioned(part, tile, wide));
-        const Numbers packed_r = tile.settled(place, wide);
+        const Numbers packed_z = this->scaled(tile.settled(place, this->preconditioned(part, tile, wide)), scale);
+        const Numbers packed_r = this->scaled(tile.settled(place, wide), scale);
         add_products(sums[0], packed_r, packed_r);
         add_products(sums[1], packed_r, packed_z);
       } else {
-        const Numbers packed_r = tile.settled(place, wide);
+        const Numbers packed_r = this->scaled(tile.settled(place, wide), scale);
         add_products(sums[0], packed_r, packed_r);
       }
     });
@@ -276,8 +330,9 @@ struct CgStep : CgWork<T> {
     if (!row_is_active(d.status)) return;
     if (phase == 0) {  // α = rᵀz / pᵀAp
       d.curvature = {sums[0], sums[1], sums[2]};
-      d.alpha = row_step_length(d.state, d.status, d.curvature, a.unit_roundoff(), a.largest(), d.take_scaled_rhs);
-      d.may_overflow = row_is_active(d.status) && row_may_overflow(d.state, d.alpha, d.curvature, a.largest());
+      d.alpha = row_step_length(d.state, d.status, d.curvature, a.unit_roundoff(), a.largest(), d.length,
+                                d.take_scaled_rhs, d.best);
+      d.may_overflow = row_is_active(d.status) && row_may_overflow(d.state, d.length, a.largest());
       if (d.take_scaled_rhs) {
         const double shift = static_cast<double>(a.shift.data[row * a.shift.row_stride]);
         row_scaled_rhs(d.state, d.curvature, a.shift.col_stride == 0, shift);
@@ -285,7 +340,7 @@ struct CgStep : CgWork<T> {
     } else if (sums[2] > 0.0) {
       d.status = kNonFinite;
     } else {
-      d.take_step = row_residual(d.state, d.status, d.iterations, d.alpha, d.curvature, sums[0], a.unit_roundoff());
+      d.take_step = row_residual(d.state, d.status, d.iterations, d.length, sums[0], a.unit_roundoff(), d.best);
       const double rz = a.inverse_diagonal.data != nullptr ? sums[1] : sums[0];
       if (a.update_direction) d.beta = row_direction(d.state, d.status, rz, a.largest());
     }
@@ -293,6 +348,7 @@ struct CgStep : CgWork<T> {
 
   template <typename Part>
   __device__ void last_pass(const Part& part, const Decision& d) const {
+    this->keep_or_restore(part, d);
     this->update(part, d);
     if (d.take_scaled_rhs) take_scaled_rhs(part);
     // A row that is over after its first step had neither of them yet.
@@ -328,12 +384,13 @@ struct CgDirection : CgWork<T> {
   __device__ void pass(int, const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (!row_is_active(d.status)) return;
     const int64_t start = part.start();
+    const double scale = 1.0 / d.state.unit;
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile);
       const Numbers r = this->load(tile, a.r + start);
       const Numbers z = this->preconditioned(part, tile, a.z != nullptr ? this->load(tile, a.z + start) : r);
-      const Numbers packed_r = tile.settled(place, r);
-      add_products(sums[0], packed_r, tile.settled(place, z));
+      const Numbers packed_r = this->scaled(tile.settled(place, r), scale);
+      add_products(sums[0], packed_r, this->scaled(tile.settled(place, z), scale));
     });
   }
 
@@ -351,7 +408,7 @@ struct CgDirection : CgWork<T> {
 template <typename T, typename Work>
 void run(OnCuda device, const CgArguments<T>& a, Work work) {
   work.a = a;
-  const bool packed = can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p) && can_pack<T>(a.cols, a.shift) &&
+  const bool packed = can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p, a.best) && can_pack<T>(a.cols, a.shift) &&
                       can_pack<T>(a.cols, a.inverse_diagonal);
   launch_rows(device.stream, work, a.rows, a.cols, packed, a.allocate);
 }

@@ -84,16 +84,51 @@ IMAML_INLINE Lanes<double> widen(const Lanes<C>& a) {
   }
 }
 
+// The first `count` numbers of a register, which may be less than one or more than all. By masks where there are some:
+// through memory, a load that follows narrower stores waits for them.
+#if defined(__x86_64__) && IMAML_REGISTER_BYTES == 64
+IMAML_INLINE unsigned mask_of(int count, int width) { return count >= width ? (1u << width) - 1 : (1u << count) - 1; }
+IMAML_INLINE __m512 load_some(const float* from, int count) { return _mm512_maskz_loadu_ps(mask_of(count, 16), from); }
+IMAML_INLINE __m512d load_some(const double* from, int count) { return _mm512_maskz_loadu_pd(mask_of(count, 8), from); }
+IMAML_INLINE void store_some(float* to, __m512 part, int count) { _mm512_mask_storeu_ps(to, mask_of(count, 16), part); }
+IMAML_INLINE void store_some(double* to, __m512d part, int count) {
+  _mm512_mask_storeu_pd(to, mask_of(count, 8), part);
+}
+#define IMAML_HAS_MASKS 1
+#elif defined(__x86_64__) && IMAML_REGISTER_BYTES == 32
+IMAML_INLINE __m256i mask_of(const float*, int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+IMAML_INLINE __m256i mask_of(const double*, int count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+IMAML_INLINE __m256 load_some(const float* from, int count) { return _mm256_maskload_ps(from, mask_of(from, count)); }
+IMAML_INLINE __m256d load_some(const double* from, int count) { return _mm256_maskload_pd(from, mask_of(from, count)); }
+IMAML_INLINE void store_some(float* to, __m256 part, int count) { _mm256_maskstore_ps(to, mask_of(to, count), part); }
+IMAML_INLINE void store_some(double* to, __m256d part, int count) { _mm256_maskstore_pd(to, mask_of(to, count), part); }
+#define IMAML_HAS_MASKS 1
+#else
+#define IMAML_HAS_MASKS 0
+#endif
+
 // `count` < 16 marks the end of a row: absent lanes read as zero and are not written.
 template <typename T>
 IMAML_INLINE Lanes<compute_t<T>> load(const T* from, int count = kLanes) {
   using C = compute_t<T>;
   Lanes<C> out;
   if constexpr (std::is_same_v<T, C>) {
+    constexpr int kWidth = Lanes<C>::kWidth;
     if (count == kLanes) {
-      each_part<C>([&](auto k) { std::memcpy(&out.part[k], from + k * Lanes<C>::kWidth, sizeof(out.part[k])); });
+      each_part<C>([&](auto k) { std::memcpy(&out.part[k], from + k * kWidth, sizeof(out.part[k])); });
       return out;
     }
+#if IMAML_HAS_MASKS
+    each_part<C>([&](auto k) {
+      const int left = count - k * kWidth;
+      out.part[k] = left > 0 ? (typename Lanes<C>::Part)load_some(from + k * kWidth, left) : typename Lanes<C>::Part{};
+    });
+    return out;
+#endif
   }
   C values[kLanes] = {};
   for (int l = 0; l < count; ++l) values[l] = static_cast<C>(from[l]);
@@ -105,10 +140,18 @@ template <typename T>
 IMAML_INLINE void store(T* to, const Lanes<compute_t<T>>& lanes, int count = kLanes) {
   using C = compute_t<T>;
   if constexpr (std::is_same_v<T, C>) {
+    constexpr int kWidth = Lanes<T>::kWidth;
     if (count == kLanes) {
-      each_part<T>([&](auto k) { std::memcpy(to + k * Lanes<T>::kWidth, &lanes.part[k], sizeof(lanes.part[k])); });
+      each_part<T>([&](auto k) { std::memcpy(to + k * kWidth, &lanes.part[k], sizeof(lanes.part[k])); });
       return;
     }
+#if IMAML_HAS_MASKS
+    each_part<T>([&](auto k) {
+      const int left = count - k * kWidth;
+      if (left > 0) store_some(to + k * kWidth, lanes.part[k], left);
+    });
+    return;
+#endif
   }
   C values[kLanes];
   std::memcpy(values, &lanes, sizeof(lanes));
@@ -169,9 +212,12 @@ struct Sum {
   IMAML_INLINE Sum() : lanes(broadcast(0.0)) {}
   IMAML_INLINE void add(const Lanes<double>& a) { lanes = lanes + a; }
   IMAML_INLINE double total() const {
-    double v[kLanes];
-    std::memcpy(v, &lanes, sizeof(v));
-    for (int half = kLanes / 2; half > 0; half /= 2)
+    Lanes<double> folded = lanes;
+    for (int half = Lanes<double>::kParts / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) folded.part[k] += folded.part[k + half];
+    double v[Lanes<double>::kWidth];
+    std::memcpy(v, &folded.part[0], sizeof(v));
+    for (int half = Lanes<double>::kWidth / 2; half > 0; half /= 2)
       for (int l = 0; l < half; ++l) v[l] += v[l + half];
     return v[0];
   }

@@ -186,7 +186,7 @@ struct RowPart {
 //     Number, Decision              the type of the rows; what is known of a row, alike in all its threads
 //     kPhases, kSums                at least two phases; sums of each but the last
 //     kKeeps                        whether its passes keep vectors in shared memory where they can
-//     begin(row)                    the decision at first
+//     begin(row, decision)          the decision at first
 //     pass(phase, part, decision, sums), last_pass(part, decision)
 //     decide(phase, row, decision, sums)
 //     is_over(decision)             only the last pass is left
@@ -241,7 +241,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   };
 
   if (threadIdx.x == 0) {
-    decision = plan.phase == 0 ? work.begin(part.row) : left_decisions[(plan.phase - 1) * plan.rows + part.row];
+    if (plan.phase == 0) {
+      work.begin(part.row, decision);
+    } else {
+      decision = left_decisions[(plan.phase - 1) * plan.rows + part.row];
+    }
   }
   part.sync();
 #pragma unroll 1

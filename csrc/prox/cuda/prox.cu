@@ -102,7 +102,7 @@ struct Penalty {
   static constexpr bool kKeeps = false;
   ProxRows<T> a;
 
-  __device__ Decision begin(int64_t) const { return {}; }
+  __device__ void begin(int64_t, Decision& d) const { d = {}; }
   __device__ bool is_over(const Decision&) const { return false; }
 
   template <typename Part>
