@@ -101,7 +101,7 @@ def cg(
 
     A row is SINGULAR or has NEGATIVE_CURVATURE when pᵀAp > 0 does not stand out of rounding. On the first step from
     x = 0 it returns b / shift where the shift is positive (else 0). Later, a row of NEGATIVE_CURVATURE returns the
-    iterate it had, and a SINGULAR one the iterate before its residual grew. A zero b gives x = 0 after no iterations.
+    iterate it had, and a SINGULAR one an iterate from before it ran off. A zero b gives x = 0 after no iterations.
 
     Args:
         hvp: called with p [B, N] (contiguous, not to be kept or written to: without x0 and preconditioner the first p
