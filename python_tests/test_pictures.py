@@ -398,7 +398,7 @@ def accuracy(conditions: list[str], tasks: int, rng: np.random.Generator, folder
 @needs_drawings
 def test_photographs_of_drawings_are_told_apart(tmp_path: Path) -> None:
     """On the conditions that a ground for the whole picture fails on (20 to 50 %)."""
-    conditions = ["shadow's edge", "table's edge", "squared paper", "equal luma"]
+    conditions = ["shadow's edge", "table's edge", "squares in dark print", "equal luma"]
     assert accuracy(conditions, 3, np.random.default_rng(0), tmp_path, each=2).mean() >= 0.85
 
 
