@@ -43,11 +43,19 @@ def find_ink(picture: Image.Image, which: str, path: Path, *, size: int = 0) -> 
     ink = _strokes(local - lines, max(LEAST, 5 * noise), 1.5 * window)
     whole, noise = contrast(values, which, None)
     solid = _strokes(whole - lines, max(LEAST, 5 * noise), np.inf)
-    if solid is not None and (ink is None or _is_part(ink, solid, whole)) and np.mean(solid[solid > 0] == 255) > 0.7:
-        ink = solid  # broader than the window, with an edge: light that fades is no drawing
+    if solid is not None and _has_edge(solid, whole) and (ink is None or _is_part(ink, solid, whole)):
+        ink = solid
     if ink is None:
         raise DataError(f"{path} is blank: nothing on it stands out from its ground")
     return Image.fromarray(ink)
+
+
+def _has_edge(solid: np.ndarray, whole: np.ndarray) -> bool:
+    """Tells whether a shape ends within a few pixels; light that fades does not."""
+    inside = solid > 127
+    near = _grown(inside)
+    outside = _grown(near) & ~near
+    return bool(outside.any() and np.median(np.abs(whole[outside])) < 0.3 * np.median(whole[inside]))
 
 
 def _is_part(ink: np.ndarray, solid: np.ndarray, whole: np.ndarray) -> bool:
