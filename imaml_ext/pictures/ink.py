@@ -13,7 +13,8 @@ from imaml_ext.pictures.ground import LEAST, UNIT, contrast
 from imaml_ext.pictures.lines import ruled_lines
 
 _SIDE = 384  # pixels of the longer side in which strokes are looked for
-_SMALL = 40  # a drawing's largest part has more pixels than a square of that fraction of the picture's shorter side
+# A drawing's largest part has more pixels than a square of that fraction of the picture's shorter side.
+_SMALL, _SMALL_AND_FAINT = 60, 40
 _NARROW = 4  # strokes are narrower than the picture's shorter side divided by that
 
 
@@ -84,7 +85,7 @@ def _strokes(values: np.ndarray, faintest: float, reach: float) -> np.ndarray | 
         if not beside.any():
             break
         strong &= ~_grown(parts.where(beside))
-    if parts.area.max() < (min(values.shape) / _SMALL) ** 2:
+    if parts.area.max() < (min(values.shape) / (_SMALL if level > 3 * LEAST else _SMALL_AND_FAINT)) ** 2:
         return None
     drawn = parts.where((parts.peak > 0.6 * level) & ~_specks(parts))
     level = float(np.quantile(values[drawn], 0.75))
