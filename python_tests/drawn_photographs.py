@@ -107,7 +107,7 @@ def _table(sheet: Sheet) -> None:
     sheet.before.append(lambda scene: scene * (1 - table[..., None]) + (wood * fibre[..., None]) * table[..., None])
 
 
-def _ruled(sheet: Sheet, directions: int) -> None:
+def _ruled(sheet: Sheet, directions: int, dark: float = 1.0) -> None:
     draws = sheet.draws
     period = draws.uniform(0.035, 0.09) * min(sheet.height, sheet.width) * (1 if directions == 2 else 1.6)
     tint = np.array([[110, 150, 220], [150, 150, 160], [200, 120, 120], [110, 190, 170]][draws.rng.integers(4)])
@@ -118,7 +118,7 @@ def _ruled(sheet: Sheet, directions: int) -> None:
         at = (y * np.cos(turn) + x * np.sin(turn) + draws.uniform(0, period)) % period
         lines = np.maximum(lines, np.clip(wide / 2 + 0.5 - np.abs(at - period / 2), 0, 1))
     share = strength * lines[..., None]
-    sheet.before.insert(0, lambda scene: scene * (1 - share + share * tint / 255))
+    sheet.before.insert(0, lambda scene: scene * (1 - share + share * dark * tint / 255))
 
 
 def _coloured_paper(sheet: Sheet) -> None:
@@ -186,6 +186,7 @@ CONDITIONS: dict[str, Callable[[Sheet], None]] = {
     "low contrast": _faint,
     "noise and JPEG": _noisy,
     "everything": _everything,
+    "squares in dark print": functools.partial(_ruled, directions=2, dark=0.6),
 }
 
 

@@ -14,7 +14,8 @@ from imaml_ext.pictures.lines import ruled_lines
 from imaml_ext.pictures.stored import StoredPicture
 
 _SIDE = 384  # pixels of the longer side in which strokes are looked for
-_SMALL = 40  # a drawing's largest part has more pixels than a square of that fraction of the picture's shorter side
+# A drawing's largest part has more pixels than a square of that fraction of the picture's shorter side.
+_SMALL, _SMALL_AND_FAINT = 60, 40
 _NARROW = 4  # strokes are narrower than the picture's shorter side divided by that
 
 
@@ -44,11 +45,19 @@ def find_ink(picture: Image.Image, which: str, path: Path | StoredPicture, *, si
     ink = _strokes(local - lines, max(LEAST, 5 * noise), 1.5 * window)
     whole, noise = contrast(values, which, None)
     solid = _strokes(whole - lines, max(LEAST, 5 * noise), np.inf)
-    if solid is not None and (ink is None or _is_part(ink, solid, whole)) and np.mean(solid[solid > 0] == 255) > 0.7:
-        ink = solid  # broader than the window, with an edge: light that fades is no drawing
+    if solid is not None and _has_edge(solid, whole) and (ink is None or _is_part(ink, solid, whole)):
+        ink = solid
     if ink is None:
         raise DataError(f"{path} is blank: nothing on it stands out from its ground")
     return Image.fromarray(ink)
+
+
+def _has_edge(solid: np.ndarray, whole: np.ndarray) -> bool:
+    """Tells whether a shape ends within a few pixels; light that fades does not."""
+    inside = solid > 127
+    near = _grown(inside)
+    outside = _grown(near) & ~near
+    return bool(outside.any() and np.median(np.abs(whole[outside])) < 0.3 * np.median(whole[inside]))
 
 
 def _is_part(ink: np.ndarray, solid: np.ndarray, whole: np.ndarray) -> bool:
@@ -77,7 +86,7 @@ def _strokes(values: np.ndarray, faintest: float, reach: float) -> np.ndarray | 
         if not beside.any():
             break
         strong &= ~_grown(parts.where(beside))
-    if parts.area.max() < (min(values.shape) / _SMALL) ** 2:
+    if parts.area.max() < (min(values.shape) / (_SMALL if level > 3 * LEAST else _SMALL_AND_FAINT)) ** 2:
         return None
     drawn = parts.where((parts.peak > 0.6 * level) & ~_specks(parts))
     level = float(np.quantile(values[drawn], 0.75))
