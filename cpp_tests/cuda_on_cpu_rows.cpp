@@ -45,7 +45,8 @@ struct System {
     }
     status[2] = kVerifying;
     state[2].stalls = 4.0;
-    state[2].kept = 0.5;
+    state[2].kept = state[2].measured = 0.5;
+    state[0].solution_bound = 1e-2;  // which the step exceeds by far
     state[1].solution_bound = 0.0;
     state[3].rz = std::sqrt(CgRows<T>::largest());
     hp[4 * cols + 7] = static_cast<T>(NAN);

@@ -50,7 +50,7 @@ def check_claims(matrix: Tensor, b: Tensor, solution: Solution, rtol: float) -> 
     if status == C:
         measured = (b.double() - times(matrix)(solution.x).double()).norm()
         assert float(measured) <= rtol * norm * (1 + 4 * torch.finfo(b.dtype).eps)
-        assert true <= 3 * rtol * norm
+        assert true <= 3 * rtol * norm + rounding
 
 
 TOLERANCES = {F64: (1e-4, 1e-8, 1e-13), F32: (1e-2, 1e-5), torch.bfloat16: (1e-1, 1e-2), torch.float16: (2e-2, 2e-3)}
@@ -209,7 +209,8 @@ def test_singular_and_inconsistent_systems(dtype: torch.dtype) -> None:
         A, b = matrix.to(dtype), torch.randn(8, len(matrix), dtype=dtype)
         solution = cg(multiply(A.expand(8, -1, -1)), b, max_iterations=400, rtol=1e-8 if dtype == F64 else 1e-5)
         assert set(solution.status.tolist()) <= {SING, STAG, M}, name
-        assert (solution.status == SING).sum() >= (1 if name == "gram of rank N - 1" else 3), name
+        if name != "gram of rank N - 1":  # whose least eigenvalue beside 0 is nearly 0 too
+            assert (solution.status == SING).sum() >= 6, name
         rows = solution.status == SING
         residual = (b.double() - multiply(matrix.expand(8, -1, -1))(solution.x.double())).norm(dim=1)
         pseudo = b.double() @ torch.linalg.pinv(matrix, rtol=1e-10)
@@ -225,7 +226,7 @@ def test_consistent_singular_systems_are_solved() -> None:
         b = torch.randn(3, len(matrix), dtype=F64) @ matrix
         solution = cg(times(matrix), b, max_iterations=400, rtol=1e-6, check_every=1)
         assert (solution.status == C).all()
-        torch.testing.assert_close(solution.x @ matrix, b, rtol=1e-4, atol=1e-4)
+        assert ((b - solution.x @ matrix).norm(dim=1) <= 2e-6 * b.norm(dim=1)).all()
 
 
 def test_a_positive_definite_matrix_at_the_edge_of_the_dtype_is_told_so() -> None:
