@@ -360,6 +360,7 @@ def test_a_run_of_before_there_was_a_best_goes_on(tmp_path: Path, plain: Path, m
 
 def test_without_the_compiled_part_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "_C", None)
+    monkeypatch.setattr(_native, "error", NativeUnavailableError("the compiled part of imaml_ext does not load"))
     with pytest.raises(NativeUnavailableError, match="the compiled part of imaml_ext does not load"):
         train(config_of(), tmp_path / "run")
     assert_one_sentence(imaml("train", "glyphs-5w1s", "--run-dir", tmp_path / "run"), "the compiled part of imaml_ext")

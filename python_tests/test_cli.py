@@ -55,7 +55,7 @@ def test_help_lists_commands_recipes_and_settings() -> None:
     for words in (
         "5-way 1-shot on the built-in glyphs",
         "Accuracy: 96.7 ± 0.3 %",
-        "--data {glyphs,omniglot,mini-imagenet,cifar-fs,fc100,folder,sinusoid,linear}",
+        "--data {" + ",".join(DataSource.kinds) + "}",
         "--algorithm {imaml,maml,fomaml,reptile}",
         "--inner {gradient_descent,newton_cg}",
         "--linear-solver {cg,neumann,fixed_point,minres}",

@@ -107,12 +107,23 @@ def test_the_accuracy_of_every_class(weights: Path, tmp_path: Path) -> None:
 
 def test_weights_on_another_data_set(weights: Path, birds: Path, tmp_path: Path) -> None:
     """Its pictures are read as the card of the weights says, unless an option says otherwise."""
-    folder = ["--data", "folder", "--data.root", birds, "--data.cache-dir", tmp_path, "--data.test-fraction", 0.5]
+    folder = [
+        "--data",
+        "folder",
+        "--data.root",
+        birds,
+        "--data.cache-dir",
+        tmp_path,
+        "--data.test-fraction",
+        0.5,
+        "--data.split-by",
+        "rank",
+    ]
     tasks = ["--tasks", 6, "--shots", 1, "--queries", 2]
     found = written(tmp_path / "a.json", "--pretrained", weights, *folder, *tasks)
     card = read_weights(weights).card
     assert card.reading == Reading(size=28, colours="ink", square="ink", margin=0.2)
-    data = Folder(root=birds, cache_dir=tmp_path, test_fraction=0.5, pictures=card.reading)
+    data = Folder(root=birds, cache_dir=tmp_path, test_fraction=0.5, split_by="rank", pictures=card.reading)
     changes = {"data": data, "evaluation.tasks": 6, "tasks.shots": 1, "tasks.train_shots": None, "tasks.queries": 2}
     assert evaluate_pretrained(weights, changes).to_json() == {name: found[name] for name in found.keys() - _STAMP}
     wider = written(tmp_path / "b.json", "--pretrained", weights, *folder, *tasks, "--data.pictures.margin", 0.4)
@@ -130,7 +141,18 @@ _STAMP = {"command", "environment"}
 
 
 def test_a_run_on_another_data_set(run: Path, weights: Path, birds: Path, tmp_path: Path) -> None:
-    folder = ["--data", "folder", "--data.root", birds, "--data.cache-dir", tmp_path, "--data.test-fraction", 0.5]
+    folder = [
+        "--data",
+        "folder",
+        "--data.root",
+        birds,
+        "--data.cache-dir",
+        tmp_path,
+        "--data.test-fraction",
+        0.5,
+        "--data.split-by",
+        "rank",
+    ]
     tasks = ["--tasks", 6, "--shots", 1, "--queries", 2]
     of_run = written(tmp_path / "a.json", run, *folder, *tasks)
     of_weights = written(tmp_path / "b.json", "--pretrained", weights, *folder, *tasks)

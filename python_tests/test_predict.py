@@ -144,7 +144,9 @@ def test_another_number_of_classes_than_in_training(ways: int, drawn: Path, tmp_
 def test_weights_of_a_run_and_how_they_read_pictures(drawn: Path, tmp_path: Path) -> None:
     """A run, and the file that is exported from it, read new pictures as the run has read those it was trained on."""
     reading = Reading(size=20, colours="grey", square="pad")
-    data = Folder(root=drawn / "new", cache_dir=tmp_path, pictures=reading, val_fraction=0.0, test_fraction=0.5)
+    data = Folder(
+        root=drawn / "new", cache_dir=tmp_path, pictures=reading, val_fraction=0.0, test_fraction=0.5, split_by="rank"
+    )
     changes = {"data": data, "tasks": Tasks(ways=2, shots=1, queries=2), "model": Conv4(filters=3)}
     train(replace(small_config(steps=2), **changes), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "mine.safetensors")
@@ -190,7 +192,7 @@ def test_what_is_wrong_is_said(drawn: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.environ.get("IMAML_DATA_ROOT"), reason="IMAML_DATA_ROOT names the folder of the real data")
 def test_photographs_of_hand_drawn_symbols(tmp_path: Path) -> None:
     """Twenty photographs in four folders are learnt from, and as many by other drawers named."""
-    photographs = pytest.importorskip("drawn_photographs")
+    import drawn_photographs as photographs  # needs the real data
     rng = np.random.default_rng(torch.randint(1 << 30, ()).item())
     conditions = ["clean", "shading", "squared paper", "coloured paper and ink"]
     rights = []

@@ -441,7 +441,9 @@ def test_export_needs_no_data_and_names_no_folder(tmp_path):
             pixels = rng.integers(0, 256, (20, 20), dtype=np.uint8)
             Image.fromarray(pixels).save(mine / name / f"{number}.png")
     reading = Reading(size=16, colours="grey", square="pad")
-    data = Folder(root=mine, cache_dir=tmp_path / "cache", pictures=reading, test_fraction=0.34, val_fraction=0.0)
+    data = Folder(
+        root=mine, cache_dir=tmp_path / "cache", pictures=reading, test_fraction=0.34, val_fraction=0.0, split_by="rank"
+    )
     changes = {"data": data, "tasks": Tasks(ways=2, shots=1, queries=2), "model": Conv4(filters=3)}
     config = replace(small_config(steps=2), **changes)
     command = f"imaml train mine.py --data.root {mine} --run-dir={tmp_path}/run --outer.lr 0.1"

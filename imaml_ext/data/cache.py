@@ -151,10 +151,10 @@ def load_arrays(path: Path, expected: Expected) -> dict[str, np.ndarray]:
         DataError: the file or one of the arrays is missing or damaged.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} is not an .npz archive; download or create it again")
-        with archive:
+        with path.open("rb") as file:  # NumPy leaves one that it opens by name open where it is damaged
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} is not an .npz archive; download or create it again")
             for name in expected:
                 if name not in archive.files:
                     raise DataError(f"{path} has no array '{name}' (it holds {', '.join(archive.files) or 'nothing'})")

@@ -68,12 +68,12 @@ def _upright(file: Image.Image) -> Image.Image:
         raise DataError(f"is too large: it must have at most {MOST_PIXELS / 1e6:.0f} million pixels, got {size}")
     if min(width, height) >= 2 * _LARGE and file.format in ("JPEG", "MPO"):
         file.draft(None, (_LARGE, _LARGE))  # decodes a half, quarter or eighth of the sides, no less than these
+    file.load()  # first: reading the orientation may load it too, and Pillow raises for damage the first time only
     # A damaged orientation counts as none, as everywhere: what is shown is the picture, not its record.
     try:
         orientation = file.getexif().get(0x0112, 1)
     except Exception:
         orientation = 1
-    file.load()
     turned = orientation in range(2, 9)
     return ImageOps.exif_transpose(file) if turned else file
 

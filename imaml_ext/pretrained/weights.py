@@ -253,6 +253,12 @@ def _card_from_file(values: Mapping[str, Any]) -> Card:
     return Card(**{**values, "input_shape": shape, "reading": reading})
 
 
+def _card_to_file(card: Card) -> dict[str, Any]:
+    """A card as JSON; the reading in it is as `to_json` makes it, since its values are plain."""
+    values = asdict(card)
+    return {name: value for name, value in values.items() if name != "classes" or value is not None}
+
+
 def save_weights(path: Path, weights: Weights) -> None:
     """Writes a weights file NAME.safetensors, and its card NAME.md beside it.
 
@@ -267,7 +273,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         "criterion": weights.criterion,
         "algorithm": to_json(weights.algorithm),
         "shared_head": weights.shared_head,
-        "card": asdict(weights.card),  # the reading in it is as `to_json` makes it: its values are plain
+        "card": _card_to_file(weights.card),
     }
     write_tensors(path, FORMAT, tensors, values)
     page = weights.card.to_markdown(path.stem, weights.algorithm, shared_head=weights.shared_head)

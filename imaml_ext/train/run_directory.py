@@ -117,8 +117,8 @@ def read_recorded(path: Path) -> RecordedRun:
         here = recorded.get("environment", {})
         if "preset" in recorded:
             return RecordedRun(str(recorded["preset"]), config_from_old(recorded["config"]), here)
-        config = from_json(TrainConfig, recorded["config"])
-        return RecordedRun(str(recorded["recipe"]), config, here, recorded.get("command", ""), recorded.get("dataset"))
+        recipe, config = str(recorded["recipe"]), from_json(TrainConfig, recorded["config"])
+        return RecordedRun(recipe, config, here, recorded.get("command", ""), recorded.get("dataset"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{path.parent} holds no run: there is no {path.name}") from error
     except KeyError as error:

@@ -93,7 +93,6 @@ def train(
         Diverged: the meta-gradient or the parameters became non-finite.
         Interrupted: SIGINT or SIGTERM came, to any of the processes; the state is saved.
         ReportedElsewhere: one of these, which another process raises.
-        NativeUnavailableError: the compiled part does not load; nothing has been written.
     """
     directory, config = RunDirectory(path), absolute(config)
     with joined() as ranks, ExitStack() as run:
