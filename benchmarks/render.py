@@ -220,7 +220,9 @@ def _heading(title: str, result: dict[str, Any]) -> str:
     with_instructions = f" ({stamp['instructions']})" if stamp.get("instructions") else ""
     where = stamp.get("gpu") or f"{stamp['cpu']}{with_instructions}, {stamp['threads']} threads"
     versions = ", ".join(
-        f"{name} {stamp[name]}" for name in ("torch", "torchopt", "jax", "linear_operator", "cuda") if stamp.get(name)
+        f"{name} {stamp[name]}"
+        for name in ("torch", "torchopt", "jax", "linear_operator", "pillow", "cuda")
+        if stamp.get(name)
     )
     return f"## {title}: {where}\n\n`{result['command']}`\n\n{versions}, Python {stamp['python']}.\n"
 
@@ -449,6 +451,29 @@ def _compiled_module(result: dict[str, Any]) -> str:
     )
 
 
+def _percent(row: dict[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f}"
+
+
+def _own_drawings(result: dict[str, Any]) -> str:
+    photographs, ways = result["photographs"], result["ways"]
+    names = [name for name in photographs[0] if name not in ("condition", "tasks")]
+    rows = [[row["condition"], *(_percent(row[name]) for name in names)] for row in photographs]
+    others = [[row["weights"], str(row["ways"]), _percent(row["own rows"]), _percent(row["mean"])] for row in ways]
+    return "\n".join(
+        [
+            _heading("Drawings of your own", result),
+            "Accuracy in per cent, with the 95 % interval, on test characters of Omniglot. First 5-way 1-shot tasks of "
+            f"photographs that `python_tests/drawn_photographs.py` makes, {photographs[0]['tasks']} tasks per "
+            "condition; every picture is judged alone beside the examples.\n",
+            _table(["condition", *names], rows),
+            f"Then {ways[0]['tasks']} tasks per number of ways, five queries per class judged together. The last layer is "
+            "that of `Weights.for_ways`, or has the mean of the trained rows for every class.\n",
+            _table(["weights", "ways", "for_ways", "mean"], others),
+        ]
+    )
+
+
 def _two_versions(result: dict[str, Any]) -> str:
     rows, commits = [], result["commits"]
     for name, row in result["results"].items():
@@ -474,6 +499,7 @@ _SECTIONS = {
     "yardsticks": _yardsticks,
     "precision": _precision,
     "compiled_module": _compiled_module,
+    "own_drawings": _own_drawings,
 }
 
 

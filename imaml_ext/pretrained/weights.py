@@ -146,16 +146,7 @@ class Weights:
 
         Class c begins with m + s (r_c - m) in the last layer: r_c is its own trained row, and m the mean over the
         trained rows, which classes beyond the trained ones have. s = min(1, ways / trained ways): rows that tell fewer
-        classes apart are closer to each other. That was measured on weights without a shared head, test tasks of
-        Omniglot, accuracy in %:
-
-            weights             ways   s = 0   s = 1   s = ways / trained
-            omniglot-5w1s-gd     3     97.6    99.2    99.4
-            omniglot-5w1s-gd     4     96.6    98.8    98.5
-            omniglot-20w1s-hf    4     99.0    96.0    99.1
-            omniglot-20w1s-hf    10    96.2    92.3    95.1
-            omniglot-5w1s-gd     6     94.8    96.8
-            omniglot-5w1s-gd     10    91.1    92.4
+        classes apart are closer to each other. docs/benchmarks.md has the accuracies, beside those of the mean alone.
 
         With `shared`, or where the head is a shared one, every class has m.
 
