@@ -467,8 +467,8 @@ def _own_drawings(result: dict[str, Any]) -> str:
             f"photographs that `python_tests/drawn_photographs.py` makes, {photographs[0]['tasks']} tasks per "
             "condition; every picture is judged alone beside the examples.\n",
             _table(["condition", *names], rows),
-            f"Then {ways[0]['tasks']} tasks per number of ways, five queries per class judged together. The last layer is "
-            "that of `Weights.for_ways`, or has the mean of the trained rows for every class.\n",
+            f"Then {ways[0]['tasks']} tasks per number of ways, five queries per class judged together. The last "
+            "layer is that of `Weights.for_ways`, or has the mean of the trained rows for every class.\n",
             _table(["weights", "ways", "for_ways", "mean"], others),
         ]
     )

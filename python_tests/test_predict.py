@@ -193,6 +193,7 @@ def test_what_is_wrong_is_said(drawn: Path, tmp_path: Path) -> None:
 def test_photographs_of_hand_drawn_symbols(tmp_path: Path) -> None:
     """Twenty photographs in four folders are learnt from, and as many by other drawers named."""
     import drawn_photographs as photographs  # needs the real data
+
     rng = np.random.default_rng(torch.randint(1 << 30, ()).item())
     conditions = ["clean", "shading", "squared paper", "coloured paper and ink"]
     rights = []
