@@ -29,7 +29,7 @@ def make_targets() -> set[str]:
 
 
 def test_there_are_workflows() -> None:
-    assert [path.name for path in WORKFLOWS] == ["tests.yml", "wheels.yml"]
+    assert [path.name for path in WORKFLOWS] == ["docs.yml", "tests.yml", "wheels.yml"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
