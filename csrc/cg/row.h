@@ -150,7 +150,7 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
   }
   // Where ‖A p‖² leaves the range of numbers, the sign of pᵀAp alone is looked at.
   const bool in_range = c.ApAp > 1e-200 && is_finite(c.ApAp);
-  if (in_range && c.pp > 0.0) state.operator_norm2 = fmax(state.operator_norm2, c.ApAp / c.pp);
+  if (in_range && c.pp > 0.0 && c.ApAp / c.pp > state.operator_norm2) state.operator_norm2 = c.ApAp / c.pp;
   const double u2 = unit_roundoff * unit_roundoff;
   const bool stands_out = c.pAp * c.pAp > 64.0 * u2 * c.pp * c.ApAp && c.ApAp > 4.0 * u2 * state.operator_norm2 * c.pp;
   if (!(c.pAp > 0.0) || (in_range && !stands_out)) {
@@ -246,7 +246,7 @@ IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& i
   }
   ++iterations;
   state.residual = norm;
-  state.least = fmin(state.least, norm);
+  if (norm < state.least) state.least = norm;
   state.solution_bound += length;
   if (norm <= state.threshold) status = kVerifying;
   return true;
