@@ -133,8 +133,10 @@ IMAML_HOST_DEVICE Best row_end_singular(RowState& state, int32_t& status) {
 // On the very first step from x = 0 a row without positive curvature is given b / shift: `take_scaled_rhs`.
 //
 // Curvature counts as positive when the cosine of the angle between p and A p stands out of the rounding of either, and
-// A p out of the rounding of a product. For an operator whose products have errors of about u ‖A‖ ‖p‖ this is sure of a
-// positive definite A up to a condition of about 1 / (8 u).
+// pᵀAp / ‖p‖² out of that of a product: no such quotient lies below the least eigenvalue. For an operator whose
+// products have errors of about u ‖A‖ ‖p‖ this is sure of a positive definite A up to a condition of about 1 / (8 u).
+// Along the kernel of a singular A the quotient is rounding, and the step, its inverse, would be about 1 / u times too
+// long.
 IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const Curvature& c, double unit_roundoff,
                                          double largest, double& length, bool& take_scaled_rhs, Best& best) {
   take_scaled_rhs = false;
@@ -152,7 +154,8 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
   const bool in_range = c.ApAp > 1e-200 && is_finite(c.ApAp);
   if (in_range && c.pp > 0.0 && c.ApAp / c.pp > state.operator_norm2) state.operator_norm2 = c.ApAp / c.pp;
   const double u2 = unit_roundoff * unit_roundoff;
-  const bool stands_out = c.pAp * c.pAp > 64.0 * u2 * c.pp * c.ApAp && c.ApAp > 4.0 * u2 * state.operator_norm2 * c.pp;
+  const bool stands_out =
+      c.pAp * c.pAp > 64.0 * u2 * c.pp * c.ApAp && c.pAp * c.pAp > 16.0 * u2 * state.operator_norm2 * c.pp * c.pp;
   if (!(c.pAp > 0.0) || (in_range && !stands_out)) {
     take_scaled_rhs = state.solution_bound == 0.0;
     if (c.pAp < -8.0 * unit_roundoff * sqrt(state.operator_norm2) * c.pp) {
