@@ -96,6 +96,15 @@ void step_length() {
   status = kIterating;
   row_step_length(state, status, {1e-22, 1e-44, 1.0}, kU, kLargest, length, scaled, best);
   EXPECT(status == kSingular);
+  // pᵀAp / ‖p‖² within the rounding of a product, or above it.
+  for (const auto& [units, expected] : {std::pair{3.0, kSingular}, std::pair{5.0, kIterating}}) {
+    state = iterating(1.0, 1e-6);
+    state.solution_bound = state.operator_norm2 = 1.0;
+    status = kIterating;
+    const double pAp = units * kU;
+    row_step_length(state, status, {pAp, 1.1 * pAp * pAp, 1.0}, kU, kLargest, length, scaled, best);
+    EXPECT(status == expected);
+  }
   for (const double bad : {kNan, kInf, -kInf}) {
     status = kIterating;
     state = iterating(6.0, 1e-6);

@@ -112,7 +112,7 @@ class _Rows:
         in_range = (ApAp > 1e-200) & ApAp.isfinite()
         grown = torch.maximum(self.operator_norm, (ApAp / pp).sqrt())
         self.operator_norm = torch.where(iterating & in_range & (p > 0), grown, self.operator_norm)
-        stands_out = (pAp > 8 * u * p * ApAp.sqrt()) & (ApAp.sqrt() > 2 * u * self.operator_norm * p)
+        stands_out = (pAp > 8 * u * p * ApAp.sqrt()) & (pAp > 4 * u * self.operator_norm * pp)
         positive = (pAp > 0) & (~in_range | stands_out)
         bad, first = iterating & ~positive, iterating & ~positive & (self.solution_bound == 0)
         negative = pAp < -8 * u * self.operator_norm * pp

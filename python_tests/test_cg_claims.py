@@ -36,17 +36,23 @@ def preconditioners(matrix: Tensor, dtype: torch.dtype) -> Iterator[Callable[[Te
     yield times(((inverse + inverse.mT) / 2).to(dtype))
 
 
+def check_measured(matrix: Tensor, x: Tensor, b: Tensor, said: float) -> tuple[float, float]:
+    """`said` is ‖b − A x‖ but for the rounding of a product in the vectors' type; returns both."""
+    true = residual_in_long_double(matrix, x, b)
+    # The rounding of a sum of N terms.
+    u = torch.finfo(b.dtype).eps / 2
+    size = float((matrix.double().abs() @ x.double().abs()).norm()) + float(b.double().norm())
+    rounding = 2 * u * math.sqrt(len(matrix)) * size
+    assert abs(true - said) <= rounding + 0.01 * true
+    return true, rounding
+
+
 def check_claims(matrix: Tensor, b: Tensor, solution: Solution, rtol: float) -> None:
     """b, x: [1, N]. `matrix` in the vectors' type."""
     status, norm = int(solution.status), float(b.double().norm())
     assert solution.x.isfinite().all()
     if status in (C, STAG) and float(solution.residual_norm) != math.inf:
-        true = residual_in_long_double(matrix, solution.x[0], b[0])
-        # What measures is a product in the vectors' type, whose rounding is that of a sum of N terms.
-        u = torch.finfo(b.dtype).eps / 2
-        size = float((matrix.double().abs() @ solution.x[0].double().abs()).norm()) + norm
-        rounding = 2 * u * math.sqrt(len(matrix)) * size
-        assert abs(true - float(solution.residual_norm)) <= rounding + 0.01 * true
+        true, rounding = check_measured(matrix, solution.x[0], b[0], float(solution.residual_norm))
     if status == C:
         measured = (b.double() - times(matrix)(solution.x).double()).norm()
         assert float(measured) <= rtol * norm * (1 + 4 * torch.finfo(b.dtype).eps)
@@ -203,8 +209,7 @@ def test_a_norm_beyond_the_largest_number_is_not_finite() -> None:
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_singular_and_inconsistent_systems(dtype: torch.dtype) -> None:
-    """x stays near the least-squares solution, and the residual near that of x = 0 or below, in nearly every row."""
-    off, rows_seen = 0, 0
+    """x stays near the least-squares solution, and the residual near that of x = 0 or below."""
     for name, matrix in singular_matrices().items():
         A, b = matrix.to(dtype), torch.randn(8, len(matrix), dtype=dtype)
         solution = cg(multiply(A.expand(8, -1, -1)), b, max_iterations=400, rtol=1e-8 if dtype == F64 else 1e-5)
@@ -214,11 +219,23 @@ def test_singular_and_inconsistent_systems(dtype: torch.dtype) -> None:
         rows = solution.status == SING
         residual = (b.double() - multiply(matrix.expand(8, -1, -1))(solution.x.double())).norm(dim=1)
         pseudo = b.double() @ torch.linalg.pinv(matrix, rtol=1e-10)
-        near = (residual <= 6 * b.double().norm(dim=1)) & (solution.x.double().norm(dim=1) <= 1e3 * pseudo.norm(dim=1))
-        off, rows_seen = off + int((rows & ~near).sum()), rows_seen + int(rows.sum())
+        assert (residual[rows] <= 6 * b.double().norm(dim=1)[rows]).all(), name
+        assert (solution.x.double().norm(dim=1) <= 1e4 * pseudo.norm(dim=1)).all(), name
         assert solution.broke_down[rows].all()
-    assert off <= 0.2 * rows_seen
     assert "singular to working precision" in SolveStatus.SINGULAR.advice
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+def test_no_step_is_taken_along_a_kernel(dtype: torch.dtype) -> None:
+    """Few products, so that a row that had run off would still be away."""
+    matrices = singular_matrices()
+    del matrices["gram of rank N - 1"]  # whose least eigenvalue beside 0 may be as good as 0
+    for name, matrix in matrices.items():
+        A, b = matrix.to(dtype), torch.randn(16, len(matrix), dtype=dtype)
+        pseudo = (b.double() @ torch.linalg.pinv(matrix, rtol=1e-10)).norm(dim=1)
+        for k in (len(matrix), 30):
+            solution = cg(times(A), b, max_iterations=k, rtol=1e-8 if dtype == F64 else 1e-5)
+            assert (solution.x.double().norm(dim=1) <= 1e4 * pseudo).all(), name
 
 
 def test_consistent_singular_systems_are_solved() -> None:
@@ -256,8 +273,8 @@ def test_measuring_an_unfinished_row() -> None:
     unfinished = cg(times(A), b, max_iterations=300, rtol=0.0)
     measured = cg(times(A), b, x0=unfinished.x, max_iterations=0)
     assert torch.equal(measured.x, unfinished.x)
-    true = [residual_in_long_double(A, x, row) for x, row in zip(measured.x, b, strict=True)]
-    torch.testing.assert_close(measured.residual_norm, torch.tensor(true, dtype=F64), rtol=0.1, atol=1e-5)
+    for x, row, said in zip(measured.x, b, measured.residual_norm, strict=True):
+        check_measured(A, x, row, float(said))
     assert (unfinished.residual_norm < 0.1 * measured.residual_norm).all()
     # The last product is a step: nothing has measured what it led to.
     one_step = cg(lambda p: 2 * p, b, max_iterations=1)

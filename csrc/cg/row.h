@@ -133,8 +133,10 @@ IMAML_HOST_DEVICE Best row_end_singular(RowState& state, int32_t& status) {
 // On the very first step from x = 0 a row without positive curvature is given b / shift: `take_scaled_rhs`.
 //
 // Curvature counts as positive when the cosine of the angle between p and A p stands out of the rounding of either, and
-// A p out of the rounding of a product. For an operator whose products have errors of about u ‖A‖ ‖p‖ this is sure of a
-// positive definite A up to a condition of about 1 / (8 u).
+// pᵀAp / ‖p‖² out of that of a product: no such quotient lies below the least eigenvalue. For an operator whose
+// products have errors of about u ‖A‖ ‖p‖ this is sure of a positive definite A up to a condition of about 1 / (8 u).
+// Along the kernel of a singular A the quotient is rounding, and the step, its inverse, would be about 1 / u times too
+// long.
 IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const Curvature& c, double unit_roundoff,
                                          double largest, double& length, bool& take_scaled_rhs, Best& best) {
   take_scaled_rhs = false;
@@ -150,9 +152,10 @@ IMAML_HOST_DEVICE double row_step_length(RowState& state, int32_t& status, const
   }
   // Where ‖A p‖² leaves the range of numbers, the sign of pᵀAp alone is looked at.
   const bool in_range = c.ApAp > 1e-200 && is_finite(c.ApAp);
-  if (in_range && c.pp > 0.0) state.operator_norm2 = fmax(state.operator_norm2, c.ApAp / c.pp);
+  if (in_range && c.pp > 0.0 && c.ApAp / c.pp > state.operator_norm2) state.operator_norm2 = c.ApAp / c.pp;
   const double u2 = unit_roundoff * unit_roundoff;
-  const bool stands_out = c.pAp * c.pAp > 64.0 * u2 * c.pp * c.ApAp && c.ApAp > 4.0 * u2 * state.operator_norm2 * c.pp;
+  const bool stands_out =
+      c.pAp * c.pAp > 64.0 * u2 * c.pp * c.ApAp && c.pAp * c.pAp > 16.0 * u2 * state.operator_norm2 * c.pp * c.pp;
   if (!(c.pAp > 0.0) || (in_range && !stands_out)) {
     take_scaled_rhs = state.solution_bound == 0.0;
     if (c.pAp < -8.0 * unit_roundoff * sqrt(state.operator_norm2) * c.pp) {
@@ -246,7 +249,7 @@ IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& i
   }
   ++iterations;
   state.residual = norm;
-  state.least = fmin(state.least, norm);
+  if (norm < state.least) state.least = norm;
   state.solution_bound += length;
   if (norm <= state.threshold) status = kVerifying;
   return true;

@@ -46,20 +46,27 @@ auto sum_of_pieces(int64_t cols, bool split_row, const Pass& pass, Sweep sweep =
   return total;
 }
 
-// Many rows: a thread takes whole rows, which stay in its cache from pass to pass; the last first, because a callback
-// that has gone through them in order has left the last in the cache, and begins with the first again. Few rows:
-// threads share each row.
+// Short rows go through each phase of an op together: what one of them waits for, a sum or a quotient, another needs
+// not.
+constexpr int64_t kTogether = 16;
+inline int64_t rows_together(int64_t cols) { return cols <= 64 ? kTogether : 1; }
+
+// Calls work(first, last, split_row) for rows that go together. Many rows: a thread takes whole rows, which stay in its
+// cache from pass to pass; the last first, because a callback that has gone through them in order has left the last in
+// the cache, and begins with the first again. Few rows: threads share each row.
 template <typename RowWork>
 void over_rows(int64_t rows, int64_t cols, const RowWork& work) {
   const int64_t threads = at::get_num_threads();
   if (rows == 0) return;
   if (rows >= threads || pieces_of(cols) < 2) {
     const int64_t grain = std::max<int64_t>(1, 2 * kPiece / std::max<int64_t>(cols, 1));
-    at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
-      for (int64_t row = last; row-- > first;) work(row, /*split_row=*/false);
+    at::parallel_for(0, rows, grain, [&](int64_t first, int64_t end) {
+      for (int64_t last = end; last > first; last -= rows_together(cols)) {
+        work(std::max(first, last - rows_together(cols)), last, /*split_row=*/false);
+      }
     });
   } else {
-    for (int64_t row = 0; row < rows; ++row) work(row, /*split_row=*/true);
+    for (int64_t row = 0; row < rows; ++row) work(row, row + 1, /*split_row=*/true);
   }
 }
 
@@ -133,53 +140,76 @@ void begin_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row
   if (!a.update_direction || !row_is_active(a.status[row])) std::fill_n(a.p + row * a.cols, a.cols, T(0));
 }
 
-template <typename T>
-void step_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
-  using C = typename CgArguments<T>::C;
-  RowState& state = a.state[row];
-  int32_t& status = a.status[row];
+// What a step of one row passes on from phase to phase.
+struct RowStep {
   Curvature curvature{};
   ResidualSums sums{};
   Best best = Best::kNothing;
   double alpha = 0.0, length = 0.0;
-  bool take_scaled_rhs = false;
-  bool take_step = false;
+  bool take_scaled_rhs = false, take_step = false;
+};
 
-  if (row_is_active(status)) {
-    // A p = H p + shift p,  pᵀAp
-    curvature = sum_of_pieces(a.cols, split_row,
-                              [&](int64_t begin, int64_t end) { return kernels.curvature(a, row, begin, end); });
-
-    // α = rᵀz / pᵀAp
-    alpha = row_step_length(state, status, curvature, a.unit_roundoff(), a.largest(), length, take_scaled_rhs, best);
-    if (take_scaled_rhs) {
-      kernels.scaled_rhs(a, row, 0, a.cols);
-      row_scaled_rhs(state, curvature, a.shift.col_stride == 0,
-                     static_cast<double>(a.shift.data[row * a.shift.row_stride]));
-    }
+// α = rᵀz / pᵀAp, or what ends the row
+template <typename T>
+void choose_step(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row, RowStep& step) {
+  using C = typename CgArguments<T>::C;
+  RowState& state = a.state[row];
+  int32_t& status = a.status[row];
+  step.alpha = row_step_length(state, status, step.curvature, a.unit_roundoff(), a.largest(), step.length,
+                               step.take_scaled_rhs, step.best);
+  if (step.take_scaled_rhs) {
+    kernels.scaled_rhs(a, row, 0, a.cols);
+    row_scaled_rhs(state, step.curvature, a.shift.col_stride == 0,
+                   static_cast<double>(a.shift.data[row * a.shift.row_stride]));
   }
-
-  if (row_is_active(status) && row_may_overflow(state, length, a.largest())) {
+  if (row_is_active(status) && row_may_overflow(state, step.length, a.largest())) {
     const double infinite = sum_of_pieces(a.cols, split_row, [&](int64_t begin, int64_t end) {
-      return kernels.step_is_finite(a, row, begin, end, static_cast<C>(alpha)) ? 0.0 : 1.0;
+      return kernels.step_is_finite(a, row, begin, end, static_cast<C>(step.alpha)) ? 0.0 : 1.0;
     });
     if (infinite > 0.0) status = kNonFinite;
   }
+}
 
-  if (row_is_active(status)) {
-    // r ← r − α A p,  rᵀr, rᵀ M r
-    const auto from = status == kVerifying ? ResidualFrom::kSolution : ResidualFrom::kRecurrence;
-    sums = sum_of_pieces(
+template <typename T>
+void step_rows(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t first, int64_t last, bool split_row) {
+  using C = typename CgArguments<T>::C;
+  RowStep steps[kTogether];
+  const auto each = [&](const auto& phase) {
+    for (int64_t row = first; row < last; ++row) phase(row, steps[row - first]);
+  };
+  const auto each_active = [&](const auto& phase) {
+    each([&](int64_t row, RowStep& step) {
+      if (row_is_active(a.status[row])) phase(row, step);
+    });
+  };
+
+  // A p = H p + shift p,  pᵀAp
+  each_active([&](int64_t row, RowStep& step) {
+    step.curvature = sum_of_pieces(a.cols, split_row,
+                                   [&](int64_t begin, int64_t end) { return kernels.curvature(a, row, begin, end); });
+  });
+  each_active([&](int64_t row, RowStep& step) { choose_step(a, kernels, row, split_row, step); });
+
+  // r ← r − α A p,  rᵀr, rᵀ M r
+  each_active([&](int64_t row, RowStep& step) {
+    const auto from = a.status[row] == kVerifying ? ResidualFrom::kSolution : ResidualFrom::kRecurrence;
+    const auto alpha = static_cast<C>(step.alpha);
+    step.sums = sum_of_pieces(
         a.cols, split_row,
-        [&](int64_t begin, int64_t end) { return kernels.residual(a, row, begin, end, from, static_cast<C>(alpha)); },
+        [&](int64_t begin, int64_t end) { return kernels.residual(a, row, begin, end, from, alpha); },
         Sweep::kBackward);
-    take_step = row_residual(state, status, a.iterations[row], length, sums.rr, a.unit_roundoff(), best);
-  }
-  keep_or_restore(a, row, best);
+  });
+  each_active([&](int64_t row, RowStep& step) {
+    step.take_step = row_residual(a.state[row], a.status[row], a.iterations[row], step.length, step.sums.rr,
+                                  a.unit_roundoff(), step.best);
+  });
 
   // x ← x + α p,  p ← z + β p
-  if (a.first && !take_step && !take_scaled_rhs) std::fill_n(a.x + row * a.cols, a.cols, T(0));
-  next_direction(a, kernels, row, split_row, sums.rz, take_step, alpha);
+  each([&](int64_t row, const RowStep& step) {
+    keep_or_restore(a, row, step.best);
+    if (a.first && !step.take_step && !step.take_scaled_rhs) std::fill_n(a.x + row * a.cols, a.cols, T(0));
+    next_direction(a, kernels, row, split_row, step.sums.rz, step.take_step, step.alpha);
+  });
 }
 
 template <typename T>
@@ -193,15 +223,23 @@ void direction_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t
 
 template <typename T>
 void cg_begin(OnCpu, const CgArguments<T>& a) {
-  over_rows(a.rows, a.cols, [&](int64_t row, bool split_row) { begin_row(a, cg_kernels<T>(), row, split_row); });
+  const auto& kernels = cg_kernels<T>();
+  over_rows(a.rows, a.cols, [&](int64_t first, int64_t last, bool split_row) {
+    for (int64_t row = first; row < last; ++row) begin_row(a, kernels, row, split_row);
+  });
 }
 template <typename T>
 void cg_direction(OnCpu, const CgArguments<T>& a) {
-  over_rows(a.rows, a.cols, [&](int64_t row, bool split_row) { direction_row(a, cg_kernels<T>(), row, split_row); });
+  const auto& kernels = cg_kernels<T>();
+  over_rows(a.rows, a.cols, [&](int64_t first, int64_t last, bool split_row) {
+    for (int64_t row = first; row < last; ++row) direction_row(a, kernels, row, split_row);
+  });
 }
 template <typename T>
 void cg_step(OnCpu, const CgArguments<T>& a) {
-  over_rows(a.rows, a.cols, [&](int64_t row, bool split_row) { step_row(a, cg_kernels<T>(), row, split_row); });
+  const auto& kernels = cg_kernels<T>();
+  over_rows(a.rows, a.cols,
+            [&](int64_t first, int64_t last, bool split_row) { step_rows(a, kernels, first, last, split_row); });
 }
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)

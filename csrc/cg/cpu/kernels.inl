@@ -6,6 +6,11 @@ struct Passes {
   using A = CgArguments<T>;
   using C = typename A::C;
 
+  static IMAML_INLINE double unit_scale(const A& a, int64_t row) {
+    if constexpr (A::wide()) return 1.0 / a.state[row].unit;
+    return 1.0;  // without a division for each of many short rows
+  }
+
   // What is squared or multiplied in a sum: of float64 numbers, whose squares may leave their range, `scale` times
   // them.
   static IMAML_INLINE Lanes<double> scaled(const Lanes<C>& lanes, double scale) {
@@ -42,7 +47,7 @@ struct Passes {
   IMAML_PASS Curvature curvature(const A& a, int64_t row, int64_t first, int64_t last) {
     const T* const p_row = a.p_now() + row * a.cols;
     const T* const hp_row = a.hp + row * a.cols;
-    const double scale = 1.0 / a.state[row].unit;
+    const double scale = unit_scale(a, row);
     Sum pAp, ApAp, pp;
     with_row(a.shift, row, [&](const auto& shift) {
       sweep(first, last, [&](int64_t i, int n) {
@@ -77,7 +82,7 @@ struct Passes {
     const T* const from_row = (from == ResidualFrom::kSolution ? a.b : a.r_now()) + at;
     T* const r_row = a.r + at;
     const bool keep = !a.last;
-    const double scale = 1.0 / a.state[row].unit;
+    const double scale = unit_scale(a, row);
     const auto step = broadcast(from == ResidualFrom::kSolution ? C(1) : alpha);
     Sum rr, rz;
     with_row(a.shift, row, [&](const auto& shift) {
@@ -175,7 +180,7 @@ struct Passes {
     const int64_t at = row * a.cols;
     const bool preconditioned = a.inverse_diagonal.data != nullptr;
     const CoefficientRow<C> inverse(a.inverse_diagonal, row);
-    const double scale = 1.0 / a.state[row].unit;
+    const double scale = unit_scale(a, row);
     Sum rz;
     sweep(first, last, [&](int64_t i, int n) {
       const auto r = load(a.r + at + i, n);

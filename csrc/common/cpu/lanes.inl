@@ -207,19 +207,28 @@ struct CoefficientRow {
   }
 };
 
+// The halves of a vector of two numbers or more, added up again and again.
+template <typename Vector>
+IMAML_INLINE double folded(const Vector& v) {
+  if constexpr (sizeof(Vector) == 2 * sizeof(double)) {
+    return v[0] + v[1];
+  } else {
+    constexpr int half = sizeof(Vector) / sizeof(double) / 2;
+    return [&]<int... l>(std::integer_sequence<int, l...>) {
+      return folded(__builtin_shufflevector(v, v, l...) + __builtin_shufflevector(v, v, (half + l)...));
+    }(std::make_integer_sequence<int, half>{});
+  }
+}
+
 struct Sum {
   Lanes<double> lanes;
   IMAML_INLINE Sum() : lanes(broadcast(0.0)) {}
   IMAML_INLINE void add(const Lanes<double>& a) { lanes = lanes + a; }
   IMAML_INLINE double total() const {
-    Lanes<double> folded = lanes;
+    Lanes<double> sum = lanes;
     for (int half = Lanes<double>::kParts / 2; half > 0; half /= 2)
-      for (int k = 0; k < half; ++k) folded.part[k] += folded.part[k + half];
-    double v[Lanes<double>::kWidth];
-    std::memcpy(v, &folded.part[0], sizeof(v));
-    for (int half = Lanes<double>::kWidth / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) v[l] += v[l + half];
-    return v[0];
+      for (int k = 0; k < half; ++k) sum.part[k] += sum.part[k + half];
+    return folded(sum.part[0]);
   }
 };
 
