@@ -210,14 +210,21 @@ struct CoefficientRow {
 // The halves of a vector of two numbers or more, added up again and again.
 template <typename Vector>
 IMAML_INLINE double folded(const Vector& v) {
-  if constexpr (sizeof(Vector) == 2 * sizeof(double)) {
-    return v[0] + v[1];
-  } else {
-    constexpr int half = sizeof(Vector) / sizeof(double) / 2;
+  constexpr int half = sizeof(Vector) / sizeof(double) / 2;
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (half > 1) {
     return [&]<int... l>(std::integer_sequence<int, l...>) {
       return folded(__builtin_shufflevector(v, v, l...) + __builtin_shufflevector(v, v, (half + l)...));
     }(std::make_integer_sequence<int, half>{});
   }
+  return v[0] + v[1];
+#else  // GCC 11: the same sums, through memory
+  double sum[2 * half];
+  std::memcpy(sum, &v, sizeof(v));
+  for (int width = half; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) sum[l] += sum[l + width];
+  return sum[0];
+#endif
 }
 
 struct Sum {
