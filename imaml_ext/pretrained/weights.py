@@ -106,7 +106,7 @@ class Card:
     def _tested(self) -> dict[str, str]:
         """The rows of the page about the test."""
         if self.test is None:
-            return {"test": "none: this is not where the run ended"}
+            return {"test": "none: the run was not tested at this step"}
         what = f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})"
         return {"test": f"none: {what}" if self.test.get("split") == "val" else what}
 
