@@ -150,6 +150,19 @@ def test_the_others_are_named_where_pictures_cannot_be_read(drawn: Path, tmp_pat
     assert not (tmp_path / "b.csv").exists()
 
 
+def test_what_is_left_out_of_the_new_pictures_is_said(drawn: Path, tmp_path: Path) -> None:
+    new = shutil.copytree(drawn / "new" / "ant", tmp_path / "new" / "ant").parent
+    (new / "ant" / "phone.heic").write_bytes(b"a format that is not read")
+    shutil.copytree(new / "ant", new / ".thumbnails")
+    done = imaml("predict", drawn / "examples", new)
+    assert done.returncode == 0
+    assert f"left out of {new}: hidden entries 1 (.thumbnails), files of other kinds 1 (ant/phone.heic)" in done.stderr
+    assert "5 pictures" in done.stdout
+    for picture in new.rglob("*.png"):
+        picture.unlink()
+    assert_one_sentence(imaml("predict", drawn / "examples", new), "holds no pictures", "phone.heic")
+
+
 @pytest.mark.parametrize("ways", [2, 7])
 def test_another_number_of_classes_than_in_training(ways: int, drawn: Path, tmp_path: Path) -> None:
     pictures = sorted((drawn / "new").rglob("*.png"))

@@ -13,7 +13,7 @@ import tyro
 
 from imaml_ext.cli.parser import last_value, parse
 from imaml_ext.cli.table import table
-from imaml_ext.data.listing import is_picture, list_folder
+from imaml_ext.data.listing import list_folder, pictures_below
 from imaml_ext.errors import ConfigError, DataError, RunError
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.pictures import Reading
@@ -140,9 +140,9 @@ def _pictures(place: Path, classes: tuple[str, ...]) -> Iterator[tuple[Path, str
     if not place.is_dir():
         yield place, None
         return
-    found = sorted(path for path in place.rglob("*") if is_picture(path))
-    if not found:
-        raise DataError(f"the folder {place} holds no pictures")
+    found, listing = pictures_below(place)
+    if listing.left_out:
+        say(listing.omissions())
     folders = [path.relative_to(place).parts[0] if path.parent != place else "" for path in found]
     labelled = all(folder in classes for folder in folders)
     yield from ((path, folder if labelled else None) for path, folder in zip(found, folders, strict=True))

@@ -7,6 +7,7 @@ them what else was learnt (`log_lam`, `log_lr`). Its metadata describe the model
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,8 +101,10 @@ class Card:
             "versions": ", ".join(f"{key} {where[key]}" for key in ("imaml_ext", "torch", "python")),
         }
         lines = [f"| {key} | {value} |" for key, value in rows.items()]
-        head, tail = [f"# {name}", "", "| | |", "|---|---|"], ["", f"    imaml evaluate --pretrained {name}", ""]
-        return "\n".join([*head, *lines, *tail])
+        source = name if name in pretrained_names() else shlex.quote(f"{name}.safetensors")
+        root = " --data.root FOLDER" if self.data["kind"] == "folder" else ""
+        tail = ["", f"    imaml evaluate --pretrained {source}{root}", ""]
+        return "\n".join([f"# {name}", "", "| | |", "|---|---|", *lines, *tail])
 
     def _tested(self) -> dict[str, str]:
         """The rows of the page about the test."""
