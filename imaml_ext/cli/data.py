@@ -57,6 +57,6 @@ def _prune(options: PruneOptions) -> int:
     removed = prune_cache(options.cache_dir, dry_run=options.dry_run)
     for path, size in removed.items():
         print(f"{size / 1e6:10,.1f} MB  {path}")
-    done = "would be removed" if options.dry_run else "removed"
-    print(f"{sum(removed.values()) / 1e6:10,.1f} MB in {len(removed)} places of the cache {done}")
+    done = "to be freed" if options.dry_run else "freed"
+    print(f"{sum(removed.values()) / 1e6:10,.1f} MB {done}, in {len(removed)} places of the cache")
     return 0
