@@ -169,6 +169,13 @@ class TestRunDirectory:
             process = imaml("evaluate", tmp_path / "run")
             assert_one_sentence(process, "config.json cannot be read")
 
+    def test_a_result_that_cannot_be_written_is_printed(self, tmp_path: Path) -> None:
+        imaml("train", "sinusoid-5shot", "--run-dir", tmp_path / "run", "--outer.steps", 1, *SMALL)
+        process = imaml("evaluate", tmp_path / "run", "--tasks", 4, "--output", tmp_path / "absent" / "a.json")
+        assert process.stdout.startswith("test mean squared error")
+        assert process.returncode == 1
+        assert process.stderr.splitlines()[-1].endswith("absent/a.json: No such file or directory")
+
     def test_evaluating_nothing(self, tmp_path: Path) -> None:
         assert_one_sentence(imaml("evaluate", tmp_path / "nothing"), "holds no run")
 

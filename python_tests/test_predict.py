@@ -129,6 +129,40 @@ def test_the_answers_are_written(drawn: Path, tmp_path: Path) -> None:
         assert float(row["second_probability"]) == answer["probabilities"][row["second"]]
 
 
+def test_the_others_are_named_where_pictures_cannot_be_read(drawn: Path, tmp_path: Path) -> None:
+    new, answered = shutil.copytree(drawn / "new", tmp_path / "new"), tmp_path / "a.json"
+    expected = answers(drawn / "examples", new)
+    assert expected["unreadable"] == {}
+    blank, damaged, absent = new / "ant" / "blank.png", new / "cat" / "damaged.png", tmp_path / "absent.png"
+    Image.new("L", (112, 112), 235).save(blank)
+    damaged.write_bytes((new / "cat" / "0.png").read_bytes()[:60])
+    done = imaml("predict", drawn / "examples", new, absent, "--json", "--output", answered)
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert json.loads(answered.read_text()) == found
+    assert list(found["unreadable"]) == [str(blank), str(damaged), str(absent)]
+    assert found | {"unreadable": {}} == expected
+    head, *lines = done.stderr.splitlines()
+    assert head == "imaml: 3 of 23 pictures cannot be read:"
+    assert [line.strip() for line in lines] == list(found["unreadable"].values())
+    assert all(str(path) in line for path, line in zip((blank, damaged, absent), lines, strict=True))
+    assert_one_sentence(imaml("predict", drawn / "examples", blank, "--output", tmp_path / "b.csv"), "is blank")
+    assert not (tmp_path / "b.csv").exists()
+
+
+def test_what_is_left_out_of_the_new_pictures_is_said(drawn: Path, tmp_path: Path) -> None:
+    new = shutil.copytree(drawn / "new" / "ant", tmp_path / "new" / "ant").parent
+    (new / "ant" / "phone.heic").write_bytes(b"a format that is not read")
+    shutil.copytree(new / "ant", new / ".thumbnails")
+    done = imaml("predict", drawn / "examples", new)
+    assert done.returncode == 0
+    assert f"left out of {new}: hidden entries 1 (.thumbnails), files of other kinds 1 (ant/phone.heic)" in done.stderr
+    assert "5 pictures" in done.stdout
+    for picture in new.rglob("*.png"):
+        picture.unlink()
+    assert_one_sentence(imaml("predict", drawn / "examples", new), "holds no pictures", "phone.heic")
+
+
 @pytest.mark.parametrize("ways", [2, 7])
 def test_another_number_of_classes_than_in_training(ways: int, drawn: Path, tmp_path: Path) -> None:
     pictures = sorted((drawn / "new").rglob("*.png"))

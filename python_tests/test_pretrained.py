@@ -97,6 +97,7 @@ def test_the_card_says_where_they_come_from_and_nothing_of_the_machine(regressio
     test = regression[1]["test"]
     for words in ("imaml train sinusoid-5shot", "0123abc", "12 meta-steps of 4 tasks", f"{test['loss']:.4f}"):
         assert words in card
+    assert card.endswith("    imaml evaluate --pretrained sine.safetensors\n")
     assert str(regression[0]) not in card
     assert str(regression[0]).encode() not in (tmp_path / "sine.safetensors").read_bytes()
 
@@ -415,7 +416,7 @@ def test_a_run_that_was_stopped_is_exported(tmp_path):
     assert (early.card.steps, early.card.test, early.card.figure) == (5, None, "not tested")
     assert torch.equal(early.params["theta"], steps["step-00000005"].params["theta"])
     assert early.card.train_seconds < result["train_seconds"]
-    assert "not where the run ended" in (tmp_path / "a.md").read_text()
+    assert "none: the run was not tested at this step" in (tmp_path / "a.md").read_text()
     assert read_weights(tmp_path / "a.safetensors").card == early.card
     assert evaluate_pretrained(tmp_path / "a.safetensors", {"evaluation.tasks": 4}).tasks == 4
     assert export_run(run, tmp_path / "b.safetensors").card.test == result["test"]

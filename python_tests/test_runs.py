@@ -176,6 +176,12 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_listed(runs: Path, tmp_pat
     assert listed(tmp_path / "empty") == []
 
 
+def test_before_the_first_run_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = imaml("runs")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "there are no runs below runs\n")
+
+
 def test_a_folder_that_may_not_be_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.scandir
 

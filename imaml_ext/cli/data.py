@@ -58,5 +58,5 @@ def _prune(options: PruneOptions) -> int:
     for path, size in removed.items():
         print(f"{size / 1e6:10,.1f} MB  {path}")
     done = "to be freed" if options.dry_run else "freed"
-    print(f"{sum(removed.values()) / 1e6:10,.1f} MB {done}, {len(removed)} removed from the cache")
+    print(f"{sum(removed.values()) / 1e6:10,.1f} MB {done}, in {len(removed)} places of the cache")
     return 0

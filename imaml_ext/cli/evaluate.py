@@ -109,16 +109,16 @@ def _show(result: Evaluation, output: Path | None, arguments: list[str]) -> None
     from imaml_ext.files import atomic_write, json_bytes
     from imaml_ext.train.environment import environment
 
-    if output is not None:
-        command = shlex.join(["imaml", "evaluate", *arguments])
-        stamp = {"command": command, "environment": environment(result.device)}
-        atomic_write(output, json_bytes(result.to_json() | stamp))
     print(result)
     if result.per_class is not None:
         rows = sorted((accuracy, name, queries) for name, (accuracy, queries) in result.per_class.items())
         print(f"\n{len(rows):,} classes, the lowest accuracy first:" if len(rows) > _LINES else "")
         columns = [(name, f"{100 * accuracy:.1f} %", f"{queries:,}") for accuracy, name, queries in rows[:_LINES]]
         print(table(("class", "accuracy", "queries"), columns, right=(1, 2)))
+    if output is not None:  # last, so that a file that cannot be written costs no result
+        command = shlex.join(["imaml", "evaluate", *arguments])
+        stamp = {"command": command, "environment": environment(result.device)}
+        atomic_write(output, json_bytes(result.to_json() | stamp))
 
 
 def _data(words: Sequence[str]) -> tuple[Path | None, DataSource | None, DataSource]:

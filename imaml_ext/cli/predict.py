@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,15 +13,18 @@ import tyro
 
 from imaml_ext.cli.parser import last_value, parse
 from imaml_ext.cli.table import table
-from imaml_ext.data.listing import is_picture, list_folder
+from imaml_ext.data.listing import list_folder, pictures_below
 from imaml_ext.errors import ConfigError, DataError, RunError
 from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.pictures import Reading
+from imaml_ext.pictures.reading import unreadable
 from imaml_ext.progress import say
 from imaml_ext.settings import Settings
 from imaml_ext.train.ranks import Ranks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from imaml_ext.pretrained import AdaptedLearner
 
 WEIGHTS = "omniglot-5w1s-hf-longer"  # the best 1-shot ones that come with the package
@@ -39,10 +42,10 @@ class Options:
     """Learn classes of pictures from a few examples of each, and name new pictures."""
 
     # A folder that holds one folder of example pictures per class; or a learner that --save has written.
-    examples: tyro.conf.Positional[Path]
+    examples: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="EXAMPLES")]
     # Pictures to name, or folders of them. Where a folder holds folders that are called as the classes are, the
     # accuracy is shown too.
-    new: tyro.conf.Positional[tuple[Path, ...]] = ()
+    new: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[NEW ...]")] = ()
     weights: str = WEIGHTS  # What is adapted: weights by name, a file NAME.safetensors, or a run directory.
     # How pictures are read; unset: as in the training of the weights.
     how: Annotated[Pictures, tyro.conf.arg(name="")] = field(default_factory=Pictures)
@@ -68,8 +71,12 @@ def run(arguments: list[str], ranks: Ranks) -> int:
     options = parse(Options, arguments, prog="imaml predict", default=default)
     if not options.new and options.save is None:
         raise ConfigError("name pictures to tell apart, or a file to write the learner to (--save)")
-    if options.output is not None and options.output.suffix not in (".csv", ".json"):
-        raise ConfigError(f"--output must be a file NAME.csv or NAME.json, got {options.output}")
+    for option, file, kinds in (
+        ("--save", options.save, (".safetensors",)),
+        ("--output", options.output, (".csv", ".json")),
+    ):
+        if file is not None and file.suffix not in kinds:
+            raise ConfigError(f"{option} must be a file {' or '.join(f'NAME{kind}' for kind in kinds)}, got {file}")
     if options.examples.suffix == ".safetensors":
         if options.how.pictures != trained or last_value(arguments, "--weights") is not None:
             raise ConfigError("a learner that was saved has its weights, and reads pictures as it read its examples")
@@ -87,23 +94,42 @@ def run(arguments: list[str], ranks: Ranks) -> int:
         learner.save(options.save)
         say(f"the learner is in {options.save}")
     if options.new:
-        answers = _answers(learner, options)
-        if options.output is not None:
-            atomic_write(options.output, _csv(answers) if options.output.suffix == ".csv" else json_bytes(answers))
-        print(json_bytes(answers).decode() if options.json else _text(answers))
+        found = {path: expected for place in options.new for path, expected in _pictures(place, learner.classes)}
+        images, problems = _read(learner, found)
+        if images:  # the others are answered for all the same
+            answers = _answers(learner, images, found, options.transductive) | {"unreadable": problems}
+            if options.output is not None:
+                atomic_write(options.output, _csv(answers) if options.output.suffix == ".csv" else json_bytes(answers))
+            print(json_bytes(answers).decode().rstrip() if options.json else _text(answers), flush=True)
+        if problems:
+            raise unreadable(list(problems.values()), len(found))
     return 0
 
 
-def _answers(learner: AdaptedLearner, options: Options) -> dict[str, Any]:
-    """Names the new pictures: the content of the JSON."""
-    found = {path: expected for place in options.new for path, expected in _pictures(place, learner.classes)}
-    beside: Literal["all", "support"] = "all" if options.transductive else "support"
-    probabilities = learner.predict(learner.read(list(found)), beside=beside)  # [Q, ways]
+def _read(learner: AdaptedLearner, paths: Iterable[Path]) -> tuple[dict[Path, Tensor], dict[str, str]]:
+    """Reads pictures [1, C, H, W]; of those that cannot be read, it tells why."""
+    images, problems = {}, {}
+    for path in paths:
+        try:
+            images[path] = learner.read([path])
+        except DataError as error:
+            problems[str(path)] = str(error)
+    return images, problems
+
+
+def _answers(
+    learner: AdaptedLearner, images: Mapping[Path, Tensor], classes: Mapping[Path, str | None], transductive: bool
+) -> dict[str, Any]:
+    """Names pictures, each of which is known to show a class, or not: the content of the JSON."""
+    from torch import cat
+
+    beside: Literal["all", "support"] = "all" if transductive else "support"
+    probabilities = learner.predict(cat(list(images.values())), beside=beside)  # [Q, ways]
     rows = []
-    for (path, expected), each in zip(found.items(), probabilities.tolist(), strict=True):
+    for path, each in zip(images, probabilities.tolist(), strict=True):
         ranked = dict(sorted(zip(learner.classes, each, strict=True), key=lambda pair: -pair[1]))
         row = {"file": str(path), "class": next(iter(ranked)), "probabilities": ranked}
-        rows.append(row if expected is None else row | {"expected": expected})
+        rows.append(row if classes[path] is None else row | {"expected": classes[path]})
     known = [row["class"] == row["expected"] for row in rows if "expected" in row]
     accuracy = {"accuracy": sum(known) / len(known), "counted": len(known)} if known else {}
     return {"weights": learner.weights, "classes": list(learner.classes), **accuracy, "pictures": rows}
@@ -114,9 +140,9 @@ def _pictures(place: Path, classes: tuple[str, ...]) -> Iterator[tuple[Path, str
     if not place.is_dir():
         yield place, None
         return
-    found = sorted(path for path in place.rglob("*") if is_picture(path))
-    if not found:
-        raise DataError(f"the folder {place} holds no pictures")
+    found, listing = pictures_below(place)
+    if listing.left_out:
+        say(listing.omissions())
     folders = [path.relative_to(place).parts[0] if path.parent != place else "" for path in found]
     labelled = all(folder in classes for folder in folders)
     yield from ((path, folder if labelled else None) for path, folder in zip(found, folders, strict=True))

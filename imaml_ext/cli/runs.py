@@ -63,10 +63,11 @@ def _list(options: Options) -> None:
     runs, unreadable = [], {}
 
     def note(error: OSError) -> None:
-        unreadable[Path(error.filename)] = f"{error.filename} cannot be read: {error.strerror}"
+        if not isinstance(error, FileNotFoundError):
+            unreadable[Path(error.filename)] = f"{error.filename} cannot be read: {error.strerror}"
 
     for folder in options.folders:
-        if not folder.is_dir():
+        if not folder.is_dir() and options.folders != Options.folders:
             raise RunError(f"folders must exist, got {folder}")
     for path in dict.fromkeys(path for folder in options.folders for path in find_runs(folder, note)):
         try:

@@ -81,7 +81,7 @@ def _pairs(path: Path) -> dict[int, str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     found: dict[int, str] = {}
     for row, line in enumerate(lines, start=1):
         number, _, word = line.strip().partition(" ")

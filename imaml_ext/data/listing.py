@@ -83,6 +83,30 @@ class Listing:
         return names
 
 
+def pictures_below(folder: Path) -> tuple[list[Path], Listing]:
+    """Returns the pictures in a folder and in all folders below it, and a listing of what is left out.
+
+    Raises:
+        DataError: there are none, or a folder cannot be read.
+    """
+    found, listing, places = [], Listing(folder), [folder]
+    try:
+        while places:
+            for entry in _visible(places.pop(), listing):
+                if entry.is_dir() and not entry.is_symlink():
+                    places.append(entry)
+                elif is_picture(entry):
+                    found.append(entry)
+                else:
+                    listing.leave_out("files of other kinds", str(entry.relative_to(folder)))
+    except OSError as error:
+        raise _cannot_be_read(folder, error) from error
+    if not found:
+        counted = f" ({listing.omissions()})" if listing.left_out else ""
+        raise DataError(f"the folder {folder} holds no pictures{counted}")
+    return sorted(found), listing
+
+
 def list_folder(folder: Path) -> Listing:
     """Lists the pictures in `folder`/<class>/, or in train/<class>/, val/<class>/ (or valid/, validation/) and
     test/<class>/.
@@ -94,10 +118,14 @@ def list_folder(folder: Path) -> Listing:
     try:
         listing = _listed(folder)
     except OSError as error:
-        raise DataError(f"{error.filename or folder} cannot be read ({error.strerror or error})") from error
+        raise _cannot_be_read(folder, error) from error
     if not listing.classes:
         raise DataError(f"{folder} must hold one folder of pictures per class, found none")
     return listing
+
+
+def _cannot_be_read(folder: Path, error: OSError) -> DataError:
+    return DataError(f"{error.filename or folder} cannot be read ({error.strerror or error})")
 
 
 def _listed(folder: Path) -> Listing:

@@ -130,7 +130,9 @@ def _json_splits(path: Path) -> dict[str, list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise DataError(f"the file of splits {path} cannot be read ({error})") from error
+        raise DataError(
+            f"the file of splits {path} cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     shape = 'must be {"train": [classes], "val": [classes], "test": [classes]}'
     if not isinstance(content, dict):
         raise DataError(f"{path} {shape}, got {type(content).__name__}")
@@ -185,7 +187,7 @@ def read_csv(path: Path, *headers: set[str]) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     first = [column.strip() for column in rows[0]] if rows else []
     if set(first) not in headers or len(set(first)) != len(first):
         wanted = " or ".join(repr(",".join(sorted(header))) for header in headers)

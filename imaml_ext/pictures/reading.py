@@ -75,8 +75,13 @@ def read_pictures(paths: Sequence[Path | str], reading: Reading) -> np.ndarray:
             image[:] = reading.read(path)
         except DataError as error:
             problems.append(str(error))
-    if len(problems) > 1:
-        raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} pictures cannot be read:", *problems]))
     if problems:
-        raise DataError(problems[0])
+        raise unreadable(problems, len(paths))
     return images
+
+
+def unreadable(problems: Sequence[str], total: int) -> DataError:
+    """Returns the error for some pictures of `total`, with a sentence for each of them."""
+    if len(problems) == 1:
+        return DataError(problems[0])
+    return DataError("\n  ".join([f"{len(problems)} of {total} pictures cannot be read:", *problems]))

@@ -7,6 +7,7 @@ them what else was learnt (`log_lam`, `log_lr`). Its metadata describe the model
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,13 +101,15 @@ class Card:
             "versions": ", ".join(f"{key} {where[key]}" for key in ("imaml_ext", "torch", "python")),
         }
         lines = [f"| {key} | {value} |" for key, value in rows.items()]
-        head, tail = [f"# {name}", "", "| | |", "|---|---|"], ["", f"    imaml evaluate --pretrained {name}", ""]
-        return "\n".join([*head, *lines, *tail])
+        source = name if name in pretrained_names() else shlex.quote(f"{name}.safetensors")
+        root = " --data.root FOLDER" if self.data["kind"] == "folder" else ""
+        tail = ["", f"    imaml evaluate --pretrained {source}{root}", ""]
+        return "\n".join([f"# {name}", "", "| | |", "|---|---|", *lines, *tail])
 
     def _tested(self) -> dict[str, str]:
         """The rows of the page about the test."""
         if self.test is None:
-            return {"test": "none: this is not where the run ended"}
+            return {"test": "none: the run was not tested at this step"}
         what = f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})"
         return {"test": f"none: {what}" if self.test.get("split") == "val" else what}
 
