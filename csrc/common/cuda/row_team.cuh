@@ -40,9 +40,11 @@ constexpr int kMostThreads = 512;
 constexpr int kShortThreads = 128;  // of a block whose rows are at most kShortRow long
 constexpr int64_t kShortRow = 2048;
 constexpr int kMostWarps = kMostThreads / 32;
-constexpr int kMostRows = 16;               // of a block
-constexpr int64_t kPartBytes = 110 * 1024;  // of shared memory, for a block's part of a row
-constexpr int kMostCluster = 8;             // the largest that every card with clusters has
+constexpr int kMostRows = 16;                // of a block
+constexpr int64_t kPartBytes = 110 * 1024;   // of shared memory, for a block's part of a row
+constexpr int64_t kHalfShared = 114 * 1024;  // of a multiprocessor on Hopper, for each of two blocks
+constexpr int64_t kReserved = 1024;          // of it, which CUDA takes for itself
+constexpr int kMostCluster = 8;              // the largest that every card with clusters has
 constexpr int64_t kLongPart = 16384;
 constexpr int64_t kMostLongParts = 264;
 
@@ -64,6 +66,7 @@ struct RowPlan {
   bool together = true;  // in one launch: one block, or a cluster
   int phase = 0;         // where not together, the one that is launched
   char* sums = nullptr;  // where not together, what one launch leaves for the next
+  int decisions = 0;     // where a block's decisions begin in its shared memory: behind the parts of its rows
 };
 
 template <int V>
@@ -199,10 +202,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   using Decision = typename Work::Decision;
   __shared__ double warp_sums[kSums][kMostWarps];
   __shared__ double block_sums[Work::kPhases - 1][kMostRows][kSums];
-  __shared__ Decision decisions[kMostRows];
+  static_assert(!Work::kKeeps ||
+                    kPartBytes + sizeof(warp_sums) + sizeof(block_sums) + sizeof(Decision) <= kHalfShared - kReserved,
+                "two blocks must fit a multiprocessor");
   const RowPart<kPackSize<typename Work::Number>, Work::kKeeps> part(plan);
   if (part.row >= plan.rows) return;
-  Decision& decision = decisions[threadIdx.y];
+  Decision& decision = reinterpret_cast<Decision*>(dynamic_shared<char>() + plan.decisions)[threadIdx.y];
   const int lanes = plan.tile.lanes;
   const unsigned mask = lanes_mask(lanes);
 
@@ -307,7 +312,10 @@ void launch_rows(cudaStream_t stream, const Work& work, RowPlan plan, const Allo
   using T = typename Work::Number;
   int64_t places = plan.tile.packed ? 0 : plan.warps * plan.tile.lanes * kPackSize<T>;
   if (plan.together && Work::kKeeps) places = 2 * int64_t{plan.part};
-  const LaunchShape shape = shape_of(plan, places * static_cast<int64_t>(sizeof(compute_t<T>)));
+  LaunchShape shape = shape_of(plan, places * static_cast<int64_t>(sizeof(compute_t<T>)));
+  constexpr size_t kAlign = alignof(typename Work::Decision);
+  plan.decisions = static_cast<int>((shape.shared_bytes + kAlign - 1) / kAlign * kAlign);
+  shape.shared_bytes = plan.decisions + shape.block.y * sizeof(typename Work::Decision);
   if (plan.together) return launch<row_kernel<Work>>(stream, shape, work, plan);
   const auto of_row = sizeof(typename Work::Decision) + plan.blocks * Work::kSums * sizeof(double);
   plan.sums = allocate((Work::kPhases - 1) * plan.rows * static_cast<int64_t>(of_row));
@@ -318,8 +326,8 @@ template <typename Work, typename Allocate>
 void launch_rows(cudaStream_t stream, const Work& work, int64_t rows, int64_t cols, bool packed,
                  const Allocate& allocate) {
   const KernelFacts& facts = kernel_facts<row_kernel<Work>>();
-  launch_rows(stream, work, row_plan<typename Work::Number>(rows, cols, packed, facts.clusters, facts.most_shared),
-              allocate);
+  const int64_t most_shared = facts.most_shared - static_cast<int64_t>(sizeof(typename Work::Decision));
+  launch_rows(stream, work, row_plan<typename Work::Number>(rows, cols, packed, facts.clusters, most_shared), allocate);
 }
 
 }  // namespace imaml_ext
