@@ -88,10 +88,9 @@ def test_converged_is_never_said_of_a_residual_that_has_drifted(dtype: torch.dty
         said += int(converged.sum())
         # The callback itself rounds to the narrow type, by about u ‖A‖ ‖x‖, ‖A‖ being 1.
         rounding = torch.finfo(dtype).eps / 2 * result.x.double().norm(dim=1) / b.double().norm(dim=1)
-        within = 1.5 * rtol + rounding if dtype == torch.float32 else torch.full_like(rounding, 3 * rtol)
-        assert (wide.relative_residual(result.x, b) <= within)[converged].all()
+        assert (wide.relative_residual(result.x, b) <= rtol + rounding)[converged].all()
         measured = result.residual_norm / b.double().norm(dim=1)
-        assert (measured[converged] <= rtol).all()
+        assert (measured[converged] <= rtol * (1 + 1e-12)).all()  # ‖b‖ is summed in another order
     assert said >= 3
 
 
