@@ -16,7 +16,7 @@ from imaml_ext.errors import RunError, WeightsError
 from imaml_ext.losses import TaskLoss
 from imaml_ext.models import TaskModel
 from imaml_ext.pictures import Reading
-from imaml_ext.pretrained.images import read_images
+from imaml_ext.pretrained.images import read_as
 from imaml_ext.pretrained.weights import read_tensors, write_tensors
 from imaml_ext.settings import from_json, to_json
 
@@ -69,9 +69,7 @@ class AdaptedLearner:
 
     def read(self, paths: Sequence[Path | str]) -> Tensor:
         """Reads image files as its examples were read: [Q, C, H, W]; errors as of `read_images`."""
-        if self.reading is None:
-            raise RunError(f"the learner from {self.weights} is of regression: it reads no pictures")
-        return read_images(paths, self.reading)
+        return read_as(self.reading, paths, self.weights)
 
     def save(self, path: Path | str) -> None:
         """Writes the learner as one file NAME.safetensors, which `load_adapted` and `imaml predict` take.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from imaml_ext.errors import RunError
 from imaml_ext.pictures import Reading, read_pictures
 
 
@@ -30,6 +31,13 @@ def read_images(paths: Sequence[Path | str], reading: Reading | Sequence[int]) -
         raise ValueError("paths must name at least one file, got none")
     pixels = pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels.unsqueeze(1)
     return pixels.to(torch.float32) / 255
+
+
+def read_as(reading: Reading | None, paths: Sequence[Path | str], weights: str) -> Tensor:
+    """`read_images`, for a learner from weights of that name; RunError where they are of regression."""
+    if reading is None:
+        raise RunError(f"the learner from {weights} is of regression: it reads no pictures")
+    return read_images(paths, reading)
 
 
 def reading_of_shape(shape: Sequence[int]) -> Reading:

@@ -12,7 +12,7 @@ from imaml_ext.batch import TaskData
 from imaml_ext.errors import DataError, WeightsError
 from imaml_ext.pictures import Reading
 from imaml_ext.pretrained.adapted import AdaptedLearner, checked_examples, on_device
-from imaml_ext.pretrained.images import read_images
+from imaml_ext.pretrained.images import read_as, read_images
 from imaml_ext.pretrained.weights import Weights, read_weights
 
 
@@ -22,8 +22,8 @@ def load_pretrained(
     """Makes a learner from weights that come with the package, by name, or from a file NAME.safetensors.
 
         learner = load_pretrained("omniglot-5w1s-gd")
-        adapted = learner.adapt(read_images(["a.png", "b.png"], learner.reading), torch.tensor([0, 1]))
-        labels = adapted.predict(read_images(["which.png"], learner.reading)).argmax(-1)
+        adapted = learner.adapt(learner.read(["a.png", "b.png"]), torch.tensor([0, 1]))
+        labels = adapted.predict(adapted.read(["which.png"])).argmax(-1)
 
     `ways`: tell that many classes apart (`Weights.for_ways`), in place of as many as in training.
 
@@ -81,6 +81,10 @@ class FewShotLearner:
         self._algorithm = weights.bound_algorithm()
         self._params = {name: on_device(value, device) for name, value in weights.params.items()}
         self._theta = self._params["theta"]  # [N]
+
+    def read(self, paths: Sequence[Path | str]) -> Tensor:
+        """Reads image files as those of the training were read: [n, C, H, W]; errors as of `read_images`."""
+        return read_as(self.reading, paths, self.weights.name)
 
     def adapt(
         self, x: Tensor, y: Tensor, *, classes: Sequence[str] | None = None, reading: Reading | None = None
