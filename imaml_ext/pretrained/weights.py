@@ -149,7 +149,7 @@ class Weights:
 
         Class c begins with m + s (r_c - m) in the last layer: r_c is its own trained row, and m the mean over the
         trained rows, which classes beyond the trained ones have. s = min(1, ways / trained ways): rows that tell fewer
-        classes apart are closer to each other. docs/benchmarks.md has the accuracies, beside those of the mean alone.
+        classes apart are closer to each other. `benchmarks/own_drawings.py` compares that with the mean alone.
 
         With `shared`, or where the head is a shared one, every class has m.
 
