@@ -105,20 +105,15 @@ def test_the_accuracy_of_every_class(weights: Path, tmp_path: Path) -> None:
         evaluate(sine, sine.initial_params(), split="test", tasks=2, seed=0, per_class=True)
 
 
+def halved(root: Path, cache: Path) -> list[object]:
+    """The options for pictures in a folder, half of whose classes test."""
+    places = ["--data", "folder", "--data.root", root, "--data.cache-dir", cache]
+    return [*places, "--data.test-fraction", 0.5, "--data.split-by", "rank"]
+
+
 def test_weights_on_another_data_set(weights: Path, birds: Path, tmp_path: Path) -> None:
     """Its pictures are read as the card of the weights says, unless an option says otherwise."""
-    folder = [
-        "--data",
-        "folder",
-        "--data.root",
-        birds,
-        "--data.cache-dir",
-        tmp_path,
-        "--data.test-fraction",
-        0.5,
-        "--data.split-by",
-        "rank",
-    ]
+    folder = halved(birds, tmp_path)
     tasks = ["--tasks", 6, "--shots", 1, "--queries", 2]
     found = written(tmp_path / "a.json", "--pretrained", weights, *folder, *tasks)
     card = read_weights(weights).card
@@ -141,18 +136,7 @@ _STAMP = {"command", "environment"}
 
 
 def test_a_run_on_another_data_set(run: Path, weights: Path, birds: Path, tmp_path: Path) -> None:
-    folder = [
-        "--data",
-        "folder",
-        "--data.root",
-        birds,
-        "--data.cache-dir",
-        tmp_path,
-        "--data.test-fraction",
-        0.5,
-        "--data.split-by",
-        "rank",
-    ]
+    folder = halved(birds, tmp_path)
     tasks = ["--tasks", 6, "--shots", 1, "--queries", 2]
     of_run = written(tmp_path / "a.json", run, *folder, *tasks)
     of_weights = written(tmp_path / "b.json", "--pretrained", weights, *folder, *tasks)

@@ -96,7 +96,7 @@ def train(
     """
     directory, config = RunDirectory(path), absolute(config)
     with joined() as ranks, ExitStack() as run:
-        ranks.on_all(native)
+        ranks.on_all(native)  # before data are prepared; `_prepare` asks again, for the device
         ranks.on_first(check_directory, directory, config, resume=resume, more_steps=True)
         ranks.first_of_machine(config.data.load)  # which may download it, or fill the cache
         begun = resume and ranks.on_first(list_checkpoints, directory.checkpoints)
