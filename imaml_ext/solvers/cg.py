@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Annotated, Any
 
@@ -16,8 +16,9 @@ from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, check_system
+from imaml_ext.solvers.linear import LinearSolver, Operator, SetUp, Solution, check_system
 from imaml_ext.solvers.operators import System
+from imaml_ext.solvers.preconditioners.preconditioner import MadePreconditioner, Preconditioner
 
 BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
@@ -31,10 +32,18 @@ class CG(LinearSolver):
     atol: Annotated[float, NOT_NEGATIVE] = 0.0  # Absolute residual at which a task's solve stops.
     # Iterations between two looks at whether all tasks are done; 0: never look, and never wait for the device.
     check_every: Annotated[int, NOT_NEGATIVE] = 0
+    # What is made of the matrix before every solve, to spend fewer products in it; unset: nothing.
+    preconditioner: Preconditioner | None = None
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"preconditioner": None, **values}
+
+    def solve(self, A: Any, b: Any, shift: Any = 0.0, x0: Any = None) -> Solution:
+        return cg(A, b, shift=shift, x0=x0, rows_per_block=getattr(A, "rows_per_block", None), **vars(self))
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
-        rows_per_block = getattr(operator, "rows_per_block", None)
-        return cg(operator, b, shift=shift, x0=x0, rows_per_block=rows_per_block, **vars(self))
+        return self.solve(operator, b, shift, x0)
 
 
 def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
@@ -122,7 +131,8 @@ def cg(
             tolerance with the last of them is MAX_ITERATIONS. To measure any x: `cg(…, x0=x, max_iterations=0)`.
         rtol, atol: numbers, or one per system [B] or [B, K].
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N], or a structure like b), or a
-            function r -> M r of the form of b.
+            function r -> M r of the form of b. Or a `Preconditioner`, which is made here, as `Solution.set_up` tells;
+            or one that has been made.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
             and multiplies exactly max_iterations times (capturable in a CUDA graph).
         rows_per_block: k ≥ 1 solves k rows at a time, each block to its end before the next begins, so that their
@@ -147,10 +157,11 @@ def cg(
         raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
     if check_symmetry:
         operators.check_symmetry(A, b)
-    if isinstance(preconditioner, (Tensor, dict, list, tuple)):
-        preconditioner = system.coefficient(preconditioner, "preconditioner")
-    else:
-        preconditioner = system.product(preconditioner, "preconditioner")
+    set_up = None
+    if isinstance(preconditioner, Preconditioner):
+        preconditioner = _made(preconditioner, A, system, shift)
+        lead = system.b.shape[:1] if system.form is None else system.form.lead[:1]
+        set_up = SetUp(preconditioner.products, preconditioner.fallback.reshape(lead))
     solution = _cg_rows(
         system.operator,
         system.b,
@@ -159,11 +170,32 @@ def cg(
         max_iterations=max_iterations,
         rtol=system.tolerance(rtol, "rtol"),
         atol=system.tolerance(atol, "atol"),
-        preconditioner=preconditioner,
+        preconditioner=_on_rows(preconditioner, system),
         check_every=check_every,
         rows_per_block=rows_per_block,
     )
-    return system.solution(solution)
+    return replace(system.solution(solution), set_up=set_up)
+
+
+@eager
+def _made(preconditioner: Preconditioner, A: Any, system: System, shift: Any) -> MadePreconditioner:
+    """The preconditioner of the B operators, one for all right-hand sides of each."""
+    form = system.form
+    if form is None or form.columns > 1:
+        return preconditioner.make(A, system.b if form is None else system.b[:: form.columns], shift)
+    return preconditioner.make(system.operator, system.b, system.coefficient(shift, "shift"))
+
+
+def _on_rows(preconditioner: Any, system: System) -> Any:
+    """A preconditioner in any form, as a diagonal or a function on rows."""
+    if isinstance(preconditioner, MadePreconditioner):
+        if preconditioner.diagonal is not None:
+            return system.coefficient(preconditioner.diagonal, "preconditioner")
+        if system.form is None or system.form.columns == 1:  # which is made on rows
+            return preconditioner
+    if isinstance(preconditioner, (Tensor, dict, list, tuple)):
+        return system.coefficient(preconditioner, "preconditioner")
+    return system.product(preconditioner, "preconditioner")
 
 
 @eager

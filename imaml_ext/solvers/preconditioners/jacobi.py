@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class Jacobi(Preconditioner):
     probes: Annotated[int, COUNT] = 8  # Products that the estimate of the diagonal spends.
     seed: Annotated[int, NOT_NEGATIVE] = 0  # Of the probes.
 
-    def make(self, operator: Callable[[Tensor], Tensor], like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
+    def make(self, operator: Any, like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
         z = drawn(self.seed, like, self.probes, signs=True)
         samples = z * products(operator, z, like, "Jacobi")  # [B, N, probes]
         return _made(_shrunk(samples), shift, shape_of(like), self.probes)
@@ -70,7 +69,8 @@ class _MadeJacobi(MadePreconditioner):
         return self.inverse
 
     def __call__(self, r: Tensor, rows: slice = ALL) -> Tensor:
-        return (self.inverse[rows] * r).to(r.dtype)
+        inverse = self.inverse[rows]
+        return ((inverse if r.dim() == 2 else inverse.unsqueeze(2)) * r).to(r.dtype)
 
     def for_shift(self, shift: Coefficient) -> MadePreconditioner:
         return _made(self.estimate, shift, self.like, 0)

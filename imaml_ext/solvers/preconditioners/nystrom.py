@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class Nystrom(Preconditioner):
     rank: Annotated[int, COUNT] = 20
     seed: Annotated[int, NOT_NEGATIVE] = 0  # Of the test matrix.
 
-    def make(self, operator: Callable[[Tensor], Tensor], like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
+    def make(self, operator: Any, like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
         shift_rows(shift, like)
         rank = min(self.rank, like.shape[1])
         omega = torch.linalg.qr(drawn(self.seed, like, rank, signs=False)).Q  # [N, r]
@@ -59,8 +58,9 @@ class _Approximation:
 
 
 def _approximation(omega: Tensor, image: Tensor, eps: float) -> _Approximation:
-    finite = image.isfinite().all((1, 2))  # [B]
-    image = torch.where(finite.view(-1, 1, 1), image, 0)
+    largest = image.abs().amax((1, 2), keepdim=True)  # [B, 1, 1]; entries next to 1 in what follows
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)
+    image = torch.where(largest.isfinite(), image / scale, 0)
     # Y = H Ω + ν Ω, of H + ν: rounding makes no eigenvalue of its core negative. C = Ωᵀ Y = V diag(w) Vᵀ.
     nu = eps * torch.linalg.vector_norm(image, dim=(1, 2))  # [B]
     image = image + nu.view(-1, 1, 1) * omega
@@ -72,7 +72,7 @@ def _approximation(omega: Tensor, image: Tensor, eps: float) -> _Approximation:
     root = v * torch.where(kept, w, torch.inf).rsqrt().unsqueeze(1)
     q, r = torch.linalg.qr(image @ root.to(image.dtype))
     u, s, _ = torch.linalg.svd(r)
-    return _Approximation(q @ u, (s.square() - nu.unsqueeze(1)).clamp(min=0))
+    return _Approximation(q @ u, (s.square() - nu.unsqueeze(1)).clamp(min=0) * scale.squeeze(2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,17 +81,16 @@ class _MadeNystrom(MadePreconditioner):
 
     known: _Approximation
     like: Tensor
-    scale: Tensor  # D^(−½) [1 or B, 1 or N]
+    scale: Tensor  # D^(−½) [B, 1 or N]
     vectors: Tensor  # U [B, N, r]
     taken: Tensor  # [B, r], below 1
 
     def __call__(self, r: Tensor, rows: slice = ALL) -> Tensor:
-        scale = self.scale if len(self.scale) == 1 else self.scale[rows]
-        y = scale * r
-        u = self.vectors[rows]
-        along = torch.bmm(u.mT, y.unsqueeze(2))  # Uᵀ y [k, r, 1]
-        y = torch.baddbmm(y.unsqueeze(2), u, self.taken[rows].unsqueeze(2) * along, alpha=-1).squeeze(2)
-        return (scale * y).to(r.dtype)
+        columns = r if r.dim() == 3 else r.unsqueeze(2)  # [k, N, K]
+        u, scale = self.vectors[rows], self.scale[rows].unsqueeze(2)
+        y = scale * columns
+        y = scale * torch.baddbmm(y, u, self.taken[rows].unsqueeze(2) * (u.mT @ y), alpha=-1)
+        return y.to(r.dtype).view(r.shape)
 
     def for_shift(self, shift: Coefficient) -> MadePreconditioner:
         return _made(self.known, shift, self.like, 0)

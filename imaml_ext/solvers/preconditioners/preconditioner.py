@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from imaml_ext.ops import Coefficient, as_coefficient, compute_dtype
 from imaml_ext.ops.calls import callback
 from imaml_ext.settings import Choice
+from imaml_ext.solvers.operators import Form, product_of
 
 ALL = slice(None)
 
@@ -25,8 +25,10 @@ class MadePreconditioner(ABC):
         products: products with H per row that were spent to make it, in the price of one; 0 where others paid.
         fallback: [B] bool, rows that gave nothing to make it from: M is 1 / shift there, or 1 where that is not
             positive.
-        diagonal: [B, N] or [1, N] where M is one, which `cg` fuses into its iteration; else None.
+        diagonal: [B, N] where M is one, which `cg` fuses into its iteration; else None.
     """
+
+    multi_rhs: ClassVar[bool] = True
 
     products: int
     fallback: Tensor
@@ -37,7 +39,7 @@ class MadePreconditioner(ABC):
 
     @abstractmethod
     def __call__(self, r: Tensor, rows: slice = ALL) -> Tensor:
-        """Returns M r [k, N] for r [k, N] of these rows, in the dtype of r."""
+        """Returns M r for r [k, N], or K vectors per row [k, N, K], of these rows; in the dtype of r."""
 
     @abstractmethod
     def for_shift(self, shift: Coefficient) -> MadePreconditioner:
@@ -62,11 +64,12 @@ class Preconditioner(Choice):
     }
 
     @abstractmethod
-    def make(self, operator: Callable[[Tensor], Tensor], like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
+    def make(self, operator: Any, like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
         """Returns the preconditioner of H + diag(shift).
 
         Args:
-            operator: p [B, N] -> H p [B, N], row b from row b alone.
+            operator: H as `cg` takes it for b [B, N]: p [B, N] -> H p, row b from row b alone, or a matrix. One marked
+                by `multi_rhs` is given all of its probes [B, N, K] in one call.
             like: [B, N], a vector of the dtype and device of those that will be preconditioned.
             shift: λ + δ, a number, one per task [B], one per parameter [N], or [B, N].
 
@@ -75,21 +78,18 @@ class Preconditioner(Choice):
         """
 
 
-def products(operator: Callable[[Tensor], Tensor], probes: Tensor, like: Tensor, name: str) -> Tensor:
-    """Returns H z [B, N, K], in the compute type, for the K columns of probes [N, K], the same for all rows."""
-    operator = callback(operator, name, "operator", like)
-    columns = []
-    for k in range(probes.shape[1]):
-        column = operator(probes[:, k].to(like.dtype).expand_as(like).contiguous())
-        if not isinstance(column, Tensor):
-            raise TypeError(f"{name}: operator must return a tensor, got {type(column).__name__}")
-        if column.shape != like.shape or column.dtype != like.dtype or column.device != like.device:
-            raise ValueError(
-                f"{name}: operator must return {list(like.shape)}, {like.dtype} on {like.device}, "
-                f"got {list(column.shape)}, {column.dtype} on {column.device}"
-            )
-        columns.append(column.detach().to(probes.dtype))
-    return torch.stack(columns, 2)
+def products(operator: Any, probes: Tensor, like: Tensor, name: str) -> Tensor:
+    """Returns H z [B, N, K], in the compute type, for the K columns of probes [N, K], the same for all rows.
+
+    All K go into one call where the operator can take them.
+    """
+    columns = probes.to(like.dtype).expand(like.shape[0], -1, -1)  # [B, N, K]
+    form = Form.of(columns if columns.shape[2] > 1 else columns[:, :, 0])
+    product = callback(product_of(operator, form, f"{name}: operator"), name, "operator", like)
+    result = product(form.pack(columns.reshape(form.shapes[0]), "probes"))
+    if result.dtype != like.dtype:
+        raise TypeError(f"{name}: operator must return {like.dtype}, got {result.dtype}")
+    return form.unpack(result.detach().to(probes.dtype)).reshape(columns.shape)
 
 
 def drawn(seed: int, like: Tensor, count: int, *, signs: bool) -> Tensor:

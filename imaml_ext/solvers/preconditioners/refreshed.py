@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -44,7 +43,7 @@ class Refreshed(Preconditioner):
         default_factory=_Kept, init=False, repr=False, compare=False, metadata={"recorded": False}
     )
 
-    def make(self, operator: Callable[[Tensor], Tensor], like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
+    def make(self, operator: Any, like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
         kept, kind = self._kept, (like.shape, like.dtype, like.device)
         if kept.made is None or kept.kind != kind or kept.solves >= self.every:
             made = self.preconditioner.make(operator, like, shift)
