@@ -16,6 +16,7 @@ from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
+from imaml_ext.solvers.compiled import cg_loop
 from imaml_ext.solvers.linear import LinearSolver, Operator, SetUp, Solution, check_system
 from imaml_ext.solvers.operators import System
 from imaml_ext.solvers.preconditioners.preconditioner import MadePreconditioner, Preconditioner
@@ -43,7 +44,20 @@ class CG(LinearSolver):
         return cg(A, b, shift=shift, x0=x0, rows_per_block=getattr(A, "rows_per_block", None), **vars(self))
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
-        return self.solve(operator, b, shift, x0)
+        preconditioner, set_up = _prepared(self.preconditioner, operator, System(operator, b, None), shift)
+        solution = _cg_rows(
+            operator,
+            b,
+            shift=shift,
+            x0=x0,
+            max_iterations=self.max_iterations,
+            rtol=self.rtol,
+            atol=self.atol,
+            preconditioner=preconditioner,
+            check_every=self.check_every,
+            rows_per_block=getattr(operator, "rows_per_block", None),
+        )
+        return solution if set_up is None else replace(solution, set_up=set_up)
 
 
 def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
@@ -157,11 +171,7 @@ def cg(
         raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
     if check_symmetry:
         operators.check_symmetry(A, b)
-    set_up = None
-    if isinstance(preconditioner, Preconditioner):
-        preconditioner = _made(preconditioner, A, system, shift)
-        lead = system.b.shape[:1] if system.form is None else system.form.lead[:1]
-        set_up = SetUp(preconditioner.products, preconditioner.fallback.reshape(lead))
+    preconditioner, set_up = _prepared(preconditioner, A, system, shift)
     solution = _cg_rows(
         system.operator,
         system.b,
@@ -170,36 +180,90 @@ def cg(
         max_iterations=max_iterations,
         rtol=system.tolerance(rtol, "rtol"),
         atol=system.tolerance(atol, "atol"),
-        preconditioner=_on_rows(preconditioner, system),
+        preconditioner=preconditioner,
         check_every=check_every,
         rows_per_block=rows_per_block,
     )
-    return replace(system.solution(solution), set_up=set_up)
+    solution = system.solution(solution)
+    return solution if set_up is None else replace(solution, set_up=set_up)
+
+
+def _prepared(preconditioner: Any, A: Any, system: System, shift: Any) -> tuple[Any, SetUp | None]:
+    """A preconditioner in any form as a diagonal or a function on rows, and what was spent to make it here."""
+    form, set_up = system.form, None
+    if isinstance(preconditioner, Preconditioner):
+        preconditioner = make_preconditioner(preconditioner, A, system, shift)
+        lead = system.b.shape[:1] if form is None else form.lead[:1]
+        set_up = SetUp(preconditioner.products, preconditioner.fallback.reshape(lead))
+    if isinstance(preconditioner, MadePreconditioner):
+        if preconditioner.diagonal is not None:
+            preconditioner = preconditioner.diagonal
+        elif form is None or form.columns == 1:  # M of K right-hand sides has a form, as A has
+            return preconditioner, set_up
+    if isinstance(preconditioner, (Tensor, dict, list, tuple)):
+        return system.coefficient(preconditioner, "preconditioner"), set_up
+    return system.product(preconditioner, "preconditioner"), set_up
 
 
 @eager
-def _made(preconditioner: Preconditioner, A: Any, system: System, shift: Any) -> MadePreconditioner:
+def make_preconditioner(preconditioner: Preconditioner, A: Any, system: System, shift: Any) -> MadePreconditioner:
     """The preconditioner of the B operators, one for all right-hand sides of each."""
     form = system.form
-    if form is None or form.columns > 1:
-        return preconditioner.make(A, system.b if form is None else system.b[:: form.columns], shift)
+    if form is not None and form.columns > 1:
+        return preconditioner.make(A, system.b[:: form.columns], shift)
     return preconditioner.make(system.operator, system.b, system.coefficient(shift, "shift"))
 
 
-def _on_rows(preconditioner: Any, system: System) -> Any:
-    """A preconditioner in any form, as a diagonal or a function on rows."""
-    if isinstance(preconditioner, MadePreconditioner):
-        if preconditioner.diagonal is not None:
-            return system.coefficient(preconditioner.diagonal, "preconditioner")
-        if system.form is None or system.form.columns == 1:  # which is made on rows
-            return preconditioner
-    if isinstance(preconditioner, (Tensor, dict, list, tuple)):
-        return system.coefficient(preconditioner, "preconditioner")
-    return system.product(preconditioner, "preconditioner")
+def _cg_rows(
+    hvp: Operator | BlockOperator,
+    b: Tensor,
+    *,
+    preconditioner: Any,
+    check_every: int = 0,
+    rows_per_block: int | None = None,
+    **options: Any,
+) -> Solution:
+    """`cg` on rows."""
+    if torch.compiler.is_dynamo_compiling():
+        return _compiled_rows(hvp, b, preconditioner=preconditioner, check_every=check_every, **options)
+    return _eager_rows(
+        hvp, b, preconditioner=preconditioner, check_every=check_every, rows_per_block=rows_per_block, **options
+    )
+
+
+def _compiled_rows(
+    hvp: Operator,
+    b: Tensor,
+    *,
+    shift: Coefficient,
+    x0: Tensor | None,
+    max_iterations: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    preconditioner: Any,
+    check_every: int,
+) -> Solution:
+    _look_every(check_every)
+    diagonal = None
+    if isinstance(preconditioner, Tensor):
+        diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
+    return Solution(
+        *cg_loop(
+            hvp,
+            b,
+            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+            x0=x0,
+            max_iterations=max_iterations,
+            rtol=_tolerance(rtol, "rtol", b),
+            atol=_tolerance(atol, "atol", b),
+            inverse_diagonal=diagonal,
+            preconditioner=preconditioner,
+        )
+    )
 
 
 @eager
-def _cg_rows(
+def _eager_rows(
     hvp: Operator | BlockOperator,
     b: Tensor,
     *,
