@@ -98,9 +98,8 @@ class _MadeNystrom(MadePreconditioner):
 
 def _made(known: _Approximation, shift: Coefficient, like: Tensor, spent: int) -> MadePreconditioner:
     u, values = known.vectors, known.values
-    fallback = values[:, :1] <= 0
-    least = torch.where(values > 0, values, torch.inf).amin(1, keepdim=True).masked_fill(fallback, 0)  # λ_r [B, 1]
-    excess = torch.where(values > 0, values - least, 0)
+    fallback, least = values[:, :1] <= 0, values[:, -1:]  # [B, 1], λ_r [B, 1]
+    excess = values - least
     eps = torch.finfo(u.dtype).eps
     d = shift_rows(shift, like) + least  # D [B, 1 or N]
     d = torch.where(fallback, torch.where(d > 0, d, 1), torch.maximum(d, eps * values[:, :1]))
