@@ -61,9 +61,7 @@ def solved(
     counted = Counted(operator)
     made = None if preconditioner is None else preconditioner.make(counted, b, shift)
     set_up_calls, set_up = counted.calls, 0 if made is None else made.products
-    solution = cg(
-        counted, b, shift=shift, max_iterations=most, rtol=rtol, check_every=1, preconditioner=made
-    )
+    solution = cg(counted, b, shift=shift, max_iterations=most, rtol=rtol, check_every=1, preconditioner=made)
     return counted.calls - set_up_calls, set_up, SolveStatus(int(solution.status)).name
 
 

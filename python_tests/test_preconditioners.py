@@ -86,6 +86,27 @@ def test_nystrom_of_a_low_rank_is_the_inverse(form: str) -> None:
         assert (solution.iterations <= 3).all()
 
 
+def test_nystrom_spends_a_fifth_of_the_products_where_the_spectrum_decays() -> None:
+    """Condition number 10⁶, the set-up and the product that measures included."""
+    q = torch.linalg.qr(torch.randn(1, 300, 300, dtype=F64)).Q
+    H, b = (q * 0.8 ** torch.arange(300, dtype=F64)) @ q.mT, torch.randn(1, 300, dtype=F64)
+    products = []
+    for preconditioner in (None, Nystrom(rank=60)):
+        calls = 0
+
+        def counted(p: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return multiply(H)(p)
+
+        solver = CG(max_iterations=3000, rtol=1e-6, check_every=1, preconditioner=preconditioner)
+        solution = solver.solve(counted, b, 1e-6)
+        solution.raise_if_failed()
+        products.append(calls)
+    assert products[1] == 60 + int(solution.iterations) + 1
+    assert 5 * products[1] <= products[0]
+
+
 def test_nystrom_is_the_formula_of_the_paper() -> None:
     """U (λ_r + μ) (Λ + μ)⁻¹ Uᵀ + (1 − U Uᵀ), up to a factor, where U Λ Uᵀ = Y (Ωᵀ Y)⁻¹ Yᵀ."""
     H, b, mu = dense(B, N), torch.randn(B, N, dtype=F64), 1e-2
@@ -131,7 +152,12 @@ def test_a_row_without_information_is_divided_by_its_shift() -> None:
     torch.testing.assert_close(whole(b)[1:], b[1:] / 0.5)
     solution = CG(max_iterations=9, rtol=1e-9, preconditioner=Nystrom(rank=8)).solve(multiply(H), b, 0.5)
     assert solution.set_up.fallback.tolist() == [False, True, True, True]
-    assert [SolveStatus(s).name for s in solution.status.tolist()] == ["CONVERGED", "NON_FINITE", "NEGATIVE_CURVATURE", "CONVERGED"]
+    assert [SolveStatus(s).name for s in solution.status.tolist()] == [
+        "CONVERGED",
+        "NON_FINITE",
+        "NEGATIVE_CURVATURE",
+        "CONVERGED",
+    ]
     assert Jacobi().make(multiply(H), b, 0.5).fallback.tolist()[:2] == [False, True]
     without = Nystrom().make(lambda p: 0 * p, b)  # nor a shift
     torch.testing.assert_close(without(b), b)
@@ -233,7 +259,8 @@ def test_refreshed_pays_once_for_several_solves() -> None:
     assert narrow.set_up.products == 8  # rows of another number
     assert kept == Refreshed(Nystrom(rank=8), every=3)
     for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
-        assert twin == kept and twin.make(multiply(H), b, 0.5).products == 8
+        assert twin == kept
+        assert twin.make(multiply(H), b, 0.5).products == 8
 
 
 # --- KFAC -----------------------------------------------------------------------------------------------------------
@@ -359,8 +386,8 @@ def test_settings_are_written_and_read() -> None:
     del old["preconditioner"]
     assert from_json(LinearSolver, old) == CG(max_iterations=7)
     assert dict(leaves(CG(preconditioner=Nystrom(rank=3))))["preconditioner.rank"] == 3
+    config = TrainConfig(algorithm=IMAML(linear_solver=CG(preconditioner=Nystrom())))
     with pytest.raises(ConfigError, match=r"algorithm.linear_solver.preconditioner must be unset with run.capture"):
-        config = TrainConfig(algorithm=IMAML(linear_solver=CG(preconditioner=Nystrom())))
         changed(config, {"run.capture": True})
 
 

@@ -42,7 +42,7 @@ def kronecker_factors(
     size = (count, examples, roots.shape[3]) if samples else (count, examples)
     signs = torch.randint(0, 2, size, generator=generator).mul_(2).sub_(1).to(roots)
 
-    gradients = {name: 0.0 for name in added}
+    gradients = {name: g.new_zeros(len(g), g.shape[2], g.shape[2]) for name, g in added.items()}  # Σ g gᵀ
     diagonal = torch.zeros_like(params)
     for k in range(count):
         if samples:
@@ -52,7 +52,7 @@ def kronecker_factors(
         v, *g = torch.autograd.grad(outputs, [leaf, *added.values()], w.view_as(outputs), retain_graph=k + 1 < count)
         diagonal += v.square()
         for name, each in zip(added, g, strict=True):
-            gradients[name] = gradients[name] + each.mT @ each  # [B, O, O]
+            gradients[name] += each.mT @ each
     blocks = []
     for name, a in entered.items():
         if columns[name].shape[0] > a.shape[2]:

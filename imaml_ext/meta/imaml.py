@@ -68,9 +68,9 @@ class IMAML(MetaAlgorithm):
 
         Metrics, means over tasks: query_loss and query_accuracy (classification) after adaptation; support_loss before
         and after (support_loss_before, support_loss), and what else the inner solver tells; inner_gradient_norm
-        ‖∇L + λ(φ − θ)‖; solve_residual, relative to ‖v‖; solve_iterations; with a preconditioner solve_set_up, the products
-        per task that it was made of; and the fractions of tasks whose solve broke
-        down (negative_curvature, diverged or singular), that are non_finite, and left out (skipped).
+        ‖∇L + λ(φ − θ)‖; solve_residual, relative to ‖v‖; solve_iterations; with a preconditioner solve_set_up, the
+        products per task that it was made of; and the fractions of tasks whose solve broke down (negative_curvature,
+        diverged or singular), that are non_finite, and left out (skipped).
         """
         params = self._checked(params)
         problem, theta = self._problem(params), params["theta"]

@@ -115,9 +115,7 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     return torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1)).view_as(x)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32", tap: Tap | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32", tap: Tap | None = None) -> Tensor:
     """Returns x W + b [B, S, C'] for x [B, S, C], with a weight [B, C, C'] and a bias [B, C'] per task."""
     if precision == "float32":  # in one pass
         out = torch.baddbmm(bias.unsqueeze(1), x, weight)

@@ -80,10 +80,13 @@ class TaskModel(Choice, ABC):
         self._check_inputs(params, inputs)
 
     def weighted_layers(self) -> dict[str, Tensor]:
-        """Returns the layers that multiply by a weight, for KFAC: {name: the parameter [I, O] of each input and output}.
+        """Returns the layers that multiply by a weight, for KFAC: {name: the parameter between each input and output}.
 
-        A bias is a last input, of 1. What is in no layer has the diagonal of its curvature. Raises TypeError unless the
-        model has overridden it, with `tapped`.
+        int64 [I, O], positions in a row of `params`; a bias is a last input, of 1. A model that has layers overrides
+        this and `tapped`.
+
+        Raises:
+            TypeError: the model does not tell its layers.
         """
         raise TypeError(f"model must tell its layers (weighted_layers, tapped) for KFAC, got {type(self).__name__}")
 

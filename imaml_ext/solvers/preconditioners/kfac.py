@@ -72,18 +72,18 @@ class KFAC(Preconditioner):
             )
         factors: KroneckerFactors = factors_of(samples=self.samples, seed=self.seed)
         if factors.diagonal.shape != like.shape:
-            raise ValueError(f"operator must have the rows and columns of b, {list(like.shape)}, got factors of "
-                             f"{list(factors.diagonal.shape)}")  # fmt: skip
+            found = list(factors.diagonal.shape)
+            raise ValueError(f"operator must have rows like those of b, {list(like.shape)}, got factors of {found}")
         return _made(_decomposed(factors, compute_dtype(like.dtype)), shift, shape_of(like), factors.products)
 
 
 class _Layer(NamedTuple):
-    """A = Q_A diag(a) Q_Aᵀ and G = Q_G diag(g) Q_Gᵀ, as columns [I, O], Q_A [B, I, I], Q_G [B, O, O], a gᵀ [B, I, O]."""
+    """A block by its eigendecompositions, A = Q_A diag(a) Q_Aᵀ and G = Q_G diag(g) Q_Gᵀ."""
 
-    columns: Tensor
-    inputs: Tensor
-    outputs: Tensor
-    values: Tensor
+    columns: Tensor  # [I, O]
+    inputs: Tensor  # Q_A [B, I, I]
+    outputs: Tensor  # Q_G [B, O, O]
+    values: Tensor  # a gᵀ [B, I, O]
 
 
 class _Known(NamedTuple):

@@ -39,9 +39,7 @@ class Refreshed(Preconditioner):
 
     preconditioner: Preconditioner = field(default_factory=Nystrom)  # What is made.
     every: Annotated[int, COUNT] = 10  # Solves that one serves; in IMAML, one per meta-step.
-    _kept: _Kept = field(
-        default_factory=_Kept, init=False, repr=False, compare=False, metadata={"recorded": False}
-    )
+    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False, metadata={"recorded": False})
 
     def make(self, operator: Any, like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
         kept, kind = self._kept, (like.shape, like.dtype, like.device)
