@@ -36,10 +36,10 @@ def flat(parts: dict[str, Tensor]) -> Tensor:
 
 
 def of_structures(b: Tensor, W: Tensor, s: Tensor) -> Tensor:
-    def A(p: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def multiply(p: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
         return tree(product(flat(p), definite(given["W"])))
 
-    return flat(solve(A, tree(b), parameters=({"W": W},), shift=s, solver=TIGHT).x)
+    return flat(solve(multiply, tree(b), parameters=({"W": W},), shift=s, solver=TIGHT).x)
 
 
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

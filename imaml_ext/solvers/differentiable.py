@@ -273,7 +273,7 @@ def _pulled_back(
 ) -> tuple[Tensor | None, ...]:
     """cotangentᵀ ∂(A x)/∂w for each w of the parameters, with a graph where the backward pass has one."""
     if is_transformed() or is_traced():
-        _, pull = torch.func.vjp(lambda *tensors: function(x, *tensors), *parameters)
+        pull = torch.func.vjp(lambda *tensors: function(x, *tensors), *parameters)[1]
         return tuple(pull(cotangent))
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
