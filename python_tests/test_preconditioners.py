@@ -223,6 +223,19 @@ def test_every_form_of_a_right_hand_side(preconditioner: Preconditioner) -> None
     torch.testing.assert_close(in_blocks.x, single[0], rtol=1e-7, atol=1e-7)
 
 
+def test_the_differentiable_solve_takes_it() -> None:
+    root, b = torch.randn(B, N, 3, dtype=F64), torch.randn(B, N, dtype=F64)
+
+    def gradients(preconditioner: Preconditioner | None) -> tuple[Tensor, ...]:
+        w, rhs = root.clone().requires_grad_(), b.clone().requires_grad_()
+        solver = CG(max_iterations=200, rtol=1e-10, preconditioner=preconditioner)
+        found = imaml_ext.solve(lambda p, w: multiply(w @ w.mT)(p), rhs, parameters=(w,), shift=0.5, solver=solver)
+        return torch.autograd.grad(found.x.square().sum(), (w, rhs))
+
+    for found, expected in zip(gradients(Nystrom(rank=4)), gradients(None), strict=True):
+        assert relative(found, expected) < 1e-7
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

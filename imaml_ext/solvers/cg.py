@@ -41,7 +41,9 @@ class CG(LinearSolver):
         return {"preconditioner": None, **values}
 
     def solve(self, A: Any, b: Any, shift: Any = 0.0, x0: Any = None) -> Solution:
-        return cg(A, b, shift=shift, x0=x0, rows_per_block=getattr(A, "rows_per_block", None), **vars(self))
+        """As every solver's; a preconditioner is made once for all right-hand sides of an operator."""
+        blocks = getattr(A, "rows_per_block", None) if isinstance(b, Tensor) and b.dim() == 2 else None
+        return cg(A, b, shift=shift, x0=x0, rows_per_block=blocks, **vars(self))
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
         preconditioner, set_up = _prepared(self.preconditioner, operator, System(operator, b, None), shift)
