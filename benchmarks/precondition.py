@@ -2,12 +2,10 @@
 
     python benchmarks/precondition.py --data-root FOLDER --json benchmarks/results/precondition.json
 
-Three parts:
-
     decaying    matrices of condition number 10⁶ with spectra that decay, float64, to a relative residual of 10⁻⁶
     conv4       the implicit systems of iMAML on Omniglot: Conv4 with published weights θ, φ after the recipe's inner
-                steps, Gauss-Newton matrix and Hessian, several λ, float64, to a relative residual of 10⁻⁵
-
+                steps, Gauss-Newton matrix and Hessian, several λ and damping δ, float64, to a relative residual of
+                10⁻⁵. "kept" makes the preconditioner for every tenth task, and uses it for the nine that follow.
 
 Every row is solved alone, with a look after each product, so that a count is what this row needs. A count has the
 products of the solve, that which measures the residual included, and those of the set-up. KFAC sets up by passes
@@ -36,9 +34,21 @@ from imaml_ext.train import Experiment, build, load_recipe
 
 CONDITION, DECAYING_RTOL = 1e6, 1e-6
 SPECTRA = {"0.8^i": (0.8, 60), "0.9^i": (0.9, 100), "i^-2": (None, 60)}  # ratio of two eigenvalues, rank
-WEIGHTS, RECIPE = "omniglot-5w1s-gd", "omniglot-5w1s"
-LAMS = (2.0, 0.5, 0.1, 0.01)
-RTOL = 1e-5
+# (weights, recipe, tasks) and the curvature, λ and δ of their systems
+CONV4 = {
+    ("omniglot-5w1s-gd", "omniglot-5w1s", 10): (
+        ("gauss_newton", 2.0, 0.0),
+        ("gauss_newton", 0.5, 0.0),
+        ("gauss_newton", 0.1, 0.0),
+        ("gauss_newton", 0.01, 0.0),
+        ("hessian", 2.0, 0.0),
+        ("hessian", 2.0, 22.0),
+        ("hessian", 0.1, 0.0),
+        ("hessian", 0.1, 22.0),
+    ),
+    ("omniglot-20w1s-gd", "omniglot-20w1s", 4): (("gauss_newton", 2.0, 0.0), ("gauss_newton", 0.1, 0.0)),
+}
+RTOL, MOST = 1e-5, 300
 EVERY = 10
 
 
@@ -69,8 +79,8 @@ def summary(rows: list[tuple[int, int, str]]) -> dict[str, Any]:
     totals = [solve + set_up for solve, set_up, _ in rows]
     return {
         "median_total": statistics.median(totals),
-        "median_set_up": statistics.median(set_up for _, set_up, _ in rows),
         "mean_total": round(statistics.mean(totals), 1),
+        "mean_solve": round(statistics.mean(solve for solve, *_ in rows), 1),
         "ended": dict(Counter(status for *_, status in rows)),
     }
 
@@ -111,30 +121,27 @@ def systems(experiment: Experiment, theta: Tensor, lam: float, kind: str, tasks:
     return found
 
 
-def conv4(experiment: Experiment, theta: Tensor, *, tasks: int, most: int) -> list[dict[str, Any]]:
+def conv4(experiment: Experiment, theta: Tensor, kind: str, lam: float, damping: float, tasks: int) -> dict[str, Any]:
+    """What each preconditioner spends on the systems H + λ + δ of the tasks."""
     choices: dict[str, Preconditioner | None] = {
         "plain": None,
         "Jacobi(probes=8)": Jacobi(),
         "Nystrom(rank=5)": Nystrom(rank=5),
         "Nystrom(rank=20)": Nystrom(rank=20),
         "KFAC()": KFAC(),
+        "Nystrom(rank=20), kept": Refreshed(Nystrom(rank=20), every=EVERY),
+        "KFAC(), kept": Refreshed(KFAC(), every=EVERY),
     }
-    found = []
-    for kind in ("gauss_newton", "hessian"):
-        for lam in LAMS:
-            problems = systems(experiment, theta, lam, kind, tasks)
-            rows: dict[str, Any] = {}
-            for name, choice in choices.items():
-                each = [solved(operator, v, lam, choice, rtol=RTOL, most=most) for operator, v in problems]
-                rows[name] = summary(each)
-            for name in ("Nystrom(rank=20)", "KFAC()"):
-                kept = Refreshed(choices[name], every=EVERY)
-                each = [solved(operator, v, lam, kept, rtol=RTOL, most=most) for operator, v in problems]
-                rows[f"{name}, kept for {EVERY}"] = summary(each)
-            found.append({"curvature": kind, "lam": lam, "tasks": tasks, "results": rows})
-            print(f"{kind}, λ = {lam}: " + ", ".join(f"{k} {v['mean_total']} {v['ended']}" for k, v in rows.items()),
-                  flush=True)  # fmt: skip
-    return found
+    problems = systems(experiment, theta, lam, kind, tasks)
+    rows = {
+        name: summary([solved(operator, v, lam + damping, choice, rtol=RTOL, most=MOST) for operator, v in problems])
+        for name, choice in choices.items()
+    }
+    print(
+        f"{kind}, λ = {lam}, δ = {damping}: "
+        + ", ".join(f"{k} {v['mean_total']} {v['ended']}" for k, v in rows.items())
+    )
+    return {"curvature": kind, "lam": lam, "damping": damping, "tasks": tasks, "results": rows}
 
 
 def main() -> int:
@@ -142,18 +149,18 @@ def main() -> int:
     parser.add_argument("--data-root", type=Path, help="of Omniglot; without it, decaying spectra alone")
     parser.add_argument("--size", type=int, default=400, help="unknowns of a matrix with a decaying spectrum")
     parser.add_argument("--rows", type=int, default=3)
-    parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--most", type=int, default=200, help="products that a solve of Conv4 may spend")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     body: dict[str, Any] = {"decaying": decaying(size=options.size, rows=options.rows)}
-    if options.data_root is not None:
-        config = changed(load_recipe(RECIPE).config, {"data.root": options.data_root, "run.dtype": "float64"})
+    for (weights, recipe, tasks), cases in CONV4.items() if options.data_root is not None else ():
+        config = changed(load_recipe(recipe).config, {"data.root": options.data_root, "run.dtype": "float64"})
         experiment = build(config)
-        theta = load_pretrained(WEIGHTS).weights.params["theta"].to(experiment.dtype)
-        inner = {"steps": config.algorithm.inner.steps, "lr": config.algorithm.inner.lr}
-        runs = conv4(experiment, theta, tasks=options.tasks, most=options.most)
-        body |= {"weights": WEIGHTS, "inner": inner, "rtol": RTOL, "conv4": runs}
+        theta = load_pretrained(weights).weights.params["theta"].to(experiment.dtype)
+        inner = config.algorithm.inner
+        found = [conv4(experiment, theta, *case, tasks) for case in cases]
+        body.setdefault("conv4", []).append(
+            {"weights": weights, "inner_steps": inner.steps, "inner_lr": inner.lr, "rtol": RTOL, "systems": found}
+        )
     if options.json:
         write_result(options.json, script="precondition", device=torch.device("cpu"), **body)
     return int(min(row["part_of_plain"] for row in body["decaying"]) > 0.2)
