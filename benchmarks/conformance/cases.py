@@ -171,7 +171,7 @@ def exact_warm_start(g: Generator) -> Sequence[System]:
     return [System(A, b, (SOLVE,) * 3, x0=x0, expected_x=x0, most_products=1)]
 
 
-@case("x0 is 10⁸ times as long as x: every row's true residual is within 1e-9 all the same, or it is reported.")
+@case("x0 is 10⁸ times as long as x: every row's true residual is within 1e-9 all the same.")
 def far_warm_start(g: Generator) -> Sequence[System]:
     A, b = definite(g, 10, 100, 100), normal(g, 3, N)
     return [System(A, b, (SOLVE,) * 3, rtol=1e-9, x0=1e8 * normal(g, 3, N))]

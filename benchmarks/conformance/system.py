@@ -149,8 +149,7 @@ def judge(system: System, outcome: Outcome, products: Products) -> Cell:
     failed = outcome.failed
     whole_call = failed is not None and failed.dim() == 0
     if failed is not None:
-        failed = failed.reshape(-1, *([1] * (2 - failed.dim()))) if not whole_call else failed.reshape(1, 1)
-        failed = failed.expand(b.shape[0], b.shape[2])
+        failed = (failed if failed.dim() == 2 else failed.reshape(-1, 1)).expand(b.shape[0], b.shape[2])
     found: list[tuple[Verdict, str]] = []
     worst = 0.0
     false_alarms = []
