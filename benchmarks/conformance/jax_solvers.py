@@ -53,7 +53,7 @@ def _precondition(M: Tensor, r: Tensor, rows: Tensor) -> Tensor:
 
 
 def _callback(function: Callable[[Tensor, Tensor], Tensor], index: Any) -> Vectors:
-    """A linear function of vectors [N] or [] of row `index`, computed outside of JAX for all that are mapped at once."""
+    """A linear function of vectors [N] or [] of row `index`, computed outside of JAX for all mapped ones at once."""
     import jax
 
     def outside(index: Any, p: Any) -> np.ndarray:

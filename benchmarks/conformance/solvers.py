@@ -77,7 +77,7 @@ def linear_cg_options(rtol: float, dtype: torch.dtype) -> dict[str, float]:
 class LinearOperator(Solver):
     name, package, module = "linear_operator", "linear_operator", "linear_operator"
     call = (
-        "`linear_cg(…, tolerance=rtol, stop_updating_after=rtol / 10, eps=tiny)`, the whole batch; its warning, one for "
+        "`linear_cg(tolerance=rtol, stop_updating_after=rtol / 10, eps=tiny)`, the whole batch; its warning, for "
         "all rows"
     )
     offers = frozenset({"x0", "preconditioner"})
@@ -212,7 +212,7 @@ class TorchOpt(Looped):
 
 class TorchOptNormal(Looped):
     name, package, module = "TorchOpt, normal", "torchopt", "torchopt"
-    call = "`linear_solve.solve_normal_cg(rtol=…)`, on AᵀA, a loop over rows; reports nothing"
+    call = "`linear_solve.solve_normal_cg(rtol=…)`, whose tolerance is that of AᵀA, a loop over rows; reports nothing"
     offers = frozenset({"x0", "a scalar without dimensions"})
 
     def solve_row(self, row: Row) -> tuple[Tensor, None]:

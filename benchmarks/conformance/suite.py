@@ -70,7 +70,7 @@ def _run_part(solver: Solver, system: System) -> Cell:
         except Exception as error:  # of whatever kind: this is other people's code
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             return Cell(Verdict.RAISES, int(products.count.max()), message=message)
-        cells.append(judge(batch, outcome, products))
+        cells.append(judge(replace(batch, b=b), outcome, products))
         solutions.append(outcome.x[list(system.shared)])
         if not torch.equal(batch.b.nan_to_num(), b.nan_to_num()):
             cells.append(replace(cells[-1], verdict=Verdict.RIGHT_BUT, message="b was overwritten"))
