@@ -58,6 +58,23 @@ for another option keeps it from the tolerance, the option is set:
 
 """
 
+CAUSES = """\
+## Causes
+
+What the sources of these versions say:
+
+- linear_operator stops where the mean residual of the batch is within the tolerance, whose default is 1. Its defaults of
+  1e-10 for `eps` and `stop_updating_after` end a solve at residuals of about 1e-5. curvlinops hands its options on.
+- SciPy, JAX, TorchOpt and linear_operator trust the residual by recurrence, which rounding drives away from b − A x.
+  lineax computes the residual anew in every tenth step.
+- JAX, lineax and TorchOpt begin with x = 0 and stop where a comparison with NaN is false, so that x = 0 comes back.
+- Squares of norms underflow where b is tiny. The solvers then take b for 0, or end with a residual of 0.
+- TorchOpt's normal equations have the square of the condition number, and the tolerance is that of their residual.
+- hypertorch returns the iterate before the one whose residual it has measured.
+- dattri documents `tol` and does not use it: all `max_iter` steps are made, and end in 0/0 after convergence.
+- pyDVL compares ‖r‖ with rtol² |b₀|, b₀ being the first entry of b, and so makes more steps than the tolerance needs.
+"""
+
 WORDS = {
     "pass": "pass",
     "right_but": "right, but",
@@ -80,12 +97,13 @@ def render(result: dict[str, Any]) -> str:
     verdicts = [[f"`{case}`", *(WORDS[row[name]["verdict"]] for name in solvers)] for case, row in cells.items()]
     passed = [sum(row[name]["verdict"] == "pass" for row in cells.values()) for name in solvers]
     silent = [sum(row[name]["verdict"] == "silent" for row in cells.values()) for name in solvers]
+    versions = f"torch {stamp['torch']}, NumPy {stamp['numpy']}, Python {stamp['python']}"
     parts = [
         INTRODUCTION + _table(["solver", "version", "called as; what it reports"], calls),
         *(f"Left out of this run: {name} ({why}).\n" for name, why in result["left_out"].items()),
         "## Results\n",
         f"`{result['command']}`\n",
-        f"Seed {result['seed']}, on the CPU; torch {stamp['torch']}, NumPy {stamp['numpy']}, Python {stamp['python']}.\n",
+        f"Seed {result['seed']}, on the CPU; {versions}.\n",
         _table(
             ["case", *solvers],
             [
@@ -99,6 +117,7 @@ def render(result: dict[str, Any]) -> str:
         "## Cost\n",
         "Products with A per row in the case `products`, the most of its rows:\n",
         _table(["solver", "products"], [[name, str(cells["products"][name]["products"])] for name in solvers]),
+        CAUSES,
         "## What was not a pass\n",
         "The first row of the worst verdict of a cell is named.\n",
         *(_failures(name, cells) for name in solvers),

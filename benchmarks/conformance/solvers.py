@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from typing import Any, ClassVar
 
 import numpy as np
@@ -297,12 +298,13 @@ class CuPy(Looped):
 
             return LinearOperator((len(row.b),) * 2, matvec=matvec, dtype=row.b.numpy().dtype)
 
+        rtol = "rtol" if "rtol" in signature(cg).parameters else "tol"  # its name depends on the release
         x, info = cg(
             operator(row.matvec),
             cupy.asarray(row.b.numpy()),
             x0=None if row.x0 is None else cupy.asarray(row.x0.numpy()),
-            rtol=row.rtol,
             atol=0.0,
+            **{rtol: row.rtol},
             maxiter=row.max_iterations,
             M=None if row.precondition is None else operator(row.precondition),
         )
