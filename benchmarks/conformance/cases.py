@@ -205,10 +205,7 @@ def frozen(g: Generator) -> Sequence[System]:
     return [replace(first, twin=replace(first, A=torch.cat([easy[:2], hard])), shared=(0, 1))]
 
 
-@case(
-    "Diagonals from 1 to 10⁶ and a Jacobi preconditioner: right, with no more products than 1.25 times the steps of "
-    "textbook CG, and 3."
-)
+@case("Diagonals from 1 to 10⁶ and a Jacobi preconditioner: right, with at most 1.25 n + 3 products, as in `products`.")
 def preconditioner(g: Generator) -> Sequence[System]:
     return [limited(_preconditioned(g))]
 
@@ -244,7 +241,7 @@ def right_hand_sides(g: Generator) -> Sequence[System]:
     return [System(definite(g, 10, 100, 50), b, (SOLVE,) * 3)]
 
 
-@case("κ = 100: right, with no more products than 1.25 times the steps of textbook CG, and 3.")
+@case("κ = 100: right, with at most 1.25 n + 3 products per row, where textbook CG takes n steps.")
 def products(g: Generator) -> Sequence[System]:
     return [limited(System(definite(g, 100, 100, 100, n=100), normal(g, 3, 100), (SOLVE,) * 3))]
 

@@ -19,15 +19,15 @@ INTRODUCTION = """\
 # Conformance of batched conjugate gradients
 
 This page says what solvers by conjugate gradients do with systems that are easy to get wrong. It is for those who
-write such a solver, or choose one. Two commands make it again:
+write such a solver, or choose one. Three commands make it again:
 
     pip install --no-build-isolation -e '.[conformance]'
     python -m benchmarks.conformance --json benchmarks/results/conformance.json
     python -m benchmarks.conformance.page
 
-`--solvers` and `--cases` choose; a solver that is not installed is left out, and named. Two solvers are not in the
-extra: hypertorch is on no package index (what is called `hypertorch` there is something else), and pyDVL asks for an
-older NumPy than JAX does.
+`python -m benchmarks.conformance --help` says how to choose solvers, cases and the seed. A solver that is not installed
+is left out, and named. Two are not in the extra. hypertorch is not on PyPI, where another package has its name. pyDVL
+asks for an older NumPy than JAX does, and works with the newer one.
 
     pip install git+https://github.com/prolearner/hypertorch@6241dfafcf37ddaf14e152ba5e5a3aa7165396d3
     pip install --no-deps pyDVL==0.10.0 && pip install distributed zarr
@@ -63,8 +63,8 @@ CAUSES = """\
 
 What the sources of these versions say:
 
-- linear_operator stops where the mean residual of the batch is within the tolerance, whose default is 1. Its defaults of
-  1e-10 for `eps` and `stop_updating_after` end a solve at residuals of about 1e-5. curvlinops hands its options on.
+- linear_operator stops where the mean residual of the batch is within the tolerance, whose default is 1. Its other
+  defaults, 1e-10 for `eps` and `stop_updating_after`, end a solve at residuals of about 1e-5. curvlinops calls it.
 - SciPy, JAX, TorchOpt and linear_operator trust the residual by recurrence, which rounding drives away from b − A x.
   lineax computes the residual anew in every tenth step.
 - JAX, lineax and TorchOpt begin with x = 0 and stop where a comparison with NaN is false, so that x = 0 comes back.
