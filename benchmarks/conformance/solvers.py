@@ -123,7 +123,7 @@ class Row:
     x0: Tensor | None
     precondition: Vectors | None
     A: Tensor
-    count: Callable[[int], None]  # records products that were made without matvec
+    count: Callable[[int], object]  # records products that were made without matvec
 
 
 class Looped(Solver):
@@ -377,6 +377,7 @@ class PyDVL(Looped):
                 return self
 
             def _solve(self, rhs: Tensor) -> Tensor:
+                assert row.precondition is not None
                 return row.precondition(rhs)
 
             def to(self, device: torch.device) -> Given:
