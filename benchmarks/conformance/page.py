@@ -35,7 +35,8 @@ asks for an older NumPy than JAX does, and works with the newer one.
 ## What is judged
 
 - Every solver gets the same function for the products. It computes in float64 and rounds to the type of b, so that the
-  solver is judged and not the product. It counts the products of every row.
+  solver is judged and not the product. It counts the products of every row. dattri takes no products: it is given
+  ½ xᵀA x, also in float64, and its count follows from its source.
 - Residuals ‖b − A x‖ / ‖b‖ are computed afterwards in float64, for any magnitude. What rounding alone can add is
   allowed: 4 u, and 4 √N u₆₄ ‖A‖ ‖x‖ / ‖b‖.
 - A row is right where its residual is at most ten times the tolerance. In the cases that say "within its tolerance",
