@@ -178,7 +178,7 @@ def cg(
 
 
 def _cg_rows(
-    hvp: Operator | BlockOperator,
+    hvp: Any,
     b: Tensor,
     *,
     preconditioner: Any,
