@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <iterator>
 #include <set>
 #include <string>
 #include <vector>
@@ -76,7 +77,7 @@ void compare(const Systems& systems, const CgOptions& options, const at::Tensor&
   const int64_t blocks = options.rows_per_block > 0 ? (systems.b.size(0) - 1) / options.rows_per_block + 1 : 1;
   EXPECT(device.nodes <= 2 * blocks && (device.nodes > 0) == (options.max_iterations > 0));
   // What a captured body reads has one place: p, and x where a warm start is multiplied.
-  EXPECT(device.arguments.size() <= (options.x0 ? 1 + blocks : 1));
+  EXPECT(std::ssize(device.arguments) <= (options.x0 ? 1 + blocks : 1));
   EXPECT(!device.arguments.contains(systems.b.const_data_ptr()));
 }
 

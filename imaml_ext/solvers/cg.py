@@ -114,7 +114,8 @@ def cg(
         rtol, atol: numbers, or one per row [B].
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N]), or a callable r -> M r.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
-            and calls `hvp` exactly max_iterations times (capturable in a CUDA graph).
+            and calls `hvp` exactly max_iterations times. Either can be captured in a CUDA graph: with k > 0 the loop
+            is a while node of it, which a replay leaves when its rows are done.
         rows_per_block: k ≥ 1 solves k rows at a time, each block to its end before the next begins, so that their
             vectors stay in the cache where those of B rows would not; every row has the same bits. hvp and a callable
             preconditioner are then called with two arguments, p [k, N] (fewer rows in the last block) and the `slice`
@@ -126,6 +127,8 @@ def cg(
     Raises:
         TypeError, ValueError: an argument, or what a callback returned, of the wrong type, dtype, shape or device.
         NativeUnavailableError: the compiled part does not load, or has no code for the device of b.
+        NotImplementedError: check_every > 0 inside a captured CUDA graph, without what a while node needs: torch 2.14,
+            CUDA 12.4 and a driver for it.
 
     Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Restarts from a
     measured residual: van der Vorst and Ye (2000).
