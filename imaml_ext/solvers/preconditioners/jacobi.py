@@ -26,10 +26,11 @@ _LEAST_PART_OF_SHIFT = 0.1
 
 @dataclass(frozen=True)
 class Jacobi(Preconditioner):
-    """M = 1 / (diag(H) + shift), with the diagonal estimated as the mean of z ∘ (H z) over random signs z.
+    """Divides by the diagonal: M = 1 / (diag(H) + shift), diag(H) estimated as the mean of z ∘ (H z) over signs z.
 
-    Exact where H is diagonal. The estimate of entry i has the variance Σ_{j ≠ i} H_ij² / probes. An estimated entry
-    that is no larger than a tenth of its shift is replaced by the shift, or by the row's mean where the shift is 0.
+    Exact where H is diagonal. Elsewhere entry i has the variance Σ_{j ≠ i} H_ij² / probes, and is moved towards the
+    mean of its row as far as it is noise. An entry of diag(H) + shift that is no larger than a tenth of its shift is
+    replaced by the shift, or by the row's mean where the shift is 0.
 
     Source: Bekas, Kokiopoulou, Saad, An estimator for the diagonal of a matrix (2007); the probes are Hutchinson's
     (1989).

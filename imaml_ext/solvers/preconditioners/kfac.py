@@ -47,7 +47,7 @@ class KroneckerFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class KFAC(Preconditioner):
-    """M = (A ⊗ G + shift)⁻¹ for every layer that multiplies by a weight; 1 / (diagonal + shift) for other parameters.
+    """Inverts layer by layer: M = (A ⊗ G + shift)⁻¹ for a layer with a weight, 1 / (diagonal + shift) elsewhere.
 
     The operator must have a method `kronecker_factors(samples=…, seed=…) -> KroneckerFactors`, as has what `TaskLoss`
     linearises, of `Conv4`, `MLP` and the Linear and Conv2d layers of a module. They approximate the Gauss-Newton

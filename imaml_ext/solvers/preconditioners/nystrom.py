@@ -23,11 +23,11 @@ from imaml_ext.solvers.preconditioners.preconditioner import (
 
 @dataclass(frozen=True)
 class Nystrom(Preconditioner):
-    """M = (U (Λ − λ_r) Uᵀ + λ_r + shift)⁻¹, where U Λ Uᵀ is the Nyström approximation of H of rank r.
+    """Takes the r largest eigenvalues out: M = (U (Λ − λ_r) Uᵀ + λ_r + shift)⁻¹, for H ≈ U Λ Uᵀ of rank r.
 
-    H Ω is taken of an orthonormal Gaussian Ω [N, r], the same for all rows. In exact arithmetic, and with a shift that
-    is a number, M is that of the source up to a factor. The condition number of M (H + shift) is then about that of H
-    without its r largest eigenvalues. What is known of H serves every shift, also one per parameter.
+    U and Λ come from H Ω, for an orthonormal Gaussian Ω [N, r] that all rows share. With a shift that is a number, M is
+    that of the source up to a factor, and the condition number of M (H + shift) is about (λ_r + shift) / shift. What is
+    known of H serves every shift, also one per parameter.
 
     H may be indefinite: eigenvalues of the core Ωᵀ H Ω that do not exceed its most negative one, or rounding, are left
     out. A row is `fallback` where none is left, or a product is not finite.

@@ -54,13 +54,10 @@ class Preconditioner(Choice):
     """
 
     kinds: ClassVar[dict[str, str]] = {
-        name: f"imaml_ext.solvers.preconditioners.{module}.{attribute}"
-        for name, module, attribute in (
-            ("jacobi", "jacobi", "Jacobi"),
-            ("nystrom", "nystrom", "Nystrom"),
-            ("kfac", "kfac", "KFAC"),
-            ("refreshed", "refreshed", "Refreshed"),
-        )
+        "jacobi": "imaml_ext.solvers.preconditioners.jacobi.Jacobi",
+        "nystrom": "imaml_ext.solvers.preconditioners.nystrom.Nystrom",
+        "kfac": "imaml_ext.solvers.preconditioners.kfac.KFAC",
+        "refreshed": "imaml_ext.solvers.preconditioners.refreshed.Refreshed",
     }
 
     @abstractmethod
@@ -84,12 +81,12 @@ def products(operator: Any, probes: Tensor, like: Tensor, name: str) -> Tensor:
     All K go into one call where the operator can take them.
     """
     columns = probes.to(like.dtype).expand(like.shape[0], -1, -1)  # [B, N, K]
-    form = Form.of(columns if columns.shape[2] > 1 else columns[:, :, 0])
+    form = Form.of(columns)
     product = callback(product_of(operator, form, f"{name}: operator"), name, "operator", like)
-    result = product(form.pack(columns.reshape(form.shapes[0]), "probes"))
+    result = product(form.pack(columns, "probes"))
     if result.dtype != like.dtype:
         raise TypeError(f"{name}: operator must return {like.dtype}, got {result.dtype}")
-    return form.unpack(result.detach().to(probes.dtype)).reshape(columns.shape)
+    return form.unpack(result.detach().to(probes.dtype))
 
 
 def drawn(seed: int, like: Tensor, count: int, *, signs: bool) -> Tensor:
