@@ -338,7 +338,7 @@ def test_kfac_of_networks_is_positive_definite_and_changes_no_solution(name: str
     loss, theta, data = kfac_problems()[name]
     phi = (theta + 0.1 * torch.randn(2, len(theta), dtype=F64)).contiguous()
     operator = loss.linearize(phi, data, "gauss_newton")
-    shift = 0.1
+    shift = 2.0
     for form in (shift, torch.full((2, len(theta)), shift, dtype=F64)):
         made = KFAC(samples=samples).make(operator, phi, form)
         M = matrix_of(made, *phi.shape)
