@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 
@@ -221,6 +222,20 @@ def test_every_form_of_a_right_hand_side(preconditioner: Preconditioner) -> None
     in_blocks = cg(lambda p, rows: multiply(H[rows])(p), b[:, :, 0].contiguous(), shift=0.5, max_iterations=300,
                    rtol=1e-9, rows_per_block=3, preconditioner=preconditioner.make(H, b[:, :, 0], 0.5))  # fmt: skip
     torch.testing.assert_close(in_blocks.x, single[0], rtol=1e-7, atol=1e-7)
+
+
+def test_a_solution_keeps_its_set_up_and_nothing_is_made_for_no_rows() -> None:
+    H, b = low_rank(3), torch.randn(B, N, dtype=F64)
+    file = io.BytesIO()
+    torch.save(cg(H, b, shift=0.5, preconditioner=Nystrom(rank=4)), file)
+    file.seek(0)
+    set_up = torch.load(file, weights_only=True).set_up
+    assert (set_up.products, set_up.fallback.tolist()) == (4, [False] * B)
+    assert cg(lambda p: p, b, preconditioner=Jacobi()).set_up.products == 8
+    assert cg(lambda p: p, b).set_up is None
+    assert cg(lambda p: p, b[:0], preconditioner=Nystrom()).x.shape == (0, N)
+    with pytest.raises(RuntimeError, match="cg must be called outside the transforms"):
+        torch.vmap(lambda v: cg(lambda p: p, v, preconditioner=Nystrom()).x)(b.unsqueeze(0))
 
 
 def test_the_differentiable_solve_takes_it() -> None:

@@ -197,6 +197,8 @@ def _prepared(preconditioner: Any, A: Any, system: System, shift: Any) -> tuple[
     """A preconditioner in any form as a diagonal or a function on rows, and what was spent to make it here."""
     form, set_up = system.form, None
     if isinstance(preconditioner, Preconditioner):
+        if system.b.numel() == 0:
+            return None, None
         preconditioner = make_preconditioner(preconditioner, A, system, shift)
         lead = system.b.shape[:1] if form is None else form.lead[:1]
         set_up = SetUp(preconditioner.products, preconditioner.fallback.reshape(lead))
@@ -213,6 +215,7 @@ def _prepared(preconditioner: Any, A: Any, system: System, shift: Any) -> tuple[
 @eager
 def make_preconditioner(preconditioner: Preconditioner, A: Any, system: System, shift: Any) -> MadePreconditioner:
     """The preconditioner of the B operators, one for all right-hand sides of each."""
+    check_untransformed("cg", b=system.b, shift=shift)
     form = system.form
     if form is not None and form.columns > 1:
         return preconditioner.make(A, system.b[:: form.columns], shift)
