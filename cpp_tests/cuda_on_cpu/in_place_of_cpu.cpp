@@ -1,6 +1,7 @@
 // The CPU's part of every op, done by the CUDA kernels that the host runs: linked in place of csrc/*/cpu, beside the
 // same checks and registrations.
 #include "cg/arguments.h"
+#include "minres/arguments.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
 
@@ -19,6 +20,14 @@ void cg_direction(OnCpu, const CgArguments<T>& a) {
 template <typename T>
 void cg_step(OnCpu, const CgArguments<T>& a) {
   cg_step(kEmulated, a);
+}
+template <typename T>
+void minres_begin(OnCpu, const MinresArguments<T>& a) {
+  minres_begin(kEmulated, a);
+}
+template <typename T>
+void minres_step(OnCpu, const MinresArguments<T>& a) {
+  minres_step(kEmulated, a);
 }
 template <typename T>
 void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a) {
@@ -50,6 +59,7 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
 }
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_MINRES, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)
 IMAML_INSTANTIATE_NETWORK(OnCpu, double)
