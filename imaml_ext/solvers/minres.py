@@ -100,4 +100,4 @@ def minres(
 def _minres_rows(hvp: Operator | BlockOperator, b: Tensor, *, lanczos: bool, **options: Any) -> Solution:
     arguments = loop_arguments("minres", hvp, b, **options)
     found = native(b.device).minres(callback(hvp, "minres", "hvp", b), b, lanczos=lanczos, **arguments)
-    return Solution(*found[:4], lanczos=Lanczos(*found[4:]) if lanczos else None)
+    return Solution(*found[:4], Lanczos(*found[4:]) if lanczos else None)
