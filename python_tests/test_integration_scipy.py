@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from libraries import library
 
 from imaml_ext.errors import SolveError, SolveWarning
@@ -18,8 +19,12 @@ sparse = library("scipy.sparse")
 linalg = library("scipy.sparse.linalg")
 
 
+def normal(shape: int | tuple[int, ...]) -> np.ndarray:
+    return torch.randn(shape, dtype=torch.float64).numpy()
+
+
 def definite(size: int, condition: float = 100.0) -> np.ndarray:
-    Q, _ = np.linalg.qr(np.random.standard_normal((size, size)))
+    Q, _ = np.linalg.qr(normal((size, size)))
     return (Q * np.geomspace(1, condition, size)) @ Q.T
 
 
@@ -36,7 +41,7 @@ def forms(A: np.ndarray) -> dict[str, Any]:
 @pytest.mark.parametrize("form", forms(np.eye(2)))
 @pytest.mark.parametrize("size", [1, 7, 40])
 def test_cg_as_scipys(form: str, size: int) -> None:
-    A, b, x0 = definite(size), np.random.standard_normal(size), np.random.standard_normal(size)
+    A, b, x0 = definite(size), normal(size), normal(size)
     for options in ({}, {"x0": x0}, {"M": np.diag(1 / np.diag(A))}, {"rtol": 0, "atol": 1e-9}):
         options = {"rtol": 1e-11, **options}
         x, info = ours.cg(forms(A)[form], b, **options)
@@ -49,7 +54,7 @@ def test_cg_as_scipys(form: str, size: int) -> None:
 
 
 def test_columns_are_solved_together_as_one_by_one() -> None:
-    A, B = definite(30), np.random.standard_normal((30, 4)) * [1, 1e-6, 0, 1e6]
+    A, B = definite(30), normal((30, 4)) * [1, 1e-6, 0, 1e6]
     for form in forms(A).values():
         x, info = ours.cg(form, B, x0=np.ones_like(B), rtol=1e-10, maxiter=500)
         assert info.tolist() == [0, 0, 0, 0]
@@ -71,7 +76,7 @@ def test_dtypes_are_those_of_scipy(a: str, b: str, expected: str) -> None:
 
 
 def test_identity_that_returns_its_argument() -> None:
-    b = np.random.standard_normal(5)
+    b = normal(5)
     x, info = ours.cg(linalg.LinearOperator((5, 5), matvec=lambda v: v, dtype=float), b)
     assert info == 0
     np.testing.assert_array_equal(x, b)
@@ -79,7 +84,7 @@ def test_identity_that_returns_its_argument() -> None:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_callback_sees_every_iterate_of_scipy(warm: bool) -> None:
-    A, b = definite(25, 10), np.random.standard_normal(25)
+    A, b = definite(25, 10), normal(25)
     x0 = b / 2 if warm else None  # with A near I: the first direction is near x0
     if warm:
         A = np.eye(25) + 1e-3 * A
@@ -93,7 +98,7 @@ def test_callback_sees_every_iterate_of_scipy(warm: bool) -> None:
 
 
 def test_info_tells_the_status() -> None:
-    A, b = definite(20, 1e4), np.random.standard_normal(20)
+    A, b = definite(20, 1e4), normal(20)
     x, info = ours.cg(A, b, maxiter=3)
     assert info == 3
     np.testing.assert_allclose(x, linalg.cg(A, b, maxiter=3)[0], rtol=1e-8)
@@ -106,8 +111,8 @@ def test_info_tells_the_status() -> None:
 
 
 def test_minres_as_scipys() -> None:
-    Q, _ = np.linalg.qr(np.random.standard_normal((24, 24)))
-    A, b = (Q * np.concatenate([-np.linspace(1, 3, 5), np.linspace(1, 5, 19)])) @ Q.T, np.random.standard_normal(24)
+    Q, _ = np.linalg.qr(normal((24, 24)))
+    A, b = (Q * np.concatenate([-np.linspace(1, 3, 5), np.linspace(1, 5, 19)])) @ Q.T, normal(24)
     for shift in (0.0, 0.3):
         x, info = ours.minres(A, b, rtol=1e-10, shift=shift)
         assert info == 0
@@ -121,14 +126,14 @@ def test_inverse_finds_the_least_eigenvalues() -> None:
     operator = ours.inverse(A, rtol=1e-12)
     found = linalg.eigsh(A, k=3, sigma=0, OPinv=operator, return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(found), values, rtol=1e-9)
-    B = np.random.standard_normal((60, 5))
+    B = normal((60, 5))
     for product in (operator @ B, operator.H @ B, ours.inverse(A, method="minres", rtol=1e-12, maxiter=200) @ B):
         np.testing.assert_allclose(product, np.linalg.solve(A.toarray(), B), rtol=0, atol=1e-8)
     np.testing.assert_allclose(operator @ B[:, :1], np.linalg.solve(A.toarray(), B[:, :1]), rtol=0, atol=1e-8)
 
 
 def test_inverse_raises_or_reports_where_a_solve_fails() -> None:
-    A, b = np.diag([1.0, 2.0, -3.0]), np.ones(3)
+    A, b = np.diag([1.0, 2.0, -5.0]), np.ones(3)
     with pytest.raises(SolveError, match="NEGATIVE_CURVATURE in 1 of 1 columns of an inverse product"):
         ours.inverse(A) @ b
     with pytest.warns(SolveWarning, match="NEGATIVE_CURVATURE"):
@@ -152,7 +157,7 @@ def test_bad_input_gets_a_sentence() -> None:
         ours.cg(A, np.ones((4, 0)))
     with pytest.raises(ValueError, match=r"x0 must have the shape of b, \[4\], got \[3\]"):
         ours.cg(A, b, np.ones(3))
-    with pytest.raises(ValueError, match=r"M must have shape \[4, 4\], got \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"M must have shape .*, got \[3, 3\]"):
         ours.cg(A, b, M=np.eye(3))
     with pytest.raises(ValueError, match="callback must be None where b has more than one column, got 2 columns"):
         ours.cg(A, np.ones((4, 2)), callback=print)

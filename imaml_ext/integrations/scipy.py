@@ -14,6 +14,7 @@ from imaml_ext.integrations.outcome import Reaction, check_reactions, report
 from imaml_ext.solvers import Solution
 from imaml_ext.solvers import cg as _cg
 from imaml_ext.solvers.minres import MINRES
+from imaml_ext.solvers.operators import System
 
 Method = Literal["cg", "minres"]
 Array = np.ndarray[Any, Any]
@@ -49,14 +50,14 @@ def cg(
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape, or complex numbers.
     """
-    system = _System(A, b, x0, M)
+    solve = _Solve(A, b, x0, M)
     if callback is not None:
         if not callable(callback):
             raise TypeError(f"callback must be a function, got {type(callback).__name__}")
-        if len(system.b) > 1:
-            raise ValueError(f"callback must be None where b has more than one column, got {len(system.b)} columns")
-        system.product = _Followed(system, callback)
-    return system.answer(system.cg(rtol, atol, maxiter))
+        if len(solve.b) > 1:
+            raise ValueError(f"callback must be None where b has more than one column, got {len(solve.b)} columns")
+        solve.product = _Followed(solve, callback)
+    return _answer(solve.cg(rtol, atol, maxiter))
 
 
 def minres(
@@ -67,8 +68,7 @@ def minres(
     Arguments, results and errors are those of `cg`, but for `shift`; maxiter is 5 N unless given, as SciPy's is. A
     column ends when ‖b − (A − shift I) x‖ was measured to be at most rtol ‖b‖. SciPy estimates ‖r‖ / (‖A‖ ‖x‖).
     """
-    system = _System(A, b, x0, None)
-    return system.answer(system.minres(rtol, shift, maxiter))
+    return _answer(_Solve(A, b, x0, None).minres(rtol, shift, maxiter))
 
 
 def inverse(
@@ -104,57 +104,41 @@ def inverse(
     dtype = _real(getattr(A, "dtype", None), "A")
 
     def product(b: Array) -> Array:
-        system = _System(A, b, None, M)
-        found = system.cg(rtol, atol, maxiter) if method == "cg" else system.minres(rtol, 0.0, maxiter)
+        solve = _Solve(A, b, None, M)
+        found = solve.cg(rtol, atol, maxiter) if method == "cg" else solve.minres(rtol, 0.0, maxiter)
         report(found, on_breakdown=on_failure, on_unfinished=on_failure, what="columns of an inverse product")
-        return system.array(found.x).reshape(b.shape)
+        return _array(found.x).reshape(b.shape)
 
     return LinearOperator((size, size), matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype)
 
 
-class _System:
+class _Solve:
     """A and K right-hand sides of NumPy, as K rows."""
 
     def __init__(self, A: Any, b: Any, x0: Any, M: Any) -> None:
-        size = _shape(A)[0]
-        given = np.asarray(b)
-        if given.shape != (size,) and (given.ndim != 2 or given.shape[0] != size or given.shape[1] == 0):
-            expected = f"[{size}] or [{size}, K]"
-            raise ValueError(f"b must have shape {expected}, as A has {size} rows, got {list(given.shape)}")
-        dtypes = [_real(getattr(A, "dtype", None), "A"), _real(given.dtype, "b")]
-        if x0 is not None:
-            x0 = np.asarray(x0)
-            if x0.size != given.size or x0.shape[0] != size:
-                raise ValueError(f"x0 must have the shape of b, {list(given.shape)}, got {list(x0.shape)}")
-            dtypes.append(_real(x0.dtype, "x0"))
-        self.dtype = np.result_type(*dtypes)
-        self.size = size
-        self.b = self._rows(given)
-        self.x0 = None if x0 is None else self._rows(x0)
-        self.product = self._product(A)
-        self.M = None if M is None else self._product(M, "M")
-
-    def _rows(self, columns: Array) -> Tensor:
-        """[N] or [N, K] -> [K, N], a copy of its own."""
-        return torch.from_numpy(np.array(columns.reshape(self.size, -1).T, dtype=self.dtype, order="C"))
-
-    def array(self, rows: Tensor) -> Array:
-        """[K, N] -> [N, K], or [N] for one column."""
-        return rows[0].numpy() if len(rows) == 1 else np.ascontiguousarray(rows.numpy().T)
-
-    def _product(self, A: Any, name: str = "A") -> Callable[[Tensor], Tensor]:
-        from scipy.sparse import issparse
         from scipy.sparse.linalg import aslinearoperator
 
-        if _shape(A, name) != (self.size, self.size):
-            raise ValueError(f"{name} must have shape [{self.size}, {self.size}], got {list(_shape(A, name))}")
-        if issparse(A):  # which multiplies vectors faster than the columns of a matrix that are rows here
-            return lambda p: self._tensor(np.stack([A @ row for row in p.numpy()]))
-        multiply = (A if isinstance(A, np.ndarray) else aslinearoperator(A)).__matmul__
-        return lambda p: self._tensor(multiply(p[0].numpy()) if len(p) == 1 else multiply(p.numpy().T).T)
+        size = _shape(A)[0]
+        b = np.asarray(b)
+        if b.shape != (size,) and (b.ndim != 2 or b.shape[0] != size or b.shape[1] == 0):
+            expected = f"[{size}] or [{size}, K]"
+            raise ValueError(f"b must have shape {expected}, as A has {size} rows, got {list(b.shape)}")
+        dtypes = [_real(getattr(A, "dtype", None), "A"), _real(b.dtype, "b")]
+        if x0 is not None:
+            x0 = np.asarray(x0)
+            if x0.size != b.size or x0.shape[0] != size:
+                raise ValueError(f"x0 must have the shape of b, {list(b.shape)}, got {list(x0.shape)}")
+            dtypes.append(_real(x0.dtype, "x0"))
+        self.dtype = np.result_type(*dtypes)
+        A, M = (m if m is None or hasattr(m, "__matmul__") else aslinearoperator(m) for m in (A, M))
+        system = System.read(A, self._columns(b))
+        self.product, self.b, self.size = system.operator, system.b, size
+        self.x0 = None if x0 is None else system.rows(self._columns(x0), "x0")
+        self.M = system.product(M, "M")
 
-    def _tensor(self, rows: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(rows, dtype=self.dtype).reshape(-1, self.size))
+    def _columns(self, given: Array) -> Tensor:
+        """[N] or [N, K] -> [1, N, K]."""
+        return torch.from_numpy(np.array(given.reshape(1, len(given), -1), dtype=self.dtype))
 
     def cg(self, rtol: float, atol: float, maxiter: int | None) -> Solution:
         most = 10 * self.size if maxiter is None else check_int("maxiter", maxiter, minimum=0)
@@ -162,28 +146,33 @@ class _System:
         return _cg(self.product, self.b, x0=self.x0, preconditioner=self.M, **options)
 
     def minres(self, rtol: float, shift: float, maxiter: int | None) -> Solution:
-        most = 5 * self.size if maxiter is None else check_int("maxiter", maxiter, minimum=0)
+        most = 5 * self.size if maxiter is None else check_int("maxiter", maxiter, minimum=1)
         return MINRES(max_iterations=most, rtol=rtol).solve(self.product, self.b, -shift, self.x0)
 
-    def answer(self, found: Solution) -> tuple[Array, Any]:
-        """x and info."""
-        steps = found.iterations.clamp(min=1)
-        info = torch.where(found.unfinished, steps, -found.status).numpy()
-        return self.array(found.x), (int(info[0]) if len(info) == 1 else info)
+
+def _array(rows: Tensor) -> Array:
+    """[K, N] -> [N, K], or [N] for one row."""
+    return rows[0].numpy() if len(rows) == 1 else np.ascontiguousarray(rows.numpy().T)
+
+
+def _answer(found: Solution) -> tuple[Array, Any]:
+    """x and info."""
+    info = torch.where(found.unfinished, found.iterations.clamp(min=1), -found.status).numpy()
+    return _array(found.x), (int(info[0]) if len(info) == 1 else info)
 
 
 class _Followed:
-    """The product of a system of one row, which follows the steps that conjugate gradients take with it.
+    """The product of one system, which follows the steps that conjugate gradients take with it.
 
     The vector of a product is a direction p, and then x ← x + α p with α = pᵀr / pᵀAp; or it is x itself, to measure
     b − A x. Directions are conjugate, so that none but a measured vector equals x; after a measurement a step follows.
     """
 
-    def __init__(self, system: _System, callback: Callable[[Array], object]) -> None:
-        self.product, self.callback, self.b = system.product, callback, system.b
-        self.x = torch.zeros_like(self.b) if system.x0 is None else system.x0.clone()
+    def __init__(self, solve: _Solve, callback: Callable[[Array], object]) -> None:
+        self.product, self.callback, self.b = solve.product, callback, solve.b
+        self.x = torch.zeros_like(self.b) if solve.x0 is None else solve.x0.clone()
         self.r = self.b.clone()
-        self.measured = system.x0 is None  # with x0 the first product measures it
+        self.measured = solve.x0 is None  # with x0 the first product measures it
 
     def __call__(self, p: Tensor) -> Tensor:
         q = self.product(p)
@@ -199,10 +188,10 @@ class _Followed:
         return q
 
 
-def _shape(A: Any, name: str = "A") -> tuple[int, int]:
+def _shape(A: Any) -> tuple[int, int]:
     shape = tuple(getattr(A, "shape", ()))
     if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(f"{name} must be an operator of shape [N, N], got {type(A).__name__} of shape {list(shape)}")
+        raise ValueError(f"A must be an operator of shape [N, N], got {type(A).__name__} of shape {list(shape)}")
     return shape
 
 
