@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from integration_examples import Meter, Run
 from torch import Tensor, nn
 
 from imaml_ext.data import load_dataset
 from imaml_ext.integrations.torchopt import solve_symmetric
+from integration_examples import Meter, Run
 
 PACKAGES = ("torchopt",)
 EXAMPLE = (
-    "iMAML on few-shot characters, examples/iMAML/imaml_omniglot.py: one meta-gradient of 5-way 5-shot tasks. Reduced to "
-    "3 tasks, 8 filters and built-in drawings, in float64. The solve, of 5 iterations in the example, runs until the "
-    "relative residual is 1e-8. 20 inner steps of 0.02 and a regularisation of 20 stand for 5 steps of 0.1 and 2, so "
-    "that tens of iterations reach it."
+    "iMAML on few-shot characters, examples/iMAML/imaml_omniglot.py: one meta-gradient of 5-way 5-shot tasks. Reduced "
+    "to 3 tasks, 8 filters and built-in drawings, in float64. The solve, of 5 iterations in the example, runs until "
+    "the relative residual is 1e-8. 20 inner steps of 0.02 and a regularisation of 20 stand for 5 steps of 0.1 and 2, "
+    "so that tens of iterations reach it."
 )
 CHANGE = (
     "linear_solve=torchopt.linear_solve.solve_normal_cg(maxiter=200, rtol=1e-8, atol=0)",

@@ -34,8 +34,8 @@ def solve_symmetric(
 
     TorchOpt's A is the derivative of an optimality condition, so that its sign is that of the condition: the Hessian of
     a loss that is minimised, or minus that of one that is maximised. With "auto" conjugate gradients work on A. If they
-    meet negative curvature on the first step they work on −A x = −b; if they meet it later, or again, MINRES begins
-    anew on A. The status decides this, and the x of a row that has failed is never taken for a solution.
+    meet negative curvature on the first step, they work on −A x = −b. If they break down later, or again, MINRES begins
+    anew on A. The status decides this, and the x of a solve that broke down is never taken for a solution.
 
     Args:
         ridge: the system is (A + ridge) x = b. init: a tree like b, where the solve begins.
@@ -121,10 +121,8 @@ class _System:
 
         if method != "minres":
             found = by_cg(1)
-            if method == "cg" or found.status.item() != SolveStatus.NEGATIVE_CURVATURE:
-                return found
-            if found.iterations.item() == 0:
+            if method == "auto" and found.status == SolveStatus.NEGATIVE_CURVATURE and found.iterations == 0:
                 found = by_cg(-1)
-                if found.status.item() != SolveStatus.NEGATIVE_CURVATURE:
-                    return found
+            if method == "cg" or not found.broke_down:
+                return found
         return MINRES(**options).solve(self.product(self.matvec, "what matvec returns", 1), self.b, ridge, x0)
