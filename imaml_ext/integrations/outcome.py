@@ -26,9 +26,9 @@ def report(solution: Solution, *, on_breakdown: Reaction, on_unfinished: Reactio
         on_unfinished: what is done where the products are spent, or rounding lets the residual fall no further.
         what: the systems are, for the message.
     """
-    broken, unfinished = bool((solution.broke_down | solution.non_finite).any()), bool(solution.unfinished.any())
+    broken, unfinished = solution.broke_down | solution.non_finite, solution.unfinished
     for failed, reaction in ((broken, on_breakdown), (unfinished, on_unfinished)):
-        if not failed or reaction == "ignore":
+        if reaction == "ignore" or not bool(failed.any()):
             continue
         try:
             solution.raise_if_failed(unfinished=failed is unfinished, what=what)
