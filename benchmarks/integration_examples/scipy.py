@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from integration_examples import Meter, Run
 
 from imaml_ext.integrations.scipy import cg as cg_of_columns
+from integration_examples import Meter, Run
 
 PACKAGES = ("scipy",)
 EXAMPLE = (
     "Systems of one symmetric positive definite matrix, the example of the documentation of scipy.sparse.linalg.cg. "
-    "Enlarged from 4 unknowns and one right-hand side to kernel ridge regression: an RBF kernel of 2000 points in three "
+    "Enlarged from 4 unknowns and one right-hand side to kernel ridge regression: an RBF kernel of 2000 points in 3 "
     "dimensions plus 1, dense, and 16 right-hand sides, each to a relative residual of 1e-8."
 )
 CHANGE = (
