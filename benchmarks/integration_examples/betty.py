@@ -16,7 +16,7 @@ from integration_examples import Meter, Run
 
 PACKAGES = ("betty-ml",)
 EXAMPLE = (
-    "Data cleaning by a meta-weight net, examples/learning_to_reweight/main.py: the hypergradients of 3 meta-steps. "
+    "Data cleaning by a meta-weight net, examples/learning_to_reweight/main.py: the hypergradients of 2 meta-steps. "
     "Reduced to a linear classifier of 100 built-in drawings of 10 classes, 40 of them with a wrong label, in float64. "
     "The weight decay is part of the inner loss, 0.05, so that the inner problem has one minimiser."
 )
@@ -92,7 +92,7 @@ def problems(config: Any, ways: int, shots: int, hidden: int) -> tuple[Any, Any]
     return outer, Inner(name="inner", config=config, device="cpu")
 
 
-def example(ours: bool, *, ways: int = 10, shots: int = 10, hidden: int = 100, meta_steps: int = 3) -> Run:
+def example(ours: bool, *, ways: int = 10, shots: int = 10, hidden: int = 100, meta_steps: int = 2) -> Run:
     from betty import hypergradient
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine

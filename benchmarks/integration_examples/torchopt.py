@@ -15,7 +15,7 @@ from integration_examples import Meter, Run
 PACKAGES = ("torchopt",)
 EXAMPLE = (
     "iMAML on few-shot characters, examples/iMAML/imaml_omniglot.py: one meta-gradient of 5-way 5-shot tasks. Reduced "
-    "to 3 tasks, 8 filters and built-in drawings, in float64. The solve, of 5 iterations in the example, runs until "
+    "to 2 tasks, 8 filters and built-in drawings, in float64. The solve, of 5 iterations in the example, runs until "
     "the relative residual is 1e-8. 20 inner steps of 0.02 and a regularisation of 20 stand for 5 steps of 0.1 and 2, "
     "so that tens of iterations reach it."
 )
@@ -85,7 +85,7 @@ def inner_net(linear_solve: Any) -> type:
     return InnerNet
 
 
-def example(ours: bool, *, filters: int = 8, tasks: int = 3, ways: int = 5, shots: int = 5) -> Run:
+def example(ours: bool, *, filters: int = 8, tasks: int = 2, ways: int = 5, shots: int = 5) -> Run:
     from torchopt.linear_solve import solve_normal_cg
 
     if ours:
