@@ -1,6 +1,6 @@
 """Published examples of other libraries with one line changed: their own solver and ours, in one run.
 
-python benchmarks/integrations.py [NAME ...] [--rounds 5] [--json benchmarks/results/integrations.json]
+python benchmarks/integrations.py [NAME ...] [--rounds 5] [--json FILE]
 
 A NAME is a file of benchmarks/integration_examples. The solvers take turns, one thread. The results of the two must
 agree within 1e-5, relative to the largest entry. The CPU time is that of the process inside the solves alone.
@@ -9,6 +9,7 @@ agree within 1e-5, relative to the largest entry. The CPU time is that of the pr
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from integration_examples import Run
-from measure import MismatchError, write_result
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, which reads it when it is imported
+
+import torch  # noqa: E402
+from integration_examples import Run  # noqa: E402
+from measure import MismatchError, write_result  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 NAMES = sorted(p.stem for p in (HERE / "integration_examples").glob("*.py") if p.stem != "__init__")
@@ -86,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all of them if none is given")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "integrations.json")
+    parser.add_argument("--json", type=Path, help="the result file; by default that of the repository, if all are run")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"NAME must be one of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
@@ -101,9 +104,9 @@ def main() -> int:
                 f"{name}, {who}: {row[who]['median_s']:.3f} s of CPU time, {row[who]['products']} products", flush=True
             )
         print(f"  ours ÷ library: {row['ours_to_library']['median']:.2f}; results apart by {row['difference']:.1e}")
-    write_result(
-        options.json, script="integrations", device=torch.device("cpu"), rounds=options.rounds, results=results
-    )
+    path = options.json or (None if options.names else HERE / "results" / "integrations.json")
+    if path:
+        write_result(path, script="integrations", device=torch.device("cpu"), rounds=options.rounds, results=results)
     return 0
 
 

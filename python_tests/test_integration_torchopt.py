@@ -142,12 +142,14 @@ def test_gradient_of_a_scalar_root() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    b = tree(torch.ones(11, dtype=torch.float64, requires_grad=True))
-    solve, A = solve_symmetric(), product(symmetric(torch.linspace(1, 9, 11)))
-    with pytest.raises(RuntimeError, match="b must not require a gradient"):
-        solve(A, b)
-    with torch.no_grad():
-        solve(A, b)
+    A, b = symmetric(torch.linspace(1, 9, 11)), torch.ones(11, dtype=torch.float64)
+    cases = {"b": (A, b.clone().requires_grad_()), "what matvec returns": (A.clone().requires_grad_(), b)}
+    for name, (matrix, wanting) in cases.items():
+        solve = solve_symmetric()
+        with pytest.raises(RuntimeError, match=f"{name} must not require a gradient"):
+            solve(product(matrix), tree(wanting))
+        with torch.no_grad():
+            solve(product(matrix), tree(wanting))
 
 
 def test_bad_input_gets_a_sentence() -> None:
