@@ -19,9 +19,9 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, which reads it when it is imported
 
-import torch  # noqa: E402
-from integration_examples import Run  # noqa: E402
-from measure import MismatchError, write_result  # noqa: E402
+import torch
+from integration_examples import Run
+from measure import MismatchError, write_result
 
 HERE = Path(__file__).resolve().parent
 NAMES = sorted(p.stem for p in (HERE / "integration_examples").glob("*.py") if p.stem != "__init__")
