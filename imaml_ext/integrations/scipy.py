@@ -13,7 +13,7 @@ from imaml_ext.checks import check_choice, check_int
 from imaml_ext.integrations.outcome import Reaction, check_reactions, report
 from imaml_ext.solvers import Solution
 from imaml_ext.solvers import cg as _cg
-from imaml_ext.solvers.minres import MINRES
+from imaml_ext.solvers.minres import minres as _minres
 from imaml_ext.solvers.operators import System
 
 Method = Literal["cg", "minres"]
@@ -146,8 +146,9 @@ class _Solve:
         return _cg(self.product, self.b, x0=self.x0, preconditioner=self.M, **options)
 
     def minres(self, rtol: float, shift: float, maxiter: int | None) -> Solution:
-        most = 5 * self.size if maxiter is None else check_int("maxiter", maxiter, minimum=1)
-        return MINRES(max_iterations=most, rtol=rtol).solve(self.product, self.b, -shift, self.x0)
+        most = 5 * self.size if maxiter is None else check_int("maxiter", maxiter, minimum=0)
+        options: dict[str, Any] = {"rtol": rtol, "max_iterations": most, "check_every": 1}
+        return _minres(self.product, self.b, x0=self.x0, shift=-shift, **options)
 
 
 def _array(rows: Tensor) -> Array:

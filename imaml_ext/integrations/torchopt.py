@@ -11,7 +11,7 @@ from torch import Tensor
 from imaml_ext.checks import check_choice, check_int
 from imaml_ext.integrations.outcome import Reaction, check_reactions, report
 from imaml_ext.solvers import Solution, SolveStatus, cg
-from imaml_ext.solvers.minres import MINRES
+from imaml_ext.solvers.minres import minres
 
 Method = Literal["auto", "cg", "minres"]
 Product = Callable[[Any], Any]  # a tree of tensors -> one of the same structure
@@ -48,7 +48,8 @@ def solve_symmetric(
         on_unfinished: the same where the products are spent before the tolerance is met.
         on_solve: called with the `Solution` of every solve, whose x is a list of the leaves [1, …].
 
-    The solver raises RuntimeError if b requires a gradient while gradients are recorded, as none flows through x.
+    The solver raises RuntimeError if b or a product requires a gradient while gradients are recorded, as none flows
+    through x.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -86,12 +87,7 @@ class _System:
         leaves, self.spec = pytree.tree_flatten(b)
         if not leaves:
             raise ValueError(f"b must have at least one tensor, got {b!r}")
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            raise RuntimeError(
-                "b must not require a gradient while gradients are recorded, as none flows through the solution: "
-                "differentiate once (create_graph=False), or solve by imaml_ext.solve"
-            )
-        self.b = [leaf.detach().unsqueeze(0) for leaf in leaves]
+        self.b = self.rows(b, "b")
         self.size = sum(leaf.numel() for leaf in leaves)
 
     def tree(self, leaves: list[Tensor]) -> Any:
@@ -101,6 +97,11 @@ class _System:
         leaves, spec = self.pytree.tree_flatten(tree)
         if spec != self.spec:
             raise ValueError(f"{name} must have the structure of b, {self.spec}, got {spec}")
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            raise RuntimeError(
+                f"{name} must not require a gradient while gradients are recorded, as none flows through the solution: "
+                "differentiate once (create_graph=False), call within torch.no_grad(), or use imaml_ext.solve"
+            )
         return [leaf.detach().unsqueeze(0) for leaf in leaves]
 
     def product(self, function: Product, name: str, sign: int) -> Product:
@@ -111,13 +112,13 @@ class _System:
         return multiply
 
     def solve(self, method: Method, ridge: float, init: Any, options: dict[str, Any]) -> Solution:
-        x0 = None if init is None else self.rows(init, "init")
+        options |= {"x0": None if init is None else self.rows(init, "init"), "check_every": 1}
 
         def by_cg(sign: int) -> Solution:
             b = [sign * leaf for leaf in self.b]
             M = None if self.M is None else self.product(self.M, "what M returns", sign)
             A = self.product(self.matvec, "what matvec returns", sign)
-            return cg(A, b, shift=sign * ridge, x0=x0, preconditioner=M, check_every=1, **options)
+            return cg(A, b, shift=sign * ridge, preconditioner=M, **options)
 
         if method != "minres":
             found = by_cg(1)
@@ -125,4 +126,4 @@ class _System:
                 found = by_cg(-1)
             if method == "cg" or not found.broke_down:
                 return found
-        return MINRES(**options).solve(self.product(self.matvec, "what matvec returns", 1), self.b, ridge, x0)
+        return minres(self.product(self.matvec, "what matvec returns", 1), self.b, shift=ridge, **options)
