@@ -529,6 +529,29 @@ def _two_versions(result: dict[str, Any]) -> str:
     )
 
 
+def _integrations(result: dict[str, Any]) -> str:
+    rows, texts = [], []
+    for name, row in result["results"].items():
+        theirs, ours, ratio = row["library"], row["ours"], row["ours_to_library"]
+        seconds = [f"{theirs['median_s']:.3f}", f"{ours['median_s']:.3f}"]
+        spread = [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} – {ratio['max']:.2f}"]
+        products = [f"{theirs['products']:,}", f"{ours['products']:,}"]
+        rows.append([name, *seconds, *spread, *products, f"{row['difference']:.0e}"])
+        versions = ", ".join(f"{package} {version}" for package, version in row["versions"].items())
+        before, after = row["change"]
+        texts.append(f"**{name}** ({versions}). {row['example']}\n\n    - {before}\n    + {after}\n\n{row['reason']}\n")
+    header = ["example", "library, s", "ours, s", "ours ÷ library", "min – max", "products", "ours", "apart by"]
+    return "\n".join(
+        [
+            _heading("Other libraries with our solvers", result),
+            "CPU time inside the solves, of one thread, with the products. Products are of the matrix with one vector. "
+            "Results are apart by the largest difference, relative to the largest entry.\n",
+            _table(header, rows),
+            *texts,
+        ]
+    )
+
+
 _SECTIONS = {
     "meta_step": _meta_step,
     "two_versions": _two_versions,
@@ -540,6 +563,7 @@ _SECTIONS = {
     "precondition": _precondition,
     "compiled_module": _compiled_module,
     "own_drawings": _own_drawings,
+    "integrations": _integrations,
 }
 
 

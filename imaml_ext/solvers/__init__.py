@@ -6,14 +6,13 @@ from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
 from imaml_ext.solvers.differentiable import WarmStart, solve
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Solution, SolveStatus
+from imaml_ext.solvers.minres import MINRES, minres
 from imaml_ext.solvers.operators import check_symmetry, multi_rhs
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
-if TYPE_CHECKING:
-    from imaml_ext.solvers.minres import MINRES as MINRES
-
 __all__ = [
     "CG",
+    "MINRES",
     "FixedPoint",
     "Lanczos",
     "LinearSolver",
@@ -23,6 +22,7 @@ __all__ = [
     "WarmStart",
     "cg",
     "check_symmetry",
+    "minres",
     "multi_rhs",
     "solve",
 ]
