@@ -72,6 +72,26 @@ _BROKE_DOWN = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.DIVERGED, SolveStatus
 
 
 @dataclass(frozen=True, eq=False)
+class Lanczos:
+    """The tridiagonal matrices T = Vᵀ A V of the Krylov spaces that a solver has gone through; A = H + diag(shift).
+
+    V is orthonormal and begins with r / ‖r‖ of the first residual r, which is b without a warm start. With a
+    preconditioner M, T is that of M^½ A M^½ and M^½ r. Entries beyond the leading steps × steps block are 0.
+
+    Attributes:
+        diagonal: [B, m] float64.
+        off_diagonal: [B, m − 1] float64.
+        steps: [B] int32, the order of T: steps taken until the row's first measurement, restart or end.
+
+    Source: Golub and Meurant, Matrices, moments and quadrature with applications (2010), section 4.1.
+    """
+
+    diagonal: Tensor
+    off_diagonal: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a linear solver returns; every field stays on the device of `b`, and nothing has been read back.
 
@@ -86,12 +106,14 @@ class Solution:
             and MINRES it is otherwise that of the recurrence, an estimate that can be far too small once rounding
             matters. In Neumann and FixedPoint it is that of the iterate before x where a row has spent its iterations.
             NaN where nothing has measured it.
+        lanczos: the Lanczos tridiagonals, where the solver was asked for them.
     """
 
     x: Tensor
     status: Tensor
     iterations: Tensor
     residual_norm: Tensor
+    lanczos: Lanczos | None = None
 
     @property
     def non_finite(self) -> Tensor:
@@ -131,7 +153,7 @@ class Solution:
             raise SolveError("; ".join(sentences))
 
 
-torch.serialization.add_safe_globals([Solution])
+torch.serialization.add_safe_globals([Lanczos, Solution])
 
 
 def check_system(hvp: object, b: object) -> None:
