@@ -30,7 +30,7 @@ imaml_ext::RowOperator row_operator(const py::object& callable, const char* name
 py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift, const std::optional<at::Tensor>& x0,
              int64_t max_iterations, const at::Tensor& rtol, const at::Tensor& atol,
              const std::optional<at::Tensor>& inverse_diagonal, const py::object& preconditioner, int64_t check_every,
-             int64_t rows_per_block) {
+             int64_t rows_per_block, bool lanczos, const std::optional<at::Tensor>& shifts) {
   imaml_ext::CgOptions options;
   options.shift = shift;
   options.x0 = x0;
@@ -42,12 +42,17 @@ py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift
   if (!preconditioner.is_none()) options.preconditioner = row_operator(preconditioner, "preconditioner", in_blocks);
   options.check_every = check_every;
   options.rows_per_block = rows_per_block;
+  options.lanczos = lanczos;
+  if (shifts) options.shifts = *shifts;
   imaml_ext::CgResult result;
   {
     py::gil_scoped_release no_gil;
     result = imaml_ext::cg(row_operator(hvp, "hvp", in_blocks), b, options);
   }
-  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm);
+  py::object kept = py::none(), shifted = py::none();
+  if (const auto& t = result.lanczos) kept = py::make_tuple(t->diagonal, t->off_diagonal, t->steps);
+  if (const auto& s = result.shifted) shifted = py::make_tuple(s->x, s->iterations);
+  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, kept, shifted);
 }
 
 }  // namespace
@@ -56,7 +61,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native part of imaml_ext. Use imaml_ext.cg and imaml_ext.ops.";
   m.def("cg", torch::wrap_pybind_function(cg), py::arg("hvp"), py::arg("b"), py::kw_only(), py::arg("shift"),
         py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("inverse_diagonal"),
-        py::arg("preconditioner"), py::arg("check_every"), py::arg("rows_per_block"));
+        py::arg("preconditioner"), py::arg("check_every"), py::arg("rows_per_block"), py::arg("lanczos"),
+        py::arg("shifts"));
   m.def("network_tape_size", [](const std::vector<int64_t>& network, int64_t images, int64_t item_size) {
     return imaml_ext::network_tape_size(network, images, item_size);
   });

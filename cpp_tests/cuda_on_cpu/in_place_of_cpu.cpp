@@ -21,6 +21,10 @@ void cg_step(OnCpu, const CgArguments<T>& a) {
   cg_step(kEmulated, a);
 }
 template <typename T>
+void cg_shifts_step(OnCpu, const CgShiftsArguments<T>& a) {
+  cg_shifts_step(kEmulated, a);
+}
+template <typename T>
 void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a) {
   prox_update(kEmulated, update, a);
 }
@@ -50,6 +54,7 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
 }
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG_SHIFTS, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)
 IMAML_INSTANTIATE_NETWORK(OnCpu, double)

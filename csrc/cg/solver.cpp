@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "cg/lanczos.h"
 #include "cg/ops.h"
 #include "cg/row.h"
+#include "cg/shift.h"
 #include "common/checks.h"
 
 namespace imaml_ext {
@@ -62,6 +64,9 @@ CgOptions completed(const CgOptions& options, const at::Tensor& b) {
   TORCH_CHECK_VALUE(options.rows_per_block >= 0, "cg: rows_per_block must be at least 0, got ", options.rows_per_block);
   TORCH_CHECK_VALUE(!(options.preconditioner && options.inverse_diagonal.defined()),
                     "cg: preconditioner must be either a diagonal or a callable, got both");
+  TORCH_CHECK_VALUE(
+      !options.shifts.defined() || !(options.x0 || options.preconditioner || options.inverse_diagonal.defined()),
+      "cg: shifts must come without x0 and preconditioner, got both");
   const auto wide = b.options().dtype(at::kDouble);
   CgOptions o = options;
   if (!o.shift.defined()) o.shift = at::zeros({1, 1}, b.options().dtype(compute_type(b.scalar_type())));
@@ -73,6 +78,9 @@ CgOptions completed(const CgOptions& options, const at::Tensor& b) {
     const bool one = tolerance.dim() == 1 && tolerance.size(0) == 1;
     check_table("cg", name, tolerance, at::kDouble, {one ? 1 : b.size(0)}, b);
   }
+  if (o.shifts.defined()) {
+    check_table("cg", "shifts", o.shifts, at::kDouble, {b.size(0), o.shifts.size(-1)}, b);
+  }
   if (o.x0) {
     o.x0 = o.x0->detach().contiguous();
     check_like("cg", "x0", *o.x0, "b", b);
@@ -80,11 +88,18 @@ CgOptions completed(const CgOptions& options, const at::Tensor& b) {
   return o;
 }
 
+// What is kept of all rows beside the result.
+struct Kept {
+  at::Tensor state;         // [B, kRowStateWidth] float64
+  at::Tensor coefficients;  // [m, B, 2] float64: α and β of every step
+  at::Tensor shift_state;   // [B, J, kShiftStateWidth] float64
+};
+
 // One block of rows: views of the batch's tensors, and the work vectors that each block uses anew.
 class Block {
  public:
   Block(RowRange rows, const CgOptions& batch, const at::Tensor& b, const WorkVectors& work, CgResult& result,
-        const at::Tensor& state)
+        const Kept& kept)
       : rows_(rows),
         batch_(b.size(0)),
         o_(batch),
@@ -93,7 +108,7 @@ class Block {
         r_(work.r(rows.count())),
         p_(work.p(rows.count())),
         best_(work.best(rows.count())),
-        state_(of(state)),
+        state_(of(kept.state)),
         status_(of(result.status)),
         iterations_(of(result.iterations)) {
     o_.shift = of(batch.shift);
@@ -101,6 +116,13 @@ class Block {
     o_.atol = of(batch.atol);
     if (batch.inverse_diagonal.defined()) inverse_diagonal_ = of(batch.inverse_diagonal);
     if (batch.x0) x_.copy_(of(*batch.x0));
+    if (batch.lanczos) coefficients_ = kept.coefficients.narrow(1, rows.first, rows.count());
+    if (batch.shifts.defined()) {
+      sigma_ = of(batch.shifts);
+      shift_x_ = of(result.shifted->x);
+      shift_p_ = b_.unsqueeze(1).expand_as(shift_x_).contiguous();
+      shift_state_ = of(kept.shift_state);
+    }
   }
 
   void solve(const RowOperator& hvp);
@@ -126,11 +148,19 @@ class Block {
   }
   at::Tensor precondition() const { return apply(o_.preconditioner, "preconditioner", r_); }
 
+  // Waits for the device.
+  bool at_work() const {
+    const at::Tensor rows = o_.shifts.defined() ? shift_state_.select(2, kZeta).ne(0) : status_.ge(kIterating);
+    return rows.any().item<bool>();
+  }
+
   RowRange rows_;
   int64_t batch_;
   CgOptions o_;
   std::optional<at::Tensor> inverse_diagonal_;
   at::Tensor b_, x_, r_, p_, best_, state_, status_, iterations_;
+  at::Tensor coefficients_;                             // [m, rows, 2]; undefined: not asked for
+  at::Tensor sigma_, shift_x_, shift_p_, shift_state_;  // undefined: no shifts
 };
 
 void Block::solve(const RowOperator& hvp) {
@@ -152,7 +182,7 @@ void Block::solve(const RowOperator& hvp) {
   for (int64_t k = 0; k < o_.max_iterations; ++k) {
     const bool first = from_b && k == 0;
     const bool last = k + 1 == o_.max_iterations;
-    if (o_.check_every > 0 && k % o_.check_every == 0 && !status_.ge(kIterating).any().item<bool>()) {
+    if (o_.check_every > 0 && k % o_.check_every == 0 && !at_work()) {
       if (first) x_.zero_();  // what the first step would have done
       break;
     }
@@ -162,6 +192,11 @@ void Block::solve(const RowOperator& hvp) {
                    iterations_, /*update_direction=*/!o_.preconditioner, first, last);
     if (o_.preconditioner && !last) {
       call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
+    }
+    if (coefficients_.defined()) coefficients_.select(0, k).copy_(state_.narrow(1, kAlpha, 2));
+    if (sigma_.defined()) {
+      call<cg_shifts_step_>("imaml_ext::cg_shifts_step_", last ? std::nullopt : std::optional(r_), state_, sigma_,
+                            shift_x_, shift_p_, shift_state_, last);
     }
   }
 }
@@ -179,20 +214,29 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
   result.x = at::empty_like(b);
   result.status = at::empty({batch}, b.options().dtype(at::kInt));
   result.iterations = at::empty_like(result.status);
-  const at::Tensor state = at::empty({batch, kRowStateWidth}, b.options().dtype(at::kDouble));
+  const auto wide = b.options().dtype(at::kDouble);
+  Kept kept{at::empty({batch, kRowStateWidth}, wide), {}, {}};
+  if (o.lanczos) kept.coefficients = at::zeros({o.max_iterations, batch, 2}, wide);
+  if (o.shifts.defined()) {
+    result.shifted = ShiftedSystems{at::zeros({batch, o.shifts.size(1), b.size(1)}, b.options()), {}};
+    kept.shift_state = at::zeros({batch, o.shifts.size(1), kShiftStateWidth}, wide);
+    kept.shift_state.select(2, kZeta).fill_(1.0);
+  }
 
   const int64_t size = o.rows_per_block > 0 ? std::min(o.rows_per_block, batch) : batch;
   WorkVectors work(size, b);
   RowRange rows;
   do {
     rows = {rows.last, std::min(rows.last + size, batch)};
-    Block(rows, o, b, work, result, state).solve(hvp);
+    Block(rows, o, b, work, result, kept).solve(hvp);
   } while (rows.last < batch);
   work.done();
 
   // A row still at work has spent its iterations.
   result.status.masked_fill_(result.status.ge(kIterating), kMaxIterations);
-  result.residual_norm = state.select(1, kResidual).clone(at::MemoryFormat::Contiguous);
+  result.residual_norm = kept.state.select(1, kResidual).clone(at::MemoryFormat::Contiguous);
+  if (o.lanczos) result.lanczos = lanczos_tables(kept.coefficients);
+  if (result.shifted) result.shifted->iterations = kept.shift_state.select(2, kSteps).to(at::kInt);
   return result;
 }
 

@@ -67,6 +67,24 @@ struct CgOptions {
   RowOperator preconditioner;    // z = M r; empty: none
   int64_t check_every = 0;       // k > 0: look every k iterations whether all rows are done; 0: never look
   int64_t rows_per_block = 0;    // k > 0: solve k rows at a time; 0: all of them together
+  bool lanczos = false;          // keep the Lanczos coefficients
+  // [B, J] float64, σ ≥ 0: solves A + σ too, without a product of its own (cg/shift.h). Not with x0 or a
+  // preconditioner. With check_every the solve ends when no shifted system follows any more, whether the rows have
+  // measured or not.
+  at::Tensor shifts;
+};
+
+// The Lanczos tridiagonal of each row: steps × steps leading entries of T, and 0 beyond (cg/lanczos.h).
+struct LanczosTables {
+  at::Tensor diagonal;      // [B, max_iterations] float64
+  at::Tensor off_diagonal;  // [B, max_iterations − 1] float64
+  at::Tensor steps;         // [B] int32
+};
+
+// What the shifted systems were when they ceased to follow. No residual of them has been measured.
+struct ShiftedSystems {
+  at::Tensor x;           // [B, J, N]
+  at::Tensor iterations;  // [B, J] int32
 };
 
 struct CgResult {
@@ -74,6 +92,8 @@ struct CgResult {
   at::Tensor status;         // [B] int32, the first four of RowStatus
   at::Tensor iterations;     // [B] int32, conjugate-gradient steps taken
   at::Tensor residual_norm;  // [B] float64, ‖b − A x‖; NaN where nothing has measured it
+  std::optional<LanczosTables> lanczos;
+  std::optional<ShiftedSystems> shifted;
 };
 
 // Throws c10::ValueError / c10::TypeError for arguments that do not fit together (see CgOptions), and passes on

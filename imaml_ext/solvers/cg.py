@@ -15,7 +15,7 @@ from imaml_ext.checks import check_int
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, check_system
+from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, Solution, check_system
 
 BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
@@ -88,6 +88,7 @@ def cg(
     preconditioner: Tensor | Operator | BlockOperator | None = None,
     check_every: int = 0,
     rows_per_block: int | None = None,
+    lanczos: bool = False,
 ) -> Solution:
     """Solves (H_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
 
@@ -119,6 +120,8 @@ def cg(
             vectors stay in the cache where those of B rows would not; every row has the same bits. hvp and a callable
             preconditioner are then called with two arguments, p [k, N] (fewer rows in the last block) and the `slice`
             of the batch that these rows are; counts of calls are a block's. None: all rows together.
+        lanczos: keep the coefficients of every row's Lanczos tridiagonal, `Lanczos` with m = max_iterations. Without
+            rtol and atol no measurement cuts it short.
 
     Returns:
         A `Solution`. No autograd graph is recorded; for a differentiable solve see `imaml_ext.prox_solve`.
@@ -137,18 +140,19 @@ def cg(
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
     elif preconditioner is not None:
         preconditioner = callback(preconditioner, "cg", "preconditioner", b)
-    return Solution(
-        *native(b.device).cg(
-            callback(hvp, "cg", "hvp", b),
-            b,
-            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
-            x0=x0,
-            max_iterations=check_int("max_iterations", max_iterations, minimum=0),
-            rtol=_tolerance(rtol, "rtol", b),
-            atol=_tolerance(atol, "atol", b),
-            inverse_diagonal=diagonal,
-            preconditioner=preconditioner,
-            check_every=_look_every(check_every),
-            rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
-        )
+    x, status, iterations, residual_norm, tables, _ = native(b.device).cg(
+        callback(hvp, "cg", "hvp", b),
+        b,
+        shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+        x0=x0,
+        max_iterations=check_int("max_iterations", max_iterations, minimum=0),
+        rtol=_tolerance(rtol, "rtol", b),
+        atol=_tolerance(atol, "atol", b),
+        inverse_diagonal=diagonal,
+        preconditioner=preconditioner,
+        check_every=_look_every(check_every),
+        rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
+        lanczos=bool(lanczos),
+        shifts=None,
     )
+    return Solution(x, status, iterations, residual_norm, Lanczos(*tables) if lanczos else None)

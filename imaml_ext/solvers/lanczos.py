@@ -1,0 +1,223 @@
+"""What Lanczos tridiagonals tell of a matrix without its entries: traces of functions, log-determinants, eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaml_ext.checks import check_int
+from imaml_ext.ops import Coefficient, as_coefficient
+from imaml_ext.solvers.cg import cg
+from imaml_ext.solvers.linear import Lanczos, Operator, Solution, checked, row_norm
+from imaml_ext.solvers.multi_shift import for_each_of
+
+
+@dataclass(frozen=True, eq=False)
+class TraceEstimate:
+    """Estimates of tr f(A), one per row.
+
+    Attributes:
+        value: [B] float64, the mean over the probes; NaN where the solve of a probe has failed.
+        standard_error: [B] float64, of that mean; NaN where there is one probe. It says nothing of the error of
+            quadrature, which more steps make smaller.
+        status: [B] int32, CONVERGED, or the `SolveStatus` of a probe that failed: A is not positive definite, or a
+            product is not finite.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    status: Tensor
+
+    def raise_if_failed(self) -> None:
+        """Waits for the device, and raises `SolveError` if a row has no value, as `Solution.raise_if_failed` does."""
+        Solution(self.value, self.status, self.status, self.standard_error).raise_if_failed()
+
+
+def trace_of(
+    hvp: Operator,
+    function: Callable[[Tensor], Tensor],
+    like: Tensor,
+    *,
+    generator: torch.Generator,
+    shift: Coefficient = 0.0,
+    probes: int = 16,
+    steps: int = 50,
+) -> TraceEstimate:
+    """Estimates tr f(A_b) of the positive definite A_b = H_b + diag(shift) by stochastic Lanczos quadrature.
+
+    All probes of all rows are one batched solve of `steps` products each.
+
+    Args:
+        hvp, shift: as in `cg`.
+        function: f on eigenvalues, elementwise on a float64 tensor, such as `torch.log`.
+        like: a tensor with the shape [B, N], dtype and device of the vectors; its values are not looked at.
+        generator: of the probes, with entries ±1; on the device of `like`.
+        probes: the error of the mean falls as 1 / √probes.
+        steps: of conjugate gradients, and so the largest number of nodes of a quadrature.
+
+    Raises:
+        TypeError, ValueError, NativeUnavailableError: as `cg`.
+
+    Source: Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature (2017); Golub and Meurant
+    (2010), chapter 6.
+    """
+    return _trace(hvp, function, like, None, generator=generator, shift=shift, probes=probes, steps=steps)
+
+
+def logdet(
+    hvp: Operator,
+    like: Tensor,
+    *,
+    generator: torch.Generator,
+    shift: Coefficient = 0.0,
+    probes: int = 16,
+    steps: int = 50,
+    preconditioner: Tensor | None = None,
+) -> TraceEstimate:
+    """Estimates log det(A_b) of the positive definite A_b = H_b + diag(shift): tr log(A_b), as `trace_of` does.
+
+    Args:
+        preconditioner: the diagonal of M ≈ A⁻¹, positive, [N] or [B, N]. Then log det(A) is log det(M^½ A M^½), by
+            quadrature, less log det(M), exactly: fewer steps and a smaller variance.
+        hvp, like, generator, shift, probes, steps: as in `trace_of`.
+
+    Source: as `trace_of`; for kernels of Gaussian processes Gardner, Pleiss, Bindel, Weinberger, Wilson, GPyTorch
+    (2018).
+    """
+    return _trace(hvp, torch.log, like, preconditioner, generator=generator, shift=shift, probes=probes, steps=steps)
+
+
+def _trace(
+    hvp: Operator,
+    function: Callable[[Tensor], Tensor],
+    like: Tensor,
+    preconditioner: Tensor | None,
+    *,
+    generator: torch.Generator,
+    shift: Coefficient,
+    probes: int,
+    steps: int,
+) -> TraceEstimate:
+    probes, steps = check_int("probes", probes, minimum=1), check_int("steps", steps, minimum=1)
+    hvp, like = checked(hvp, like, "trace_of", shift=shift)
+    rows, cols = like.shape
+    shape = (rows, probes, cols)
+    signs = torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
+    exact = torch.zeros(rows, dtype=torch.float64, device=like.device)
+    diagonal = None
+    if preconditioner is not None:  # uᵀ log(M^½ A M^½) u, with M^½ b = u
+        diagonal = as_coefficient(preconditioner.detach(), "preconditioner", like, above=0)
+        signs = signs * diagonal.rsqrt().unsqueeze(1)
+        exact = diagonal.double().log().expand(rows, cols).sum(1)
+        diagonal = diagonal.expand(rows, cols).repeat_interleave(probes, 0)
+    coefficient = as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", like)
+    solution = cg(
+        for_each_of(hvp, rows, probes),
+        signs.flatten(0, 1),
+        shift=coefficient.expand(rows, -1).repeat_interleave(probes, 0),
+        max_iterations=steps,
+        rtol=0.0,
+        preconditioner=diagonal,
+        lanczos=True,
+    )
+    assert solution.lanczos is not None
+    samples = cols * quadrature(solution.lanczos, function).view(rows, probes) - exact.unsqueeze(1)
+    failed = solution.broke_down | solution.non_finite
+    status = torch.where(failed, solution.status, 0).view(rows, probes).amax(1)
+    value = samples.mean(1).masked_fill(status != 0, torch.nan)
+    error = samples.std(1) / probes**0.5 if probes > 1 else torch.full_like(value, torch.nan)
+    return TraceEstimate(value, error.masked_fill(status != 0, torch.nan), status)
+
+
+def quadrature(lanczos: Lanczos, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """e₁ᵀ f(T) e₁ of every row [R]: the Gauss quadrature of vᵀ f(A) v for the unit vector v that T began with.
+
+    Source: Golub and Meurant (2010), section 6.2.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(_matrix(lanczos))
+    return (vectors[:, 0].square() * function(eigenvalues)).sum(1)
+
+
+def _matrix(lanczos: Lanczos) -> Tensor:
+    """T [R, m, m]. Beyond its order stands its first entry, so that no eigenvalue is outside the spectrum of T."""
+    beyond = torch.arange(lanczos.diagonal.shape[1], device=lanczos.steps.device) >= lanczos.steps.unsqueeze(1)
+    off = torch.diag_embed(lanczos.off_diagonal, 1)
+    return torch.diag_embed(torch.where(beyond, lanczos.diagonal[:, :1], lanczos.diagonal)) + off + off.mT
+
+
+@dataclass(frozen=True, eq=False)
+class ExtremeEigenvalues:
+    """The ends of the spectrum of every row's matrix, as Ritz values: smallest from above, largest from below.
+
+    Attributes:
+        smallest, largest: [B] float64; NaN where a product is not finite.
+        smallest_error, largest_error: [B] float64: an eigenvalue is as near as that, up to the rounding of products.
+            Only a start vector without a part along the extreme eigenvector makes that another eigenvalue.
+    """
+
+    smallest: Tensor
+    largest: Tensor
+    smallest_error: Tensor
+    largest_error: Tensor
+
+
+def extreme_eigenvalues(
+    hvp: Operator, like: Tensor, *, generator: torch.Generator, shift: Coefficient = 0.0, steps: int = 50
+) -> ExtremeEigenvalues:
+    """Finds the smallest and the largest eigenvalue of A_b = H_b + diag(shift), which may be indefinite.
+
+    Lanczos with full reorthogonalisation, in torch operations, from a Gaussian vector. It keeps all `steps` vectors of
+    a row: unlike the coefficients of conjugate gradients it needs no definite A, and each Ritz pair has its bound.
+
+    Args:
+        hvp, shift, like, generator: as in `trace_of`.
+        steps: products per row; the ends of the spectrum are found first, the sooner the further they stand apart.
+
+    Raises:
+        TypeError, ValueError: as `cg`.
+
+    Source: Golub and Van Loan, Matrix computations, section 10.1; Parlett, The symmetric eigenvalue problem (1998),
+    section 13.2 for the bounds.
+    """
+    hvp, like = checked(hvp, like, "extreme_eigenvalues", shift=shift)
+    coefficient = as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", like)
+    start = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    steps = min(check_int("steps", steps, minimum=1), like.shape[1])
+    lanczos, last = _reorthogonalised(lambda v: hvp(v) + coefficient * v, start, steps)
+    matrix = _matrix(lanczos)
+    non_finite = ~(matrix.isfinite().flatten(1).all(1) & last.isfinite())
+    eigenvalues, vectors = torch.linalg.eigh(matrix.masked_fill(non_finite.view(-1, 1, 1), 0.0))
+    bounds = last.unsqueeze(1) * vectors[:, -1].abs()  # ‖A y − θ y‖ = β_m |s_m|
+    return ExtremeEigenvalues(
+        *(
+            value.masked_fill(non_finite, torch.nan)
+            for value in (eigenvalues[:, 0], eigenvalues[:, -1], bounds[:, 0], bounds[:, -1])
+        )
+    )
+
+
+def _reorthogonalised(operator: Operator, start: Tensor, steps: int) -> tuple[Lanczos, Tensor]:
+    """T, and the norm [R] of what the last product has outside the Krylov space."""
+    rows, cols = start.shape
+    basis = start.new_zeros(rows, steps, cols)
+    diagonal = torch.zeros(rows, steps, dtype=torch.float64, device=start.device)
+    norms = torch.zeros_like(diagonal)
+    v, going = start / row_norm(start).unsqueeze(1).to(start.dtype), torch.ones(rows, dtype=torch.bool, device=start.device)
+    taken = torch.zeros(rows, dtype=torch.int32, device=start.device)
+    for k in range(steps):
+        basis[:, k] = v
+        w = operator(v)
+        diagonal[:, k] = (v.double() * w.double()).sum(1)
+        taken += going.to(torch.int32)
+        known = basis[:, : k + 1]
+        for _ in range(2):  # "twice is enough"
+            w = w - torch.einsum("rk,rkn->rn", torch.einsum("rkn,rn->rk", known, w), known)
+        norms[:, k] = row_norm(w)
+        scale = diagonal.abs().amax(1) + norms.amax(1)
+        going = going & ~(norms[:, k] <= 4 * cols**0.5 * torch.finfo(w.dtype).eps * scale)
+        norms[:, k] = norms[:, k].masked_fill(~going, 0.0)
+        v = torch.where(going.unsqueeze(1), w / norms[:, k].masked_fill(~going, 1.0).unsqueeze(1).to(w.dtype), 0.0)
+    return Lanczos(diagonal, norms[:, :-1].contiguous(), taken), norms[:, -1]
