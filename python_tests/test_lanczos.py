@@ -127,9 +127,9 @@ def test_traces_against_dense(device: str) -> None:
         exact = function(eigenvalues).sum(1)
         assert (found.status == CONVERGED).all()
         assert ((found.value - exact).abs() <= 6 * found.standard_error + 1e-6 * exact.abs()).all()
-        assert (found.standard_error <= 0.3 * exact.abs()).all()
+        assert (found.standard_error <= 0.2 * function(eigenvalues).norm(dim=1)).all()
     found = logdet(multiply(matrices), like, generator=generator, shift=shift, probes=200, steps=cols)
-    assert ((found.value - eigenvalues.log().sum(1)).abs() <= 6 * found.standard_error).all()
+    assert ((found.value - eigenvalues.log().sum(1)).abs() <= 6 * found.standard_error + 1e-9).all()
 
 
 def test_the_log_determinant_of_a_diagonal_needs_no_luck() -> None:
@@ -138,13 +138,13 @@ def test_the_log_determinant_of_a_diagonal_needs_no_luck() -> None:
     d[1] *= 5
     generator = torch.Generator().manual_seed(0)
     exact = d.log().sum(1)
-    plain = logdet(lambda p: d * p, d, generator=generator, probes=3, steps=8)
+    plain = logdet(lambda p: d * p, d, generator=generator, probes=3, steps=60)
     torch.testing.assert_close(plain.value, exact, rtol=1e-6, atol=1e-6)
     assert (plain.standard_error <= 1e-5).all()
     rough = 1 / (d * (1 + 0.3 * torch.rand_like(d)))
     few = logdet(lambda p: d * p, d, generator=generator, probes=2, steps=4, preconditioner=rough)
     torch.testing.assert_close(few.value, exact, rtol=1e-4, atol=1e-4)
-    one = logdet(lambda p: d * p, d, generator=generator, probes=1, steps=8)
+    one = logdet(lambda p: d * p, d, generator=generator, probes=1, steps=60)
     assert one.standard_error.isnan().all() and one.value.isfinite().all()
 
 

@@ -92,7 +92,7 @@ def test_a_shift_alone_is_cg() -> None:
 def test_rows_of_every_fate_side_by_side() -> None:
     cols = 30
     matrices, b = dense(5, cols), torch.randn(5, cols, dtype=torch.float64)
-    matrices[1] -= 0.02 * torch.eye(cols)  # indefinite with the least shift, and definite with the others
+    matrices[1] -= 0.05 * torch.eye(cols)  # indefinite with the least shift, and definite with the others
     b[2, 3] = torch.nan
     b[3] = 0.0
     matrices[4] = 2 * torch.eye(cols)  # converges at once
@@ -110,13 +110,12 @@ def test_rows_of_every_fate_side_by_side() -> None:
     for row in (0, 4):  # a row alone has the bits that it has in company
         alone = multi_shift_cg(multiply(matrices[row : row + 1]), b[row : row + 1], shifts, **options)
         assert torch.equal(alone.x[0], found.x[row])
-    found.raise_if_failed if False else None
     exact = solve_directly(matrices[1] + 0.1 * torch.eye(cols, dtype=torch.float64), b[1])
     torch.testing.assert_close(found.x[1, 2], exact, rtol=1e-5, atol=1e-6)
 
 
 def test_without_looking_the_products_are_fixed() -> None:
-    matrices, b = dense(2, 25), torch.randn(2, 25, dtype=torch.float64)
+    matrices, b = dense(3, 25)[1:], torch.randn(2, 25, dtype=torch.float64)
     for products in (0, 4, 200):
         counted = Counted(multiply(matrices))
         found = multi_shift_cg(counted, b, torch.tensor([1.0, 0.5, 2.0]), max_iterations=products, rtol=1e-8)

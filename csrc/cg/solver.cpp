@@ -120,7 +120,7 @@ class Block {
     if (batch.shifts.defined()) {
       sigma_ = of(batch.shifts);
       shift_x_ = of(result.shifted->x);
-      shift_p_ = b_.unsqueeze(1).expand_as(shift_x_).contiguous();
+      shift_p_ = b_.unsqueeze(1).expand_as(shift_x_).clone(at::MemoryFormat::Contiguous);
       shift_state_ = of(kept.shift_state);
     }
   }
