@@ -29,7 +29,7 @@ Operator = Callable[[Tensor], Tensor]
 
 
 class Counted:
-    """An operator, and how many vectors it has multiplied for each row."""
+    """An operator, and how often it was called: a product per row each time."""
 
     def __init__(self, operator: Operator) -> None:
         self.operator, self.products = operator, 0

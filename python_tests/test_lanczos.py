@@ -121,9 +121,7 @@ def test_traces_against_dense(device: str) -> None:
     shift = torch.rand(rows, dtype=torch.float64, device=device)
     eigenvalues = torch.linalg.eigvalsh(matrices + torch.diag_embed(shift.unsqueeze(1).expand(-1, cols)))
     for function in (torch.log, torch.reciprocal, torch.sqrt, lambda x: x.square()):
-        found = trace_of(
-            multiply(matrices), function, like, generator=generator, shift=shift, probes=200, steps=cols
-        )
+        found = trace_of(multiply(matrices), function, like, generator=generator, shift=shift, probes=200, steps=cols)
         exact = function(eigenvalues).sum(1)
         assert (found.status == CONVERGED).all()
         assert ((found.value - exact).abs() <= 6 * found.standard_error + 1e-6 * exact.abs()).all()

@@ -44,7 +44,9 @@ def test_every_shift_against_direct_solves(cols: int, per_row: bool, dtype: torc
         damping.double().unsqueeze(1) + shifts.double().expand(rows, -1).unsqueeze(2)
     )
     right = b.double().unsqueeze(1).expand(-1, 6, -1)
-    residual = (right - (systems @ found.x.double().unsqueeze(3)).squeeze(3)).norm(dim=2) / b.double().norm(dim=1)[:, None]
+    residual = (right - (systems @ found.x.double().unsqueeze(3)).squeeze(3)).norm(dim=2) / b.double().norm(dim=1)[
+        :, None
+    ]
     assert (residual <= 1.01 * rtol + 8 * torch.finfo(dtype).eps).all()
     torch.testing.assert_close(found.residual_norm / b.double().norm(dim=1)[:, None], residual, rtol=0, atol=0.1 * rtol)
     direct = solve_directly(systems, right)
@@ -121,7 +123,9 @@ def test_without_looking_the_products_are_fixed() -> None:
         found = multi_shift_cg(counted, b, torch.tensor([1.0, 0.5, 2.0]), max_iterations=products, rtol=1e-8)
         assert counted.calls == products + 3
         assert (found.status == (CONVERGED if products == 200 else SPENT)).all()
-        measured = torch.stack([b - multiply(matrices)(x) - s * x for x, s in zip(found.x.unbind(1), (1.0, 0.5, 2.0))], 1)
+        measured = torch.stack(
+            [b - multiply(matrices)(x) - s * x for x, s in zip(found.x.unbind(1), (1.0, 0.5, 2.0))], 1
+        )
         torch.testing.assert_close(found.residual_norm, measured.norm(dim=2), rtol=1e-6, atol=1e-14)
 
 

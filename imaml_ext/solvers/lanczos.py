@@ -206,7 +206,10 @@ def _reorthogonalised(operator: Operator, start: Tensor, steps: int) -> tuple[La
     basis = start.new_zeros(rows, steps, cols)
     diagonal = torch.zeros(rows, steps, dtype=torch.float64, device=start.device)
     norms = torch.zeros_like(diagonal)
-    v, going = start / row_norm(start).unsqueeze(1).to(start.dtype), torch.ones(rows, dtype=torch.bool, device=start.device)
+    v, going = (
+        start / row_norm(start).unsqueeze(1).to(start.dtype),
+        torch.ones(rows, dtype=torch.bool, device=start.device),
+    )
     taken = torch.zeros(rows, dtype=torch.int32, device=start.device)
     for k in range(steps):
         basis[:, k] = v
