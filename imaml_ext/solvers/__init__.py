@@ -4,13 +4,28 @@ from typing import TYPE_CHECKING, Any
 
 from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
+from imaml_ext.solvers.differentiable import WarmStart, solve
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Solution, SolveStatus
+from imaml_ext.solvers.operators import check_symmetry, multi_rhs
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
 if TYPE_CHECKING:
     from imaml_ext.solvers.minres import MINRES as MINRES
 
-__all__ = ["CG", "FixedPoint", "Lanczos", "LinearSolver", "Neumann", "Solution", "SolveStatus", "cg"]
+__all__ = [
+    "CG",
+    "FixedPoint",
+    "Lanczos",
+    "LinearSolver",
+    "Neumann",
+    "Solution",
+    "SolveStatus",
+    "WarmStart",
+    "cg",
+    "check_symmetry",
+    "multi_rhs",
+    "solve",
+]
 
 _old = old_names(
     __name__,

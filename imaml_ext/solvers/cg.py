@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from imaml_ext.checks import check_int
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
+from imaml_ext.solvers import operators
+from imaml_ext.solvers.compiled import cg_loop
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, Solution, check_system
+from imaml_ext.solvers.operators import System
 
 BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
@@ -30,8 +33,19 @@ class CG(LinearSolver):
     # Iterations between two looks at whether all tasks are done; 0: never look, and never wait for the device.
     check_every: Annotated[int, NOT_NEGATIVE] = 0
 
-    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
-        return cg(operator, b, shift=shift, rows_per_block=getattr(operator, "rows_per_block", None), **vars(self))
+    def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
+        return _cg_rows(
+            operator,
+            b,
+            shift=shift,
+            x0=x0,
+            max_iterations=self.max_iterations,
+            rtol=self.rtol,
+            atol=self.atol,
+            preconditioner=None,
+            check_every=self.check_every,
+            rows_per_block=getattr(operator, "rows_per_block", None),
+        )
 
 
 def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
@@ -75,26 +89,26 @@ def _look_every(check_every: int) -> int:
     return check_every
 
 
-@eager
 def cg(
-    hvp: Operator | BlockOperator,
-    b: Tensor,
+    A: Any,
+    b: Any,
     *,
-    shift: Coefficient = 0.0,
-    x0: Tensor | None = None,
+    shift: Any = 0.0,
+    x0: Any = None,
     max_iterations: int = 5,
     rtol: float | Tensor = 1e-5,
     atol: float | Tensor = 0.0,
-    preconditioner: Tensor | Operator | BlockOperator | None = None,
+    preconditioner: Any = None,
     check_every: int = 0,
     rows_per_block: int | None = None,
+    check_symmetry: bool = False,
     lanczos: bool = False,
 ) -> Solution:
-    """Solves (H_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
+    """Solves (A_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
 
     Rows are independent: each has its own step lengths, tolerance, iteration count and status, and one that converges,
-    breaks down or turns non-finite leaves the others' bits alone. The loop is C++; between two calls of `hvp` there is
-    one fused op and no host synchronisation.
+    breaks down or turns non-finite leaves the others' bits alone. The loop is C++; between two calls of A there is one
+    fused op and no host synchronisation.
 
     A row is CONVERGED when b − A x has been measured, by one product, to be at most max(rtol ‖b‖, atol). It measures
     when the residual carried by recurrence is: the next p of that row is x itself. Where rounding has driven the two
@@ -102,37 +116,137 @@ def cg(
 
     A row is SINGULAR or has NEGATIVE_CURVATURE when pᵀAp > 0 does not stand out of rounding. On the first step from
     x = 0 it returns b / shift where the shift is positive (else 0). Later, a row of NEGATIVE_CURVATURE returns the
-    iterate it had, and a SINGULAR one an iterate from before it ran off. A zero b gives x = 0 after no iterations.
+    iterate it had, and a SINGULAR one an iterate from before it ran off.
+
+    A zero b gives x = 0 after no iterations.
 
     Args:
-        hvp: called with p [B, N] (contiguous, not to be kept or written to: without x0 and preconditioner the first p
-            is b itself), returns H p [B, N], row b of it from row b of p alone. What it raises comes out unchanged.
-        b: [B, N], float32, float64, bfloat16 or float16.
-        shift: λ + δ, a number, one per task [B], one per parameter [N], or [B, N].
-        x0: [B, N], a warm start, at the price of one more call of `hvp`.
-        max_iterations: the largest number of calls of `hvp` otherwise, that which measures included: a row that meets
-            its tolerance with the last of them is MAX_ITERATIONS. To measure any x: `cg(…, x0=x, max_iterations=0)`.
-        rtol, atol: numbers, or one per row [B].
-        preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N]), or a callable r -> M r.
+        A: symmetric, row b of its product from row b of p alone. A function p -> A p of the form of b: it is called
+            with p (contiguous rows, not to be kept or written to: without x0 and preconditioner the first p is b
+            itself), and what it raises comes out unchanged. Or a matrix [N, N] or [B, N, N], dense or sparse. Or an
+            operator with a `shape` and @, of SciPy, curvlinops or linear_operator.
+        b: float32, float64, bfloat16 or float16. [B, N], a system per row; [N], one system; [B, N, K], K right-hand
+            sides for each of B operators; or a nested structure of tensors [B, …]. A function is given one [B, N] of K
+            at a time, or all in one call if it is marked by `imaml_ext.solvers.multi_rhs`.
+        shift: λ + δ, a number, one per task [B], one per parameter [N], or [B, N]; or a structure like b.
+        x0: in the form of b, a warm start, at the price of one more product.
+        max_iterations: the largest number of products otherwise, that which measures included: a row that meets its
+            tolerance with the last of them is MAX_ITERATIONS. To measure any x: `cg(…, x0=x, max_iterations=0)`.
+        rtol, atol: numbers, or one per system [B] or [B, K].
+        preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N], or a structure like b), or a
+            function r -> M r of the form of b.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
-            and calls `hvp` exactly max_iterations times (capturable in a CUDA graph).
+            and multiplies exactly max_iterations times (capturable in a CUDA graph).
         rows_per_block: k ≥ 1 solves k rows at a time, each block to its end before the next begins, so that their
-            vectors stay in the cache where those of B rows would not; every row has the same bits. hvp and a callable
-            preconditioner are then called with two arguments, p [k, N] (fewer rows in the last block) and the `slice`
-            of the batch that these rows are; counts of calls are a block's. None: all rows together.
+            vectors stay in the cache where those of B rows would not; every row has the same bits. b must be [B, N]. A
+            and a preconditioner are functions of two arguments, p [k, N] (fewer rows in the last block) and the `slice`
+            of the batch that these rows are; counts of products are a block's. None: all rows together.
+        check_symmetry: first compare qᵀAp with pᵀAq for random p and q, by six products, and wait for the result.
         lanczos: keep the coefficients of every row's Lanczos tridiagonal, `Lanczos` with m = max_iterations. Without
-            rtol and atol no measurement cuts it short.
+            rtol and atol no measurement cuts it short. Not under torch.compile.
 
     Returns:
-        A `Solution`. No autograd graph is recorded; for a differentiable solve see `imaml_ext.prox_solve`.
+        A `Solution`. No autograd graph is recorded; `imaml_ext.solve` is the differentiable solve.
 
     Raises:
-        TypeError, ValueError: an argument, or what a callback returned, of the wrong type, dtype, shape or device.
+        TypeError, ValueError: an argument, or what a function returned, of the wrong type, dtype, structure, shape or
+            device; or, with check_symmetry, an A that is not symmetric.
         NativeUnavailableError: the compiled part does not load, or has no code for the device of b.
 
     Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Restarts from a
     measured residual: van der Vorst and Ye (2000).
     """
+    system = System.read(A, b)
+    if rows_per_block is not None and system.form is not None:
+        raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
+    if check_symmetry:
+        operators.check_symmetry(A, b)
+    if isinstance(preconditioner, (Tensor, dict, list, tuple)):
+        preconditioner = system.coefficient(preconditioner, "preconditioner")
+    else:
+        preconditioner = system.product(preconditioner, "preconditioner")
+    solution = _cg_rows(
+        system.operator,
+        system.b,
+        shift=system.coefficient(shift, "shift"),
+        x0=system.rows(x0, "x0"),
+        max_iterations=max_iterations,
+        rtol=system.tolerance(rtol, "rtol"),
+        atol=system.tolerance(atol, "atol"),
+        preconditioner=preconditioner,
+        check_every=check_every,
+        rows_per_block=rows_per_block,
+        lanczos=lanczos,
+    )
+    return system.solution(solution)
+
+
+def _cg_rows(
+    hvp: Operator | BlockOperator,
+    b: Tensor,
+    *,
+    preconditioner: Any,
+    check_every: int = 0,
+    rows_per_block: int | None = None,
+    **options: Any,
+) -> Solution:
+    """`cg` on rows."""
+    if torch.compiler.is_dynamo_compiling():
+        return _compiled_rows(hvp, b, preconditioner=preconditioner, check_every=check_every, **options)
+    return _eager_rows(
+        hvp, b, preconditioner=preconditioner, check_every=check_every, rows_per_block=rows_per_block, **options
+    )
+
+
+def _compiled_rows(
+    hvp: Operator,
+    b: Tensor,
+    *,
+    shift: Coefficient,
+    x0: Tensor | None,
+    max_iterations: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    preconditioner: Any,
+    check_every: int,
+    lanczos: bool = False,
+) -> Solution:
+    _look_every(check_every)
+    if lanczos:
+        raise ValueError("lanczos must be False where cg is compiled, got True")
+    diagonal = None
+    if isinstance(preconditioner, Tensor):
+        diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
+    return Solution(
+        *cg_loop(
+            hvp,
+            b,
+            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+            x0=x0,
+            max_iterations=max_iterations,
+            rtol=_tolerance(rtol, "rtol", b),
+            atol=_tolerance(atol, "atol", b),
+            inverse_diagonal=diagonal,
+            preconditioner=preconditioner,
+        )
+    )
+
+
+@eager
+def _eager_rows(
+    hvp: Operator | BlockOperator,
+    b: Tensor,
+    *,
+    shift: Coefficient,
+    x0: Tensor | None,
+    max_iterations: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    preconditioner: Tensor | Operator | BlockOperator | None,
+    check_every: int,
+    rows_per_block: int | None,
+    lanczos: bool = False,
+) -> Solution:
     check_untransformed("cg", b=b, shift=shift, x0=x0, preconditioner=preconditioner)
     check_arguments(hvp, b, x0, preconditioner)
     diagonal = None

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from imaml_ext.errors import SolveError
 from imaml_ext.ops import Coefficient
 from imaml_ext.ops.calls import callback, check_untransformed
 from imaml_ext.settings import Choice
+from imaml_ext.solvers.operators import System
 
 Operator = Callable[[Tensor], Tensor]  # p [B, N] -> H p [B, N], row b from row b alone
 Self = TypeVar("Self", bound="LinearSolver")
@@ -73,15 +74,13 @@ _BROKE_DOWN = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.DIVERGED, SolveStatus
 
 @dataclass(frozen=True, eq=False)
 class Lanczos:
-    """The tridiagonal matrices T = Vᵀ A V of the Krylov spaces that a solver has gone through; A = H + diag(shift).
+    """The tridiagonal matrices T = VᵀAV of a solve, A with its shift, V orthonormal and begun at b / ‖b‖.
 
-    V is orthonormal and begins with r / ‖r‖ of the first residual r, which is b without a warm start. With a
-    preconditioner M, T is that of M^½ A M^½ and M^½ r. Entries beyond the leading steps × steps block are 0.
+    With a preconditioner M they are those of M^½ A M^½ begun at M^½ b.
 
     Attributes:
-        diagonal: [B, m] float64.
-        off_diagonal: [B, m − 1] float64.
-        steps: [B] int32, the order of T: steps taken until the row's first measurement, restart or end.
+        diagonal: [B, m] float64. off_diagonal: [B, m − 1] float64. steps: [B] int32, the rows of T that are known: in
+            `cg` the steps until the row's first measurement, restart or end. Entries at and beyond them are 0.
 
     Source: Golub and Meurant, Matrices, moments and quadrature with applications (2010), section 4.1.
     """
@@ -98,18 +97,20 @@ class Solution:
     Two solutions are equal only if they are the same object. `torch.load` with weights_only=True reads a solution back
     where imaml_ext.solvers has been imported.
 
+    What there is one of per system, [B] here, is [] for one system and [B, K] for K right-hand sides.
+
     Attributes:
-        x: [B, N] the solution, or the last good iterate of a row that failed.
+        x: the solution, or the last good iterate of a row that failed; in the form of b.
         status: [B] int32, a `SolveStatus`.
         iterations: [B] int32, steps taken.
         residual_norm: [B] float64, ‖b − A x‖ for the x returned, measured where a row is CONVERGED or STAGNATED. In CG
             and MINRES it is otherwise that of the recurrence, an estimate that can be far too small once rounding
             matters. In Neumann and FixedPoint it is that of the iterate before x where a row has spent its iterations.
             NaN where nothing has measured it.
-        lanczos: the Lanczos tridiagonals, where the solver was asked for them.
+        lanczos: the coefficients of the solve, where they were asked for.
     """
 
-    x: Tensor
+    x: Any
     status: Tensor
     iterations: Tensor
     residual_norm: Tensor
@@ -142,7 +143,7 @@ class Solution:
         """
         if not bool(self.status.any()):
             return
-        statuses = self.status.tolist()
+        statuses = self.status.flatten().tolist()
         sentences = []
         for status in list(SolveStatus)[1:]:
             rows = [row for row, value in enumerate(statuses) if value == status]
@@ -153,7 +154,7 @@ class Solution:
             raise SolveError("; ".join(sentences))
 
 
-torch.serialization.add_safe_globals([Lanczos, Solution])
+torch.serialization.add_safe_globals([Solution, Lanczos])
 
 
 def check_system(hvp: object, b: object) -> None:
@@ -222,17 +223,26 @@ class LinearSolver(Choice):
 
     breakdown: ClassVar[SolveStatus] = SolveStatus.NEGATIVE_CURVATURE
 
-    @abstractmethod
-    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
-        """Solves (H_b + diag(shift)) x_b = b_b for every row b; nothing waits for the device.
+    def solve(self, A: Any, b: Any, shift: Any = 0.0, x0: Any = None) -> Solution:
+        """Solves (A_b + diag(shift)) x_b = b_b for every row b; nothing waits for the device.
 
         Args:
-            operator: p [B, N] -> H p [B, N], row b from row b alone. A `CurvatureOperator` says how many rows at a
-                time it does best with.
-            b: [B, N]. shift: λ + δ, a number, one per task [B], one per parameter [N], or [B, N].
+            A, b, shift, x0: as for `imaml_ext.cg`: an operator, right-hand sides, λ + δ, and a warm start. A
+                `CurvatureOperator` says how many rows at a time it does best with.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        """
+        system = System.read(A, b)
+        shift, x0 = system.coefficient(shift, "shift"), system.rows(x0, "x0")
+        return system.solution(self.solve_rows(system.operator, system.b, shift=shift, x0=x0))
+
+    @abstractmethod
+    def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
+        """What a solver implements: `solve` for operator p [R, N] -> A p [R, N], row r from row r alone, and b [R, N].
+
+        Args:
+            shift: a number, [R], [N] or [R, N]. x0: [R, N] to begin from, or None for 0.
         """
 
     def with_rate(self: Self, lr: Coefficient | None) -> Self:

@@ -38,7 +38,9 @@ class MINRES(LinearSolver):
     rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
     atol: Annotated[float, NOT_NEGATIVE] = 0.0  # Absolute residual at which a task's solve stops.
 
-    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
+    def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
+        if x0 is not None:
+            raise NotImplementedError("x0")
         operator, b = checked(operator, b, "MINRES", shift=shift)
         rows = _Rows(b, as_coefficient(shift, "shift", b).detach(), self.rtol, self.atol)
         for _ in range(self.max_iterations):

@@ -26,10 +26,10 @@ class Neumann(LinearSolver):
     max_iterations: Annotated[int, COUNT] = 5  # Number of products with the matrix.
     rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
 
-    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
+    def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
         operator, b = checked(operator, b, "Neumann", shift=shift)
         shift = as_coefficient(shift, "shift", b).detach()
-        return _richardson(operator, b, shift, 1 / shift, products=self.max_iterations, rtol=self.rtol)
+        return _richardson(operator, b, shift, 1 / shift, x0=x0, products=self.max_iterations, rtol=self.rtol)
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,19 @@ class FixedPoint(LinearSolver):
             raise ConfigError("FixedPoint.lr must be given where the inner solver has no learning rate")
         return replace(self, lr=lr)
 
-    def solve(self, operator: Operator, b: Tensor, shift: Coefficient = 0.0) -> Solution:
+    def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
         if self.lr is None:
             raise ConfigError("FixedPoint.lr must be given where no inner solver tells it, got None")
         operator, b = checked(operator, b, "FixedPoint", shift=shift)
         step = as_coefficient(self.lr, "lr", b).detach()
         shift = as_coefficient(shift, "shift", b).detach()
-        return _richardson(operator, b, shift, step, products=self.max_iterations, rtol=self.rtol)
+        return _richardson(operator, b, shift, step, x0=x0, products=self.max_iterations, rtol=self.rtol)
 
 
-def _richardson(operator: Operator, b: Tensor, shift: Tensor, step: Tensor, *, products: int, rtol: float) -> Solution:
-    """x ← x + M (b − A x) from x = 0, for A = H + diag(shift), M = diag(step), row by row.
+def _richardson(
+    operator: Operator, b: Tensor, shift: Tensor, step: Tensor, *, x0: Tensor | None, products: int, rtol: float
+) -> Solution:
+    """x ← x + M (b − A x) from x = 0 or x0, for A = H + diag(shift), M = diag(step), row by row.
 
     I − M^½ A M^½ is symmetric, so that the residual shrinks at every step in the norm rᵀ M r if the iteration
     converges: one growth proves that it does not, and ends the row.
@@ -76,9 +78,11 @@ def _richardson(operator: Operator, b: Tensor, shift: Tensor, step: Tensor, *, p
     active, diverged = ~non_finite & (norm > 0), torch.zeros_like(non_finite)
     r, energy, residual = b, _energy(b, step), norm
     x = last = torch.zeros_like(b)
+    if x0 is not None:  # whose residual is the first that is measured
+        x, energy = torch.where(active.unsqueeze(1), x0.detach(), x), torch.full_like(norm, torch.inf)
     iterations = torch.zeros(len(b), dtype=torch.int32, device=b.device)
     for k in range(products + 1):
-        if k > 0:
+        if k > 0 or x0 is not None:
             Hx, Sx = operator(x), shift * x
             r = b - Hx - Sx
             measured = row_norm(r)
@@ -87,7 +91,7 @@ def _richardson(operator: Operator, b: Tensor, shift: Tensor, step: Tensor, *, p
             broken = active & ~measured.isfinite()
             grown = active & (new_energy > energy) & (measured > rounding)
             x = torch.where((broken | grown).unsqueeze(1), last, x)
-            iterations -= (broken | grown).to(torch.int32)
+            iterations -= (broken | grown).to(torch.int32) if k > 0 else 0
             non_finite, diverged, active = non_finite | broken, diverged | grown, active & ~broken & ~grown
             residual, energy = torch.where(active, measured, residual), torch.where(active, new_energy, energy)
             active = active & (measured > rtol * norm)
