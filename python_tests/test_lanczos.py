@@ -54,8 +54,10 @@ def test_coefficients_are_those_of_the_projected_matrix(
         operator, b, shift=shift, max_iterations=m, rtol=0.0, preconditioner=made[preconditioner],
         rows_per_block=blocks, lanczos=True,
     ).lanczos  # fmt: skip
-    assert found is not None and found.steps.tolist() == [m] * rows
-    assert found.diagonal.shape == (rows, m) and found.off_diagonal.shape == (rows, m - 1)
+    assert found is not None
+    assert found.steps.tolist() == [m] * rows
+    assert found.diagonal.shape == (rows, m)
+    assert found.off_diagonal.shape == (rows, m - 1)
     for row in range(rows):
         root = diagonal[row].sqrt() if preconditioner else torch.ones_like(shift)
         A = root.unsqueeze(1) * (matrices[row] + shift.diag()) * root
@@ -65,8 +67,10 @@ def test_coefficients_are_those_of_the_projected_matrix(
 def test_the_last_bits_of_the_solution_do_not_change_where_coefficients_are_kept() -> None:
     matrices, b = dense(3, 20), torch.randn(3, 20, dtype=torch.float64)
     plain, kept = (cg(multiply(matrices), b, max_iterations=30, lanczos=keep) for keep in (False, True))
-    assert plain.lanczos is None and kept.lanczos is not None
-    assert torch.equal(plain.x, kept.x) and torch.equal(plain.status, kept.status)
+    assert plain.lanczos is None
+    assert kept.lanczos is not None
+    assert torch.equal(plain.x, kept.x)
+    assert torch.equal(plain.status, kept.status)
     assert CG().solve(multiply(matrices), b).lanczos is None
 
 
@@ -74,9 +78,12 @@ def test_the_last_bits_of_the_solution_do_not_change_where_coefficients_are_kept
 def test_few_steps(m: int) -> None:
     d, b = 1 + torch.rand(4, 5), torch.randn(4, 5)
     found = cg(lambda p: d * p, b, max_iterations=m, rtol=0.0, lanczos=True).lanczos
-    assert found is not None and found.steps.tolist() == [m] * 4
-    assert found.diagonal.shape == (4, m) and found.off_diagonal.shape == (4, max(m - 1, 0))
-    assert found.steps.dtype == torch.int32 and found.diagonal.dtype == torch.float64
+    assert found is not None
+    assert found.steps.tolist() == [m] * 4
+    assert found.diagonal.shape == (4, m)
+    assert found.off_diagonal.shape == (4, max(m - 1, 0))
+    assert found.steps.dtype == torch.int32
+    assert found.diagonal.dtype == torch.float64
     if m:
         rayleigh = (b.double() * d * b).sum(1) / b.double().square().sum(1)
         torch.testing.assert_close(found.diagonal[:, 0], rayleigh, rtol=1e-5, atol=0)
@@ -95,10 +102,13 @@ def test_a_table_ends_with_its_row() -> None:
     found = cg(lambda p: d * p, b, max_iterations=9, rtol=1e-10, lanczos=True)
     assert found.lanczos is not None
     steps = found.lanczos.steps.tolist()
-    assert steps[:2] == [1, 3] and steps[3:] == [0, 0]
-    assert steps[2] == found.iterations[2] and found.status[2] == NEGATIVE
+    assert steps[:2] == [1, 3]
+    assert steps[3:] == [0, 0]
+    assert steps[2] == found.iterations[2]
+    assert found.status[2] == NEGATIVE
     for row, m in enumerate(steps):
-        assert (found.lanczos.diagonal[row, :m] > 0).all() and (found.lanczos.diagonal[row, m:] == 0).all()
+        assert (found.lanczos.diagonal[row, :m] > 0).all()
+        assert (found.lanczos.diagonal[row, m:] == 0).all()
         assert (found.lanczos.off_diagonal[row, max(m - 1, 0) :] == 0).all()
     torch.testing.assert_close(torch.linalg.eigvalsh(tridiagonal(found.lanczos, 1)), d[1, :3], rtol=1e-10, atol=0)
 
@@ -143,7 +153,8 @@ def test_the_log_determinant_of_a_diagonal_needs_no_luck() -> None:
     few = logdet(lambda p: d * p, d, generator=generator, probes=2, steps=4, preconditioner=rough)
     torch.testing.assert_close(few.value, exact, rtol=1e-4, atol=1e-4)
     one = logdet(lambda p: d * p, d, generator=generator, probes=1, steps=60)
-    assert one.standard_error.isnan().all() and one.value.isfinite().all()
+    assert one.standard_error.isnan().all()
+    assert one.value.isfinite().all()
 
 
 def test_the_standard_error_is_the_spread_of_estimates() -> None:
@@ -195,7 +206,27 @@ def test_extreme_eigenvalues_against_dense(dtype: torch.dtype, device: str) -> N
             assert (nearest <= bound + rounding).all()
             if steps >= cols:
                 torch.testing.assert_close(value, end, rtol=0, atol=100 * rounding)
-        assert (found.smallest >= exact[:, 0] - rounding).all() and (found.largest <= exact[:, -1] + rounding).all()
+        assert (found.smallest >= exact[:, 0] - rounding).all()
+        assert (found.largest <= exact[:, -1] + rounding).all()
+
+
+def test_other_forms_of_the_matrix() -> None:
+    A = dense(2, 9)[1] + torch.eye(9, dtype=torch.float64)
+    like = torch.empty(9, dtype=torch.float64)
+    exact = torch.linalg.eigvalsh(A)
+    found = logdet(A, like, generator=torch.Generator().manual_seed(0), probes=300, steps=9)
+    assert found.value.shape == found.status.shape == ()
+    assert (found.value - exact.log().sum()).abs() <= 6 * found.standard_error
+    parts = {"u": like[:4].view(1, 2, 2), "v": like[4:].view(1, 5)}
+
+    def product(p: dict[str, Tensor]) -> dict[str, Tensor]:
+        q = torch.cat([p["u"].flatten(1), p["v"]], 1) @ A
+        return {"u": q[:, :4].view(-1, 2, 2), "v": q[:, 4:]}
+
+    again = logdet(product, parts, generator=torch.Generator().manual_seed(0), probes=300, steps=9)
+    torch.testing.assert_close(again.value, found.value.view(1))
+    ends = extreme_eigenvalues(A, like, generator=torch.Generator().manual_seed(0), shift=-3.0)
+    torch.testing.assert_close(torch.stack([ends.smallest, ends.largest]), exact[[0, -1]] - 3.0)
 
 
 def test_extreme_eigenvalues_of_a_row_that_is_not_finite() -> None:

@@ -106,7 +106,8 @@ def test_rows_of_every_fate_side_by_side() -> None:
     assert found.status[2].tolist() == [NON_FINITE] * 3
     assert (found.x[2] == 0).all()
     assert found.status[3].tolist() == [CONVERGED] * 3
-    assert (found.x[3] == 0).all() and (found.iterations[3] == 0).all()
+    assert (found.x[3] == 0).all()
+    assert (found.iterations[3] == 0).all()
     assert found.status[4].tolist() == [CONVERGED] * 3
     assert found.iterations[4].tolist() == [1, 1, 1]
     for row in (0, 4):  # a row alone has the bits that it has in company
@@ -124,7 +125,7 @@ def test_without_looking_the_products_are_fixed() -> None:
         assert counted.calls == products + 3
         assert (found.status == (CONVERGED if products == 200 else SPENT)).all()
         measured = torch.stack(
-            [b - multiply(matrices)(x) - s * x for x, s in zip(found.x.unbind(1), (1.0, 0.5, 2.0))], 1
+            [b - multiply(matrices)(found.x[:, j]) - s * found.x[:, j] for j, s in enumerate((1.0, 0.5, 2.0))], 1
         )
         torch.testing.assert_close(found.residual_norm, measured.norm(dim=2), rtol=1e-6, atol=1e-14)
 
@@ -152,6 +153,34 @@ def test_many_shifts() -> None:
     assert (found.status == CONVERGED).all()
     exact = solve_directly(matrices + shifts.view(-1, 1, 1) * torch.eye(40, dtype=torch.float64), b.expand(200, -1))
     torch.testing.assert_close(found.x[0], exact, rtol=1e-6, atol=1e-9)
+
+
+def test_other_forms_of_the_system() -> None:
+    matrix, b = dense(2, 12)[1] + 0.1 * torch.eye(12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    shifts = torch.tensor([0.0, 0.7, 0.2], dtype=torch.float64)
+    options = {"max_iterations": 100, "rtol": 1e-10, "check_every": 1}
+    exact = solve_directly(matrix + torch.diag_embed(shifts.unsqueeze(1).expand(3, 12)), b.expand(3, 12))
+    for A in (matrix, lambda p: matrix @ p):
+        found = multi_shift_cg(A, b, shifts, **options)
+        assert found.status.tolist() == [CONVERGED] * 3
+        torch.testing.assert_close(found.x, exact)
+    both = torch.stack([b, -2 * b])
+    columns = Counted(lambda p: matrix @ p if p.dim() == 3 else p @ matrix)
+    columns.multi_rhs = True
+    found = multi_shift_cg(columns, both, shifts, **options)
+    assert columns.calls == found.iterations.max() + 1  # all shifts are measured in one call
+    torch.testing.assert_close(found.x, torch.stack([exact, -2 * exact]))
+
+    def parts(p: dict[str, Tensor]) -> dict[str, Tensor]:
+        q = torch.cat([p["u"].flatten(1), p["v"]], 1) @ matrix
+        return {"u": q[:, :8].view(-1, 2, 4), "v": q[:, 8:]}
+
+    found = multi_shift_cg(parts, {"u": both[:, :8].reshape(2, 2, 4), "v": both[:, 8:]}, shifts, **options)
+    assert found.x["u"].shape == (2, 3, 2, 4)
+    assert found.residual_norm.shape == (2, 3)
+    torch.testing.assert_close(found.x["v"], torch.stack([exact, -2 * exact])[..., 8:])
+    with pytest.raises(ValueError, match=r"b must have one right-hand side per row, got \[2, 12, 3\]"):
+        multi_shift_cg(matrix, both.unsqueeze(2).expand(-1, -1, 3), shifts)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
-"""What Lanczos tridiagonals tell of a matrix without its entries: traces of functions, log-determinants, eigenvalues."""
+"""What Lanczos tridiagonals tell of a matrix: traces of functions, log-determinants, extreme eigenvalues."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imaml_ext.checks import check_int
-from imaml_ext.ops import Coefficient, as_coefficient
-from imaml_ext.solvers.cg import cg
+from imaml_ext.ops import as_coefficient
+from imaml_ext.ops.calls import check_untransformed, eager
+from imaml_ext.solvers.cg import _cg_rows
 from imaml_ext.solvers.linear import Lanczos, Operator, Solution, checked, row_norm
-from imaml_ext.solvers.multi_shift import for_each_of
+from imaml_ext.solvers.multi_shift import on_columns, read_single
+from imaml_ext.solvers.operators import System
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,23 +40,23 @@ class TraceEstimate:
 
 
 def trace_of(
-    hvp: Operator,
+    A: Any,
     function: Callable[[Tensor], Tensor],
-    like: Tensor,
+    like: Any,
     *,
     generator: torch.Generator,
-    shift: Coefficient = 0.0,
+    shift: Any = 0.0,
     probes: int = 16,
     steps: int = 50,
 ) -> TraceEstimate:
-    """Estimates tr f(A_b) of the positive definite A_b = H_b + diag(shift) by stochastic Lanczos quadrature.
+    """Estimates tr f(A_b + diag(shift)), positive definite, for every row b by stochastic Lanczos quadrature.
 
     All probes of all rows are one batched solve of `steps` products each.
 
     Args:
-        hvp, shift: as in `cg`.
+        A, shift: as in `cg`.
         function: f on eigenvalues, elementwise on a float64 tensor, such as `torch.log`.
-        like: a tensor with the shape [B, N], dtype and device of the vectors; its values are not looked at.
+        like: written as b is in `cg`, [N], [B, N] or a structure of [B, …]; its values are not looked at.
         generator: of the probes, with entries ±1; on the device of `like`.
         probes: the error of the mean falls as 1 / √probes.
         steps: of conjugate gradients, and so the largest number of nodes of a quadrature.
@@ -64,62 +67,65 @@ def trace_of(
     Source: Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature (2017); Golub and Meurant
     (2010), chapter 6.
     """
-    return _trace(hvp, function, like, None, generator=generator, shift=shift, probes=probes, steps=steps)
+    return _trace(A, function, like, None, generator=generator, shift=shift, probes=probes, steps=steps)
 
 
 def logdet(
-    hvp: Operator,
-    like: Tensor,
+    A: Any,
+    like: Any,
     *,
     generator: torch.Generator,
-    shift: Coefficient = 0.0,
+    shift: Any = 0.0,
     probes: int = 16,
     steps: int = 50,
-    preconditioner: Tensor | None = None,
+    preconditioner: Any = None,
 ) -> TraceEstimate:
-    """Estimates log det(A_b) of the positive definite A_b = H_b + diag(shift): tr log(A_b), as `trace_of` does.
+    """Estimates log det(A_b + diag(shift)), positive definite, for every row b: the trace of the logarithm.
 
     Args:
-        preconditioner: the diagonal of M ≈ A⁻¹, positive, [N] or [B, N]. Then log det(A) is log det(M^½ A M^½), by
+        preconditioner: the diagonal of M ≈ A⁻¹, positive, as in `cg`. Then log det(A) is log det(M^½ A M^½), by
             quadrature, less log det(M), exactly: fewer steps and a smaller variance.
-        hvp, like, generator, shift, probes, steps: as in `trace_of`.
+        A, like, generator, shift, probes, steps: as in `trace_of`.
 
     Source: as `trace_of`; for kernels of Gaussian processes Gardner, Pleiss, Bindel, Weinberger, Wilson, GPyTorch
     (2018).
     """
-    return _trace(hvp, torch.log, like, preconditioner, generator=generator, shift=shift, probes=probes, steps=steps)
+    return _trace(A, torch.log, like, preconditioner, generator=generator, shift=shift, probes=probes, steps=steps)
 
 
+@eager
 def _trace(
-    hvp: Operator,
+    A: Any,
     function: Callable[[Tensor], Tensor],
-    like: Tensor,
-    preconditioner: Tensor | None,
+    like: Any,
+    preconditioner: Any,
     *,
     generator: torch.Generator,
-    shift: Coefficient,
+    shift: Any,
     probes: int,
     steps: int,
 ) -> TraceEstimate:
+    check_untransformed("trace_of", like=like, shift=shift, preconditioner=preconditioner)
     probes, steps = check_int("probes", probes, minimum=1), check_int("steps", steps, minimum=1)
-    hvp, like = checked(hvp, like, "trace_of", shift=shift)
-    rows, cols = like.shape
-    shape = (rows, probes, cols)
-    signs = torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
-    exact = torch.zeros(rows, dtype=torch.float64, device=like.device)
+    system = read_single(A, like, "trace_of")
+    b = system.b
+    rows, cols = b.shape
+    signs = torch.randint(0, 2, (rows, probes, cols), generator=generator, device=b.device).to(b.dtype) * 2 - 1
+    exact = torch.zeros(rows, dtype=torch.float64, device=b.device)
     diagonal = None
     if preconditioner is not None:  # uᵀ log(M^½ A M^½) u, with M^½ b = u
-        diagonal = as_coefficient(preconditioner.detach(), "preconditioner", like, above=0)
+        diagonal = _coefficient(system, preconditioner, "preconditioner", above=0)
         signs = signs * diagonal.rsqrt().unsqueeze(1)
         exact = diagonal.double().log().expand(rows, cols).sum(1)
         diagonal = diagonal.expand(rows, cols).repeat_interleave(probes, 0)
-    coefficient = as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", like)
-    solution = cg(
-        for_each_of(hvp, rows, probes),
+    solution = _cg_rows(
+        on_columns(A, like, system, probes),
         signs.flatten(0, 1),
-        shift=coefficient.expand(rows, -1).repeat_interleave(probes, 0),
+        x0=None,
+        shift=_coefficient(system, shift, "shift").expand(rows, -1).repeat_interleave(probes, 0),
         max_iterations=steps,
-        rtol=torch.finfo(like.dtype).eps,  # where a Krylov space is exhausted, and T complete
+        rtol=torch.finfo(b.dtype).eps,  # where a Krylov space is exhausted, and T complete
+        atol=0.0,
         preconditioner=diagonal,
         lanczos=True,
     )
@@ -130,7 +136,13 @@ def _trace(
     status = torch.where(failed, solution.status, 0).view(rows, probes).amax(1)
     value = samples.mean(1).masked_fill(status != 0, torch.nan)
     error = samples.std(1) / probes**0.5 if probes > 1 else torch.full_like(value, torch.nan)
-    return TraceEstimate(value, error.masked_fill(status != 0, torch.nan), status)
+    error = error.masked_fill(status != 0, torch.nan)
+    return TraceEstimate(*(v if system.form is None else v.reshape(system.form.lead) for v in (value, error, status)))
+
+
+def _coefficient(system: System, value: Any, name: str, *, above: float | None = None) -> Tensor:
+    value = system.coefficient(value, name)
+    return as_coefficient(value.detach() if isinstance(value, Tensor) else value, name, system.b, above=above)
 
 
 def quadrature(lanczos: Lanczos, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -166,15 +178,15 @@ class ExtremeEigenvalues:
 
 
 def extreme_eigenvalues(
-    hvp: Operator, like: Tensor, *, generator: torch.Generator, shift: Coefficient = 0.0, steps: int = 50
+    A: Any, like: Any, *, generator: torch.Generator, shift: Any = 0.0, steps: int = 50
 ) -> ExtremeEigenvalues:
-    """Finds the smallest and the largest eigenvalue of A_b = H_b + diag(shift), which may be indefinite.
+    """Finds the smallest and the largest eigenvalue of A_b + diag(shift), which may be indefinite, for every row b.
 
     Lanczos with full reorthogonalisation, in torch operations, from a Gaussian vector. It keeps all `steps` vectors of
     a row: unlike the coefficients of conjugate gradients it needs no definite A, and each Ritz pair has its bound.
 
     Args:
-        hvp, shift, like, generator: as in `trace_of`.
+        A, shift, like, generator: as in `trace_of`.
         steps: products per row; the ends of the spectrum are found first, the sooner the further they stand apart.
 
     Raises:
@@ -183,18 +195,19 @@ def extreme_eigenvalues(
     Source: Golub and Van Loan, Matrix computations, section 10.1; Parlett, The symmetric eigenvalue problem (1998),
     section 13.2 for the bounds.
     """
-    hvp, like = checked(hvp, like, "extreme_eigenvalues", shift=shift)
-    coefficient = as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", like)
-    start = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-    steps = min(check_int("steps", steps, minimum=1), like.shape[1])
-    lanczos, last = _reorthogonalised(lambda v: hvp(v) + coefficient * v, start, steps)
+    system = read_single(A, like, "extreme_eigenvalues")
+    operator, b = checked(system.operator, system.b, "extreme_eigenvalues", shift=shift)
+    coefficient = _coefficient(system, shift, "shift")
+    start = torch.randn(b.shape, generator=generator, dtype=b.dtype, device=b.device)
+    steps = min(check_int("steps", steps, minimum=1), b.shape[1])
+    lanczos, last = _reorthogonalised(lambda v: operator(v) + coefficient.to(v.dtype) * v, start, steps)
     matrix = _matrix(lanczos)
     non_finite = ~(matrix.isfinite().flatten(1).all(1) & last.isfinite())
     eigenvalues, vectors = torch.linalg.eigh(matrix.masked_fill(non_finite.view(-1, 1, 1), 0.0))
     bounds = last.unsqueeze(1) * vectors[:, -1].abs()  # ‖A y − θ y‖ = β_m |s_m|
     return ExtremeEigenvalues(
         *(
-            value.masked_fill(non_finite, torch.nan)
+            value.masked_fill(non_finite, torch.nan).reshape(system.form.lead if system.form else (-1,))
             for value in (eigenvalues[:, 0], eigenvalues[:, -1], bounds[:, 0], bounds[:, -1])
         )
     )

@@ -1,47 +1,52 @@
-"""Conjugate gradients for many shifts: (H_b + diag(shift) + σ_j) x_bj = b_b, with the products of one shift."""
+"""Conjugate gradients for many shifts: (A_b + diag(shift) + σ_j) x_bj = b_b, with the products of one shift."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from imaml_ext._native import native
 from imaml_ext.checks import check_int
-from imaml_ext.ops import Coefficient, as_coefficient, check_entries
+from imaml_ext.ops import as_coefficient, check_entries
 from imaml_ext.ops.calls import callback, check_untransformed, eager
-from imaml_ext.solvers.cg import _look_every, _tolerance, cg
-from imaml_ext.solvers.linear import Operator, Solution, check_system
+from imaml_ext.solvers.cg import _cg_rows, _look_every, _tolerance
+from imaml_ext.solvers.linear import Solution
+from imaml_ext.solvers.operators import Product, System, is_matrix
 
 
 @eager
 def multi_shift_cg(
-    hvp: Operator,
-    b: Tensor,
+    A: Any,
+    b: Any,
     shifts: Tensor,
     *,
-    shift: Coefficient = 0.0,
+    shift: Any = 0.0,
     max_iterations: int = 5,
     rtol: float | Tensor = 1e-5,
     atol: float | Tensor = 0.0,
     check_every: int = 0,
 ) -> Solution:
-    """Solves (H_b + diag(shift) + σ_bj) x_bj = b_b for every row b and every shift σ_bj of it.
+    """Solves (A_b + diag(shift) + σ_bj) x_bj = b_b for every row b and every shift σ_bj of it.
 
     The system of the row's least shift is solved by conjugate gradients from x = 0. Those of the others have the same
-    Krylov spaces and follow with its products, each until its residual by recurrence is within the tolerance. Then one
-    call of `cg` measures every residual, one product per system, and goes on from the x where the tolerance is not
-    met. So a status says what it says in `cg`.
+    Krylov spaces and follow with its products, each until its residual by recurrence is within the tolerance. Then
+    `cg` measures every residual, one product per system, and goes on from the x where the tolerance is not met. So a
+    status says what it says in `cg`.
 
     Args:
-        hvp, b, shift, rtol, atol: as in `cg`.
+        A, shift, rtol, atol: as in `cg`.
+        b: as in `cg`, with one right-hand side per row: [N], [B, N] or a nested structure of tensors [B, …].
         shifts: [J] or [B, J], at least 0, in any order; added to `shift`.
-        max_iterations: the largest number of calls of `hvp` for a row, beside the J that measure.
+        max_iterations: the largest number of products for a row, beside the J that measure.
         check_every: k > 0 asks the device every k iterations whether all systems are done, to stop early. 0 never
             does. A system that is not done when the last one stops then has no products left, and only is measured.
 
     Returns:
-        A `Solution` with x [B, J, N] and status, iterations and residual_norm [B, J]. No residual_norm comes from a
-        recurrence, where no products were left.
+        A `Solution` with x [B, J, N] (in a structure [B, J, …]) and status, iterations and residual_norm [B, J]; for b
+        [N] without B. Every residual_norm was measured, unless a row went on after that.
 
     Raises:
         TypeError, ValueError, NativeUnavailableError: as `cg`.
@@ -50,27 +55,32 @@ def multi_shift_cg(
     conjugate gradient methods for families of shifted systems (2004).
     """
     check_untransformed("multi_shift_cg", b=b, shifts=shifts, shift=shift)
-    check_system(hvp, b)
-    sigma = _offsets(shifts, b)
+    system = read_single(A, b, "multi_shift_cg")
+    rows = system.b.detach()
+    sigma = _offsets(shifts, rows)
     least = sigma.amin(1, keepdim=True)
-    coefficient = as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b)
+    shift = system.coefficient(shift, "shift")
+    shift = as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", rows)
+    rtol, atol = (
+        _tolerance(system.tolerance(value, name), name, rows) for value, name in ((rtol, "rtol"), (atol, "atol"))
+    )
     products = check_int("max_iterations", max_iterations, minimum=0)
     calls = 0
-    hvp = callback(hvp, "multi_shift_cg", "hvp", b)
+    operator = callback(system.operator, "multi_shift_cg", "A", rows)
 
     def counted(p: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return hvp(p)
+        return operator(p)
 
-    *_, (x, steps) = native(b.device).cg(
+    *_, (x, steps) = native(rows.device).cg(
         counted,
-        b,
-        shift=coefficient + least.to(coefficient.dtype),
+        rows,
+        shift=shift + least.to(shift.dtype),
         x0=None,
         max_iterations=products,
-        rtol=_tolerance(rtol, "rtol", b),
-        atol=_tolerance(atol, "atol", b),
+        rtol=rtol,
+        atol=atol,
         inverse_diagonal=None,
         preconditioner=None,
         check_every=_look_every(check_every),
@@ -79,40 +89,62 @@ def multi_shift_cg(
         shifts=sigma - least,
     )
     count = sigma.shape[1]
-
-    def repeated(value: float | Tensor) -> float | Tensor:
-        return value.repeat_interleave(count) if isinstance(value, Tensor) and value.dim() == 1 else value
-
-    total = coefficient.unsqueeze(1) + sigma.to(coefficient.dtype).unsqueeze(2)  # [B, J, 1 or N]
-    measured = cg(
-        for_each_of(hvp, *sigma.shape),
-        b.repeat_interleave(count, 0),
+    total = shift.unsqueeze(1) + sigma.to(shift.dtype).unsqueeze(2)  # [R, J, 1 or N]
+    measured = _cg_rows(
+        on_columns(A, b, system, count),
+        rows.repeat_interleave(count, 0),
         shift=total.flatten(0, 1),
         x0=x.flatten(0, 1),
         max_iterations=products - calls,
-        rtol=repeated(rtol),
-        atol=repeated(atol),
+        rtol=rtol.expand(len(rows)).repeat_interleave(count),
+        atol=atol.expand(len(rows)).repeat_interleave(count),
+        preconditioner=None,
         check_every=check_every,
     )
+    lead = (*_lead(system), count)
+    solutions = measured.x.unflatten(0, sigma.shape).unbind(1)
     return Solution(
-        measured.x.unflatten(0, sigma.shape),
-        measured.status.unflatten(0, sigma.shape),
-        steps + measured.iterations.unflatten(0, sigma.shape),
-        measured.residual_norm.unflatten(0, sigma.shape),
+        _stacked([system.form.unpack(x) if system.form else x for x in solutions], len(lead) - 1),
+        measured.status.reshape(lead),
+        (steps.flatten() + measured.iterations).reshape(lead),
+        measured.residual_norm.reshape(lead),
     )
 
 
-def for_each_of(operator: Operator, rows: int, count: int) -> Operator:
-    """The operator of `rows` rows on `count` vectors for each of them: [rows count, N] -> [rows count, N]."""
+def read_single(A: Any, b: Any, name: str) -> System:
+    """The system of one right-hand side per row."""
+    system = System.read(A, b)
+    if system.form is not None and len(system.form.lead) == 2:
+        raise ValueError(f"{name}: b must have one right-hand side per row, got {list(b.shape)}")
+    return system
 
-    def product(p: Tensor) -> Tensor:
-        return torch.stack([operator(q) for q in p.unflatten(0, (rows, count)).unbind(1)], 1).flatten(0, 1)
 
-    return product
+def on_columns(A: Any, b: Any, system: System, count: int) -> Product:
+    """The operator of a system on `count` vectors for each row, [R count, N], in one call where A can.
+
+    A can where it is a matrix, or marked by `multi_rhs` and given b [B, N].
+    """
+    if isinstance(b, Tensor) and (is_matrix(A) or (getattr(A, "multi_rhs", False) and b.dim() == 2)):
+        return System.read(A, system.b.unsqueeze(2).expand(-1, -1, count)).operator
+    rows, size = system.b.shape
+
+    def one_by_one(p: Tensor) -> Tensor:
+        parts = p.view(rows, count, size).unbind(1)
+        return torch.stack([system.operator(part.contiguous()) for part in parts], 1).view(-1, size)
+
+    return one_by_one
+
+
+def _lead(system: System) -> tuple[int, ...]:
+    return system.form.lead if system.form else (len(system.b),)
+
+
+def _stacked(values: list[Any], dim: int) -> Any:
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves, dim), *values)
 
 
 def _offsets(shifts: Tensor, b: Tensor) -> Tensor:
-    """The shifts as float64 [B, J]."""
+    """The shifts as float64 [R, J]."""
     if not isinstance(shifts, Tensor) or not shifts.is_floating_point():
         found = shifts.dtype if isinstance(shifts, Tensor) else type(shifts).__name__
         raise TypeError(f"shifts must be a floating-point tensor, got {found}")
