@@ -46,10 +46,10 @@ def spd(size: int, condition: float, *, generator: torch.Generator) -> Tensor:
     return (a + a.mT) / 2
 
 
-def conv4_hessian(*, meta_steps: int) -> tuple[Operator, Tensor]:
-    """The Gauss-Newton matrix of a Conv4 on a support set, float64, at θ after some meta-steps; and its gradient."""
-    config = changed(load_recipe("glyphs-5w1s").config, {"model.filters": 16, "run.dtype": "float64"})
-    experiment = build(config)
+def conv4_hessian(*, ways: int, shots: int, meta_steps: int = 20) -> tuple[Operator, Tensor]:
+    """The Gauss-Newton matrix of a Conv4 on a support set, float64, at θ after some meta-steps; and the gradient."""
+    changes = {"model.filters": 16, "run.dtype": "float64", "tasks.ways": ways, "tasks.shots": shots}
+    experiment = build(changed(load_recipe("glyphs-5w1s").config, changes))
     theta = trained(experiment, meta_steps).detach()
     support = experiment.sampler("train", tasks=1, seed=1).sample(0).support
     operator = experiment.loss.linearize(theta.unsqueeze(0), support, kind="gauss_newton")
@@ -60,11 +60,12 @@ def multi_shift() -> list[dict[str, Any]]:
     """16 shifts against the least of them alone, each residual measured: products per row at rtol 1e-6."""
     generator = torch.Generator().manual_seed(0)
     matrix = spd(2000, 1e4, generator=generator)
-    hessian, gradient = conv4_hessian(meta_steps=100)
     problems: dict[str, tuple[Operator, Tensor, float]] = {
         "dense, κ = 10⁴": (lambda p: p @ matrix, torch.randn(1, 2000, dtype=torch.float64, generator=generator), 0.0),
-        "Conv4, Gauss-Newton, shift 10⁻³": (hessian, gradient, 1e-3),
     }
+    for ways, shots, shift in ((20, 5, 1e-3), (20, 5, 1e-2), (5, 1, 1e-3)):
+        name = f"Conv4, Gauss-Newton, {ways}-way {shots}-shot, shift {shift:g}"
+        problems[name] = (*conv4_hessian(ways=ways, shots=shots), shift)
     rows = []
     for name, (operator, b, shift) in problems.items():
         shifts = torch.cat([torch.zeros(1), torch.logspace(-3, 1, 15)]).double()
