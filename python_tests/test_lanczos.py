@@ -140,6 +140,21 @@ def test_traces_against_dense(device: str) -> None:
     assert ((found.value - eigenvalues.log().sum(1)).abs() <= 6 * found.standard_error + 1e-9).all()
 
 
+def test_traces_of_indefinite_matrices() -> None:
+    rows, cols = 3, 20
+    matrices = dense(rows, cols) - 0.4 * torch.eye(cols, dtype=torch.float64)
+    matrices[1] = -torch.eye(cols)
+    matrices[2, 4, 4] = torch.nan
+    like, generator = torch.empty(rows, cols, dtype=torch.float64), torch.Generator().manual_seed(0)
+    exact = torch.linalg.eigvalsh(matrices[:2])
+    for function in (torch.exp, torch.tanh, lambda x: x**3):
+        found = trace_of(multiply(matrices), function, like, generator=generator, probes=100, definite=False)
+        assert found.status.tolist() == [CONVERGED, CONVERGED, NON_FINITE]
+        error = (found.value[:2] - function(exact).sum(1)).abs()
+        assert (error <= 6 * found.standard_error[:2] + 1e-9).all()
+        assert found.value[2].isnan()
+
+
 def test_the_log_determinant_of_a_diagonal_needs_no_luck() -> None:
     """Every ±1 probe gives the trace of a diagonal matrix exactly, and a preconditioner is subtracted exactly."""
     d = 10.0 ** torch.linspace(-3, 3, 8, dtype=torch.float64).repeat(2, 1)

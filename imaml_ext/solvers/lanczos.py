@@ -13,7 +13,7 @@ from imaml_ext.checks import check_int
 from imaml_ext.ops import as_coefficient
 from imaml_ext.ops.calls import check_untransformed, eager
 from imaml_ext.solvers.cg import _cg_rows
-from imaml_ext.solvers.linear import Lanczos, Operator, Solution, checked, row_norm
+from imaml_ext.solvers.linear import Lanczos, Operator, Solution, SolveStatus, checked, row_norm
 from imaml_ext.solvers.multi_shift import on_columns, read_single
 from imaml_ext.solvers.operators import System
 
@@ -48,8 +48,9 @@ def trace_of(
     shift: Any = 0.0,
     probes: int = 16,
     steps: int = 50,
+    definite: bool = True,
 ) -> TraceEstimate:
-    """Estimates tr f(A_b + diag(shift)), positive definite, for every row b by stochastic Lanczos quadrature.
+    """Estimates tr f(A_b + diag(shift)) for every row b by stochastic Lanczos quadrature.
 
     All probes of all rows are one batched solve of `steps` products each.
 
@@ -59,7 +60,9 @@ def trace_of(
         like: written as b is in `cg`, [N], [B, N] or a structure of [B, …]; its values are not looked at.
         generator: of the probes, with entries ±1; on the device of `like`.
         probes: the error of the mean falls as 1 / √probes.
-        steps: of conjugate gradients, and so the largest number of nodes of a quadrature.
+        steps: the largest number of nodes of a quadrature.
+        definite: the matrices are positive definite, and the solve is `cg`. False: they need not be. Then Lanczos with
+            full reorthogonalisation in torch operations keeps `steps` vectors of every probe.
 
     Raises:
         TypeError, ValueError, NativeUnavailableError: as `cg`.
@@ -67,7 +70,8 @@ def trace_of(
     Source: Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature (2017); Golub and Meurant
     (2010), chapter 6.
     """
-    return _trace(A, function, like, None, generator=generator, shift=shift, probes=probes, steps=steps)
+    options = {"generator": generator, "shift": shift, "probes": probes, "steps": steps}
+    return _trace(A, function, like, None, definite=definite, **options)
 
 
 def logdet(
@@ -90,7 +94,8 @@ def logdet(
     Source: as `trace_of`; for kernels of Gaussian processes Gardner, Pleiss, Bindel, Weinberger, Wilson, GPyTorch
     (2018).
     """
-    return _trace(A, torch.log, like, preconditioner, generator=generator, shift=shift, probes=probes, steps=steps)
+    options = {"generator": generator, "shift": shift, "probes": probes, "steps": steps}
+    return _trace(A, torch.log, like, preconditioner, definite=True, **options)
 
 
 @eager
@@ -104,6 +109,7 @@ def _trace(
     shift: Any,
     probes: int,
     steps: int,
+    definite: bool,
 ) -> TraceEstimate:
     check_untransformed("trace_of", like=like, shift=shift, preconditioner=preconditioner)
     probes, steps = check_int("probes", probes, minimum=1), check_int("steps", steps, minimum=1)
@@ -115,14 +121,34 @@ def _trace(
     diagonal = None
     if preconditioner is not None:  # uᵀ log(M^½ A M^½) u, with M^½ b = u
         diagonal = _coefficient(system, preconditioner, "preconditioner", above=0)
-        signs = signs * diagonal.rsqrt().unsqueeze(1)
+        signs = (signs * diagonal.rsqrt().unsqueeze(1)).to(b.dtype)
         exact = diagonal.double().log().expand(rows, cols).sum(1)
         diagonal = diagonal.expand(rows, cols).repeat_interleave(probes, 0)
+    product = on_columns(A, like, system, probes)
+    shift = _coefficient(system, shift, "shift").expand(rows, -1).repeat_interleave(probes, 0)
+    if definite:
+        lanczos, status = _by_cg(product, signs.flatten(0, 1), shift, diagonal, steps)
+    else:
+        lanczos, _, status = _reorthogonalised(product, signs.flatten(0, 1), shift, steps)
+    samples = cols * quadrature(lanczos, function).view(rows, probes) - exact.unsqueeze(1)
+    status = status.view(rows, probes).amax(1)
+    value = samples.mean(1).masked_fill(status != 0, torch.nan)
+    error = samples.std(1) / probes**0.5 if probes > 1 else torch.full_like(value, torch.nan)
+    error = error.masked_fill(status != 0, torch.nan)
+    return TraceEstimate(*(_as_rows(v, system) for v in (value, error, status)))
+
+
+def _as_rows(value: Tensor, system: System) -> Tensor:
+    return value.reshape(system.form.lead if system.form else (-1,))
+
+
+def _by_cg(product: Operator, b: Tensor, shift: Tensor, diagonal: Tensor | None, steps: int) -> tuple[Lanczos, Tensor]:
+    """T of the rows b; and [R] CONVERGED, or how a row failed."""
     solution = _cg_rows(
-        on_columns(A, like, system, probes),
-        signs.flatten(0, 1),
+        product,
+        b,
         x0=None,
-        shift=_coefficient(system, shift, "shift").expand(rows, -1).repeat_interleave(probes, 0),
+        shift=shift,
         max_iterations=steps,
         rtol=torch.finfo(b.dtype).eps,  # where a Krylov space is exhausted, and T complete
         atol=0.0,
@@ -130,14 +156,9 @@ def _trace(
         lanczos=True,
     )
     assert solution.lanczos is not None
-    samples = cols * quadrature(solution.lanczos, function).view(rows, probes) - exact.unsqueeze(1)
     complete = solution.iterations > solution.lanczos.steps  # the row has measured, and gone on
     failed = (solution.broke_down | solution.non_finite) & ~complete
-    status = torch.where(failed, solution.status, 0).view(rows, probes).amax(1)
-    value = samples.mean(1).masked_fill(status != 0, torch.nan)
-    error = samples.std(1) / probes**0.5 if probes > 1 else torch.full_like(value, torch.nan)
-    error = error.masked_fill(status != 0, torch.nan)
-    return TraceEstimate(*(v if system.form is None else v.reshape(system.form.lead) for v in (value, error, status)))
+    return solution.lanczos, torch.where(failed, solution.status, int(SolveStatus.CONVERGED))
 
 
 def _coefficient(system: System, value: Any, name: str, *, above: float | None = None) -> Tensor:
@@ -197,36 +218,31 @@ def extreme_eigenvalues(
     """
     system = read_single(A, like, "extreme_eigenvalues")
     operator, b = checked(system.operator, system.b, "extreme_eigenvalues", shift=shift)
-    coefficient = _coefficient(system, shift, "shift")
     start = torch.randn(b.shape, generator=generator, dtype=b.dtype, device=b.device)
     steps = min(check_int("steps", steps, minimum=1), b.shape[1])
-    lanczos, last = _reorthogonalised(lambda v: operator(v) + coefficient.to(v.dtype) * v, start, steps)
-    matrix = _matrix(lanczos)
-    non_finite = ~(matrix.isfinite().flatten(1).all(1) & last.isfinite())
-    eigenvalues, vectors = torch.linalg.eigh(matrix.masked_fill(non_finite.view(-1, 1, 1), 0.0))
+    lanczos, last, status = _reorthogonalised(operator, start, _coefficient(system, shift, "shift"), steps)
+    eigenvalues, vectors = torch.linalg.eigh(_matrix(lanczos))
     bounds = last.unsqueeze(1) * vectors[:, -1].abs()  # ‖A y − θ y‖ = β_m |s_m|
     return ExtremeEigenvalues(
         *(
-            value.masked_fill(non_finite, torch.nan).reshape(system.form.lead if system.form else (-1,))
+            _as_rows(value.masked_fill(status != 0, torch.nan), system)
             for value in (eigenvalues[:, 0], eigenvalues[:, -1], bounds[:, 0], bounds[:, -1])
         )
     )
 
 
-def _reorthogonalised(operator: Operator, start: Tensor, steps: int) -> tuple[Lanczos, Tensor]:
-    """T, and the norm [R] of what the last product has outside the Krylov space."""
+def _reorthogonalised(operator: Operator, start: Tensor, shift: Tensor, steps: int) -> tuple[Lanczos, Tensor, Tensor]:
+    """T; the norm [R] of what the last product has outside the Krylov space; and [R] CONVERGED or NON_FINITE."""
     rows, cols = start.shape
     basis = start.new_zeros(rows, steps, cols)
     diagonal = torch.zeros(rows, steps, dtype=torch.float64, device=start.device)
     norms = torch.zeros_like(diagonal)
-    v, going = (
-        start / row_norm(start).unsqueeze(1).to(start.dtype),
-        torch.ones(rows, dtype=torch.bool, device=start.device),
-    )
+    v = start / row_norm(start).unsqueeze(1).to(start.dtype)
+    going = torch.ones(rows, dtype=torch.bool, device=start.device)
     taken = torch.zeros(rows, dtype=torch.int32, device=start.device)
     for k in range(steps):
         basis[:, k] = v
-        w = operator(v)
+        w = operator(v) + shift.to(v.dtype) * v
         diagonal[:, k] = (v.double() * w.double()).sum(1)
         taken += going.to(torch.int32)
         known = basis[:, : k + 1]
@@ -237,4 +253,7 @@ def _reorthogonalised(operator: Operator, start: Tensor, steps: int) -> tuple[La
         going = going & ~(norms[:, k] <= 4 * cols**0.5 * torch.finfo(w.dtype).eps * scale)
         norms[:, k] = norms[:, k].masked_fill(~going, 0.0)
         v = torch.where(going.unsqueeze(1), w / norms[:, k].masked_fill(~going, 1.0).unsqueeze(1).to(w.dtype), 0.0)
-    return Lanczos(diagonal, norms[:, :-1].contiguous(), taken), norms[:, -1]
+    finite = diagonal.isfinite().all(1) & norms.isfinite().all(1)
+    status = torch.where(finite, 0, int(SolveStatus.NON_FINITE)).to(torch.int32)
+    diagonal, norms = (torch.where(finite.unsqueeze(1), v, 0.0) for v in (diagonal, norms))
+    return Lanczos(diagonal, norms[:, :-1].contiguous(), taken), norms[:, -1], status
