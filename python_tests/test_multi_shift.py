@@ -197,3 +197,28 @@ def test_other_forms_of_the_system() -> None:
 def test_bad_shifts(shifts, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         multi_shift_cg(lambda p: p, torch.randn(2, 5), shifts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 5)}, ValueError, r"x must be contiguous of shape \[B, J, N\], got \[2, 5\]"),
+        ({"x": torch.zeros(2, 5, 3).mT}, ValueError, "x must be contiguous"),
+        ({"r": None}, ValueError, "r must be given unless this is the last step"),
+        ({"r": torch.zeros(2, 4)}, ValueError, r"r must have shape \[2, 5\], got \[2, 4\]"),
+        ({"p": torch.zeros(2, 3, 5).double()}, TypeError, "p must be float32, got float64"),
+        ({"state": torch.zeros(2, 10).double()}, ValueError, r"state must have shape \[2, 12\], got \[2, 10\]"),
+        ({"sigma": torch.zeros(2, 1).double()}, ValueError, r"sigma must have shape \[2, 3\], got \[2, 1\]"),
+    ],
+)
+def test_bad_arguments_of_the_op(changes: dict, error: type[Exception], message: str) -> None:
+    arguments = {
+        "r": torch.zeros(2, 5),
+        "state": torch.zeros(2, 12).double(),
+        "sigma": torch.zeros(2, 3).double(),
+        "x": torch.zeros(2, 3, 5),
+        "p": torch.zeros(2, 3, 5),
+        "shift_state": torch.zeros(2, 3, 5).double(),
+    }
+    with pytest.raises(error, match=message):
+        torch.ops.imaml_ext.cg_shifts_step_(*{**arguments, **changes}.values())
