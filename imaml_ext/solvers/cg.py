@@ -182,7 +182,7 @@ def cg(
 
 
 def _cg_rows(
-    hvp: Operator | BlockOperator,
+    hvp: Any,
     b: Tensor,
     *,
     preconditioner: Any,
@@ -192,6 +192,8 @@ def _cg_rows(
 ) -> Solution:
     """`cg` on rows."""
     if torch.compiler.is_dynamo_compiling():
+        if rows_per_block is not None:
+            raise ValueError(f"rows_per_block must be None in a compiled function, got {rows_per_block}")
         return _compiled_rows(hvp, b, preconditioner=preconditioner, check_every=check_every, **options)
     return _eager_rows(
         hvp, b, preconditioner=preconditioner, check_every=check_every, rows_per_block=rows_per_block, **options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -93,7 +93,8 @@ def solve(
     system = System(function, rows, form)
     warm = x0 if isinstance(x0, WarmStart) else WarmStart()
     start = warm.x if isinstance(x0, WarmStart) else system.rows(x0, "x0")
-    problem = _Problem(function, solver, on_failure, on_solve, warm, check=callable(A) and not is_matrix(A))
+    check = torch.is_grad_enabled() and callable(A) and not is_matrix(A)
+    problem = _Problem(function, solver, on_failure, on_solve, warm, check)
     shift_rows = as_coefficient(system.coefficient(shift, "shift"), "shift", rows)
     start = start if start is not None and start.shape == rows.shape and start.dtype == rows.dtype else None
     found = _Solve.apply(problem, rows, shift_rows, start, *tensors)
@@ -161,7 +162,6 @@ class _Problem:
     warm: WarmStart
     check: bool = False  # whether A might reach tensors that require a gradient
     what: str = "systems of solve"
-    state: dict[str, Any] = field(default_factory=dict)
 
     def backward(self) -> _Problem:
         return replace(self, check=False, what="systems of a backward pass of solve")
@@ -273,7 +273,7 @@ def _pulled_back(
 ) -> tuple[Tensor | None, ...]:
     """cotangentᵀ ∂(A x)/∂w for each w of the parameters, with a graph where the backward pass has one."""
     if is_transformed() or is_traced():
-        _, pull = torch.func.vjp(lambda *tensors: function(x, *tensors), *parameters)
+        pull = torch.func.vjp(lambda *tensors: function(x, *tensors), *parameters)[1]
         return tuple(pull(cotangent))
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

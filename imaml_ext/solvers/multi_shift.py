@@ -120,11 +120,8 @@ def read_single(A: Any, b: Any, name: str) -> System:
 
 
 def on_columns(A: Any, b: Any, system: System, count: int) -> Product:
-    """The operator of a system on `count` vectors for each row, [R count, N], in one call where A can.
-
-    A can where it is a matrix, or marked by `multi_rhs` and given b [B, N].
-    """
-    if isinstance(b, Tensor) and (is_matrix(A) or (getattr(A, "multi_rhs", False) and b.dim() == 2)):
+    """The operator of a system on `count` vectors for each row, [R count, N]: in one call where `cg` makes one."""
+    if isinstance(b, Tensor) and (b.dim() == 2 or is_matrix(A)):
         return System.read(A, system.b.unsqueeze(2).expand(-1, -1, count)).operator
     rows, size = system.b.shape
 
