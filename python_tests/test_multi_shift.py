@@ -110,11 +110,24 @@ def test_rows_of_every_fate_side_by_side() -> None:
     assert (found.iterations[3] == 0).all()
     assert found.status[4].tolist() == [CONVERGED] * 3
     assert found.iterations[4].tolist() == [1, 1, 1]
-    for row in (0, 4):  # a row alone has the bits that it has in company
-        alone = multi_shift_cg(multiply(matrices[row : row + 1]), b[row : row + 1], shifts, **options)
-        assert torch.equal(alone.x[0], found.x[row])
     exact = solve_directly(matrices[1] + 0.1 * torch.eye(cols, dtype=torch.float64), b[1])
     torch.testing.assert_close(found.x[1, 2], exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cols", [17, 5000])
+def test_a_row_alone_has_the_bits_that_it_has_in_company(cols: int) -> None:
+    d, b = 0.01 + torch.rand(4, cols), torch.randn(4, cols)
+    d[1] = 3.0  # converges at once
+    d[2, 1] = torch.nan
+    shifts = torch.tensor([0.2, 0.0, 5.0])
+    options = {"max_iterations": 150, "rtol": 1e-4, "check_every": 1}
+    found = multi_shift_cg(lambda p: d * p, b, shifts, **options)
+    assert found.status[2].tolist() == [NON_FINITE] * 3
+    for row in range(4):
+        own = d[row : row + 1]
+        alone = multi_shift_cg(lambda p, own=own: own * p, b[row : row + 1], shifts, **options)
+        assert torch.equal(alone.x[0], found.x[row])
+        assert torch.equal(alone.status[0], found.status[row])
 
 
 def test_without_looking_the_products_are_fixed() -> None:
