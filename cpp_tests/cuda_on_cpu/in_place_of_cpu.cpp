@@ -1,6 +1,7 @@
 // The CPU's part of every op, done by the CUDA kernels that the host runs: linked in place of csrc/*/cpu, beside the
 // same checks and registrations.
 #include "cg/arguments.h"
+#include "common/next_round.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
 
@@ -20,6 +21,7 @@ template <typename T>
 void cg_step(OnCpu, const CgArguments<T>& a) {
   cg_step(kEmulated, a);
 }
+void next_round(OnCpu, const NextRound& a) { next_round(kEmulated, a); }
 template <typename T>
 void cg_shifts_step(OnCpu, const CgShiftsArguments<T>& a) {
   cg_shifts_step(kEmulated, a);

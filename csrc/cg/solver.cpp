@@ -14,6 +14,7 @@
 #include "cg/row.h"
 #include "cg/shift.h"
 #include "common/checks.h"
+#include "common/device_loop.h"
 
 namespace imaml_ext {
 namespace {
@@ -85,6 +86,10 @@ CgOptions completed(const CgOptions& options, const at::Tensor& b) {
     o.x0 = o.x0->detach().contiguous();
     check_like("cg", "x0", *o.x0, "b", b);
   }
+  if (o.check_every > 0 && !o.device_loop) o.device_loop = captured_loop(b);
+  TORCH_CHECK_VALUE(!(o.check_every > 0 && o.device_loop && (o.lanczos || o.shifts.defined())),
+                    "cg: check_every must be 0 inside a CUDA graph that keeps Lanczos coefficients or has shifts, got ",
+                    o.check_every);
   return o;
 }
 
@@ -128,6 +133,10 @@ class Block {
   void solve(const RowOperator& hvp);
 
  private:
+  void iterate(const RowOperator& hvp, bool first, bool last);
+  void iterate_on_device(const RowOperator& hvp);
+  bool looks_on_device() const { return o_.check_every > 0 && o_.device_loop; }
+
   // The block's rows of a tensor [1 or B, …].
   at::Tensor of(const at::Tensor& tensor) const {
     const bool whole = rows_.count() == batch_ || tensor.size(0) == 1;
@@ -165,7 +174,7 @@ class Block {
 
 void Block::solve(const RowOperator& hvp) {
   // r = b − A x0,  z = M r,  p = z. From x = 0 without M that is r = p = b, and stays b until the first step.
-  const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && o_.max_iterations > 0;
+  const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && !looks_on_device() && o_.max_iterations > 0;
   std::optional<at::Tensor> hx;
   if (o_.x0) hx = apply(hvp, "hvp", x_);
   if (from_b) {
@@ -179,6 +188,10 @@ void Block::solve(const RowOperator& hvp) {
     call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
   }
 
+  if (looks_on_device()) {
+    iterate_on_device(hvp);
+    return;
+  }
   for (int64_t k = 0; k < o_.max_iterations; ++k) {
     const bool first = from_b && k == 0;
     const bool last = k + 1 == o_.max_iterations;
@@ -186,19 +199,37 @@ void Block::solve(const RowOperator& hvp) {
       if (first) x_.zero_();  // what the first step would have done
       break;
     }
-    const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
-    // A callable preconditioner stands between the new residual and the new direction.
-    call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
-                   iterations_, /*update_direction=*/!o_.preconditioner, first, last);
-    if (o_.preconditioner && !last) {
-      call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
-    }
+    iterate(hvp, first, last);
     if (coefficients_.defined()) coefficients_.select(0, k).copy_(state_.narrow(1, kAlpha, 2));
     if (sigma_.defined()) {
       call<cg_shifts_step_>("imaml_ext::cg_shifts_step_", last ? std::nullopt : std::optional(r_), state_, sigma_,
                             shift_x_, shift_p_, shift_state_, last);
     }
   }
+}
+
+void Block::iterate(const RowOperator& hvp, bool first, bool last) {
+  const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
+  // A callable preconditioner stands between the new residual and the new direction.
+  call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
+                 iterations_, /*update_direction=*/!o_.preconditioner, first, last);
+  if (o_.preconditioner && !last) {
+    call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
+  }
+}
+
+// The same iterations, and looks at the status before the same of them, where it is the device that decides. A body is
+// captured once, so all its rounds are alike: the round that has the last iteration is a loop of its own.
+void Block::iterate_on_device(const RowOperator& hvp) {
+  if (o_.max_iterations == 0) return;
+  const int64_t rounds = (o_.max_iterations - 1) / o_.check_every;
+  const int64_t rest = o_.max_iterations - rounds * o_.check_every;
+  rounds_on_device(o_.device_loop, status_, kIterating, rounds, [&] {
+    for (int64_t k = 0; k < o_.check_every; ++k) iterate(hvp, /*first=*/false, /*last=*/false);
+  });
+  rounds_on_device(o_.device_loop, status_, kIterating, 1, [&] {
+    for (int64_t k = 0; k < rest; ++k) iterate(hvp, /*first=*/false, /*last=*/k + 1 == rest);
+  });
 }
 
 }  // namespace

@@ -66,8 +66,11 @@ struct CgOptions {
   at::Tensor inverse_diagonal;   // [1 or B, 1 or N], the type of shift: z = inverse_diagonal ∘ r; undefined: none
   RowOperator preconditioner;    // z = M r; empty: none
   int64_t check_every = 0;       // k > 0: look every k iterations whether all rows are done; 0: never look
-  int64_t rows_per_block = 0;    // k > 0: solve k rows at a time; 0: all of them together
-  bool lanczos = false;          // keep the Lanczos coefficients
+  // For check_every > 0 where the host cannot look: runs `body` as long as the bool tensor `flag` on the device, which
+  // body sets anew, is true. Empty: inside a CUDA graph that torch captures, a while node of it; else the host looks.
+  std::function<void(const at::Tensor& flag, const std::function<void()>& body)> device_loop;
+  int64_t rows_per_block = 0;  // k > 0: solve k rows at a time; 0: all of them together
+  bool lanczos = false;        // keep the Lanczos coefficients
   // [B, J] float64, σ ≥ 0: solves A + σ too, without a product of its own (cg/shift.h). Not with x0 or a
   // preconditioner. With check_every the solve ends when no shifted system follows any more, whether the rows have
   // measured or not.

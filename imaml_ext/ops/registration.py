@@ -16,5 +16,5 @@ def register_fake(name: str, fake: Callable[..., Any] = lambda *args, **kwargs: 
         torch.library.register_fake(f"imaml_ext::{name}", fake)
 
 
-for _name in ("cg_begin_", "cg_direction_", "cg_step_", "cg_shifts_step_"):  # called by the solver itself
+for _name in ("cg_begin_", "cg_direction_", "cg_step_", "cg_shifts_step_", "next_round_"):  # called by the solver
     register_fake(_name)

@@ -136,7 +136,8 @@ def cg(
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N], or a structure like b), or a
             function r -> M r of the form of b.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
-            and multiplies exactly max_iterations times (capturable in a CUDA graph).
+            and multiplies exactly max_iterations times. Either can be captured in a CUDA graph: with k > 0 the loop is
+            a while node of it, which a replay leaves when its rows are done.
         rows_per_block: k ≥ 1 solves k rows at a time, each block to its end before the next begins, so that their
             vectors stay in the cache where those of B rows would not; every row has the same bits. b must be [B, N]. A
             and a preconditioner are functions of two arguments, p [k, N] (fewer rows in the last block) and the `slice`
@@ -152,6 +153,8 @@ def cg(
         TypeError, ValueError: an argument, or what a function returned, of the wrong type, dtype, structure, shape or
             device; or, with check_symmetry, an A that is not symmetric.
         NativeUnavailableError: the compiled part does not load, or has no code for the device of b.
+        NotImplementedError: check_every > 0 inside a captured CUDA graph, without what a while node needs: torch 2.14,
+            CUDA 12.4 and a driver for it.
 
     Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Restarts from a
     measured residual: van der Vorst and Ye (2000).
