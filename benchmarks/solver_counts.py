@@ -20,9 +20,7 @@ from newton_cg import trained
 from torch import Tensor
 
 from imaml_ext.settings import changed
-from imaml_ext.solvers import cg
-from imaml_ext.solvers.lanczos import logdet
-from imaml_ext.solvers.multi_shift import multi_shift_cg
+from imaml_ext.solvers import cg, logdet, multi_shift_cg
 from imaml_ext.train import build, load_recipe
 
 Operator = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 from imaml_ext import CG, IMAML, GradientDescent, TaskLoss, cg, ops
 from imaml_ext.models import Conv4, TaskModel
 from imaml_ext.ops.network import NetworkLinearisation, network_descend_, network_gradient
-from imaml_ext.solvers.multi_shift import multi_shift_cg
+from imaml_ext.solvers import multi_shift_cg
 
 
 @pytest.fixture(autouse=True)

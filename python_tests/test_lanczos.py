@@ -8,8 +8,7 @@ from systems import DEVICES, dense, multiply, reflected
 from torch import Tensor
 
 from imaml_ext.errors import SolveError
-from imaml_ext.solvers import CG, Lanczos, cg
-from imaml_ext.solvers.lanczos import extreme_eigenvalues, logdet, trace_of
+from imaml_ext.solvers import CG, Lanczos, cg, extreme_eigenvalues, logdet, trace_of
 
 CONVERGED, NEGATIVE, NON_FINITE = 0, 2, 3
 

@@ -7,8 +7,7 @@ import torch
 from systems import DEVICES, DTYPES, dense, multiply, reflected, solve_directly
 from torch import Tensor
 
-from imaml_ext.solvers import SolveStatus, cg
-from imaml_ext.solvers.multi_shift import multi_shift_cg
+from imaml_ext.solvers import SolveStatus, cg, multi_shift_cg
 
 CONVERGED, SPENT, NEGATIVE, NON_FINITE = 0, 1, 2, 3
 
