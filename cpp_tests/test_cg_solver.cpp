@@ -210,6 +210,10 @@ void keeps_lanczos_coefficients_and_shifted_systems() {
   EXPECT(result.lanczos->steps.gt(0).logical_and(result.lanczos->steps.le(result.iterations)).all().item<bool>());
   options.x0 = b;
   EXPECT(throws_saying([&] { cg(multiply(a), b, options); }, "shifts must come without x0"));
+  options.x0.reset();
+  options.check_every = 1;
+  options.device_loop = [](const at::Tensor&, const std::function<void()>&) {};
+  EXPECT(throws_saying([&] { cg(multiply(a), b, options); }, "check_every must be 0 inside a CUDA graph"));
 }
 
 }  // namespace

@@ -144,7 +144,7 @@ def cg(
             of the batch that these rows are; counts of products are a block's. None: all rows together.
         check_symmetry: first compare qᵀAp with pᵀAq for random p and q, by six products, and wait for the result.
         lanczos: keep the coefficients of every row's Lanczos tridiagonal, `Lanczos` with m = max_iterations. Without
-            rtol and atol no measurement cuts it short. Not under torch.compile.
+            rtol and atol no measurement cuts it short. Not under torch.compile, nor with check_every in a CUDA graph.
 
     Returns:
         A `Solution`. No autograd graph is recorded; `imaml_ext.solve` is the differentiable solve.
