@@ -1,4 +1,4 @@
-// A solve whose loop the device would end: the loop stands in for the while nodes of a CUDA graph.
+// Solves whose loop the device would end: the loop stands in for the while nodes of a CUDA graph.
 #include <ATen/ATen.h>
 
 #include <cmath>
@@ -11,6 +11,7 @@
 #include "cg/solver.h"
 #include "check.h"
 #include "common/device_loop.h"
+#include "minres/solver.h"
 
 using namespace imaml_ext;
 
@@ -112,6 +113,34 @@ void has_the_bits_of_a_solve_that_the_host_looks_at() {
   }
 }
 
+void minres_has_them_too() {
+  for (const auto dtype : {at::kDouble, at::kFloat}) {
+    const Systems systems(dtype);
+    const RowOperator hvp = [&](const at::Tensor& p, RowRange rows) {
+      return systems.d.narrow(0, rows.first, rows.count()) * p;
+    };
+    for (const int64_t max_iterations : {0, 1, 2, 3, 7, 12, 60}) {
+      for (const int64_t check_every : {1, 2, 5, 100}) {
+        MinresOptions options;
+        options.max_iterations = max_iterations;
+        options.check_every = check_every;
+        options.rows_per_block = check_every == 2 ? 4 : 0;
+        options.rtol = at::full({1}, 1e-2, at::kDouble);
+        const MinresResult host = minres(hvp, systems.b, options);
+        int nodes = 0;
+        options.device_loop = [&](const at::Tensor& flag, const std::function<void()>& body) {
+          ++nodes;
+          while (flag.item<bool>()) body();
+        };
+        const MinresResult device = minres(hvp, systems.b, options);
+        EXPECT(same_bits(device.x, host.x) && device.status.equal(host.status));
+        EXPECT(device.iterations.equal(host.iterations) && same_bits(device.residual_norm, host.residual_norm));
+        EXPECT((nodes > 0) == (max_iterations > 0));
+      }
+    }
+  }
+}
+
 void multiplies_nothing_where_no_row_is_at_work() {
   Systems systems(at::kFloat);
   systems.b.zero_();
@@ -163,6 +192,7 @@ void the_host_looks_where_nothing_is_captured() { EXPECT(!captured_loop(at::zero
 int main() {
   at::manual_seed(20191909);
   return run_tests({{"has_the_bits_of_a_solve_that_the_host_looks_at", has_the_bits_of_a_solve_that_the_host_looks_at},
+                    {"minres_has_them_too", minres_has_them_too},
                     {"multiplies_nothing_where_no_row_is_at_work", multiplies_nothing_where_no_row_is_at_work},
                     {"goes_as_many_rounds_as_it_may", goes_as_many_rounds_as_it_may},
                     {"says_what_is_missing", says_what_is_missing},

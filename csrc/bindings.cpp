@@ -6,6 +6,7 @@
 
 #include "cg/solver.h"
 #include "common/cpu/capability.h"
+#include "minres/solver.h"
 #include "network/network.h"
 
 namespace py = pybind11;
@@ -15,13 +16,13 @@ namespace {
 // A Python callable as a C++ one, of p or, where the batch is solved in blocks, of p and the slice of its rows. The
 // loop runs without the GIL; it is held only in here, and an exception raised by the callable comes out of the loop as
 // the same exception.
-imaml_ext::RowOperator row_operator(const py::object& callable, const char* name, bool in_blocks) {
-  return [callable = callable.ptr(), name, in_blocks](const at::Tensor& argument, imaml_ext::RowRange rows) {
+imaml_ext::RowOperator row_operator(const py::object& callable, const char* solver, const char* name, bool in_blocks) {
+  return [callable = callable.ptr(), solver, name, in_blocks](const at::Tensor& argument, imaml_ext::RowRange rows) {
     py::gil_scoped_acquire gil;
     const auto function = py::reinterpret_borrow<py::object>(callable);
     const py::object result =
         in_blocks ? function(argument, py::slice(rows.first, rows.last, std::nullopt)) : function(argument);
-    TORCH_CHECK_TYPE(THPVariable_Check(result.ptr()), "cg: ", name, " must return a tensor, got ",
+    TORCH_CHECK_TYPE(THPVariable_Check(result.ptr()), solver, ": ", name, " must return a tensor, got ",
                      std::string(py::str(py::type::of(result).attr("__name__"))));
     return THPVariable_Unpack(result.ptr());
   };
@@ -32,27 +33,40 @@ py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift
              const std::optional<at::Tensor>& inverse_diagonal, const py::object& preconditioner, int64_t check_every,
              int64_t rows_per_block, bool lanczos, const std::optional<at::Tensor>& shifts) {
   imaml_ext::CgOptions options;
-  options.shift = shift;
-  options.x0 = x0;
-  options.max_iterations = max_iterations;
-  options.rtol = rtol;
-  options.atol = atol;
+  static_cast<imaml_ext::SolveOptions&>(options) = {shift, x0, max_iterations, rtol, atol, check_every, rows_per_block};
   if (inverse_diagonal) options.inverse_diagonal = *inverse_diagonal;
   const bool in_blocks = rows_per_block > 0;
-  if (!preconditioner.is_none()) options.preconditioner = row_operator(preconditioner, "preconditioner", in_blocks);
-  options.check_every = check_every;
-  options.rows_per_block = rows_per_block;
+  if (!preconditioner.is_none()) {
+    options.preconditioner = row_operator(preconditioner, "cg", "preconditioner", in_blocks);
+  }
   options.lanczos = lanczos;
   if (shifts) options.shifts = *shifts;
   imaml_ext::CgResult result;
   {
     py::gil_scoped_release no_gil;
-    result = imaml_ext::cg(row_operator(hvp, "hvp", in_blocks), b, options);
+    result = imaml_ext::cg(row_operator(hvp, "cg", "hvp", in_blocks), b, options);
   }
   py::object kept = py::none(), shifted = py::none();
   if (const auto& t = result.lanczos) kept = py::make_tuple(t->diagonal, t->off_diagonal, t->steps);
   if (const auto& s = result.shifted) shifted = py::make_tuple(s->x, s->iterations);
   return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, kept, shifted);
+}
+
+// And, where asked for, the diagonal, the off-diagonal and the order of the tridiagonal matrices.
+py::tuple minres(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift,
+                 const std::optional<at::Tensor>& x0, int64_t max_iterations, const at::Tensor& rtol,
+                 const at::Tensor& atol, int64_t check_every, int64_t rows_per_block, bool lanczos) {
+  imaml_ext::MinresOptions options;
+  static_cast<imaml_ext::SolveOptions&>(options) = {shift, x0, max_iterations, rtol, atol, check_every, rows_per_block};
+  options.lanczos = lanczos;
+  imaml_ext::MinresResult result;
+  {
+    py::gil_scoped_release no_gil;
+    result = imaml_ext::minres(row_operator(hvp, "minres", "hvp", rows_per_block > 0), b, options);
+  }
+  if (!lanczos) return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm);
+  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, result.lanczos.diagonal,
+                        result.lanczos.off_diagonal, result.lanczos.steps);
 }
 
 }  // namespace
@@ -63,6 +77,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("inverse_diagonal"),
         py::arg("preconditioner"), py::arg("check_every"), py::arg("rows_per_block"), py::arg("lanczos"),
         py::arg("shifts"));
+  m.def("minres", torch::wrap_pybind_function(minres), py::arg("hvp"), py::arg("b"), py::kw_only(), py::arg("shift"),
+        py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("check_every"),
+        py::arg("rows_per_block"), py::arg("lanczos"));
   m.def("network_tape_size", [](const std::vector<int64_t>& network, int64_t images, int64_t item_size) {
     return imaml_ext::network_tape_size(network, images, item_size);
   });

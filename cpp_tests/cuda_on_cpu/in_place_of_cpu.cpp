@@ -2,6 +2,7 @@
 // same checks and registrations.
 #include "cg/arguments.h"
 #include "common/next_round.h"
+#include "minres/arguments.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
 
@@ -25,6 +26,14 @@ void next_round(OnCpu, const NextRound& a) { next_round(kEmulated, a); }
 template <typename T>
 void cg_shifts_step(OnCpu, const CgShiftsArguments<T>& a) {
   cg_shifts_step(kEmulated, a);
+}
+template <typename T>
+void minres_begin(OnCpu, const MinresArguments<T>& a) {
+  minres_begin(kEmulated, a);
+}
+template <typename T>
+void minres_step(OnCpu, const MinresArguments<T>& a) {
+  minres_step(kEmulated, a);
 }
 template <typename T>
 void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a) {
@@ -57,6 +66,7 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG_SHIFTS, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_MINRES, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)
 IMAML_INSTANTIATE_NETWORK(OnCpu, double)

@@ -1,51 +1,27 @@
 // The conjugate-gradient ops on plain pointers, checked before: what a device's code sees.
 #pragma once
 
-#include <cstdint>
-#include <limits>
-#include <type_traits>
-
 #include "cg/row.h"
 #include "cg/shift.h"
-#include "common/coefficient.h"
 #include "common/device.h"
-#include "common/host_device.h"
-#include "common/number.h"
+#include "common/system.h"
 
 namespace imaml_ext {
 
 template <typename T>
-struct CgRows {
-  using C = compute_t<T>;  // float for bfloat16, float16, float32; double for float64
-  int64_t rows = 0;
-  int64_t cols = 0;
-  const T* b = nullptr;   // [B, N]
-  const T* hp = nullptr;  // [B, N]  H p (cg_begin_: H x0, or null)
-  const T* z = nullptr;   // [B, N]  M r, where a callable made it
-  T* x = nullptr;         // [B, N]
-  T* r = nullptr;         // [B, N]
-  T* p = nullptr;         // [B, N]
-  T* best = nullptr;      // [B, N]  written where a row keeps an iterate, and nowhere read before
-  Coefficient<C> shift;
+struct CgRows : SystemRows<T, RowState> {
+  using typename SystemRows<T, RowState>::C;
+  const T* z = nullptr;  // [B, N]  M r, where a callable made it
+  T* r = nullptr;        // [B, N]
+  T* p = nullptr;        // [B, N]
   Coefficient<C> inverse_diagonal;
-  const double* rtol = nullptr;  // [B] or one for all (stride 0)
-  const double* atol = nullptr;
-  int64_t rtol_stride = 0;
-  int64_t atol_stride = 0;
-  RowState* state = nullptr;      // [B]
-  int32_t* status = nullptr;      // [B]
-  int32_t* iterations = nullptr;  // [B]
-  bool update_direction = true;   // make the next direction too (no callable preconditioner)
-  bool first = false;             // cg_step_: x is 0 and r and p are b, in no memory but that of b yet
-  bool last = false;              // cg_step_: nobody reads r and p afterwards
+  bool update_direction = true;  // make the next direction too (no callable preconditioner)
+  bool first = false;            // cg_step_: x is 0 and r and p are b, in no memory but that of b yet
+  bool last = false;             // cg_step_: nobody reads r and p afterwards
 
   // Where r and p are read.
-  IMAML_HOST_DEVICE const T* r_now() const { return first ? b : r; }
-  IMAML_HOST_DEVICE const T* p_now() const { return first ? b : p; }
-
-  static constexpr double unit_roundoff() { return 0.5 * static_cast<double>(std::numeric_limits<T>::epsilon()); }
-  static constexpr bool wide() { return std::is_same_v<T, double>; }
-  static constexpr double largest() { return static_cast<double>(std::numeric_limits<T>::max()); }
+  IMAML_HOST_DEVICE const T* r_now() const { return first ? this->b : r; }
+  IMAML_HOST_DEVICE const T* p_now() const { return first ? this->b : p; }
 };
 
 template <typename T>

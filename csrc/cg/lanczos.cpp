@@ -6,7 +6,7 @@
 
 namespace imaml_ext {
 
-LanczosTables lanczos_tables(const at::Tensor& coefficients) {
+Tridiagonal lanczos_tables(const at::Tensor& coefficients) {
   const int64_t m = coefficients.size(0);
   const int64_t couplings = std::max<int64_t>(m - 1, 0);
   const at::Tensor alpha = coefficients.select(2, 0).t();                         // [B, m]
@@ -15,8 +15,8 @@ LanczosTables lanczos_tables(const at::Tensor& coefficients) {
   const at::Tensor inverse = alpha.reciprocal().masked_fill(taken.eq(0), 0.0);    // [B, m]
   const at::Tensor before = inverse.narrow(1, 0, couplings);                      // [B, m − 1]
   const at::Tensor coupled = taken.narrow(1, m - couplings, couplings);           // [B, m − 1]
-  LanczosTables tables{inverse.clone(at::MemoryFormat::Contiguous), beta.sqrt() * before * coupled,
-                       taken.sum(1).to(at::kInt)};
+  Tridiagonal tables{inverse.clone(at::MemoryFormat::Contiguous), beta.sqrt() * before * coupled,
+                     taken.sum(1).to(at::kInt)};
   tables.diagonal.narrow(1, m - couplings, couplings).add_(beta * before * coupled);
   return tables;
 }

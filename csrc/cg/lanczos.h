@@ -7,11 +7,11 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "cg/solver.h"
+#include "common/solver.h"
 
 namespace imaml_ext {
 
 // `coefficients` [m, B, 2] float64: α and β of every step. T ends before the first α that is 0.
-LanczosTables lanczos_tables(const at::Tensor& coefficients);
+Tridiagonal lanczos_tables(const at::Tensor& coefficients);
 
 }  // namespace imaml_ext

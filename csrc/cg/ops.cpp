@@ -83,9 +83,7 @@ at::ScalarType CgTensors::check(const char* op) const {
   if (inverse_diagonal.defined()) check_coefficient(op, "inverse_diagonal", inverse_diagonal, like);
   const int64_t rows = like.size(0);
   for (const auto& [name, tolerance] : {std::pair{"rtol", rtol}, std::pair{"atol", atol}}) {
-    if (!tolerance.defined()) continue;
-    const bool one = tolerance.dim() == 1 && tolerance.size(0) == 1;
-    check_table(op, name, tolerance, at::kDouble, {one ? 1 : rows}, like);
+    if (tolerance.defined()) check_tolerance(op, name, tolerance, like);
   }
   check_table(op, "state", state, at::kDouble, {rows, kRowStateWidth}, like);
   check_table(op, "status", status, at::kInt, {rows}, like);

@@ -12,27 +12,9 @@
 // row that four such measurements have hardly improved has reached what its arithmetic allows: STAGNATED.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <limits>
-
-#include "common/host_device.h"
+#include "common/row.h"
 
 namespace imaml_ext {
-
-// imaml_ext.SolveStatus has the same numbers; the last two are rows still at work.
-enum RowStatus : int32_t {
-  kConverged = 0,
-  kMaxIterations = 1,
-  kNegativeCurvature = 2,
-  kNonFinite = 3,
-  kSingular = 7,
-  kStagnated = 8,
-  kIterating = 16,
-  kVerifying = 17,
-};
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // One row of the float64 tensor `state` [B, kRowStateWidth]. Sums over a row (rᵀz, pᵀAp, …) are taken of the vectors
 // divided by `unit`: a power of two next to ‖r‖ for float64, and 1 for narrower types, whose squares float64 always
@@ -56,62 +38,23 @@ constexpr int64_t kResidual = 1;  // its column
 constexpr int64_t kAlpha = 10;    // its column, before that of β
 static_assert(sizeof(RowState) == kRowStateWidth * sizeof(double), "RowState is read as a row of float64");
 
-struct BeginSums {
-  double bb;  // ‖b‖²
-  double rr;  // ‖r‖²
-  double xx;  // ‖x0‖²
-};
-
 struct Curvature {
   double pAp;   // pᵀ A p
   double ApAp;  // ‖A p‖²
   double pp;    // ‖p‖²
 };
 
-// What becomes of `best`, the memory of one more iterate.
-enum class Best : int32_t {
-  kNothing,
-  kKeep,     // best ← x, before x changes
-  kRestore,  // x ← best
-};
-
-IMAML_HOST_DEVICE bool row_is_active(int32_t status) { return status >= kIterating; }
-
-IMAML_HOST_DEVICE bool is_finite(double value) { return fabs(value) <= 1.7976931348623157e308; }
-
-// A scale for a sum of squares of float64 numbers that came out as `squares` unscaled: 1 where that lost nothing.
-IMAML_HOST_DEVICE double row_scale_of_sum(double squares) {
-  if (squares > 1e-200 && squares < 1e200) return 1.0;
-  return squares <= 1e-200 ? 0x1p600 : 0x1p-600;
-}
-
-// Before the first iteration: r = b − A x0 has been formed (r = b when x0 = 0). The sums bb and rr are of b times
-// b_scale and of r times r_scale. `wide`: the vectors are float64. Afterwards `clear_solution` says whether x must be
-// set to zero.
+// Before the first iteration (row_start). Afterwards `clear_solution` says whether x must be set to zero.
 IMAML_HOST_DEVICE int32_t row_begin(RowState& state, const BeginSums& sums, double b_scale, double r_scale, double rtol,
                                     double atol, bool wide, bool& clear_solution) {
-  const double b_norm = sqrt(sums.bb) / b_scale;
-  const double r_norm = sqrt(sums.rr) / r_scale;
-  state = RowState{0.0, r_norm, fmax(rtol * b_norm, atol), 1.0, 0.0, sqrt(sums.xx), r_norm, kInfinity, kInfinity, 0.0,
-                   0.0, 0.0};
-  clear_solution = false;
-  // A warm start that is not finite is no iterate to keep. (It makes r so too; a finite one beyond 1e154 does not.)
-  if (!is_finite(sums.xx) && !is_finite(sums.rr)) {
-    clear_solution = true;
-    state.solution_bound = 0.0;
-    state.residual = b_norm;
-    return kNonFinite;
-  }
-  if (!is_finite(b_norm) || !is_finite(r_norm)) return kNonFinite;
-  if (sums.bb == 0.0) {  // A x = 0: x = 0, whatever x0
-    clear_solution = true;
-    state.solution_bound = 0.0;
-    state.residual = 0.0;
-    return kConverged;
-  }
-  if (r_norm <= state.threshold) return kConverged;
-  if (wide) state.unit = ldexp(1.0, static_cast<int>(fmin(fmax(ilogb(r_norm), -1000.0), 1000.0)));
-  return kIterating;
+  RowStart start;
+  const int32_t status = row_start(start, sums, b_scale, r_scale, rtol, atol, wide);
+  clear_solution = start.clear_solution;
+  const double x_norm = clear_solution ? 0.0 : sqrt(sums.xx);
+  state = RowState{
+      0.0, start.residual, start.threshold, start.unit, 0.0, x_norm, start.residual, kInfinity, kInfinity, 0.0, 0.0,
+      0.0};
+  return status;
 }
 
 // A sum of r times r_scale, as one of r in the row's unit.

@@ -75,4 +75,9 @@ void check_table(const char* op, const char* name, const at::Tensor& tensor, at:
   TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", tensor.strides());
 }
 
+void check_tolerance(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like) {
+  const bool one = tensor.dim() == 1 && tensor.size(0) == 1;
+  check_table(op, name, tensor, at::kDouble, {one ? 1 : like.size(0)}, like);
+}
+
 }  // namespace imaml_ext

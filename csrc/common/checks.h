@@ -23,6 +23,9 @@ void check_coefficient(const char* op, const char* name, const at::Tensor& tenso
 void check_table(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype,
                  at::IntArrayRef sizes, const at::Tensor& like);
 
+// [1 or B] float64, for the rows of `like`.
+void check_tolerance(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like);
+
 // The type that arithmetic on `dtype` is done in.
 at::ScalarType compute_type(at::ScalarType dtype);
 

@@ -8,10 +8,9 @@
 #include <functional>
 #include <string>
 
-namespace imaml_ext {
+#include "common/solver.h"
 
-// loop(flag, body) runs `body` as long as `flag` is true: a bool tensor of no dimension, which the body sets anew.
-using DeviceLoop = std::function<void(const at::Tensor& flag, const std::function<void()>& body)>;
+namespace imaml_ext {
 
 // The loop for work on the device of `tensor` where its current stream is being captured, and none where it is not.
 // Throws c10::NotImplementedError, with a sentence that says what is needed, where the graph can have no while node.

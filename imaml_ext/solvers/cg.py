@@ -79,14 +79,48 @@ def check_arguments(
         raise TypeError(f"preconditioner must be a tensor or callable, got {type(preconditioner).__name__}")
 
 
-def _look_every(check_every: int) -> int:
+def check_blocks(rows_per_block: int | None, system: System) -> None:
+    """Raises ValueError unless the rows of a batch can be solved some at a time."""
+    if rows_per_block is not None and system.form is not None:
+        raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
+
+
+def _look_every(check_every: int, name: str) -> int:
     """The argument of that name, checked."""
     check_every = check_int("check_every", check_every, minimum=0)
     if check_every > 0 and is_traced():
         raise ValueError(
-            f"check_every must be 0 where cg is traced, as a trace can look at no value, got {check_every}"
+            f"check_every must be 0 where {name} is traced, as a trace can look at no value, got {check_every}"
         )
     return check_every
+
+
+def loop_arguments(
+    name: str,
+    hvp: Operator | BlockOperator,
+    b: Tensor,
+    *,
+    shift: Coefficient,
+    x0: Tensor | None,
+    max_iterations: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    check_every: int,
+    rows_per_block: int | None,
+    preconditioner: Tensor | Operator | BlockOperator | None = None,
+) -> dict[str, Any]:
+    """The arguments of every native loop, checked, for the solver `name`: those below without the preconditioner."""
+    check_untransformed(name, b=b, shift=shift, x0=x0, preconditioner=preconditioner)
+    check_arguments(hvp, b, x0, preconditioner)
+    return {
+        "shift": as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+        "x0": x0,
+        "max_iterations": check_int("max_iterations", max_iterations, minimum=0),
+        "rtol": _tolerance(rtol, "rtol", b),
+        "atol": _tolerance(atol, "atol", b),
+        "check_every": _look_every(check_every, name),
+        "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
+    }
 
 
 def cg(
@@ -160,8 +194,7 @@ def cg(
     measured residual: van der Vorst and Ye (2000).
     """
     system = System.read(A, b)
-    if rows_per_block is not None and system.form is not None:
-        raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
+    check_blocks(rows_per_block, system)
     if check_symmetry:
         operators.check_symmetry(A, b)
     if isinstance(preconditioner, (Tensor, dict, list, tuple)):
@@ -216,7 +249,7 @@ def _compiled_rows(
     check_every: int,
     lanczos: bool = False,
 ) -> Solution:
-    _look_every(check_every)
+    _look_every(check_every, "cg")
     if lanczos:
         raise ValueError("lanczos must be False where cg is compiled, got True")
     diagonal = None
@@ -242,36 +275,25 @@ def _eager_rows(
     hvp: Operator | BlockOperator,
     b: Tensor,
     *,
-    shift: Coefficient,
-    x0: Tensor | None,
-    max_iterations: int,
-    rtol: float | Tensor,
-    atol: float | Tensor,
     preconditioner: Tensor | Operator | BlockOperator | None,
-    check_every: int,
-    rows_per_block: int | None,
     lanczos: bool = False,
+    **options: Any,
 ) -> Solution:
-    check_untransformed("cg", b=b, shift=shift, x0=x0, preconditioner=preconditioner)
-    check_arguments(hvp, b, x0, preconditioner)
+    arguments = loop_arguments("cg", hvp, b, preconditioner=preconditioner, **options)
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
     elif preconditioner is not None:
         preconditioner = callback(preconditioner, "cg", "preconditioner", b)
-    x, status, iterations, residual_norm, tables, _ = native(b.device).cg(
-        callback(hvp, "cg", "hvp", b),
+    hvp = callback(hvp, "cg", "hvp", b)
+    native_cg = native(b.device).cg
+    x, status, iterations, residual_norm, tables, _ = native_cg(
+        hvp,
         b,
-        shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
-        x0=x0,
-        max_iterations=check_int("max_iterations", max_iterations, minimum=0),
-        rtol=_tolerance(rtol, "rtol", b),
-        atol=_tolerance(atol, "atol", b),
         inverse_diagonal=diagonal,
         preconditioner=preconditioner,
-        check_every=_look_every(check_every),
-        rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
         lanczos=bool(lanczos),
         shifts=None,
+        **arguments,
     )
     return Solution(x, status, iterations, residual_norm, Lanczos(*tables) if lanczos else None)

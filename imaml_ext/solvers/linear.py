@@ -22,7 +22,7 @@ Self = TypeVar("Self", bound="LinearSolver")
 
 
 class SolveStatus(IntEnum):
-    """How a row ended. RowStatus in csrc/cg/row.h has the same numbers."""
+    """How a row ended. RowStatus in csrc/common/row.h has the same numbers."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext._native import native
-from imaml_ext.checks import check_int
-from imaml_ext.ops import as_coefficient, check_entries
+from imaml_ext.ops import check_entries
 from imaml_ext.ops.calls import callback, check_untransformed, eager
-from imaml_ext.solvers.cg import _cg_rows, _look_every, _tolerance
+from imaml_ext.solvers.cg import _cg_rows, loop_arguments
 from imaml_ext.solvers.linear import Solution
 from imaml_ext.solvers.operators import Product, System, is_matrix
 
@@ -54,17 +53,24 @@ def multi_shift_cg(
     Source: Frommer, BiCGStab(l) for families of shifted linear systems (2003); van den Eshof and Sleijpen, Accurate
     conjugate gradient methods for families of shifted systems (2004).
     """
-    check_untransformed("multi_shift_cg", b=b, shifts=shifts, shift=shift)
+    check_untransformed("multi_shift_cg", b=b, shifts=shifts)
     system = read_single(A, b, "multi_shift_cg")
     rows = system.b.detach()
     sigma = _offsets(shifts, rows)
     least = sigma.amin(1, keepdim=True)
-    shift = system.coefficient(shift, "shift")
-    shift = as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", rows)
-    rtol, atol = (
-        _tolerance(system.tolerance(value, name), name, rows) for value, name in ((rtol, "rtol"), (atol, "atol"))
+    arguments = loop_arguments(
+        "multi_shift_cg",
+        system.operator,
+        rows,
+        shift=system.coefficient(shift, "shift"),
+        x0=None,
+        max_iterations=max_iterations,
+        rtol=system.tolerance(rtol, "rtol"),
+        atol=system.tolerance(atol, "atol"),
+        check_every=check_every,
+        rows_per_block=None,
     )
-    products = check_int("max_iterations", max_iterations, minimum=0)
+    coefficient = arguments.pop("shift")  # [1 or R, 1 or N]
     calls = 0
     operator = callback(system.operator, "multi_shift_cg", "A", rows)
 
@@ -76,28 +82,23 @@ def multi_shift_cg(
     *_, (x, steps) = native(rows.device).cg(
         counted,
         rows,
-        shift=shift + least.to(shift.dtype),
-        x0=None,
-        max_iterations=products,
-        rtol=rtol,
-        atol=atol,
+        shift=coefficient + least.to(coefficient.dtype),
         inverse_diagonal=None,
         preconditioner=None,
-        check_every=_look_every(check_every),
-        rows_per_block=0,
         lanczos=False,
         shifts=sigma - least,
+        **arguments,
     )
     count = sigma.shape[1]
-    total = shift.unsqueeze(1) + sigma.to(shift.dtype).unsqueeze(2)  # [R, J, 1 or N]
+    total = coefficient.unsqueeze(1) + sigma.to(coefficient.dtype).unsqueeze(2)  # [R, J, 1 or N]
     measured = _cg_rows(
         on_columns(A, b, system, count),
         rows.repeat_interleave(count, 0),
         shift=total.flatten(0, 1),
         x0=x.flatten(0, 1),
-        max_iterations=products - calls,
-        rtol=rtol.expand(len(rows)).repeat_interleave(count),
-        atol=atol.expand(len(rows)).repeat_interleave(count),
+        max_iterations=arguments["max_iterations"] - calls,
+        rtol=arguments["rtol"].expand(len(rows)).repeat_interleave(count),
+        atol=arguments["atol"].expand(len(rows)).repeat_interleave(count),
         preconditioner=None,
         check_every=check_every,
     )

@@ -1,74 +1,11 @@
 // The conjugate-gradient ops on the CPU: who works on which piece of which row, and what a row decides between passes.
 #include "cg/arguments.h"
 
-#include <ATen/Parallel.h>
-
-#include <vector>
-
 #include "common/cpu/kernels.h"
+#include "common/cpu/rows.h"
 
 namespace imaml_ext {
 namespace {
-
-enum class Sweep { kForward, kBackward };
-
-void add(double& to, double part) { to += part; }
-void add(ResidualSums& to, const ResidualSums& part) { to.rr += part.rr, to.rz += part.rz; }
-void add(BeginSums& to, const BeginSums& part) { to.bb += part.bb, to.rr += part.rr, to.xx += part.xx; }
-void add(Curvature& to, const Curvature& part) { to.pAp += part.pAp, to.ApAp += part.ApAp, to.pp += part.pp; }
-
-// Calls work(begin, end) for every piece of a row. A pass that sweeps against the one before it begins with what that
-// one has left in the cache.
-template <typename Work>
-void each_piece(int64_t cols, bool split_row, const Work& work, Sweep sweep = Sweep::kForward) {
-  const auto pieces = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t k = sweep == Sweep::kForward ? i : first + last - 1 - i;
-      work(k * kPiece, std::min((k + 1) * kPiece, cols));
-    }
-  };
-  if (split_row) {
-    at::parallel_for(0, pieces_of(cols), 1, pieces);
-  } else {
-    pieces(0, pieces_of(cols));
-  }
-}
-
-// The sums that pass(begin, end) gives, over the whole row: added up in the order of the pieces.
-template <typename Pass>
-auto sum_of_pieces(int64_t cols, bool split_row, const Pass& pass, Sweep sweep = Sweep::kForward) {
-  if (cols <= kPiece) return pass(int64_t{0}, cols);  // a short row is not worth the memory
-  using Sums = decltype(pass(0, cols));
-  std::vector<Sums> sums(pieces_of(cols));
-  each_piece(cols, split_row, [&](int64_t begin, int64_t end) { sums[begin / kPiece] = pass(begin, end); }, sweep);
-  Sums total{};
-  for (const Sums& part : sums) add(total, part);
-  return total;
-}
-
-// Short rows go through each phase of an op together: what one of them waits for, a sum or a quotient, another needs
-// not.
-constexpr int64_t kTogether = 16;
-inline int64_t rows_together(int64_t cols) { return cols <= 64 ? kTogether : 1; }
-
-// Calls work(first, last, split_row) for rows that go together. Many rows: a thread takes whole rows, which stay in its
-// cache from pass to pass; the last first, because a callback that has gone through them in order has left the last in
-// the cache, and begins with the first again. Few rows: threads share each row.
-template <typename RowWork>
-void over_rows(int64_t rows, int64_t cols, const RowWork& work) {
-  const int64_t threads = at::get_num_threads();
-  if (rows == 0) return;
-  if (rows >= threads || pieces_of(cols) < 2) {
-    const int64_t grain = std::max<int64_t>(1, 2 * kPiece / std::max<int64_t>(cols, 1));
-    at::parallel_for(0, rows, grain, [&](int64_t first, int64_t end) {
-      for (int64_t last = end; last > first; last -= rows_together(cols)) {
-        work(std::max(first, last - rows_together(cols)), last, /*split_row=*/false);
-      }
-    });
-  } else {
-    for (int64_t row = 0; row < rows; ++row) work(row, row + 1, /*split_row=*/true);
-  }
-}
 
 // z = M r,  β,  p ← z + β p   (or p ← x for a row that verifies)
 template <typename T>
@@ -110,17 +47,11 @@ void keep_or_restore(const CgArguments<T>& a, int64_t row, Best what) {
 // r = b − A x0,  z = M r,  p = z;   without x, r and p the sums alone
 template <typename T>
 void begin_row(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t row, bool split_row) {
-  const auto sums_scaled = [&](double b_scale, double r_scale) {
-    return sum_of_pieces(a.cols, split_row, [&](int64_t begin, int64_t end) {
-      return kernels.begin(a, row, begin, end, b_scale, r_scale);
-    });
-  };
-  BeginSums sums = sums_scaled(1.0, 1.0);
   double b_scale = 1.0, r_scale = 1.0;
-  if (a.wide()) {
-    b_scale = row_scale_of_sum(sums.bb), r_scale = row_scale_of_sum(sums.rr);
-    if (b_scale != 1.0 || r_scale != 1.0) sums = sums_scaled(b_scale, r_scale);
-  }
+  const BeginSums sums = start_sums<T>(b_scale, r_scale, [&](double of_b, double of_r) {
+    return sum_of_pieces(a.cols, split_row,
+                         [&](int64_t begin, int64_t end) { return kernels.begin(a, row, begin, end, of_b, of_r); });
+  });
   RowState& state = a.state[row];
   bool clear_solution = false;
   a.iterations[row] = 0;

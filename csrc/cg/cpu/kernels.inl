@@ -11,38 +11,6 @@ struct Passes {
     return 1.0;  // without a division for each of many short rows
   }
 
-  // What is squared or multiplied in a sum: of float64 numbers, whose squares may leave their range, `scale` times
-  // them.
-  static IMAML_INLINE Lanes<double> scaled(const Lanes<C>& lanes, double scale) {
-    if constexpr (A::wide()) {
-      return lanes * broadcast(scale);
-    } else {
-      return widen(lanes);
-    }
-  }
-
-  // r = b − (H x0 + shift x0), or b itself (written where there is an r);   ‖b‖², ‖r‖², ‖x0‖²
-  IMAML_PASS BeginSums begin(const A& a, int64_t row, int64_t first, int64_t last, double b_scale, double r_scale) {
-    const int64_t at = row * a.cols;
-    const CoefficientRow<C> shift(a.shift, row);
-    Sum bb, rr, xx;
-    sweep(first, last, [&](int64_t i, int n) {
-      const auto b = load(a.b + at + i, n);
-      bb.add(scaled(b, b_scale) * scaled(b, b_scale));
-      if (a.hp == nullptr) {
-        if (a.r != nullptr) store(a.r + at + i, b, n);
-        return;
-      }
-      const auto x = load(a.x + at + i, n);
-      const auto r = rounded<T>(b - (load(a.hp + at + i, n) + shift.at(i, n) * x));
-      store(a.r + at + i, r, n);
-      rr.add(scaled(r, r_scale) * scaled(r, r_scale));
-      xx.add(widen(x) * widen(x));
-    });
-    const double b_squared = bb.total();
-    return {b_squared, a.hp == nullptr ? b_squared : rr.total(), xx.total()};
-  }
-
   // A p = H p + shift p;   pᵀAp, ‖Ap‖², ‖p‖²
   IMAML_PASS Curvature curvature(const A& a, int64_t row, int64_t first, int64_t last) {
     const T* const p_row = a.p_now() + row * a.cols;
@@ -210,6 +178,5 @@ struct Passes {
     });
   }
 
-  static constexpr CgKernels<T> kTable = {begin,  curvature,  step_is_finite, residual,
-                                          update, scaled_rhs, dot_rz,         follow};
+  static constexpr CgKernels<T> kTable = {residual_at_start<A>, curvature, step_is_finite, residual, update, scaled_rhs, dot_rz, follow};
 };

@@ -6,6 +6,7 @@
 // No pointer is __restrict__: H p may be p itself, where a callback returns its argument, and p may be b. A tile is
 // loaded as a whole before any of it is stored.
 #include "cg/cuda/work.cuh"
+#include "common/cuda/start.cuh"
 
 namespace imaml_ext {
 namespace {
@@ -30,32 +31,14 @@ struct CgBegin : CgWork<T> {
   template <typename Part>
   __device__ void pass(int, const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (d.summed) return;
-    const int64_t start = part.start();
     part.for_each_tile([&](const Tile<V>& tile) {
-      C* const place = part.template place<C>(tile);
-      Pack<T, V> r;
-      if (a.hp != nullptr) {
-        Numbers x = this->load(tile, a.x + start);
-        const Numbers packed_x = tile.settled(place, x);
-        add_products(sums[2], packed_x, packed_x);
-        const Numbers shift = part.load(tile, a.shift);
-        const Numbers hx = this->load(tile, a.hp + start);
-#pragma unroll
-        for (int k = 0; k < V; ++k) x.v[k] = fused(shift.v[k], x.v[k], hx.v[k]);
-        r = tile.load(a.b + start);
-        const Numbers packed_b = this->scaled(tile.settled(place, widened(r)), d.b_scale);
-        add_products(sums[0], packed_b, packed_b);
-#pragma unroll
-        for (int k = 0; k < V; ++k) r.v[k] = static_cast<T>(static_cast<C>(r.v[k]) - x.v[k]);
-      } else {
-        r = tile.load(a.b + start);
-      }
-      if (a.r != nullptr) tile.store(a.r + start, r);
-      const Numbers packed_r = this->scaled(tile.settled(place, widened(r)), d.r_scale);
-      add_products(sums[1], packed_r, packed_r);
+      Numbers packed_r;
+      const Pack<T, V> r = residual_at_start(part, tile, a, d.b_scale, d.r_scale, sums, packed_r);
+      if (a.r != nullptr) tile.store(a.r + part.start(), r);
       if (a.inverse_diagonal.data != nullptr) {
-        const Numbers packed_z = tile.settled(place, this->preconditioned(part, tile, widened(r)));
-        add_products(sums[3], packed_r, this->scaled(packed_z, d.r_scale));
+        const Numbers packed_z =
+            tile.settled(part.template place<C>(tile), this->preconditioned(part, tile, widened(r)));
+        add_products(sums[3], packed_r, scaled(packed_z, d.r_scale));
       }
     });
   }
@@ -123,8 +106,8 @@ struct CgStep : CgWork<T> {
     part.for_each_tile([&](const Tile<V>& tile) {
       const Numbers p = this->load(tile, a.p_now() + part.start());
       const Numbers Ap = load_Ap(part, tile, p);
-      const Numbers packed_p = this->scaled(tile.settled(part.template place<C>(tile), p), scale);
-      const Numbers packed_Ap = this->scaled(tile.settled(part.template place<C>(tile, 1), Ap), scale);
+      const Numbers packed_p = scaled(tile.settled(part.template place<C>(tile), p), scale);
+      const Numbers packed_Ap = scaled(tile.settled(part.template place<C>(tile, 1), Ap), scale);
       add_products(sums[0], packed_p, packed_Ap);
       add_products(sums[1], packed_Ap, packed_Ap);
       add_products(sums[2], packed_p, packed_p);
@@ -148,12 +131,12 @@ struct CgStep : CgWork<T> {
       if (!a.last) tile.store(a.r + start, r);
       const Numbers wide = widened(r);
       if (a.inverse_diagonal.data != nullptr) {
-        const Numbers packed_z = this->scaled(tile.settled(place, this->preconditioned(part, tile, wide)), scale);
-        const Numbers packed_r = this->scaled(tile.settled(place, wide), scale);
+        const Numbers packed_z = scaled(tile.settled(place, this->preconditioned(part, tile, wide)), scale);
+        const Numbers packed_r = scaled(tile.settled(place, wide), scale);
         add_products(sums[0], packed_r, packed_r);
         add_products(sums[1], packed_r, packed_z);
       } else {
-        const Numbers packed_r = this->scaled(tile.settled(place, wide), scale);
+        const Numbers packed_r = scaled(tile.settled(place, wide), scale);
         add_products(sums[0], packed_r, packed_r);
       }
     });
@@ -244,8 +227,8 @@ struct CgDirection : CgWork<T> {
       C* const place = part.template place<C>(tile);
       const Numbers r = this->load(tile, a.r + start);
       const Numbers z = this->preconditioned(part, tile, a.z != nullptr ? this->load(tile, a.z + start) : r);
-      const Numbers packed_r = this->scaled(tile.settled(place, r), scale);
-      add_products(sums[0], packed_r, this->scaled(tile.settled(place, z), scale));
+      const Numbers packed_r = scaled(tile.settled(place, r), scale);
+      add_products(sums[0], packed_r, scaled(tile.settled(place, z), scale));
     });
   }
 

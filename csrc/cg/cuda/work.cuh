@@ -2,19 +2,10 @@
 #pragma once
 
 #include "cg/arguments.h"
+#include "common/cuda/arithmetic.cuh"
 #include "common/cuda/row_team.cuh"
 
 namespace imaml_ext {
-
-__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
-
-// Σ a b, a lane's part
-template <typename C, int V>
-__device__ __forceinline__ void add_products(double& sum, const Pack<C, V>& a, const Pack<C, V>& b) {
-#pragma unroll
-  for (int k = 0; k < V; ++k) sum = fma(static_cast<double>(a.v[k]), static_cast<double>(b.v[k]), sum);
-}
 
 // What is known of a row.
 struct CgDecision {
@@ -68,16 +59,6 @@ struct CgWork {
   }
 
   __device__ __forceinline__ Numbers load(const Tile<V>& tile, const T* row) const { return widened(tile.load(row)); }
-
-  // What is squared or multiplied in a sum: of float64 numbers, whose squares may leave their range, `scale` times
-  // them.
-  static __device__ __forceinline__ Numbers scaled(Numbers numbers, double scale) {
-    if constexpr (CgRows<T>::wide()) {
-#pragma unroll
-      for (int k = 0; k < V; ++k) numbers.v[k] *= scale;
-    }
-    return numbers;
-  }
 
   // M r or r
   template <typename Part>

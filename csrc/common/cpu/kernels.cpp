@@ -7,6 +7,8 @@ namespace imaml_ext {
   template <typename T>                     \
   const CgKernels<T>& cg_table();           \
   template <typename T>                     \
+  const MinresKernels<T>& minres_table();   \
+  template <typename T>                     \
   const ProxKernels<T>& prox_table();       \
   template <typename T>                     \
   const NetworkKernels<T>& network_table(); \
@@ -35,6 +37,11 @@ const CgKernels<T>& cg_kernels() {
 }
 
 template <typename T>
+const MinresKernels<T>& minres_kernels() {
+  IMAML_CHOOSE_TABLE(minres_table)
+}
+
+template <typename T>
 const ProxKernels<T>& prox_kernels() {
   IMAML_CHOOSE_TABLE(prox_table)
 }
@@ -48,6 +55,10 @@ template const CgKernels<float>& cg_kernels();
 template const CgKernels<double>& cg_kernels();
 template const CgKernels<c10::BFloat16>& cg_kernels();
 template const CgKernels<c10::Half>& cg_kernels();
+template const MinresKernels<float>& minres_kernels();
+template const MinresKernels<double>& minres_kernels();
+template const MinresKernels<c10::BFloat16>& minres_kernels();
+template const MinresKernels<c10::Half>& minres_kernels();
 template const ProxKernels<float>& prox_kernels();
 template const ProxKernels<double>& prox_kernels();
 template const ProxKernels<c10::BFloat16>& prox_kernels();

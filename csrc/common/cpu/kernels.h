@@ -3,6 +3,7 @@
 
 #include "cg/cpu/kernels.h"
 #include "common/cpu/capability.h"
+#include "minres/cpu/kernels.h"
 #include "network/cpu/kernels.h"
 #include "prox/cpu/kernels.h"
 
@@ -12,22 +13,27 @@ namespace imaml_ext {
 template <typename T>
 const CgKernels<T>& cg_kernels();
 template <typename T>
+const MinresKernels<T>& minres_kernels();
+template <typename T>
 const ProxKernels<T>& prox_kernels();
 template <typename T>
 const NetworkKernels<T>& network_kernels();
 
-// Each kernels_*.cpp defines cg_table<T>(), prox_table<T>() and network_table<T>() in the namespace of its instruction
-// set.
-#define IMAML_INSTANTIATE_TABLES                           \
-  template const CgKernels<float>& cg_table();             \
-  template const CgKernels<double>& cg_table();            \
-  template const CgKernels<c10::BFloat16>& cg_table();     \
-  template const CgKernels<c10::Half>& cg_table();         \
-  template const ProxKernels<float>& prox_table();         \
-  template const ProxKernels<double>& prox_table();        \
-  template const ProxKernels<c10::BFloat16>& prox_table(); \
-  template const ProxKernels<c10::Half>& prox_table();     \
-  template const NetworkKernels<float>& network_table();   \
+// Each kernels_*.cpp defines the table of every family, such as cg_table<T>(), in the namespace of its instruction set.
+#define IMAML_INSTANTIATE_TABLES                               \
+  template const CgKernels<float>& cg_table();                 \
+  template const CgKernels<double>& cg_table();                \
+  template const CgKernels<c10::BFloat16>& cg_table();         \
+  template const CgKernels<c10::Half>& cg_table();             \
+  template const MinresKernels<float>& minres_table();         \
+  template const MinresKernels<double>& minres_table();        \
+  template const MinresKernels<c10::BFloat16>& minres_table(); \
+  template const MinresKernels<c10::Half>& minres_table();     \
+  template const ProxKernels<float>& prox_table();             \
+  template const ProxKernels<double>& prox_table();            \
+  template const ProxKernels<c10::BFloat16>& prox_table();     \
+  template const ProxKernels<c10::Half>& prox_table();         \
+  template const NetworkKernels<float>& network_table();       \
   template const NetworkKernels<double>& network_table();
 
 // A row is worked on in pieces of this many elements, whoever works on them: sums depend on nothing else.

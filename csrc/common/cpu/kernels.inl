@@ -3,11 +3,13 @@
 namespace imaml_ext::IMAML_TARGET {
 namespace {
 #include "common/cpu/lanes.inl"
+#include "common/cpu/start.inl"
 #define IMAML_RULE IMAML_INLINE
 #include "prox/rules.inl"
 // The rules come before what uses them: formatting sorts each of these groups by name.
 
 #include "cg/cpu/kernels.inl"
+#include "minres/cpu/kernels.inl"
 #include "network/cpu/kernels.inl"
 #include "prox/cpu/kernels.inl"
 }  // namespace
@@ -15,6 +17,10 @@ namespace {
 template <typename T>
 const CgKernels<T>& cg_table() {
   return Passes<T>::kTable;
+}
+template <typename T>
+const MinresKernels<T>& minres_table() {
+  return MinresPasses<T>::kTable;
 }
 template <typename T>
 const ProxKernels<T>& prox_table() {

@@ -246,3 +246,13 @@ IMAML_INLINE void sweep(int64_t begin, int64_t end, Body&& body) {
   for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
   if (i < end) body(i, static_cast<int>(end - i));
 }
+
+// What is squared or multiplied in a sum: of float64 numbers, whose squares may leave their range, `scale` times them.
+template <typename C>
+IMAML_INLINE Lanes<double> scaled(const Lanes<C>& lanes, double scale) {
+  if constexpr (std::is_same_v<C, double>) {
+    return lanes * broadcast(scale);
+  } else {
+    return widen(lanes);
+  }
+}

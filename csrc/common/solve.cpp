@@ -1,0 +1,92 @@
+#include "common/solve.h"
+
+#include <ATen/Functions.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/Exception.h>
+
+#include "common/checks.h"
+#include "common/device_loop.h"
+#include "common/row.h"
+
+namespace imaml_ext {
+namespace {
+
+thread_local at::Tensor kept;
+
+// Whether autograd may save it and every mode may see it: not what inference mode or a tensor mode has made.
+bool is_plain(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() && !tensor.is_inference() && !c10::InferenceMode::is_enabled() &&
+         !tensor.key_set().has(c10::DispatchKey::Python) && !c10::impl::dispatch_mode_enabled();
+}
+
+}  // namespace
+
+WorkVectors::WorkVectors(int64_t count, int64_t rows, const at::Tensor& b) {
+  const bool fits = kept.defined() && is_plain(b) && kept.scalar_type() == b.scalar_type() && kept.size(0) == count &&
+                    kept.size(1) == rows && kept.size(2) == b.size(1);
+  all_ = fits ? std::exchange(kept, at::Tensor()) : at::empty({count, rows, b.size(1)}, b.options());
+}
+
+void WorkVectors::done() {
+  if (is_plain(all_) && all_.storage().use_count() == 1) kept = std::move(all_);
+}
+
+at::Tensor checked_rhs(const char* solver, const RowOperator& hvp, const at::Tensor& b) {
+  TORCH_CHECK_VALUE(static_cast<bool>(hvp), solver, ": hvp must be callable, got an empty function");
+  at::Tensor plain = b.detach().contiguous();
+  check_rows(solver, "b", plain);
+  return plain;
+}
+
+void complete(const char* solver, SolveOptions& o, const at::Tensor& b) {
+  for (const auto& [name, count] :
+       {std::pair{"max_iterations", o.max_iterations}, std::pair{"check_every", o.check_every},
+        std::pair{"rows_per_block", o.rows_per_block}}) {
+    TORCH_CHECK_VALUE(count >= 0, solver, ": ", name, " must be at least 0, got ", count);
+  }
+  const auto wide = b.options().dtype(at::kDouble);
+  if (!o.shift.defined()) o.shift = at::zeros({1, 1}, b.options().dtype(compute_type(b.scalar_type())));
+  if (!o.rtol.defined()) o.rtol = at::full({1}, 1e-5, wide);
+  if (!o.atol.defined()) o.atol = at::zeros({1}, wide);
+  check_coefficient(solver, "shift", o.shift, b);
+  check_tolerance(solver, "rtol", o.rtol, b);
+  check_tolerance(solver, "atol", o.atol, b);
+  if (o.x0) {
+    o.x0 = o.x0->detach().contiguous();
+    check_like(solver, "x0", *o.x0, "b", b);
+  }
+  if (o.check_every > 0 && !o.device_loop) o.device_loop = captured_loop(b);
+}
+
+SolveResult empty_result(const at::Tensor& b) {
+  SolveResult result;
+  result.x = at::empty_like(b);
+  result.status = at::empty({b.size(0)}, b.options().dtype(at::kInt));
+  result.iterations = at::empty_like(result.status);
+  return result;
+}
+
+void finish(SolveResult& result, const at::Tensor& state, int64_t residual_column) {
+  result.status.masked_fill_(result.status.ge(kIterating), kMaxIterations);
+  result.residual_norm = state.select(1, residual_column).clone(at::MemoryFormat::Contiguous);
+}
+
+at::Tensor RowBlock::of(const at::Tensor& tensor) const {
+  return is_whole() || tensor.size(0) == 1 ? tensor : tensor.narrow(0, rows.first, rows.count());
+}
+
+at::Tensor RowBlock::apply(const RowOperator& callback, const char* name, const at::Tensor& argument,
+                           const at::Tensor& b) const {
+  const bool counted = !argument.is_inference();  // inference tensors have no version
+  const int64_t version = counted ? argument._version() : 0;
+  at::Tensor result = callback(argument, rows);
+  TORCH_CHECK_VALUE(!counted || argument._version() == version, solver, ": ", name,
+                    " must leave its argument as it is, but has written to it");
+  TORCH_CHECK_TYPE(result.defined(), solver, ": ", name, " returned no tensor");
+  result = result.detach().contiguous();
+  check_like(solver, name, result, is_whole() ? "b" : "b[rows]", b);
+  return result;
+}
+
+}  // namespace imaml_ext
