@@ -226,7 +226,7 @@ def test_every_solver_demands_the_same_of_operator_and_b(solver: Any) -> None:
 
 def test_a_solution_is_copied_pickled_and_loaded_as_weights() -> None:
     d = 1 + torch.rand(4, 6)
-    found = cg(lambda p: d * p, torch.randn(4, 6), max_iterations=20)
+    found = cg(lambda p: d * p, torch.randn(4, 6), max_iterations=20, lanczos=True)
     file = io.BytesIO()
     torch.save({"solution": found}, file)
     file.seek(0)
@@ -235,6 +235,8 @@ def test_a_solution_is_copied_pickled_and_loaded_as_weights() -> None:
         assert isinstance(copied, Solution)
         for name in ("x", "status", "iterations", "residual_norm"):
             assert torch.equal(getattr(copied, name), getattr(found, name))
+        assert copied.lanczos is not None
+        assert torch.equal(copied.lanczos.diagonal, found.lanczos.diagonal)
         copied.raise_if_failed()
 
 

@@ -24,6 +24,10 @@ void cg_step(OnCpu, const CgArguments<T>& a) {
 }
 void next_round(OnCpu, const NextRound& a) { next_round(kEmulated, a); }
 template <typename T>
+void cg_shifts_step(OnCpu, const CgShiftsArguments<T>& a) {
+  cg_shifts_step(kEmulated, a);
+}
+template <typename T>
 void minres_begin(OnCpu, const MinresArguments<T>& a) {
   minres_begin(kEmulated, a);
 }
@@ -61,6 +65,7 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
 }
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG_SHIFTS, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_MINRES, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)

@@ -17,7 +17,7 @@ from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
 from imaml_ext.solvers.compiled import cg_loop
-from imaml_ext.solvers.linear import LinearSolver, Operator, SetUp, Solution, check_system
+from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, SetUp, Solution, check_system
 from imaml_ext.solvers.operators import System
 from imaml_ext.solvers.preconditioners.preconditioner import MadePreconditioner, Preconditioner
 
@@ -150,6 +150,7 @@ def cg(
     check_every: int = 0,
     rows_per_block: int | None = None,
     check_symmetry: bool = False,
+    lanczos: bool = False,
 ) -> Solution:
     """Solves (A_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
 
@@ -191,6 +192,8 @@ def cg(
             and a preconditioner are functions of two arguments, p [k, N] (fewer rows in the last block) and the `slice`
             of the batch that these rows are; counts of products are a block's. None: all rows together.
         check_symmetry: first compare qᵀAp with pᵀAq for random p and q, by six products, and wait for the result.
+        lanczos: keep the coefficients of every row's Lanczos tridiagonal, `Lanczos` with m = max_iterations. Without
+            rtol and atol no measurement cuts it short. Not under torch.compile, nor with check_every in a CUDA graph.
 
     Returns:
         A `Solution`. No autograd graph is recorded; `imaml_ext.solve` is the differentiable solve.
@@ -221,6 +224,7 @@ def cg(
         preconditioner=preconditioner,
         check_every=check_every,
         rows_per_block=rows_per_block,
+        lanczos=lanczos,
     )
     solution = system.solution(solution)
     return solution if set_up is None else replace(solution, set_up=set_up)
@@ -285,8 +289,11 @@ def _compiled_rows(
     atol: float | Tensor,
     preconditioner: Any,
     check_every: int,
+    lanczos: bool = False,
 ) -> Solution:
     _look_every(check_every, "cg")
+    if lanczos:
+        raise ValueError("lanczos must be False where cg is compiled, got True")
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
@@ -311,6 +318,7 @@ def _eager_rows(
     b: Tensor,
     *,
     preconditioner: Tensor | Operator | BlockOperator | None,
+    lanczos: bool = False,
     **options: Any,
 ) -> Solution:
     arguments = loop_arguments("cg", hvp, b, preconditioner=preconditioner, **options)
@@ -320,4 +328,14 @@ def _eager_rows(
     elif preconditioner is not None:
         preconditioner = callback(preconditioner, "cg", "preconditioner", b)
     hvp = callback(hvp, "cg", "hvp", b)
-    return Solution(*native(b.device).cg(hvp, b, inverse_diagonal=diagonal, preconditioner=preconditioner, **arguments))
+    native_cg = native(b.device).cg
+    x, status, iterations, residual_norm, tables, _ = native_cg(
+        hvp,
+        b,
+        inverse_diagonal=diagonal,
+        preconditioner=preconditioner,
+        lanczos=bool(lanczos),
+        shifts=None,
+        **arguments,
+    )
+    return Solution(x, status, iterations, residual_norm, Lanczos(*tables) if lanczos else None)

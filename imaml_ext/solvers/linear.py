@@ -79,8 +79,10 @@ class Lanczos:
     With a preconditioner M they are those of M^½ A M^½ begun at M^½ b.
 
     Attributes:
-        diagonal: [B, m] float64. off_diagonal: [B, m − 1] float64. steps: [B] int32, the rows of T that are known;
-            entries at and beyond them are 0.
+        diagonal: [B, m] float64. off_diagonal: [B, m − 1] float64. steps: [B] int32, the rows of T that are known: in
+            `cg` the steps until the row's first measurement, restart or end. Entries at and beyond them are 0.
+
+    Source: Golub and Meurant, Matrices, moments and quadrature with applications (2010), section 4.1.
     """
 
     diagonal: Tensor
