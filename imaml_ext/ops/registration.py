@@ -16,5 +16,12 @@ def register_fake(name: str, fake: Callable[..., Any] = lambda *args, **kwargs: 
         torch.library.register_fake(f"imaml_ext::{name}", fake)
 
 
-for _name in ("cg_begin_", "cg_direction_", "cg_step_"):  # called by the solver itself
+for _name in (  # called by the solvers themselves
+    "cg_begin_",
+    "cg_direction_",
+    "cg_step_",
+    "lsqr_begin_",
+    "lsqr_direction_",
+    "lsqr_residual_",
+):
     register_fake(_name)

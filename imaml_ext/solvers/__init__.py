@@ -4,13 +4,24 @@ from typing import TYPE_CHECKING, Any
 
 from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
+from imaml_ext.solvers.least_squares import LeastSquaresSolution, lsqr
 from imaml_ext.solvers.linear import LinearSolver, Solution, SolveStatus
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
 if TYPE_CHECKING:
     from imaml_ext.solvers.minres import MINRES as MINRES
 
-__all__ = ["CG", "FixedPoint", "LinearSolver", "Neumann", "Solution", "SolveStatus", "cg"]
+__all__ = [
+    "CG",
+    "FixedPoint",
+    "LeastSquaresSolution",
+    "LinearSolver",
+    "Neumann",
+    "Solution",
+    "SolveStatus",
+    "cg",
+    "lsqr",
+]
 
 _old = old_names(
     __name__,

@@ -37,7 +37,7 @@ class CG(LinearSolver):
         return cg(operator, b, shift=shift, x0=x0, rows_per_block=rows_per_block, **vars(self))
 
 
-def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
+def tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
     """A tolerance as a float64 tensor [1 or B]."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
@@ -68,12 +68,12 @@ def check_arguments(
         raise TypeError(f"preconditioner must be a tensor or callable, got {type(preconditioner).__name__}")
 
 
-def _look_every(check_every: int) -> int:
-    """The argument of that name, checked."""
+def look_every(name: str, check_every: int) -> int:
+    """The argument of that name of the solver `name`, checked."""
     check_every = check_int("check_every", check_every, minimum=0)
     if check_every > 0 and is_traced():
         raise ValueError(
-            f"check_every must be 0 where cg is traced, as a trace can look at no value, got {check_every}"
+            f"check_every must be 0 where {name} is traced, as a trace can look at no value, got {check_every}"
         )
     return check_every
 
@@ -194,11 +194,11 @@ def _cg_rows(
             shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
             x0=x0,
             max_iterations=check_int("max_iterations", max_iterations, minimum=0),
-            rtol=_tolerance(rtol, "rtol", b),
-            atol=_tolerance(atol, "atol", b),
+            rtol=tolerance(rtol, "rtol", b),
+            atol=tolerance(atol, "atol", b),
             inverse_diagonal=diagonal,
             preconditioner=preconditioner,
-            check_every=_look_every(check_every),
+            check_every=look_every("cg", check_every),
             rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
         )
     )
