@@ -14,6 +14,7 @@ from torch import Tensor
 from imaml_ext import CG, IMAML, GradientDescent, TaskLoss, cg, ops
 from imaml_ext.models import Conv4, TaskModel
 from imaml_ext.ops.network import NetworkLinearisation, network_descend_, network_gradient
+from imaml_ext.solvers import lsqr
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,15 @@ def solved(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> list[Ten
     diagonal, b = 1 + random(rows, cols).square().to(dtype), random(rows, cols, dtype=dtype)
     found = cg(lambda p: diagonal * p, b, max_iterations=4, shift=0.5, preconditioner=1 / (diagonal + 0.5))
     return [found.x, found.residual_norm]
+
+
+def least_squares(cols: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    d, y = 1 + random(2, cols).square().to(dtype), random(2, cols + 9, dtype=dtype)
+    found = lsqr(
+        lambda p: torch.nn.functional.pad(d * p, (0, 9)), y, rmatvec=lambda q: d * q[:, :-9], n=cols, shift=0.5,
+        max_iterations=4,
+    )  # fmt: skip
+    return [found.x, found.residual_norm, found.gradient_norm]
 
 
 def penalties() -> list[Tensor]:
@@ -76,6 +86,8 @@ RESULTS: dict[str, Callable[[], list[Tensor]]] = {
     "cg, a row of several blocks, packed": lambda: solved(1, 40_000),
     "cg, a row of several blocks": lambda: solved(1, 40_001),
     "cg, a row of several blocks, bfloat16": lambda: solved(1, 20_000, torch.bfloat16),
+    "least squares, a row of one block": lambda: least_squares(1_001),
+    "least squares, a row of several blocks": lambda: least_squares(40_001),
     "penalty": penalties,
     "gradient": gradients,
     "product": products,

@@ -83,13 +83,13 @@ def test_random_problems_against_lstsq(shape: tuple[int, int, int], damping: str
     rtol = 1e-10 if dtype == F64 else 1e-4
     found = solved(M, y, shift=shift, rtol=rtol, max_iterations=6 * min(m, n) + 60, check_every=4)
     assert found.status.tolist() == [C] * rows
-    assert (gradient(M, y, found.x, shift) <= 1.05 * rtol * scale_of_gradient(M, y)).all()
+    residual = (y.double() - products(M.double())[0](found.x.double())).norm(dim=1)
+    consistent = residual <= 1.05 * rtol * y.norm(dim=1)  # where there is no damping
+    assert (consistent | (gradient(M, y, found.x, shift) <= 1.05 * rtol * scale_of_gradient(M, y))).all()
     expected = directly(M, y, shift)
     error = (found.x.double() - expected).norm(dim=1) / expected.norm(dim=1)
     assert (error <= rtol * 3000).all()  # κ² = 900
-    residual = (y.double() - products(M.double())[0](found.x.double())).norm(dim=1)
     torch.testing.assert_close(found.residual_norm, residual, rtol=10 * rtol, atol=10 * rtol)
-    assert (found.gradient_norm <= rtol * scale_of_gradient(M, y) * 1.01).all()
 
 
 @pytest.mark.parametrize(("m", "n"), [(30, 12), (12, 30), (20, 20)])
@@ -103,11 +103,8 @@ def test_of_rank_deficient_problems_it_finds_the_solution_of_least_norm(m: int, 
     # From elsewhere, the part of x0 in the kernel of M stays.
     x0 = torch.randn(4, n, dtype=F64)
     other = solved(M, y, x0=x0, rtol=1e-11, max_iterations=60)
-    kernel = x0 - torch.linalg.pinv(M) @ M @ x0.unsqueeze(2) if False else None
-    assert kernel is None
-    P = torch.linalg.pinv(M, rtol=1e-10) @ M
-    moved = x0 - (P @ x0.unsqueeze(2)).squeeze(2)
-    torch.testing.assert_close(other.x, found.x + moved, rtol=1e-7, atol=1e-8)
+    in_kernel = x0 - (torch.linalg.pinv(M, rtol=1e-10) @ (M @ x0.unsqueeze(2))).squeeze(2)
+    torch.testing.assert_close(other.x, found.x + in_kernel, rtol=1e-7, atol=1e-8)
 
 
 def test_mixed_conditioning_in_one_batch() -> None:
@@ -203,20 +200,18 @@ def test_broken_rows_get_their_status_and_leave_the_others_bits_alone(dtype: tor
         broken.raise_if_failed()
 
 
-@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_y_orthogonal_to_the_range_but_for_rounding(dtype: torch.dtype) -> None:
-    M = matrices(5, 40, 12, 50.0).to(dtype)
-    y = torch.randn(5, 40, dtype=F64)
-    y = y - (torch.linalg.qr(M.double()).Q @ torch.linalg.qr(M.double()).Q.mT @ y.unsqueeze(2)).squeeze(2)
-    if dtype == F64:
-        y = y - (torch.linalg.qr(M).Q @ torch.linalg.qr(M).Q.mT @ y.unsqueeze(2)).squeeze(2)
-        found = solved(M, y, max_iterations=30)
-        assert found.status.tolist() == [C] * 5
-        assert (found.x.norm(dim=1) <= 1e-12 * y.norm(dim=1)).all()
-    else:  # rounding y has turned it out of orthogonality, as far as can be seen
-        found = solved(M, y.to(dtype), max_iterations=60)
-        assert set(found.status.tolist()) <= {C, STAG, MAX}
-        assert (found.x.norm(dim=1) <= 1e-4 * y.norm(dim=1)).all()
+def test_y_orthogonal_to_the_range_but_for_rounding() -> None:
+    M, y = matrices(5, 40, 12, 50.0), torch.randn(5, 40, dtype=F64)
+    Q = torch.linalg.qr(M).Q
+    for _ in range(2):
+        y = y - (Q @ (Q.mT @ y.unsqueeze(2))).squeeze(2)
+    found = solved(M, y, max_iterations=30)
+    assert found.status.tolist() == [C] * 5
+    assert (found.x.norm(dim=1) <= 1e-12 * y.norm(dim=1)).all()
+    # As far as float32 can tell, rounding has turned y towards the range.
+    narrow = solved(M.float(), y.float(), max_iterations=60)
+    assert set(narrow.status.tolist()) <= {C, STAG, MAX}
+    assert (narrow.x.norm(dim=1) <= 1e-4 * y.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -243,7 +238,9 @@ def test_powers_of_two_change_no_bit_but_of_exponents(dtype: torch.dtype, damped
         torch.testing.assert_close(scaled.residual_norm * 2.0**-of_y, plain.residual_norm, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("of_M", "of_y"), [(1e150, 1e-150), (1e-200, 1e-100), (1e200, 1e100), (1.0, 1e307), (1.0, 1e-306)])
+@pytest.mark.parametrize(
+    ("of_M", "of_y"), [(1e150, 1e-150), (1e-200, 1e-100), (1e200, 1e100), (1.0, 1e307), (1.0, 1e-306)]
+)
 def test_magnitudes_at_the_ends_of_float64(of_M: float, of_y: float) -> None:
     M, y = matrices(3, 20, 8, 10.0), torch.randn(3, 20, dtype=F64) / 10
     expected = directly(M, y)
@@ -372,7 +369,7 @@ def forms(M: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", forms(torch.ones(1, 2, 3, dtype=F64)))
-def test_forms_of_M_and_y(name: str) -> None:
+def test_forms_of_operators_and_right_hand_sides(name: str) -> None:
     M = matrices(1, 11, 6, 10.0)
     y = torch.randn(3, 11, 2, dtype=F64)
     operator = forms(M)[name]
@@ -443,41 +440,51 @@ def test_sizes_of_nothing() -> None:
 
 
 M43, Y4 = torch.ones(2, 4, 3), torch.ones(2, 4)
+X3 = torch.ones(2, 3)
+
+
+def tall(p: Tensor) -> Tensor:
+    return torch.nn.functional.pad(p, (0, 1))
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: lsqr(lambda p: p, Y4), ValueError, "n, the number of unknowns of a row, must be given"),
+        (lambda: lsqr(tall, Y4), ValueError, "n, the number of unknowns of a row, must be given"),
         (lambda: solved(M43, Y4, shift=-1.0), ValueError, "shift must be at least 0, got -1"),
         (lambda: solved(M43, Y4, rtol=-1.0), ValueError, "rtol must be at least 0"),
         (lambda: solved(M43, Y4, max_iterations=-1), ValueError, "max_iterations must be at least 0"),
-        (lambda: lsqr(M43, torch.ones(2, 5)), ValueError, r"M must have shape \[5, 3\] or \[2, 5, 3\], .*got \[2, 4, 3\]"),
+        (lambda: lsqr(M43, torch.ones(2, 5)), ValueError, r"M must have shape \[5, 3\] or .*got \[2, 4, 3\]"),
         (lambda: lsqr(M43.double(), Y4), TypeError, "M must have the dtype of x, torch.float32, got torch.float64"),
         (lambda: lsqr(M43, Y4.int()), TypeError, "y must be float32, float64"),
         (lambda: lsqr(M43, Y4[:, :, None][:, :, :0]), ValueError, "y must have at least one right-hand side"),
-        (lambda: lsqr(M43, Y4, x0=torch.ones(3, 3)), ValueError, "x0 must have the number of rows and right-hand sides of y"),
-        (lambda: lsqr(M43, Y4, x0=torch.ones(2, 3).double()), TypeError, "x0 must have the dtype of y"),
-        (lambda: lsqr(lambda p: p, Y4, n=2, x0=torch.ones(2, 3)), ValueError, "n must be the number of unknowns of x0, 3"),
+        (lambda: lsqr(M43, Y4, x0=torch.ones(3, 3)), ValueError, "x0 must have the number of rows and right-hand"),
+        (lambda: lsqr(M43, Y4, x0=X3.double()), TypeError, "x0 must have the dtype of y"),
+        (lambda: lsqr(tall, Y4, n=2, x0=X3), ValueError, "n must be the number of unknowns of x0, 3, got 2"),
         (
             lambda: lsqr(lambda p: p, Y4, n=3, rmatvec=lambda q: q[:, :3]),
             ValueError,
             r"what M returns must have the shape of y, \[2, 4\], got \[2, 3\]",
         ),
         (
-            lambda: lsqr(lambda p: p, Y4, n=3, rmatvec=lambda q: q),
+            lambda: lsqr(tall, Y4, n=3, rmatvec=lambda q: q),
             ValueError,
             r"what rmatvec returns must have the shape of x, \[2, 3\], got \[2, 4\]",
         ),
-        (lambda: lsqr(lambda p: 1.0, Y4, n=3, rmatvec=lambda q: 1.0), TypeError, "what rmatvec returns must be a tensor"),
+        (lambda: lsqr(tall, Y4, n=3, rmatvec=lambda q: 1.0), TypeError, "what rmatvec returns must be a tensor"),
         (lambda: lsqr(3, Y4, n=3), TypeError, "M must be a function, a matrix or an operator"),
+        (
+            lambda: lsqr(tall, Y4, n=3, rmatvec=lambda q: q.mul_(2)[:, :3]),
+            ValueError,
+            "rmatvec must leave its argument",
+        ),
         (
             lambda: torch.func.grad(lambda y: solved(M43, y).x.sum())(Y4),
             RuntimeError,
             "lsqr must be called outside the transforms",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()

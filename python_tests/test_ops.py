@@ -176,6 +176,21 @@ def _cg_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
+def _lsqr_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
+    rows, cols = 3, 10
+    y, q, r = _vectors(3, (rows, cols + 3), dtype, device)
+    t, x, p, best = _vectors(4, (rows, cols), dtype, device)
+    shift = torch.rand(rows, 1, dtype=ops.compute_dtype(dtype), device=device)
+    tolerance = torch.full((1,), 1e-9, dtype=torch.float64, device=device)
+    state = torch.ones(rows, 21, dtype=torch.float64, device=device)
+    status = torch.full((rows,), reference.ITERATING, dtype=torch.int32, device=device)
+    return {
+        "lsqr_begin_": (y, tolerance, tolerance, True, r, state, status, torch.zeros_like(status)),
+        "lsqr_direction_": (t, shift, x, p, best, state, status, torch.zeros_like(status)),
+        "lsqr_residual_": (q, y, r, state, status),
+    }
+
+
 def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     phi, grad, m, s = _vectors(4, (3, 10), dtype, device)
     theta = phi[:1].clone()
@@ -190,13 +205,17 @@ def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
+def _arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
+    families = (_cg_arguments, _lsqr_arguments, _prox_arguments)
+    return {name: arguments for family in families for name, arguments in family(dtype, device).items()}
+
+
 @pytest.mark.opcheck
-@pytest.mark.parametrize("name", [*_cg_arguments(torch.float32, "cpu"), *_prox_arguments(torch.float32, "cpu")])
+@pytest.mark.parametrize("name", _arguments(torch.float32, "cpu"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
-    arguments = {**_cg_arguments(dtype, device), **_prox_arguments(dtype, device)}[name]
-    opcheck(getattr(torch.ops.imaml_ext, name).default, arguments)
+    opcheck(getattr(torch.ops.imaml_ext, name).default, _arguments(dtype, device)[name])
 
 
 @pytest.mark.opcheck
@@ -279,7 +298,7 @@ def test_opcheck_of_the_differentiable_op() -> None:
 
 
 def test_every_op_is_tested_here() -> None:
-    tested = {*_cg_arguments(torch.float32, "cpu"), *_prox_arguments(torch.float32, "cpu")}
+    tested = set(_arguments(torch.float32, "cpu"))
     registered = {
         name.removeprefix("imaml_ext::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

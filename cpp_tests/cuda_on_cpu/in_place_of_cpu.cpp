@@ -1,6 +1,7 @@
 // The CPU's part of every op, done by the CUDA kernels that the host runs: linked in place of csrc/*/cpu, beside the
 // same checks and registrations.
 #include "cg/arguments.h"
+#include "lsqr/arguments.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
 
@@ -19,6 +20,18 @@ void cg_direction(OnCpu, const CgArguments<T>& a) {
 template <typename T>
 void cg_step(OnCpu, const CgArguments<T>& a) {
   cg_step(kEmulated, a);
+}
+template <typename T>
+void lsqr_begin(OnCpu, const LsqrArguments<T>& a) {
+  lsqr_begin(kEmulated, a);
+}
+template <typename T>
+void lsqr_residual(OnCpu, const LsqrArguments<T>& a) {
+  lsqr_residual(kEmulated, a);
+}
+template <typename T>
+void lsqr_direction(OnCpu, const LsqrArguments<T>& a) {
+  lsqr_direction(kEmulated, a);
 }
 template <typename T>
 void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a) {
@@ -50,6 +63,7 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
 }
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_LSQR, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)
 IMAML_INSTANTIATE_NETWORK(OnCpu, double)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ class LeastSquaresSolution(Solution):
 torch.serialization.add_safe_globals([LeastSquaresSolution])
 
 
+@eager
 def lsqr(
     M: Any,
     y: Any,
@@ -96,67 +96,41 @@ def lsqr(
     """
     of_y = Form.of(y, "y")
     of_x = _form_of_unknowns(M, of_y, n, x0)
-    matvec = product_of(_plain(M), of_x, "M", of_y)
-    if rmatvec is not None:
-        adjoint = product_of(_plain(rmatvec), of_y, "rmatvec", of_x)
-    elif is_matrix(M):
-        adjoint = product_of(_transposed(_plain(M)), of_y, "the transpose of M", of_x)
-    else:
-        adjoint = _derived(matvec, of_x)
-    unknowns = System(matvec, torch.empty((), dtype=of_x.dtype, device=of_x.device).expand(of_x.rows, of_x.size), of_x)
+    matvec, adjoint = _pair(M, rmatvec, of_x, of_y)
     if check_adjoint:
         _check_adjoint(matvec, adjoint, of_x, of_y)
-    solution = _lsqr_rows(
-        matvec,
-        adjoint,
-        of_y.pack(y, "y").contiguous(),
+    like = torch.empty((), dtype=of_x.dtype, device=of_x.device).expand(of_x.rows, of_x.size)
+    unknowns = System(matvec, like, of_x)
+    b, start, damping = of_y.pack(y, "y").contiguous(), unknowns.rows(x0, "x0"), unknowns.coefficient(shift, "shift")
+    check_untransformed("lsqr", y=b, shift=damping, x0=start)
+    if isinstance(damping, Tensor) or damping != 0:
+        damping = as_coefficient(damping, "shift", like, at_least=0).detach()
+    x, status, iterations, residual_norm, gradient_norm = native(b.device).lsqr(
+        callback(matvec, "lsqr", "matvec", b),
+        callback(adjoint, "lsqr", "rmatvec", b),
+        b,
         of_x.size,
-        shift=unknowns.coefficient(shift, "shift"),
-        x0=unknowns.rows(x0, "x0"),
-        max_iterations=max_iterations,
-        rtol=unknowns.tolerance(rtol, "rtol"),
-        atol=unknowns.tolerance(atol, "atol"),
-        check_every=check_every,
-    )
-    return unknowns.solution(solution)  # type: ignore[return-value]
-
-
-@eager
-def _lsqr_rows(
-    matvec: Product,
-    rmatvec: Product,
-    y: Tensor,
-    n: int,
-    *,
-    shift: Coefficient,
-    x0: Tensor | None,
-    max_iterations: int,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    check_every: int,
-) -> LeastSquaresSolution:
-    check_untransformed("lsqr", y=y, shift=shift, x0=x0)
-    like = torch.empty((), dtype=y.dtype, device=y.device).expand(len(y), n)
-    if isinstance(shift, Tensor):
-        shift = shift.detach()
-    damping = as_coefficient(shift, "shift", like, at_least=0)
-    x, status, iterations, residual_norm, gradient_norm = native(y.device).lsqr(
-        callback(matvec, "lsqr", "matvec", y),
-        callback(rmatvec, "lsqr", "rmatvec", y),
-        y,
-        n,
-        shift=None if isinstance(shift, Real) and shift == 0 else damping,
-        x0=x0,
+        shift=damping if isinstance(damping, Tensor) else None,
+        x0=start,
         max_iterations=check_int("max_iterations", max_iterations, minimum=0),
-        rtol=tolerance(rtol, "rtol", y),
-        atol=tolerance(atol, "atol", y),
+        rtol=tolerance(unknowns.tolerance(rtol, "rtol"), "rtol", b),
+        atol=tolerance(unknowns.tolerance(atol, "atol"), "atol", b),
         check_every=look_every("lsqr", check_every),
     )
-    return LeastSquaresSolution(x, status, iterations, residual_norm, gradient_norm=gradient_norm)
+    return unknowns.solution(  # type: ignore[return-value]
+        LeastSquaresSolution(x, status, iterations, residual_norm, gradient_norm=gradient_norm)
+    )
 
 
-def _plain(M: Any) -> Any:
-    return M.detach() if isinstance(M, Tensor) else M
+def _pair(M: Any, rmatvec: Any, of_x: Form, of_y: Form) -> tuple[Product, Product]:
+    """p -> M p and q -> Mᵀq, of rows."""
+    M, rmatvec = (value.detach() if isinstance(value, Tensor) else value for value in (M, rmatvec))
+    matvec = product_of(M, of_x, "M", of_y)
+    if rmatvec is not None:
+        return matvec, product_of(rmatvec, of_y, "rmatvec", of_x)
+    if is_matrix(M):
+        return matvec, product_of(_transposed(M), of_y, "the transpose of M", of_x)
+    return matvec, _derived(matvec, of_x)
 
 
 def _form_of_unknowns(M: Any, of_y: Form, n: int | None, x0: Any) -> Form:
