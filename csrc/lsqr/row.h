@@ -179,16 +179,22 @@ IMAML_HOST_DEVICE bool lsqr_is_within(const LsqrState& state, double objective) 
 // Mᵀy is known.
 IMAML_HOST_DEVICE void lsqr_begun(LsqrState& state, int32_t& status, const GradientNorms& norms, DirectionMove& move,
                                   const LsqrNumbers& numbers) {
-  move.clear_solution = !is_finite(norms.x) || state.rhs == 0.0;  // x = 0 solves M x = 0, whatever x0
+  if (state.rhs == 0.0) {  // M x = 0: x = 0, whatever x0
+    move.clear_solution = true;
+    state.gradient = 0.0;
+    status = kConverged;
+    return;
+  }
+  move.clear_solution = !is_finite(norms.x);
   state.gradient = state.rhs_gradient = norms.t * state.r_scale;
-  if (!is_finite(norms.x) || !is_finite(state.gradient) || !is_finite(state.rhs)) {
+  if (move.clear_solution || !is_finite(state.gradient) || !is_finite(state.rhs)) {
     status = kNonFinite;
     return;
   }
   state.threshold = fmax(state.threshold, state.rtol * state.gradient);
   state.least = state.rhs;
   lsqr_note_product(state, norms.t, numbers);
-  if (state.rhs == 0.0 || (state.solution_bound == 0.0 && lsqr_is_within(state, state.rhs))) {
+  if (state.solution_bound == 0.0 && lsqr_is_within(state, state.rhs)) {
     status = kConverged;
   } else if (state.solution_bound > 0.0) {
     status = kVerifying;
@@ -254,8 +260,9 @@ IMAML_HOST_DEVICE void lsqr_gradient_known(LsqrState& state, int32_t& status, in
   move.take_step = state.step > 0.0;
   iterations += move.take_step ? 1 : 0;
   state.least = fmin(state.least, objective);
-  const double rounding = 8.0 * numbers.compute_roundoff * state.operator_norm * state.residual +
-                          2.0 * numbers.unit_roundoff * norms.t * state.r_scale;
+  const double of_residual = 8.0 * numbers.compute_roundoff + 0.5 * numbers.unit_roundoff;  // r̂ is stored
+  const double rounding =
+      of_residual * state.operator_norm * state.residual + 2.0 * numbers.unit_roundoff * norms.t * state.r_scale;
   if (lsqr_is_within(state, objective) || state.exhausted > 0.0 || gradient <= rounding) {
     status = kVerifying;
   } else {

@@ -199,7 +199,7 @@ struct LsqrResidual : LsqrWork<T> {
   __device__ void last_pass(const Part&, const Decision&) const {}
 };
 
-// In shared memory it keeps ŝ and, where it was summed, x with its step: six words per unknown, five without damping.
+// In shared memory it keeps ŝ and, where it was summed, x with its step: six words per unknown.
 template <typename T>
 struct LsqrDirection : LsqrWork<T> {
   using typename LsqrWork<T>::C, typename LsqrWork<T>::Decision, typename LsqrWork<T>::Numbers;
@@ -276,43 +276,53 @@ struct LsqrDirection : LsqrWork<T> {
     });
   }
 
-  // x ← x + step p̂,   then   p̂ ← gradient ŝ + keep p̂   or   p̂ ← x;   ‖p̂‖², p̂ᵀS p̂
+  // x ← x + step p̂,   then   p̂ ← gradient ŝ + keep p̂   or   p̂ ← x;   ‖p̂‖², p̂ᵀS p̂. A loop for each vector: both in
+  // one would need more registers than there are.
   template <typename Part>
   __device__ __forceinline__ void update(const Part& part, const Decision& d, double (&sums)[kSums]) const {
-    const bool to_solution = d.was_active && d.status == kVerifying;
-    const bool to_direction = d.was_active && d.status == kIterating;
-    if (!d.direction.take_step && !to_solution && !to_direction) return;
+    if (d.direction.take_step) {
+      part.for_each_tile([&](const Tile<V>& tile) {
+        if (part.keeps() && d.with_solution) {
+          tile.store(a.x + part.start(), narrowed(tile.kept(part.template place<C>(tile))));
+        } else {
+          tile.store(a.x + part.start(), load_solution(part, tile, d));
+        }
+      });
+    }
+    if (d.was_active && d.status == kVerifying) {
+      part.for_each_tile([&](const Tile<V>& tile) { tile.store(a.p + part.start(), tile.load(a.x + part.start())); });
+    }
+    if (d.was_active && d.status == kIterating) turn(part, d, sums);
+  }
+  static __device__ __forceinline__ Pack<T, V> narrowed(const Numbers& numbers) {
+    Pack<T, V> narrow;
+#pragma unroll
+    for (int k = 0; k < V; ++k) narrow.v[k] = static_cast<T>(numbers.v[k]);
+    return narrow;
+  }
+
+  template <typename Part>
+  __device__ __forceinline__ void turn(const Part& part, const Decision& d, double (&sums)[kSums]) const {
     const C of_gradient = static_cast<C>(d.direction.gradient);
     const C of_last = static_cast<C>(d.direction.keep);
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile, 1);
-      Numbers x{};
-      if (part.keeps() && d.with_solution) {
-        x = tile.kept(part.template place<C>(tile));
-      } else if (d.direction.take_step || to_solution || a.damped()) {
-        x = widened(load_solution(part, tile, d));
+      Numbers s;
+      if (part.keeps()) {
+        s = tile.kept(place);
+      } else {
+        s = gradient_of(part, tile, d, this->load(tile, a.t + part.start()), this->load(tile, a.x + part.start()));
       }
-      Pack<T, V> stored;
-#pragma unroll
-      for (int k = 0; k < V; ++k) stored.v[k] = static_cast<T>(x.v[k]);
       Pack<T, V> p{};
-      if (to_direction) {
-        Numbers s =
-            part.keeps() ? tile.kept(place) : gradient_of(part, tile, d, this->load(tile, a.t + part.start()), x);
-        if (of_last != C(0)) p = tile.load(a.p + part.start());
+      if (of_last != C(0)) p = tile.load(a.p + part.start());
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-          p.v[k] = static_cast<T>(fused(of_gradient, s.v[k], of_last * static_cast<C>(p.v[k])));
-        }
-        tile.store(a.p + part.start(), p);
-        const Numbers wide = widened(p);
-        const Numbers packed = tile.settled(place, wide);
-        add_products(sums[0], packed, packed);
-        if (a.damped()) add_products(sums[1], packed, tile.settled(place, damped(part, tile, wide)));
-      } else if (to_solution) {
-        tile.store(a.p + part.start(), stored);
+      for (int k = 0; k < V; ++k) {
+        p.v[k] = static_cast<T>(fused(of_gradient, s.v[k], of_last * static_cast<C>(p.v[k])));
       }
-      if (d.direction.take_step) tile.store(a.x + part.start(), stored);
+      tile.store(a.p + part.start(), p);
+      const Numbers packed = tile.settled(place, widened(p));
+      add_products(sums[0], packed, packed);
+      if (a.damped()) add_products(sums[1], packed, tile.settled(place, damped(part, tile, widened(p))));
     });
   }
 
