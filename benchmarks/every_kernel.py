@@ -19,6 +19,7 @@ from torch import Tensor
 
 from imaml_ext import cg, ops
 from imaml_ext.models import MLP, Conv4, TaskModel
+from imaml_ext.solvers import minres
 
 # [B, N]. Odd rows are read element by element, the others in packs of 16 bytes; with N grows the team of blocks that
 # has a row, until the row no longer fits the team's shared memory. 112,005 is Conv4-64; the last two are long even for
@@ -104,9 +105,9 @@ def arguments(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str,
     right[-1] = float("nan") if rows > 1 else right[-1]
     inverse = 1 / (diagonal + 0.5)
 
-    def solve(device: str, matrix: Tensor, b: Tensor, **options: object) -> list[Tensor]:
+    def solve(device: str, matrix: Tensor, b: Tensor, *, by: Callable = cg, **options: object) -> list[Tensor]:
         matrix = matrix.to(device)
-        result = cg(lambda p: matrix * p, b.to(device), max_iterations=4, shift=0.5, **options)  # type: ignore[arg-type]
+        result = by(lambda p: matrix * p, b.to(device), max_iterations=4, shift=0.5, **options)
         return [result.x, result.status.double()]
 
     yield "cg", lambda device: solve(device, diagonal, grad)
@@ -117,6 +118,9 @@ def arguments(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str,
         lambda device: solve(device, diagonal, grad, preconditioner=lambda r: r.clone()),
     )
     yield "cg, rows that break down", lambda device: solve(device, broken, right)
+    yield "minres", lambda device: solve(device, diagonal - 3, grad, by=minres)
+    yield "minres, warm start", lambda device: solve(device, diagonal, grad, by=minres, x0=phi.to(device))
+    yield "minres, rows that break down", lambda device: solve(device, broken, right, by=minres)
 
 
 def networks(dtype: torch.dtype, names: Collection[str]) -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:

@@ -26,6 +26,7 @@ import every_kernel  # noqa: E402
 import gpu_check  # noqa: E402
 import measure  # noqa: E402
 import meta_step  # noqa: E402
+import minres  # noqa: E402
 import ncu_details  # noqa: E402
 import peers  # noqa: E402
 import precision  # noqa: E402
@@ -108,6 +109,13 @@ def test_a_solver_that_is_off_is_recorded_and_the_others_are_timed(monkeypatch, 
     assert result["wrong"] == {"linear_operator": "off by 1, more than 1e-04"}
     assert "linear_operator" not in result["results"]
     assert "Not timed: linear_operator (off by 1, more than 1e-04)." in render._cg(result)
+
+
+def test_minres_beside_its_algorithm_in_torch_operations(monkeypatch, tmp_path):
+    arguments = ["--rows", "3", "--cols", "50", "--rounds", "2", "--json", str(tmp_path / "r.json")]
+    result = run(monkeypatch, minres, *arguments)
+    assert set(result["results"]) == {"imaml_ext.solvers.minres", "in torch operations", "operator alone"}
+    assert result["results"]["imaml_ext.solvers.minres"]["ratio_to_ours"] == 1
 
 
 def test_a_blocked_loop_gives_what_the_whole_one_gives():

@@ -157,6 +157,7 @@ def test_the_bits_do_not_depend_on_threads_or_instruction_set() -> None:
     program = """
 import hashlib, sys, torch
 from imaml_ext import cg, ops
+from imaml_ext.solvers import minres
 torch.set_num_threads(int(sys.argv[1]))
 digest = hashlib.sha256()
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -166,10 +167,12 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         b = torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)
         result = cg(lambda p: d * p, b, shift=0.25, max_iterations=7, rtol=1e-12, preconditioner=1 / d)
         other = cg(lambda p: d * p, b, shift=b.abs().to(result.residual_norm.dtype), max_iterations=3)
+        least = minres(lambda p: d * p, b, shift=-1.3, max_iterations=7, lanczos=True)
         phi = b.clone()
         ops.prox_momentum_step_(phi, d.clone(), b, d[0].clone(), 0.3, 0.1, 0.9, True)
         ops.prox_adam_step_(phi, d.clone(), d.clone(), b, d[0].clone(), 0.3, 0.1, 0.9, 0.99, 1e-8, 3)
-        for tensor in (result.x, result.residual_norm, other.x, phi, ops.prox_penalty(phi, d, 0.7)):
+        solved = (result.x, result.residual_norm, other.x, least.x, least.residual_norm, least.lanczos.diagonal)
+        for tensor in (*solved, phi, ops.prox_penalty(phi, d, 0.7)):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 print(ops.cpu_capability(), digest.hexdigest())
 """

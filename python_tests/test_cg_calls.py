@@ -18,22 +18,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from imaml_ext import CG, GradientDescent, Solution, SolveStatus, cg
-from imaml_ext.solvers import MINRES, FixedPoint, Neumann
+from imaml_ext.solvers import MINRES, FixedPoint, Neumann, minres
 
 
 class Solver(torch.nn.Module):
-    """All that cg returns for a diagonal matrix, as a function of b."""
+    """All that cg, or another solver, returns for a diagonal matrix, as a function of b."""
 
-    def __init__(self, rows: int, cols: int, **options: Any) -> None:
+    def __init__(self, rows: int, cols: int, *, solve: Callable[..., Solution] = cg, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self.solve, self.options = solve, options
         self.register_buffer("d", 1 + torch.rand(rows, cols))
 
     def hvp(self, p: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.d[rows] * p
 
     def forward(self, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found = cg(self.hvp, b, shift=0.5, max_iterations=7, rtol=1e-4, **self.options)
+        found = self.solve(self.hvp, b, shift=0.5, max_iterations=7, rtol=1e-4, **self.options)
         return found.x, found.status, found.iterations, found.residual_norm
 
 
@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diagonal": {"preconditioner": 1 / (1 + torch.arange(23.0))},
     "callable": {"preconditioner": lambda r: r / 2},
     "blocks": {"rows_per_block": 2},
+    "minres": {"solve": minres},
+    "minres in blocks from a warm start": {"solve": minres, "x0": torch.ones(3, 23), "rows_per_block": 2},
 }
 
 
@@ -70,7 +72,7 @@ def test_a_trace_solves_for_the_inputs_that_it_is_given(options: str, trace: Cal
     other[0] = 0.0
     other[1, 5] = float("nan")
     expected = module(other)
-    assert expected[1].tolist()[0] == SolveStatus.CONVERGED or options == "warm start"
+    assert expected[1].tolist()[0] == SolveStatus.CONVERGED or "warm start" in options
     assert expected[1].tolist()[1] == SolveStatus.NON_FINITE
     for found, value in zip(program(other), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=0, atol=0, equal_nan=True)
@@ -95,9 +97,12 @@ def test_fake_tensors_give_fake_results() -> None:
 
 
 @pytest.mark.parametrize("trace", [traced_by_make_fx, exported, traced_by_jit])
-def test_a_trace_cannot_look_whether_all_rows_are_done(trace: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"check_every must be 0 where cg is traced, .*got 2"):
-        trace(Solver(3, 23, check_every=2), torch.randn(3, 23))
+@pytest.mark.parametrize("solve", [cg, minres])
+def test_a_trace_cannot_look_whether_all_rows_are_done(
+    solve: Callable[..., Solution], trace: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match=rf"check_every must be 0 where {solve.__name__} is traced, .*got 2"):
+        trace(Solver(3, 23, solve=solve, check_every=2), torch.randn(3, 23))
 
 
 def test_torch_compile_breaks_its_graph_at_cg_and_says_so_where_it_may_not() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from imaml_ext import CG, IMAML, GradientDescent, TaskLoss, cg, ops
 from imaml_ext.models import Conv4, TaskModel
 from imaml_ext.ops.network import NetworkLinearisation, network_descend_, network_gradient
-from imaml_ext.solvers import lsqr
+from imaml_ext.solvers import lsqr, minres
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,13 @@ def least_squares(cols: int, dtype: torch.dtype = torch.float32) -> list[Tensor]
         max_iterations=4,
     )  # fmt: skip
     return [found.x, found.residual_norm, found.gradient_norm]
+
+
+def least_residuals(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    diagonal, b = random(rows, cols, dtype=dtype), random(rows, cols, dtype=dtype)
+    found = minres(lambda p: diagonal * p, b, max_iterations=4, shift=0.5, lanczos=True)
+    assert found.lanczos is not None
+    return [found.x, found.residual_norm, found.lanczos.diagonal]
 
 
 def penalties() -> list[Tensor]:
@@ -88,6 +95,9 @@ RESULTS: dict[str, Callable[[], list[Tensor]]] = {
     "cg, a row of several blocks, bfloat16": lambda: solved(1, 20_000, torch.bfloat16),
     "least squares, a row of one block": lambda: least_squares(1_001),
     "least squares, a row of several blocks": lambda: least_squares(40_001),
+    "minres, a row of one block": lambda: least_residuals(2, 1_001),
+    "minres, a row of several blocks": lambda: least_residuals(1, 40_001),
+    "minres, a row of several blocks, float64": lambda: least_residuals(1, 40_000, torch.float64),
     "penalty": penalties,
     "gradient": gradients,
     "product": products,

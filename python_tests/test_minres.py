@@ -3,15 +3,16 @@
 import math
 
 import pytest
+import reference_minres
 import torch
 from meta_tasks import F64, regression, relative
-from systems import known_matrices, multiply, residual_in_long_double, singular_matrices
+from systems import DEVICES, DTYPES, known_matrices, multiply, residual_in_long_double, singular_matrices
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imaml_ext import CG, IMAML, GradientDescent, SolveError, SolveStatus
+from imaml_ext import CG, IMAML, GradientDescent, Solution, SolveError, SolveStatus
 from imaml_ext.settings import from_json, to_json
-from imaml_ext.solvers import MINRES, LinearSolver
+from imaml_ext.solvers import MINRES, LinearSolver, minres
 
 B, N = 5, 23
 
@@ -203,5 +204,254 @@ def test_it_is_chosen_by_name_and_read_back() -> None:
     assert from_json(LinearSolver, to_json(solver)) == solver == MINRES(max_iterations=9, rtol=1e-3)
     with pytest.raises(ValueError, match=r"MINRES\.max_iterations must be at least 1, got 0"):
         MINRES(max_iterations=0)
-    with pytest.raises(ValueError, match=r"b must have shape \[B, N\]"):
-        MINRES().solve(lambda p: p, torch.ones(3))
+
+
+# --- the native loop -------------------------------------------------------------------------------------------------
+
+
+def rows_of_every_fate(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Matrices [8, N, N] and b: definite, indefinite, singular with b in its range and not, of A = 0, NaN, b = 0."""
+    values = 0.3 + 1.7 * torch.rand(8, N, dtype=F64)
+    values[1:5] *= torch.where(torch.arange(N) % 2 == 0, 1.0, -1.0)
+    values[3:5, : N // 2] = 0.0
+    values[5] = 0.0
+    A, b = symmetric(values), torch.randn(8, N, dtype=F64)
+    b[3] = multiply(A[3:4])(b[3:4])[0]
+    b[6, 2] = math.nan
+    b[7] = 0.0
+    return A.to(dtype), b.to(dtype)
+
+
+@pytest.mark.parametrize("form", ["number", "[B]", "[N]", "[B, N]"])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_agrees_with_the_oracle(form: str, warm: bool, dtype: torch.dtype) -> None:
+    """The same statuses after the same numbers of steps, while the steps are few enough for rounding not to matter."""
+    A, b = rows_of_every_fate(dtype)
+    shape = {"number": (), "[B]": (8,), "[N]": (N,), "[B, N]": (8, N)}[form]
+    shift = 0.0 if form == "number" else 0.01 * torch.rand(shape, dtype=dtype)
+    x0 = torch.randn(8, N, dtype=dtype) if warm else None
+    for budget in (1, 2, 5, 9):
+        options = {"shift": shift, "x0": x0, "max_iterations": budget, "rtol": 0.3 if budget == 9 else 0.0}
+        ours, oracle = minres(multiply(A), b, **options), reference_minres.minres(multiply(A), b, **options)
+        assert ours.status.tolist() == oracle.status.tolist()
+        assert ours.iterations.tolist() == oracle.iterations.tolist()
+        close = 1e-9 if dtype == F64 else 1e-2
+        torch.testing.assert_close(ours.x, oracle.x, rtol=close, atol=close)
+        torch.testing.assert_close(ours.residual_norm, oracle.residual_norm, rtol=close, atol=close, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_every_fate(dtype: torch.dtype, device: str) -> None:
+    A, b = (t.to(device) for t in rows_of_every_fate(dtype))
+    rtol = {F64: 1e-10, torch.float32: 1e-4}.get(dtype, 0.1)
+    solution = minres(multiply(A), b, max_iterations=80, rtol=rtol)
+    C, SINGULAR, BAD = SolveStatus.CONVERGED, SolveStatus.SINGULAR, SolveStatus.NON_FINITE
+    assert solution.status[[0, 1, 2, 3, 5, 6, 7]].tolist() == [C, C, C, C, SINGULAR, BAD, C]
+    assert solution.status[4] != C
+    assert solution.x.isfinite().all()
+    assert not solution.x[5:].any()
+    converged = solution.status[:5] == C
+    residual = (b.double() - multiply(A.double())(solution.x.double())).norm(dim=1)[:5]
+    rounding = N * torch.finfo(dtype).eps * (solution.x.double().norm(dim=1) * 2)[:5]
+    assert (residual <= rtol * b[:5].double().norm(dim=1) + rounding)[converged].all()
+
+
+def same_bits(ours: Solution, other: Solution, rows: slice = slice(None)) -> None:
+    for name in ("x", "status", "iterations", "residual_norm"):
+        torch.testing.assert_close(getattr(ours, name), getattr(other, name)[rows], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [3, 40, 1001, 9001])
+def test_a_row_alone_in_company_and_in_a_block_has_the_same_bits(dtype: torch.dtype, cols: int, device: str) -> None:
+    d = torch.randn(7, cols, dtype=F64).to(dtype).to(device)
+    b = torch.randn(7, cols, dtype=F64).to(dtype).to(device)
+    x0 = torch.randn(7, cols, dtype=F64).to(dtype).to(device)
+    b[2, 1], d[4, 0] = math.nan, math.inf
+    for start in (None, x0):
+        options = {"shift": 0.1, "max_iterations": 12, "rtol": 1e-2}
+        together = minres(lambda p: d * p, b, x0=start, **options)
+        same_bits(minres(lambda p, rows: d[rows] * p, b, x0=start, rows_per_block=3, **options), together)
+        for row in (0, 4, 6):
+            one = slice(row, row + 1)
+            of_row = None if start is None else start[one]
+            same_bits(minres(lambda p, one=one: d[one] * p, b[one], x0=of_row, **options), together, one)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [40, 1008, 16_384])
+def test_the_bits_do_not_depend_on_where_rows_begin(dtype: torch.dtype, cols: int, device: str) -> None:
+    tensors = [torch.randn(2, cols, dtype=F64).to(dtype).to(device) for _ in range(3)]
+    found = []
+    for offset in (0, 1):
+        moved = [torch.empty(2 * cols + offset, dtype=dtype, device=device)[offset:].view(2, cols) for _ in tensors]
+        for to, tensor in zip(moved, tensors, strict=True):
+            to.copy_(tensor)
+        d, b, x0 = moved
+        found.append(minres(lambda p, d=d: d * p, b, x0=x0, max_iterations=5, rtol=0.0))
+    same_bits(*found)
+
+
+def test_powers_of_two_change_no_bit() -> None:
+    """Not of A, and not of b, but in the exponents of x and of the residual."""
+    A, b = rows_of_every_fate(F64)
+    A, b = A[:5], b[:5]
+    plain = minres(multiply(A), b, max_iterations=60, rtol=1e-9)
+    for of_A, of_b in ((0, 700), (0, -700), (400, 0), (-400, 0), (650, 600), (-700, -650)):
+        scaled = minres(lambda p, f=2.0**of_A: f * multiply(A)(p), 2.0**of_b * b, max_iterations=60, rtol=1e-9)
+        assert torch.equal(scaled.status, plain.status)
+        assert torch.equal(scaled.iterations, plain.iterations)
+        assert torch.equal(scaled.x * 2.0**of_A, plain.x * 2.0**of_b)
+        assert torch.equal(scaled.residual_norm, plain.residual_norm * 2.0**of_b)
+
+
+@pytest.mark.parametrize("scale_b", [1e-300, 1e-160, 1.0, 1e200, 1e300])
+@pytest.mark.parametrize("scale_A", [1e-280, 1e-120, 1.0, 1e120, 1e280])
+def test_float64_of_any_magnitude(scale_A: float, scale_b: float) -> None:
+    """Where x is a number, it is found."""
+    A, b = indefinite(3), torch.randn(3, N, dtype=F64)
+    solution = minres(lambda p: scale_A * multiply(A)(p), scale_b * b, max_iterations=60, rtol=1e-8)
+    size = math.log10(scale_b) - math.log10(scale_A)
+    if size > 306:
+        assert (solution.status == SolveStatus.NON_FINITE).all()
+    elif size > -290:
+        assert (solution.status == SolveStatus.CONVERGED).all()
+        expected = solve_symmetric(A, b)
+        assert relative(solution.x / scale_b * scale_A, expected) < 1e-6
+    assert solution.x.isfinite().all()
+
+
+def test_norms_beyond_the_largest_number_of_the_type() -> None:
+    """Of float32 and float16 vectors whose elements are numbers: 4,000 elements near the largest have such a norm."""
+    for dtype in (torch.float32, torch.float16):
+        b = torch.full((1, 4000), 0.5 * torch.finfo(dtype).max, dtype=dtype)
+        solution = minres(lambda p: 100 * p, b, rtol=1e-2)
+        assert solution.status.tolist() == [SolveStatus.CONVERGED]
+        torch.testing.assert_close(solution.x, b / 100, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_solution_that_overflows_keeps_the_last_finite_iterate(dtype: torch.dtype) -> None:
+    small, large = (0.25, 0.5 * torch.finfo(dtype).max) if dtype == torch.float16 else (1e-3, 1e37)
+    d = torch.tensor([[small, 1.0, -1.0], [1.0, 2.0, -1.0]], dtype=dtype)
+    b = torch.tensor([[large, 1.0, 1.0], [1.0, 1.0, 1.0]], dtype=dtype)
+    solution = minres(lambda p: d * p, b, max_iterations=8, rtol=1e-3)
+    assert solution.status.tolist() == [SolveStatus.NON_FINITE, SolveStatus.CONVERGED]
+    assert solution.x.isfinite().all()
+
+
+def test_warm_starts() -> None:
+    A, b = indefinite(), torch.randn(B, N, dtype=F64)
+    calls = []
+
+    def counted(p: Tensor) -> Tensor:
+        calls.append(p.clone())
+        return multiply(A)(p)
+
+    exact = solve_symmetric(A, b)
+    found = minres(counted, b, x0=exact, max_iterations=3, check_every=1)
+    assert len(calls) == 1
+    assert torch.equal(found.x, exact)
+    assert found.status.tolist() == [SolveStatus.CONVERGED] * B
+    assert not found.iterations.any()
+
+    far = exact + 1e3 * torch.randn(B, N, dtype=F64)
+    found = minres(counted, b, x0=far, max_iterations=60, rtol=1e-9)
+    assert len(calls) == 62  # one for x0, and max_iterations
+    found.raise_if_failed()
+    assert relative(found.x, exact) < 1e-6
+    unchanged = minres(counted, b, x0=far, max_iterations=0)
+    assert torch.equal(unchanged.x, far)
+    torch.testing.assert_close(unchanged.residual_norm, (b - multiply(A)(far)).norm(dim=1))
+
+    # None is better than the start: its x is given back. And one that is not finite is no iterate.
+    stagnant = minres(counted, b, x0=exact, max_iterations=200, rtol=0.0)
+    assert (stagnant.status == SolveStatus.STAGNATED).all()
+    assert (stagnant.residual_norm <= (b - multiply(A)(exact)).norm(dim=1) * (1 + 1e-6)).all()
+    far[1, 1] = math.nan
+    found = minres(counted, b, x0=far, max_iterations=60)
+    assert found.status[1] == SolveStatus.NON_FINITE
+    assert not found.x[1].any()
+
+
+def test_it_looks_as_often_as_it_is_told() -> None:
+    A, b = indefinite(), torch.randn(B, N, dtype=F64)
+    calls = []
+    for check_every in (0, 1, 4):
+        count = 0
+
+        def counted(p: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return multiply(A)(p)
+
+        solution = minres(counted, b, max_iterations=100, rtol=1e-6, check_every=check_every)
+        assert (solution.status == SolveStatus.CONVERGED).all()
+        calls.append(count)
+    assert calls[0] == 100
+    assert calls[1] == int(solution.iterations.max()) + 1  # and the one that measures
+    assert calls[1] <= calls[2] < calls[1] + 4
+    assert calls[2] % 4 == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lanczos_coefficients_are_those_of_the_krylov_space(dtype: torch.dtype) -> None:
+    m = 6
+    A, b = indefinite().to(dtype), torch.randn(B, N, dtype=F64).to(dtype)
+    b[2] = 0.0
+    found = minres(multiply(A), b, shift=0.25, max_iterations=m, rtol=0.0, lanczos=True)
+    wide, power, columns = A.double() + 0.25 * torch.eye(N, dtype=F64), b.double(), []
+    for _ in range(m):
+        columns.append(power)
+        power = multiply(wide)(power)
+    Q = torch.linalg.qr(torch.stack(columns, 2)).Q  # [B, N, m]
+    expected = Q.mT @ wide @ Q
+    lanczos = found.lanczos
+    assert lanczos is not None
+    assert lanczos.steps.tolist() == [m, m, 0, m, m]
+    assert not lanczos.diagonal[2].any()
+    close = {F64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}[dtype]
+    solved = [0, 1, 3, 4]
+    diagonal = expected.diagonal(dim1=1, dim2=2)[solved]
+    off_diagonal = expected.diagonal(1, 1, 2).abs()[solved]
+    torch.testing.assert_close(lanczos.diagonal[solved], diagonal, rtol=close, atol=close)
+    torch.testing.assert_close(lanczos.off_diagonal[solved], off_diagonal, rtol=close, atol=close)
+
+
+def test_lanczos_coefficients_end_with_the_krylov_space() -> None:
+    values = torch.tensor([-2.0, -0.5, 1.0, 3.0], dtype=F64)[torch.arange(N) % 4].expand(B, N)
+    A, b = symmetric(values), torch.randn(B, N, dtype=F64)
+    lanczos = minres(lambda p, rows: multiply(A[rows])(p), b, max_iterations=9, rows_per_block=2, lanczos=True).lanczos
+    assert lanczos is not None
+    assert lanczos.steps.tolist() == [4] * B
+    assert not lanczos.diagonal[:, 4:].any()
+    assert not lanczos.off_diagonal[:, 3:].any()
+    T = lanczos.diagonal[:, :4].diag_embed()
+    T = T + lanczos.off_diagonal[:, :3].diag_embed(1) + lanczos.off_diagonal[:, :3].diag_embed(-1)
+    torch.testing.assert_close(torch.linalg.eigvalsh(T), values[:, :4], rtol=1e-8, atol=1e-8)
+    assert minres(multiply(A), b).lanczos is None
+
+
+def test_every_form_of_the_problem() -> None:
+    A = indefinite(1)[0]
+    b = torch.randn(B, N, 3, dtype=F64)
+    solution = minres(A, b, max_iterations=200, rtol=1e-10, lanczos=True)
+    assert solution.status.shape == (B, 3)
+    assert solution.lanczos is not None
+    assert solution.lanczos.diagonal.shape == (B, 3, 200)
+    torch.testing.assert_close(A @ solution.x, b, rtol=1e-7, atol=1e-7)
+    with pytest.raises(ValueError, match="A must be symmetric"):
+        minres(torch.randn(N, N, dtype=F64), b, check_symmetry=True)
+    with pytest.raises(ValueError, match="rows_per_block must be None where b is not"):
+        minres(A, b, rows_per_block=1)
+
+
+def test_a_callback_that_writes_to_its_argument_is_an_error() -> None:
+    with pytest.raises(ValueError, match="minres: hvp must leave its argument as it is, but has written to it"):
+        minres(lambda p: p.mul_(2), torch.ones(1, 3))
+    with pytest.raises(TypeError, match="minres: hvp must return a tensor, got NoneType"):
+        minres(lambda p: None, torch.ones(1, 3))

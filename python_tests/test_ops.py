@@ -191,6 +191,23 @@ def _lsqr_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
+def _minres_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
+    rows, cols = 3, 10
+    b, x, v, v_next, q, q_next, best = _vectors(7, (rows, cols), dtype, device)
+    shift = torch.rand(1, cols, dtype=ops.compute_dtype(dtype), device=device)
+    tolerance = torch.full((1,), 1e-9, dtype=torch.float64, device=device)
+    state = torch.rand(rows, 17, dtype=torch.float64, device=device)
+    state[:, -1] = 2.0
+    status = torch.full((rows,), reference.ITERATING, dtype=torch.int32, device=device)
+    iterations = torch.zeros_like(status)
+    diagonal, off_diagonal = (torch.zeros(rows, m, dtype=torch.float64, device=device) for m in (4, 3))
+    step = (2 * v, b, shift, x, v, v_next, q, q_next, best, state, status, iterations)
+    return {
+        "minres_begin_": (b, 2 * x, shift, tolerance, tolerance, x, v, best, state, status, iterations),
+        "minres_step_": (*step, diagonal, off_diagonal, False, True),
+    }
+
+
 def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     phi, grad, m, s = _vectors(4, (3, 10), dtype, device)
     theta = phi[:1].clone()
@@ -205,17 +222,16 @@ def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
-def _arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
-    families = (_cg_arguments, _lsqr_arguments, _prox_arguments)
-    return {name: arguments for family in families for name, arguments in family(dtype, device).items()}
+_MAKERS = (_cg_arguments, _lsqr_arguments, _minres_arguments, _prox_arguments)
 
 
 @pytest.mark.opcheck
-@pytest.mark.parametrize("name", _arguments(torch.float32, "cpu"))
+@pytest.mark.parametrize("name", [name for make in _MAKERS for name in make(torch.float32, "cpu")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
-    opcheck(getattr(torch.ops.imaml_ext, name).default, _arguments(dtype, device)[name])
+    arguments = {key: value for make in _MAKERS for key, value in make(dtype, device).items()}[name]
+    opcheck(getattr(torch.ops.imaml_ext, name).default, arguments)
 
 
 @pytest.mark.opcheck

@@ -2,6 +2,7 @@
 // same checks and registrations.
 #include "cg/arguments.h"
 #include "lsqr/arguments.h"
+#include "minres/arguments.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
 
@@ -34,6 +35,14 @@ void lsqr_direction(OnCpu, const LsqrArguments<T>& a) {
   lsqr_direction(kEmulated, a);
 }
 template <typename T>
+void minres_begin(OnCpu, const MinresArguments<T>& a) {
+  minres_begin(kEmulated, a);
+}
+template <typename T>
+void minres_step(OnCpu, const MinresArguments<T>& a) {
+  minres_step(kEmulated, a);
+}
+template <typename T>
 void prox_update(OnCpu, ProxUpdate update, const ProxArguments<T>& a) {
   prox_update(kEmulated, update, a);
 }
@@ -64,6 +73,7 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_LSQR, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_MINRES, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)
 IMAML_INSTANTIATE_NETWORK(OnCpu, double)

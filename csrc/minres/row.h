@@ -157,7 +157,8 @@ IMAML_HOST_DEVICE void minres_turn(MinresState& state, int32_t& status, const Tu
     return;
   }
   const double unit = minres_solution_unit(state);
-  step.tau = step.gamma_bar / gamma * (state.residual / gamma) / state.operator_unit;
+  // In this order, so that what is a number at the end is one on the way.
+  step.tau = step.gamma_bar / gamma * (state.residual / state.unit / gamma) * (state.unit / state.operator_unit);
   const double t = step.tau / unit;
   step.solution_norm = sqrt(fmax(sums.xx + t * (2.0 * sums.xq + t * sums.qq), 0.0)) * unit;
   step.may_overflow = !(step.solution_norm < largest);

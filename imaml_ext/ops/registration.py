@@ -16,12 +16,11 @@ def register_fake(name: str, fake: Callable[..., Any] = lambda *args, **kwargs: 
         torch.library.register_fake(f"imaml_ext::{name}", fake)
 
 
-for _name in (  # called by the solvers themselves
-    "cg_begin_",
-    "cg_direction_",
-    "cg_step_",
-    "lsqr_begin_",
-    "lsqr_direction_",
-    "lsqr_residual_",
-):
-    register_fake(_name)
+_OF_SOLVERS = {
+    "cg": ("begin", "direction", "step"),
+    "lsqr": ("begin", "direction", "residual"),
+    "minres": ("begin", "step"),
+}
+for _family, _steps in _OF_SOLVERS.items():  # called by the solvers themselves
+    for _step in _steps:
+        register_fake(f"{_family}_{_step}_")

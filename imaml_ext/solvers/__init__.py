@@ -6,13 +6,12 @@ from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
 from imaml_ext.solvers.least_squares import LeastSquaresSolution, lsqr
 from imaml_ext.solvers.linear import LinearSolver, Solution, SolveStatus
+from imaml_ext.solvers.minres import MINRES, minres
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
-
-if TYPE_CHECKING:
-    from imaml_ext.solvers.minres import MINRES as MINRES
 
 __all__ = [
     "CG",
+    "MINRES",
     "FixedPoint",
     "LeastSquaresSolution",
     "LinearSolver",
@@ -21,6 +20,7 @@ __all__ = [
     "SolveStatus",
     "cg",
     "lsqr",
+    "minres",
 ]
 
 _old = old_names(

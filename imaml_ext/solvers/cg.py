@@ -37,7 +37,7 @@ class CG(LinearSolver):
         return cg(operator, b, shift=shift, x0=x0, rows_per_block=rows_per_block, **vars(self))
 
 
-def tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
+def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
     """A tolerance as a float64 tensor [1 or B]."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
@@ -68,14 +68,52 @@ def check_arguments(
         raise TypeError(f"preconditioner must be a tensor or callable, got {type(preconditioner).__name__}")
 
 
-def look_every(name: str, check_every: int) -> int:
-    """The argument of that name of the solver `name`, checked."""
+def check_blocks(rows_per_block: int | None, system: System) -> None:
+    """Raises ValueError unless the rows of a batch can be solved some at a time."""
+    if rows_per_block is not None and system.form is not None:
+        raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
+
+
+def loop_arguments(
+    name: str,
+    hvp: Operator | BlockOperator,
+    b: Tensor,
+    *,
+    shift: Coefficient,
+    x0: Tensor | None,
+    max_iterations: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    check_every: int,
+    rows_per_block: int | None,
+    preconditioner: Tensor | Operator | BlockOperator | None = None,
+) -> dict[str, Any]:
+    """The arguments of every native loop, checked, for the solver `name`: those below without the preconditioner."""
+    check_untransformed(name, b=b, shift=shift, x0=x0, preconditioner=preconditioner)
+    check_arguments(hvp, b, x0, preconditioner)
+    return {
+        "shift": as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+        "x0": x0,
+        "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
+        **stopping_arguments(name, b, max_iterations, rtol, atol, check_every),
+    }
+
+
+def stopping_arguments(
+    name: str, b: Tensor, max_iterations: int, rtol: float | Tensor, atol: float | Tensor, check_every: int
+) -> dict[str, Any]:
+    """When the native loop of the solver `name` stops: the arguments of these names, checked."""
     check_every = check_int("check_every", check_every, minimum=0)
     if check_every > 0 and is_traced():
         raise ValueError(
             f"check_every must be 0 where {name} is traced, as a trace can look at no value, got {check_every}"
         )
-    return check_every
+    return {
+        "max_iterations": check_int("max_iterations", max_iterations, minimum=0),
+        "rtol": _tolerance(rtol, "rtol", b),
+        "atol": _tolerance(atol, "atol", b),
+        "check_every": check_every,
+    }
 
 
 def cg(
@@ -143,8 +181,7 @@ def cg(
     measured residual: van der Vorst and Ye (2000).
     """
     system = System.read(A, b)
-    if rows_per_block is not None and system.form is not None:
-        raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
+    check_blocks(rows_per_block, system)
     if check_symmetry:
         operators.check_symmetry(A, b)
     if isinstance(preconditioner, (Tensor, dict, list, tuple)):
@@ -171,34 +208,14 @@ def _cg_rows(
     hvp: Operator | BlockOperator,
     b: Tensor,
     *,
-    shift: Coefficient,
-    x0: Tensor | None,
-    max_iterations: int,
-    rtol: float | Tensor,
-    atol: float | Tensor,
     preconditioner: Tensor | Operator | BlockOperator | None,
-    check_every: int,
-    rows_per_block: int | None,
+    **options: Any,
 ) -> Solution:
-    check_untransformed("cg", b=b, shift=shift, x0=x0, preconditioner=preconditioner)
-    check_arguments(hvp, b, x0, preconditioner)
+    arguments = loop_arguments("cg", hvp, b, preconditioner=preconditioner, **options)
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
     elif preconditioner is not None:
         preconditioner = callback(preconditioner, "cg", "preconditioner", b)
-    return Solution(
-        *native(b.device).cg(
-            callback(hvp, "cg", "hvp", b),
-            b,
-            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
-            x0=x0,
-            max_iterations=check_int("max_iterations", max_iterations, minimum=0),
-            rtol=tolerance(rtol, "rtol", b),
-            atol=tolerance(atol, "atol", b),
-            inverse_diagonal=diagonal,
-            preconditioner=preconditioner,
-            check_every=look_every("cg", check_every),
-            rows_per_block=0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
-        )
-    )
+    hvp = callback(hvp, "cg", "hvp", b)
+    return Solution(*native(b.device).cg(hvp, b, inverse_diagonal=diagonal, preconditioner=preconditioner, **arguments))

@@ -13,7 +13,7 @@ from imaml_ext._native import native
 from imaml_ext.checks import check_int
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager
-from imaml_ext.solvers.cg import look_every, tolerance
+from imaml_ext.solvers.cg import stopping_arguments
 from imaml_ext.solvers.linear import Solution
 from imaml_ext.solvers.operators import Form, Product, System, is_matrix, product_of
 
@@ -103,6 +103,7 @@ def lsqr(
     unknowns = System(matvec, like, of_x)
     b, start, damping = of_y.pack(y, "y").contiguous(), unknowns.rows(x0, "x0"), unknowns.coefficient(shift, "shift")
     check_untransformed("lsqr", y=b, shift=damping, x0=start)
+    rtol, atol = unknowns.tolerance(rtol, "rtol"), unknowns.tolerance(atol, "atol")
     if isinstance(damping, Tensor) or damping != 0:
         damping = as_coefficient(damping, "shift", like, at_least=0).detach()
     x, status, iterations, residual_norm, gradient_norm = native(b.device).lsqr(
@@ -112,10 +113,7 @@ def lsqr(
         of_x.size,
         shift=damping if isinstance(damping, Tensor) else None,
         x0=start,
-        max_iterations=check_int("max_iterations", max_iterations, minimum=0),
-        rtol=tolerance(unknowns.tolerance(rtol, "rtol"), "rtol", b),
-        atol=tolerance(unknowns.tolerance(atol, "atol"), "atol", b),
-        check_every=look_every("lsqr", check_every),
+        **stopping_arguments("lsqr", b, max_iterations, rtol, atol, check_every),
     )
     return unknowns.solution(  # type: ignore[return-value]
         LeastSquaresSolution(x, status, iterations, residual_norm, gradient_norm=gradient_norm)

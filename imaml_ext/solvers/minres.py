@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from imaml_ext.ops import Coefficient, as_coefficient
+from imaml_ext._native import native
+from imaml_ext.ops import Coefficient
+from imaml_ext.ops.calls import callback, eager
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, SolveStatus, checked, row_norm
-
-_ITERATING, _VERIFYING, _SUSPECT = 16, 17, 18  # rows at work; the last two measure, _SUSPECT before it is SINGULAR
+from imaml_ext.solvers import operators
+from imaml_ext.solvers.cg import BlockOperator, check_blocks, loop_arguments
+from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, Solution, SolveStatus
+from imaml_ext.solvers.operators import System
 
 
 @dataclass(frozen=True)
 class MINRES(LinearSolver):
-    """The minimal residual method, for symmetric matrices of any definiteness, row by row.
-
-    Each iterate has the least residual of its Krylov space: the residual never grows, and negative curvature is no
-    breakdown. A row is CONVERGED only when b − A x itself was measured to be within the tolerance, by one product. If
-    rounding has driven it away from the recurrence, the row begins again from x; once two measurements were not a tenth
-    smaller than one before it is STAGNATED, with the x of the least. A row is SINGULAR where the residual has become a
-    null vector of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖, and a measurement confirms it: x then solves the least-squares problem.
-    Before a step to an x so long that rounding A x alone exceeds the residual by far, the row measures instead.
-
-    Source: Paige and Saunders, Solution of sparse indefinite systems of linear equations (1975). Why a residual must be
-    measured: Sleijpen, van der Vorst, Modersitzki, Differences in the effects of rounding errors in Krylov solvers
-    for symmetric indefinite linear systems (2000).
-    """
+    """The minimal residual method, for symmetric matrices of any definiteness; what it does, `minres` says."""
 
     breakdown: ClassVar[SolveStatus] = SolveStatus.SINGULAR
 
@@ -37,137 +27,77 @@ class MINRES(LinearSolver):
     max_iterations: Annotated[int, COUNT] = 5
     rtol: Annotated[float, NOT_NEGATIVE] = 1e-5  # Relative residual at which a task's solve stops.
     atol: Annotated[float, NOT_NEGATIVE] = 0.0  # Absolute residual at which a task's solve stops.
+    # Iterations between two looks at whether all tasks are done; 0: never look, and never wait for the device.
+    check_every: Annotated[int, NOT_NEGATIVE] = 0
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
-        if x0 is not None:
-            raise NotImplementedError("x0")
-        operator, b = checked(operator, b, "MINRES", shift=shift)
-        rows = _Rows(b, as_coefficient(shift, "shift", b).detach(), self.rtol, self.atol)
-        for _ in range(self.max_iterations):
-            rows.advance(operator)
-        return rows.solution()
+        rows_per_block = getattr(operator, "rows_per_block", None)
+        return minres(operator, b, shift=shift, x0=x0, rows_per_block=rows_per_block, **vars(self))
 
 
-class _Rows:
-    """All rows of a solve under masks; scalars of a row are float64 columns [B, 1]. Nothing waits for the device."""
+def minres(
+    A: Any,
+    b: Any,
+    *,
+    shift: Any = 0.0,
+    x0: Any = None,
+    max_iterations: int = 5,
+    rtol: float | Tensor = 1e-5,
+    atol: float | Tensor = 0.0,
+    check_every: int = 0,
+    rows_per_block: int | None = None,
+    check_symmetry: bool = False,
+    lanczos: bool = False,
+) -> Solution:
+    """Solves (A_b + diag(shift)) x_b = b_b for every row b by the minimal residual method, for any symmetric A.
 
-    def __init__(self, b: Tensor, shift: Tensor, rtol: float, atol: float) -> None:
-        self.b, self.shift = b, shift
-        norm = _norm(b)
-        self.threshold = (rtol * norm).clamp(min=atol)
-        self.status = torch.full(b.shape[:1], _ITERATING, dtype=torch.int32, device=b.device)
-        self.iterations = torch.zeros_like(self.status)
-        self.x = torch.zeros_like(b)
-        self.operator_norm = torch.zeros_like(norm)
-        self.zero, self.one = torch.zeros_like(norm), torch.ones_like(norm)
-        self.residual = norm
-        self.best, self.measured, self.stalls = self.x, norm, self.zero  # x of the least residual that was measured
-        self._end(~norm.isfinite(), SolveStatus.NON_FINITE)
-        self._end(norm <= self.threshold, SolveStatus.CONVERGED)
-        self.v = self.v_before = self.w = self.w_before = torch.zeros_like(b)
-        self.beta = self.c = self.s = self.delta_next = self.epsilon_next = self.zero
-        self._begin(torch.ones_like(norm, dtype=torch.bool), b, norm)
+    Each iterate has the least residual of its Krylov space: the residual never grows, and negative curvature is no
+    breakdown. Rows are independent, as in `imaml_ext.cg`, and the loop is the same.
 
-    def advance(self, operator: Operator) -> None:
-        """One product: a Lanczos step for rows at work, the residual of x for rows that verify."""
-        iterating, verifying = self._rows(_ITERATING), self._rows(_VERIFYING) | self._rows(_SUSPECT)
-        p = torch.where(verifying, self.x, self.v)
-        Ap = operator(p) + self.shift.to(p.dtype) * p
-        finite = _norm(Ap).isfinite()
-        self._end((iterating | verifying) & ~finite, SolveStatus.NON_FINITE)
-        self._lanczos(iterating & finite, Ap)
-        self._verify(verifying & finite, Ap)
+    A row is CONVERGED only when b − A x itself was measured to be within the tolerance, by one product. If rounding has
+    driven it away from the recurrence, the row begins again from x; once two measurements were not a tenth smaller than
+    one before it is STAGNATED, with the x of the least. A row is SINGULAR where the residual has become a null vector
+    of A, ‖A r‖ ≤ ε^¾ ‖A‖ ‖r‖, and a measurement confirms it: x then solves the least-squares problem. Before a step to
+    an x so long that rounding A x alone exceeds the residual by far, the row measures instead.
 
-    def _lanczos(self, rows: Tensor, Ap: Tensor) -> None:
-        # α = vᵀA v;  β₊ v₊ = A v − α v − β v₋
-        norm = _norm(Ap)
-        self.operator_norm = torch.where(rows, torch.maximum(self.operator_norm, norm), self.operator_norm)
-        alpha = _dot(self.v, Ap)
-        u = Ap - alpha.to(Ap.dtype) * self.v - self.beta.to(Ap.dtype) * self.v_before
-        beta = _norm(u)
-        negligible = torch.finfo(Ap.dtype).eps ** 0.75 * self.operator_norm
-        beta = torch.where(beta <= negligible, 0.0, beta)
+    Args:
+        A, b, shift, x0, rtol, atol, check_every, rows_per_block, check_symmetry: as for `imaml_ext.cg`. The first
+            vector that A is given is b / ‖b‖, or x0.
+        max_iterations: the largest number of products, those that measure included, beside that of x0.
+        lanczos: keep the coefficients of the Lanczos process until the row's first measurement, in `Solution.lanczos`
+            with m = max_iterations. They are those of A for any A that is symmetric.
 
-        # The rotations before turn the new column (β, α, β₊) into (ε, δ, γ̄, β₊); the next one makes γ of γ̄ and β₊.
-        epsilon, delta = self.epsilon_next, self.c * self.delta_next + self.s * alpha
-        gamma_bar = self.s * self.delta_next - self.c * alpha
-        epsilon_next, delta_next = self.s * beta, -self.c * beta
-        # ‖A r‖ = ‖r‖ ‖(γ̄, δ₊)‖: where that is nothing, r is a null vector, and no step makes it smaller.
-        singular = rows & (torch.hypot(gamma_bar, delta_next) <= negligible) & (self.iterations.unsqueeze(1) > 0)
-        gamma = torch.hypot(gamma_bar, beta)
-        singular = singular | (rows & (gamma <= negligible))
-        self._end(singular, _SUSPECT)
-        rows = rows & ~singular
-        gamma = torch.where(rows, gamma, self.one)
-        c, s = gamma_bar / gamma, beta / gamma
+    Returns:
+        A `Solution`. No autograd graph is recorded; `imaml_ext.solve` is the differentiable solve.
 
-        # w₊ = (v − δ w − ε w₋) / γ;  x ← x + φ w₊
-        dtype = Ap.dtype
-        w = (self.v - delta.to(dtype) * self.w - epsilon.to(dtype) * self.w_before) / gamma.to(dtype)
-        x = self.x + (c * self.residual).to(dtype) * w
-        x_norm = _norm(x)
-        overflow = rows & ~x_norm.isfinite()
-        self._end(overflow, SolveStatus.NON_FINITE)
-        too_long = rows & (torch.finfo(dtype).eps * self.operator_norm * x_norm > 64 * self.residual.abs())
-        self._end(too_long, _VERIFYING)
-        rows = rows & ~overflow & ~too_long
-        v = u / torch.where(beta > 0, beta, self.one).to(dtype)
-        for name, value in {
-            "x": x, "w_before": self.w, "w": w, "v_before": self.v, "v": v, "beta": beta, "c": c, "s": s,
-            "delta_next": delta_next, "epsilon_next": epsilon_next, "residual": self.residual * s,
-        }.items():  # fmt: skip
-            setattr(self, name, torch.where(rows, value, getattr(self, name)))
-        self.iterations += rows[:, 0].to(torch.int32)
-        # A residual within the tolerance is measured next, and so is the one of a space that is exhausted.
-        self._end(rows & ((self.residual <= self.threshold) | (beta == 0)), _VERIFYING)
+    Raises:
+        TypeError, ValueError, NativeUnavailableError: as for `imaml_ext.cg`.
 
-    def _verify(self, rows: Tensor, Ax: Tensor) -> None:
-        r = self.b - Ax
-        norm = _norm(r)
-        self._end(rows & (norm <= self.threshold), SolveStatus.CONVERGED)
-        self._end(rows & self._rows(_SUSPECT) & (norm <= 2 * self.residual.abs()), SolveStatus.SINGULAR)
-        self.residual = torch.where(rows, norm, self.residual)
-        rows = rows & self._at_work()
-        self.stalls = self.stalls + (rows & (norm > 0.9 * self.measured)).double()
-        least = rows & (norm < self.measured)
-        self.best, self.measured = torch.where(least, self.x, self.best), torch.where(least, norm, self.measured)
-        stagnated = rows & (self.stalls >= 2)
-        self._end(stagnated, SolveStatus.STAGNATED)
-        self.x = torch.where(stagnated, self.best, self.x)
-        self.residual = torch.where(stagnated, self.measured, self.residual)
-        self._begin(rows & ~stagnated, r, norm)
-
-    def _begin(self, rows: Tensor, r: Tensor, norm: Tensor) -> None:
-        """The Krylov space of r, from x on."""
-        v = r / torch.where(rows & (norm > 0) & norm.isfinite(), norm, self.one).to(r.dtype)
-        nothing = torch.zeros_like(r)
-        for name, value in {
-            "v": v, "v_before": nothing, "w": nothing, "w_before": nothing, "beta": self.zero, "c": -self.one,
-            "s": self.zero, "delta_next": self.zero, "epsilon_next": self.zero,
-        }.items():  # fmt: skip
-            setattr(self, name, torch.where(rows, value, getattr(self, name)))
-        self._end(rows, _ITERATING)
-
-    def _rows(self, status: int) -> Tensor:
-        return (self.status == status).unsqueeze(1)
-
-    def _end(self, rows: Tensor, status: int) -> None:
-        """Gives rows at work [B, 1] a status."""
-        self.status = self.status.masked_fill((rows & self._at_work())[:, 0], int(status))
-
-    def _at_work(self) -> Tensor:
-        return (self.status >= _ITERATING).unsqueeze(1)
-
-    def solution(self) -> Solution:
-        self._end(self._at_work(), SolveStatus.MAX_ITERATIONS)
-        return Solution(self.x, self.status, self.iterations, self.residual[:, 0].abs())
+    Source: Paige and Saunders, Solution of sparse indefinite systems of linear equations (1975). Why a residual must be
+    measured: Sleijpen, van der Vorst, Modersitzki, Differences in the effects of rounding errors in Krylov solvers
+    for symmetric indefinite linear systems (2000).
+    """
+    system = System.read(A, b)
+    check_blocks(rows_per_block, system)
+    if check_symmetry:
+        operators.check_symmetry(A, b)
+    solution = _minres_rows(
+        system.operator,
+        system.b,
+        shift=system.coefficient(shift, "shift"),
+        x0=system.rows(x0, "x0"),
+        max_iterations=max_iterations,
+        rtol=system.tolerance(rtol, "rtol"),
+        atol=system.tolerance(atol, "atol"),
+        check_every=check_every,
+        rows_per_block=rows_per_block,
+        lanczos=lanczos,
+    )
+    return system.solution(solution)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b of every row, [B, 1] float64."""
-    return (a.double() * b.double()).sum(1, keepdim=True)
-
-
-def _norm(a: Tensor) -> Tensor:
-    """‖a‖ of every row, [B, 1] float64."""
-    return row_norm(a).unsqueeze(1)
+@eager
+def _minres_rows(hvp: Operator | BlockOperator, b: Tensor, *, lanczos: bool, **options: Any) -> Solution:
+    arguments = loop_arguments("minres", hvp, b, **options)
+    found = native(b.device).minres(callback(hvp, "minres", "hvp", b), b, lanczos=lanczos, **arguments)
+    return Solution(*found[:4], Lanczos(*found[4:]) if lanczos else None)

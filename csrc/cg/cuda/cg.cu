@@ -6,6 +6,7 @@
 // No pointer is __restrict__: H p may be p itself, where a callback returns its argument, and p may be b. A tile is
 // loaded as a whole before any of it is stored.
 #include "cg/cuda/work.cuh"
+#include "common/cuda/start.cuh"
 
 namespace imaml_ext {
 namespace {
@@ -30,31 +31,13 @@ struct CgBegin : CgWork<T> {
   template <typename Part>
   __device__ void pass(int, const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (d.summed) return;
-    const int64_t start = part.start();
     part.for_each_tile([&](const Tile<V>& tile) {
-      C* const place = part.template place<C>(tile);
-      Pack<T, V> r;
-      if (a.hp != nullptr) {
-        Numbers x = this->load(tile, a.x + start);
-        const Numbers packed_x = tile.settled(place, x);
-        add_products(sums[2], packed_x, packed_x);
-        const Numbers shift = part.load(tile, a.shift);
-        const Numbers hx = this->load(tile, a.hp + start);
-#pragma unroll
-        for (int k = 0; k < V; ++k) x.v[k] = fused(shift.v[k], x.v[k], hx.v[k]);
-        r = tile.load(a.b + start);
-        const Numbers packed_b = scaled(tile.settled(place, widened(r)), d.b_scale);
-        add_products(sums[0], packed_b, packed_b);
-#pragma unroll
-        for (int k = 0; k < V; ++k) r.v[k] = static_cast<T>(static_cast<C>(r.v[k]) - x.v[k]);
-      } else {
-        r = tile.load(a.b + start);
-      }
-      if (a.r != nullptr) tile.store(a.r + start, r);
-      const Numbers packed_r = scaled(tile.settled(place, widened(r)), d.r_scale);
-      add_products(sums[1], packed_r, packed_r);
+      Numbers packed_r;
+      const Pack<T, V> r = residual_at_start(part, tile, a, d.b_scale, d.r_scale, sums, packed_r);
+      if (a.r != nullptr) tile.store(a.r + part.start(), r);
       if (a.inverse_diagonal.data != nullptr) {
-        const Numbers packed_z = tile.settled(place, this->preconditioned(part, tile, widened(r)));
+        const Numbers packed_z =
+            tile.settled(part.template place<C>(tile), this->preconditioned(part, tile, widened(r)));
         add_products(sums[3], packed_r, scaled(packed_z, d.r_scale));
       }
     });
