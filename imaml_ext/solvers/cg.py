@@ -16,6 +16,7 @@ from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
+from imaml_ext.solvers.compiled import cg_loop
 from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, check_system
 from imaml_ext.solvers.operators import System
 
@@ -33,8 +34,18 @@ class CG(LinearSolver):
     check_every: Annotated[int, NOT_NEGATIVE] = 0
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
-        rows_per_block = getattr(operator, "rows_per_block", None)
-        return cg(operator, b, shift=shift, x0=x0, rows_per_block=rows_per_block, **vars(self))
+        return _cg_rows(
+            operator,
+            b,
+            shift=shift,
+            x0=x0,
+            max_iterations=self.max_iterations,
+            rtol=self.rtol,
+            atol=self.atol,
+            preconditioner=None,
+            check_every=self.check_every,
+            rows_per_block=getattr(operator, "rows_per_block", None),
+        )
 
 
 def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
@@ -203,8 +214,56 @@ def cg(
     return system.solution(solution)
 
 
-@eager
 def _cg_rows(
+    hvp: Any,
+    b: Tensor,
+    *,
+    preconditioner: Any,
+    check_every: int = 0,
+    rows_per_block: int | None = None,
+    **options: Any,
+) -> Solution:
+    """`cg` on rows."""
+    if torch.compiler.is_dynamo_compiling():
+        return _compiled_rows(hvp, b, preconditioner=preconditioner, check_every=check_every, **options)
+    return _eager_rows(
+        hvp, b, preconditioner=preconditioner, check_every=check_every, rows_per_block=rows_per_block, **options
+    )
+
+
+def _compiled_rows(
+    hvp: Operator,
+    b: Tensor,
+    *,
+    shift: Coefficient,
+    x0: Tensor | None,
+    max_iterations: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    preconditioner: Any,
+    check_every: int,
+) -> Solution:
+    _look_every(check_every)
+    diagonal = None
+    if isinstance(preconditioner, Tensor):
+        diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
+    return Solution(
+        *cg_loop(
+            hvp,
+            b,
+            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+            x0=x0,
+            max_iterations=max_iterations,
+            rtol=_tolerance(rtol, "rtol", b),
+            atol=_tolerance(atol, "atol", b),
+            inverse_diagonal=diagonal,
+            preconditioner=preconditioner,
+        )
+    )
+
+
+@eager
+def _eager_rows(
     hvp: Operator | BlockOperator,
     b: Tensor,
     *,

@@ -155,6 +155,7 @@ class System:
             Form.of(b)
             return cls(A, b, None)
         form = Form.of(b)
+        A = A.detach() if isinstance(A, Tensor) else A
         return cls(product_of(A, form, "A"), form.pack(b, "b").contiguous(), form)
 
     def rows(self, value: Any, name: str) -> Any:
@@ -221,7 +222,7 @@ def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Pro
         return _matrix(_multiplication(A, form, name), A.shape, form, result, name)
     if not callable(A):
         raise TypeError(f"{name} must be a function, a matrix or an operator that has a shape and @, got {_name(A)}")
-    if form.columns > 1 and not getattr(A, "multi_rhs", False):
+    if len(form.lead) == 2 and not getattr(A, "multi_rhs", False):
         batch, columns = form.lead
 
         def one_by_one(p: Tensor) -> Tensor:
@@ -268,8 +269,8 @@ def _tensor(A: Tensor, form: Form, name: str) -> Callable[[Tensor], Tensor]:
     if A.device != form.device:
         raise ValueError(f"{name} must have the device of {form.name}, {form.device}, got {A.device}")
     if A.layout == torch.strided or A.dim() == 2:
-        return A.detach().__matmul__
-    return _block_diagonal(A.detach())
+        return A.__matmul__
+    return _block_diagonal(A)
 
 
 def _block_diagonal(A: Tensor) -> Callable[[Tensor], Tensor]:
