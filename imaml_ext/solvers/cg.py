@@ -110,20 +110,25 @@ def loop_arguments(
     }
 
 
-def stopping_arguments(
-    name: str, b: Tensor, max_iterations: int, rtol: float | Tensor, atol: float | Tensor, check_every: int
-) -> dict[str, Any]:
-    """When the native loop of the solver `name` stops: the arguments of these names, checked."""
+def _look_every(name: str, check_every: int) -> int:
+    """The argument of that name of the solver `name`, checked."""
     check_every = check_int("check_every", check_every, minimum=0)
     if check_every > 0 and is_traced():
         raise ValueError(
             f"check_every must be 0 where {name} is traced, as a trace can look at no value, got {check_every}"
         )
+    return check_every
+
+
+def stopping_arguments(
+    name: str, b: Tensor, max_iterations: int, rtol: float | Tensor, atol: float | Tensor, check_every: int
+) -> dict[str, Any]:
+    """When the native loop of the solver `name` stops: the arguments of these names, checked."""
     return {
         "max_iterations": check_int("max_iterations", max_iterations, minimum=0),
         "rtol": _tolerance(rtol, "rtol", b),
         "atol": _tolerance(atol, "atol", b),
-        "check_every": check_every,
+        "check_every": _look_every(name, check_every),
     }
 
 
@@ -243,7 +248,7 @@ def _compiled_rows(
     preconditioner: Any,
     check_every: int,
 ) -> Solution:
-    _look_every(check_every)
+    _look_every("cg", check_every)
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None

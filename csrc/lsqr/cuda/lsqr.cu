@@ -15,6 +15,8 @@ struct LsqrDecision {
   LsqrState state;
   double scale;  // of the vectors in the sums of the first phase, and of x there
   double x_scale;
+  double x_step;        // x ← x + x_step p̂
+  double inverse_unit;  // 1 / ρ
   ResidualMove residual;
   DirectionMove direction;
   int32_t status;
@@ -199,7 +201,8 @@ struct LsqrResidual : LsqrWork<T> {
   __device__ void last_pass(const Part&, const Decision&) const {}
 };
 
-// In shared memory it keeps ŝ and, where it was summed, x with its step: six words per unknown.
+// In shared memory it keeps ŝ and, where it was summed, x with its step: six words per unknown. A loop for each vector:
+// with all in one there would be more numbers than registers.
 template <typename T>
 struct LsqrDirection : LsqrWork<T> {
   using typename LsqrWork<T>::C, typename LsqrWork<T>::Decision, typename LsqrWork<T>::Numbers;
@@ -210,6 +213,8 @@ struct LsqrDirection : LsqrWork<T> {
   __device__ void begin(int64_t row, Decision& d) const {
     LsqrWork<T>::begin(row, d);
     d.direction.take_step = d.status == kIterating && d.state.step > 0.0;
+    d.x_step = d.state.unit * d.state.step;
+    d.inverse_unit = 1.0 / (d.state.unit * d.state.r_scale);
     d.with_solution = d.was_active && lsqr_asks_for_solution(d.state, d.status, a.damped(), a.numbers().largest);
   }
 
@@ -218,7 +223,7 @@ struct LsqrDirection : LsqrWork<T> {
   __device__ __forceinline__ Pack<T, V> load_solution(const Part& part, const Tile<V>& tile, const Decision& d) const {
     Pack<T, V> x = tile.load(a.x + part.start());
     if (d.direction.take_step) {
-      const C step = static_cast<C>(d.state.unit * d.state.step);
+      const C step = static_cast<C>(d.x_step);
       const Numbers p = this->load(tile, a.p + part.start());
 #pragma unroll
       for (int k = 0; k < V; ++k) x.v[k] = static_cast<T>(fused(step, p.v[k], static_cast<C>(x.v[k])));
@@ -240,7 +245,7 @@ struct LsqrDirection : LsqrWork<T> {
   __device__ __forceinline__ Numbers gradient_of(const Part& part, const Tile<V>& tile, const Decision& d, Numbers t,
                                                  const Numbers& x) const {
     if (!a.damped()) return t;
-    const C inverse = static_cast<C>(1.0 / (d.state.unit * d.state.r_scale));
+    const C inverse = static_cast<C>(d.inverse_unit);
     const Numbers shift = part.load(tile, a.shift);
 #pragma unroll
     for (int k = 0; k < V; ++k) t.v[k] = fused(-shift.v[k], inverse * x.v[k], t.v[k]);
@@ -256,28 +261,33 @@ struct LsqrDirection : LsqrWork<T> {
     }
   }
 
-  // ‖ŝ‖², ‖Mᵀr̂‖², ‖x‖², xᵀS x
+  // ‖x‖², xᵀS x;   ‖ŝ‖², ‖Mᵀr̂‖²
   template <typename Part>
   __device__ __forceinline__ void gradient(const Part& part, const Decision& d, double (&sums)[kSums]) const {
+    if (d.with_solution) {
+      part.for_each_tile([&](const Tile<V>& tile) {
+        const Numbers x = widened(load_solution(part, tile, d));
+        const Numbers packed = scaled(tile.settled(part.template place<C>(tile), x), d.x_scale);
+        add_products(sums[2], packed, packed);
+        if (!a.damped()) return;
+        C* const place = part.template place<C>(tile, 1);
+        add_products(sums[3], packed, scaled(tile.settled(place, damped(part, tile, x)), d.x_scale));
+      });
+    }
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile, 1);
-      const Numbers t = this->load(tile, a.t + part.start());
-      const Numbers packed_t = scaled(tile.settled(place, t), d.scale);
-      add_products(sums[1], packed_t, packed_t);
-      if (!d.with_solution) return;
-      const Numbers x = widened(load_solution(part, tile, d));
-      const Numbers packed_x = scaled(tile.settled(part.template place<C>(tile), x), d.x_scale);
-      add_products(sums[2], packed_x, packed_x);
-      if (!a.damped()) return;
-      const Numbers packed_Sx = scaled(tile.settled(place, damped(part, tile, x)), d.x_scale);
-      add_products(sums[3], packed_x, packed_Sx);
-      const Numbers packed_s = scaled(tile.settled(place, gradient_of(part, tile, d, t, x)), d.scale);
+      Numbers t = this->load(tile, a.t + part.start());
+      const Numbers packed = scaled(tile.settled(place, t), d.scale);
+      add_products(sums[1], packed, packed);
+      if (!d.with_solution || !a.damped()) return;
+      t = gradient_of(part, tile, d, t,
+                      part.keeps() ? tile.kept(part.template place<C>(tile)) : widened(load_solution(part, tile, d)));
+      const Numbers packed_s = scaled(tile.settled(place, t), d.scale);
       add_products(sums[0], packed_s, packed_s);
     });
   }
 
-  // x ← x + step p̂,   then   p̂ ← gradient ŝ + keep p̂   or   p̂ ← x;   ‖p̂‖², p̂ᵀS p̂. A loop for each vector: both in
-  // one would need more registers than there are.
+  // x ← x + step p̂,   then   p̂ ← gradient ŝ + keep p̂   or   p̂ ← x;   ‖p̂‖², p̂ᵀS p̂
   template <typename Part>
   __device__ __forceinline__ void update(const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (d.direction.take_step) {
