@@ -17,6 +17,8 @@
 // y − M x and the gradient have been measured: it turns VERIFYING, and the vector it hands to M next is x itself.
 #pragma once
 
+#include <bit>
+
 #include "common/row.h"
 
 namespace imaml_ext {
@@ -83,16 +85,22 @@ struct DirectionMove {
   Best best = Best::kNothing;
 };
 
-IMAML_HOST_DEVICE double power_of_two(double value, int32_t least, int32_t most) {
-  const double exponent = value > 0.0 ? ilogb(value) : -2000.0;
-  return ldexp(1.0, static_cast<int>(fmin(fmax(exponent, least), most)));
+// The exponent of a positive number; −1023 for 0 and below the normal numbers.
+IMAML_HOST_DEVICE int32_t exponent_of(double value) {
+  return static_cast<int32_t>(std::bit_cast<uint64_t>(value) >> 52) - 1023;
+}
+
+// 2 to the power of `exponent`, taken into the bounds, which are those of normal numbers at most.
+IMAML_HOST_DEVICE double power_of_two(int32_t exponent, int32_t least, int32_t most) {
+  exponent = exponent < least ? least : exponent > most ? most : exponent;
+  return std::bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
 }
 
 // ρ / unit for a residual of such a norm. One far below rounding is not followed.
 IMAML_HOST_DEVICE double lsqr_residual_scale(const LsqrState& state, double norm, const LsqrNumbers& numbers) {
-  const int32_t of_unit = ilogb(state.unit);
-  const int32_t lowest = static_cast<int32_t>(fmax(-200.0, -numbers.most_exponent - of_unit));
-  return power_of_two(norm, lowest, numbers.most_exponent - of_unit);
+  const int32_t of_unit = exponent_of(state.unit);
+  const int32_t lowest = -numbers.most_exponent - of_unit, highest = numbers.most_exponent - of_unit;
+  return power_of_two(exponent_of(norm), lowest > -200 ? lowest : -200, highest < 1023 ? highest : 1023);
 }
 
 // Before the first product, r being y.
@@ -100,7 +108,7 @@ IMAML_HOST_DEVICE void lsqr_begin_row(LsqrState& state, double y_norm, double rt
                                       const LsqrNumbers& numbers) {
   state = LsqrState{};
   const bool known = is_finite(y_norm) && y_norm > 0.0;
-  state.unit = known ? power_of_two(y_norm, -numbers.most_exponent, numbers.most_exponent) : 1.0;
+  state.unit = known ? power_of_two(exponent_of(y_norm), -numbers.most_exponent, numbers.most_exponent) : 1.0;
   state.rhs = state.residual = state.next_residual = y_norm / state.unit;
   state.gradient = NAN;
   state.rtol = rtol;
@@ -155,7 +163,7 @@ IMAML_HOST_DEVICE void lsqr_residual_known(LsqrState& state, int32_t& status, do
 // p ← s + β p, of norm ‖s‖² + β² ‖p‖² as s is orthogonal to the p before it.
 IMAML_HOST_DEVICE void lsqr_turn(LsqrState& state, double beta, DirectionMove& move) {
   const double norm = beta > 0.0 ? hypot(state.gradient, beta * state.p_scale * state.p_norm) : state.gradient;
-  const double scale = power_of_two(norm, -1000, 1000);
+  const double scale = power_of_two(exponent_of(norm), -1000, 1000);
   move.gradient = state.r_scale / scale;
   move.keep = beta * state.p_scale / scale;
   state.p_scale = scale;
@@ -177,8 +185,7 @@ IMAML_HOST_DEVICE bool lsqr_is_within(const LsqrState& state, double objective) 
 }
 
 // Mᵀy is known.
-IMAML_HOST_DEVICE void lsqr_begun(LsqrState& state, int32_t& status, const GradientNorms& norms, DirectionMove& move,
-                                  const LsqrNumbers& numbers) {
+IMAML_HOST_DEVICE void lsqr_begun(LsqrState& state, int32_t& status, const GradientNorms& norms, DirectionMove& move) {
   if (state.rhs == 0.0) {  // M x = 0: x = 0, whatever x0
     move.clear_solution = true;
     state.gradient = 0.0;
@@ -186,21 +193,15 @@ IMAML_HOST_DEVICE void lsqr_begun(LsqrState& state, int32_t& status, const Gradi
     return;
   }
   move.clear_solution = !is_finite(norms.x);
-  state.gradient = state.rhs_gradient = norms.t * state.r_scale;
-  if (move.clear_solution || !is_finite(state.gradient) || !is_finite(state.rhs)) {
-    status = kNonFinite;
-    return;
-  }
+  state.rhs_gradient = state.gradient;
   state.threshold = fmax(state.threshold, state.rtol * state.gradient);
   state.least = state.rhs;
-  lsqr_note_product(state, norms.t, numbers);
-  if (state.solution_bound == 0.0 && lsqr_is_within(state, state.rhs)) {
-    status = kConverged;
+  if (move.clear_solution || !is_finite(state.gradient) || !is_finite(state.rhs)) {
+    status = kNonFinite;
   } else if (state.solution_bound > 0.0) {
     status = kVerifying;
   } else {
-    status = kIterating;
-    lsqr_turn(state, 0.0, move);
+    status = lsqr_is_within(state, state.rhs) ? kConverged : kIterating;
   }
 }
 
@@ -228,46 +229,54 @@ IMAML_HOST_DEVICE void lsqr_measured(LsqrState& state, int32_t& status, double o
     state.kept_residual = state.residual;
   }
   status = kIterating;
-  lsqr_turn(state, 0.0, move);
 }
 
-// Once s is known. `steps_length`: ‖x‖ was not asked for, as it is bounded well enough.
-//
-// Every step makes ‖r‖² + xᵀS x smaller: where it doubles, rmatvec is not the adjoint of matvec. Where the gradient is
-// within the rounding of the product that made it, the recurrence has nothing more to tell, and the row measures.
-IMAML_HOST_DEVICE void lsqr_gradient_known(LsqrState& state, int32_t& status, int32_t& iterations,
-                                           const GradientNorms& norms, bool knows_solution, DirectionMove& move,
-                                           const LsqrNumbers& numbers) {
-  if (status == kBeginning) return lsqr_begun(state, status, norms, move, numbers);
-  const double gradient = norms.s * state.r_scale;
-  const double objective = hypot(state.next_residual, norms.damped_x / state.unit);
-  if (!is_finite(gradient) || !is_finite(norms.x) || !is_finite(objective)) {
-    status = kNonFinite;
-    return;
-  }
-  if (status == kIterating && objective > 2.0 * state.least) {
-    status = kDiverged;
-    return;
-  }
-  const double previous = state.gradient;
-  const double length = state.unit * state.step * state.p_norm;
-  state.gradient = gradient;
-  state.residual = state.next_residual;
-  state.solution_bound = knows_solution ? norms.x : state.solution_bound + length;
-  lsqr_note_product(state, norms.t, numbers);
-  if (status == kVerifying) return lsqr_measured(state, status, objective, move);
-
+// A step of the recurrence. Where the gradient is within the rounding of the product that made it, the recurrence has
+// nothing more to tell, and the row measures.
+IMAML_HOST_DEVICE void lsqr_stepped(LsqrState& state, int32_t& status, int32_t& iterations, double objective, double t,
+                                    DirectionMove& move, const LsqrNumbers& numbers) {
   move.take_step = state.step > 0.0;
   iterations += move.take_step ? 1 : 0;
   state.least = fmin(state.least, objective);
   const double of_residual = 8.0 * numbers.compute_roundoff + 0.5 * numbers.unit_roundoff;  // r̂ is stored
   const double rounding =
-      of_residual * state.operator_norm * state.residual + 2.0 * numbers.unit_roundoff * norms.t * state.r_scale;
-  if (lsqr_is_within(state, objective) || state.exhausted > 0.0 || gradient <= rounding) {
-    status = kVerifying;
+      of_residual * state.operator_norm * state.residual + 2.0 * numbers.unit_roundoff * t * state.r_scale;
+  if (lsqr_is_within(state, objective) || state.exhausted > 0.0 || state.gradient <= rounding) status = kVerifying;
+}
+
+// Once s is known; `knows_solution`: ‖x‖ was asked for. Every step makes ‖r‖² + xᵀS x smaller: where it has become four
+// times as large, rmatvec is not the adjoint of matvec.
+IMAML_HOST_DEVICE void lsqr_gradient_known(LsqrState& state, int32_t& status, int32_t& iterations,
+                                           const GradientNorms& norms, bool knows_solution, DirectionMove& move,
+                                           const LsqrNumbers& numbers) {
+  double beta = 0.0;
+  const double gradient = norms.s * state.r_scale;
+  if (status == kBeginning) {
+    state.gradient = norms.t * state.r_scale;
+    lsqr_begun(state, status, norms, move);
   } else {
-    lsqr_turn(state, gradient / previous * (gradient / previous), move);
+    const double objective = hypot(state.next_residual, norms.damped_x / state.unit);
+    if (!is_finite(gradient) || !is_finite(norms.x) || !is_finite(objective)) {
+      status = kNonFinite;
+      return;
+    }
+    if (status == kIterating && objective > 2.0 * state.least) {
+      status = kDiverged;
+      return;
+    }
+    beta = gradient / state.gradient * (gradient / state.gradient);
+    state.solution_bound = knows_solution ? norms.x : state.solution_bound + state.unit * state.step * state.p_norm;
+    state.gradient = gradient;
+    state.residual = state.next_residual;
+    lsqr_note_product(state, norms.t, numbers);
+    if (status == kVerifying) {
+      beta = 0.0;
+      lsqr_measured(state, status, objective, move);
+    } else {
+      lsqr_stepped(state, status, iterations, objective, norms.t, move, numbers);
+    }
   }
+  if (status == kIterating) lsqr_turn(state, beta, move);
 }
 
 // Once the sums ‖p̂‖² and p̂ᵀS p̂ are known.

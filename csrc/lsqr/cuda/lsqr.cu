@@ -11,11 +11,13 @@ namespace imaml_ext {
 namespace {
 
 // What is known of a row.
+template <typename C>
 struct LsqrDecision {
   LsqrState state;
   double scale;  // of the vectors in the sums of the first phase, and of x there
   double x_scale;
-  double inverse_unit;  // 1 / ρ
+  C x_step;        // x ← x + x_step p̂; 0: it takes no step
+  C inverse_unit;  // 1 / ρ
   ResidualMove residual;
   DirectionMove direction;
   int32_t status;
@@ -31,8 +33,8 @@ struct LsqrDecision {
 template <typename T>
 struct LsqrWork {
   using Number = T;
-  using Decision = LsqrDecision;
   using C = typename LsqrRows<T>::C;
+  using Decision = LsqrDecision<C>;
   static constexpr int V = kPackSize<T>;
   using Numbers = Pack<C, V>;
   static constexpr int kSumPhases = LsqrRows<T>::wide() ? 2 : 1;
@@ -212,17 +214,16 @@ struct LsqrDirection : LsqrWork<T> {
   __device__ void begin(int64_t row, Decision& d) const {
     LsqrWork<T>::begin(row, d);
     d.direction.take_step = d.status == kIterating && d.state.step > 0.0;
-    d.inverse_unit = 1.0 / (d.state.unit * d.state.r_scale);
+    d.x_step = d.direction.take_step ? static_cast<C>(d.state.unit * d.state.step) : C(0);
+    d.inverse_unit = static_cast<C>(1.0 / (d.state.unit * d.state.r_scale));
     d.with_solution = d.was_active && lsqr_asks_for_solution(d.state, d.status, a.damped(), a.numbers().largest);
   }
 
-  // x with its step (0: none), as it will be stored
-  static __device__ __forceinline__ C step_of(const Decision& d) {
-    return d.direction.take_step ? static_cast<C>(d.state.unit * d.state.step) : C(0);
-  }
+  // x with its step, as it will be stored
   template <typename Part>
-  __device__ __forceinline__ Pack<T, V> load_solution(const Part& part, const Tile<V>& tile, C step) const {
+  __device__ __forceinline__ Pack<T, V> load_solution(const Part& part, const Tile<V>& tile, const Decision& d) const {
     Pack<T, V> x = tile.load(a.x + part.start());
+    const C step = d.x_step;
     if (step != C(0)) {
       const Numbers p = this->load(tile, a.p + part.start());
 #pragma unroll
@@ -240,14 +241,14 @@ struct LsqrDirection : LsqrWork<T> {
     return v;
   }
 
-  // ŝ = Mᵀr̂ − S x / ρ
+  // s ← s − S x / ρ
   template <typename Part>
-  __device__ __forceinline__ Numbers gradient_of(const Part& part, const Tile<V>& tile, C inverse_unit, Numbers t,
-                                                 const Numbers& x) const {
+  __device__ __forceinline__ void damp(const Part& part, const Tile<V>& tile, const Decision& d, Numbers& s,
+                                       const Numbers& x) const {
+    const C inverse_unit = d.inverse_unit;
     const Numbers shift = part.load(tile, a.shift);
 #pragma unroll
-    for (int k = 0; k < V; ++k) t.v[k] = fused(-shift.v[k], inverse_unit * x.v[k], t.v[k]);
-    return t;
+    for (int k = 0; k < V; ++k) s.v[k] = fused(-shift.v[k], inverse_unit * x.v[k], s.v[k]);
   }
 
   template <typename Part>
@@ -262,10 +263,9 @@ struct LsqrDirection : LsqrWork<T> {
   // ‖x‖², xᵀS x;   ‖ŝ‖², ‖Mᵀr̂‖²
   template <typename Part>
   __device__ __forceinline__ void gradient(const Part& part, const Decision& d, double (&sums)[kSums]) const {
-    const C step = step_of(d);
     if (d.with_solution) {
       part.for_each_tile([&](const Tile<V>& tile) {
-        const Numbers x = widened(load_solution(part, tile, step));
+        const Numbers x = widened(load_solution(part, tile, d));
         const Numbers packed = scaled(tile.settled(part.template place<C>(tile), x), d.x_scale);
         add_products(sums[2], packed, packed);
         if (!a.damped()) return;
@@ -273,17 +273,18 @@ struct LsqrDirection : LsqrWork<T> {
         add_products(sums[3], packed, scaled(tile.settled(place, damped(part, tile, x)), d.x_scale));
       });
     }
-    const bool from_solution = d.with_solution && a.damped();
-    const C inverse = static_cast<C>(d.inverse_unit);
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile, 1);
-      Numbers t = this->load(tile, a.t + part.start());
-      const Numbers packed = scaled(tile.settled(place, t), d.scale);
-      add_products(sums[1], packed, packed);
-      if (!from_solution) return;
-      const Numbers x =
-          part.keeps() ? tile.kept(part.template place<C>(tile)) : widened(load_solution(part, tile, step));
-      const Numbers packed_s = scaled(tile.settled(place, gradient_of(part, tile, inverse, t, x)), d.scale);
+      Numbers s = this->load(tile, a.t + part.start());
+      const Numbers packed_t = scaled(tile.settled(place, s), d.scale);
+      add_products(sums[1], packed_t, packed_t);
+      if (!d.with_solution || !a.damped()) return;
+      if (part.keeps()) {
+        damp(part, tile, d, s, tile.kept(part.template place<C>(tile)));
+      } else {
+        damp(part, tile, d, s, widened(load_solution(part, tile, d)));
+      }
+      const Numbers packed_s = scaled(tile.settled(place, s), d.scale);
       add_products(sums[0], packed_s, packed_s);
     });
   }
@@ -292,35 +293,26 @@ struct LsqrDirection : LsqrWork<T> {
   template <typename Part>
   __device__ __forceinline__ void update(const Part& part, const Decision& d, double (&sums)[kSums]) const {
     if (d.direction.take_step) {
-      const C step = step_of(d);
-      const bool kept = part.keeps() && d.with_solution;
-      part.for_each_tile([&](const Tile<V>& tile) {
-        tile.store(a.x + part.start(),
-                   kept ? narrowed(tile.kept(part.template place<C>(tile))) : load_solution(part, tile, step));
-      });
+      part.for_each_tile([&](const Tile<V>& tile) { tile.store(a.x + part.start(), load_solution(part, tile, d)); });
     }
     if (d.was_active && d.status == kVerifying) {
       part.for_each_tile([&](const Tile<V>& tile) { tile.store(a.p + part.start(), tile.load(a.x + part.start())); });
     }
     if (d.was_active && d.status == kIterating) turn(part, d, sums);
   }
-  static __device__ __forceinline__ Pack<T, V> narrowed(const Numbers& numbers) {
-    Pack<T, V> narrow;
-#pragma unroll
-    for (int k = 0; k < V; ++k) narrow.v[k] = static_cast<T>(numbers.v[k]);
-    return narrow;
-  }
 
   template <typename Part>
   __device__ __forceinline__ void turn(const Part& part, const Decision& d, double (&sums)[kSums]) const {
     const C of_gradient = static_cast<C>(d.direction.gradient);
     const C of_last = static_cast<C>(d.direction.keep);
-    const C inverse = static_cast<C>(d.inverse_unit);
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile, 1);
-      Numbers s = part.keeps() ? tile.kept(place) : this->load(tile, a.t + part.start());
-      if (!part.keeps() && a.damped()) {
-        s = gradient_of(part, tile, inverse, s, this->load(tile, a.x + part.start()));
+      Numbers s;
+      if (part.keeps()) {
+        s = tile.kept(place);
+      } else {
+        s = this->load(tile, a.t + part.start());
+        if (a.damped()) damp(part, tile, d, s, this->load(tile, a.x + part.start()));
       }
       Pack<T, V> p{};
       if (of_last != C(0)) p = tile.load(a.p + part.start());
