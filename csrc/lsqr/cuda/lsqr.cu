@@ -76,6 +76,11 @@ struct LsqrWork {
     return scale == 1.0;
   }
 
+  // The norm of vectors whose squares were summed `scale` times as large.
+  static __device__ double norm_of(double squares, double scale) {
+    return LsqrRows<T>::wide() ? sqrt(squares) / scale : sqrt(squares);
+  }
+
   __device__ __forceinline__ Numbers load(const Tile<V>& tile, const T* row) const { return widened(tile.load(row)); }
 };
 
@@ -110,8 +115,8 @@ struct LsqrBegin : LsqrWork<T> {
     if (d.summed) return;
     d.summed = this->settle_scale(phase, sums[0], d.scale);
     if (!d.summed) return;
-    lsqr_begin_row(d.state, sqrt(sums[0]) / d.scale, a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride], a.warm,
-                   a.numbers());
+    lsqr_begin_row(d.state, this->norm_of(sums[0], d.scale), a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
+                   a.warm, a.numbers());
   }
 
   // Even a row that is not finite has a residual, for the operator to be given something finite.
@@ -194,7 +199,7 @@ struct LsqrResidual : LsqrWork<T> {
       lsqr_residual_known(d.state, d.status, sums[0]);
     } else if (!d.summed) {
       d.summed = this->settle_scale(phase, sums[0], d.scale);
-      if (d.summed) d.residual = lsqr_step_length(d.state, d.status, sqrt(sums[0]) / d.scale, a.numbers());
+      if (d.summed) d.residual = lsqr_step_length(d.state, d.status, this->norm_of(sums[0], d.scale), a.numbers());
     }
   }
 
@@ -292,11 +297,13 @@ struct LsqrDirection : LsqrWork<T> {
   // x ← x + step p̂,   then   p̂ ← gradient ŝ + keep p̂   or   p̂ ← x;   ‖p̂‖², p̂ᵀS p̂
   template <typename Part>
   __device__ __forceinline__ void update(const Part& part, const Decision& d, double (&sums)[kSums]) const {
-    if (d.direction.take_step) {
-      part.for_each_tile([&](const Tile<V>& tile) { tile.store(a.x + part.start(), load_solution(part, tile, d)); });
-    }
-    if (d.was_active && d.status == kVerifying) {
-      part.for_each_tile([&](const Tile<V>& tile) { tile.store(a.p + part.start(), tile.load(a.x + part.start())); });
+    const bool to_solution = d.was_active && d.status == kVerifying;
+    if (d.direction.take_step || to_solution) {
+      part.for_each_tile([&](const Tile<V>& tile) {
+        const Pack<T, V> x = load_solution(part, tile, d);
+        if (d.direction.take_step) tile.store(a.x + part.start(), x);
+        if (to_solution) tile.store(a.p + part.start(), x);
+      });
     }
     if (d.was_active && d.status == kIterating) turn(part, d, sums);
   }
@@ -337,8 +344,8 @@ struct LsqrDirection : LsqrWork<T> {
       d.summed = first_stands && second_stands;
       if (!d.summed) return;
       const double s = d.with_solution && a.damped() ? sums[0] : sums[1];
-      const GradientNorms norms{sqrt(s) / d.scale, sqrt(sums[1]) / d.scale, sqrt(sums[2]) / d.x_scale,
-                                sqrt(sums[3]) / d.x_scale};
+      const GradientNorms norms{this->norm_of(s, d.scale), this->norm_of(sums[1], d.scale),
+                                this->norm_of(sums[2], d.x_scale), this->norm_of(sums[3], d.x_scale)};
       d.direction.take_step = false;
       lsqr_gradient_known(d.state, d.status, d.iterations, norms, d.with_solution, d.direction, a.numbers());
     }
