@@ -11,13 +11,10 @@ namespace imaml_ext {
 namespace {
 
 // What is known of a row.
-template <typename C>
 struct LsqrDecision {
   LsqrState state;
   double scale;  // of the vectors in the sums of the first phase, and of x there
   double x_scale;
-  C x_step;        // x ← x + x_step p̂; 0: it takes no step
-  C inverse_unit;  // 1 / ρ
   ResidualMove residual;
   DirectionMove direction;
   int32_t status;
@@ -33,8 +30,8 @@ struct LsqrDecision {
 template <typename T>
 struct LsqrWork {
   using Number = T;
+  using Decision = LsqrDecision;
   using C = typename LsqrRows<T>::C;
-  using Decision = LsqrDecision<C>;
   static constexpr int V = kPackSize<T>;
   using Numbers = Pack<C, V>;
   static constexpr int kSumPhases = LsqrRows<T>::wide() ? 2 : 1;
@@ -69,16 +66,17 @@ struct LsqrWork {
     if (a.iterations != nullptr) a.iterations[row] = d.iterations;
   }
 
+  // 1 / value of a power of two. In float64 a division for each tile would take registers too.
+  static __device__ __forceinline__ C inverse_of_power(double value) {
+    if constexpr (!LsqrRows<T>::wide()) return static_cast<C>(1.0 / value);
+    return std::bit_cast<double>((uint64_t{2046} << 52) - std::bit_cast<uint64_t>(value));
+  }
+
   // Whether the sums of this phase stand; if not, the next one takes them again.
   static __device__ bool settle_scale(int phase, double squares, double& scale) {
     if (phase + 1 == kSumPhases) return true;
     scale = row_scale_of_sum(squares);
     return scale == 1.0;
-  }
-
-  // The norm of vectors whose squares were summed `scale` times as large.
-  static __device__ double norm_of(double squares, double scale) {
-    return LsqrRows<T>::wide() ? sqrt(squares) / scale : sqrt(squares);
   }
 
   __device__ __forceinline__ Numbers load(const Tile<V>& tile, const T* row) const { return widened(tile.load(row)); }
@@ -115,8 +113,8 @@ struct LsqrBegin : LsqrWork<T> {
     if (d.summed) return;
     d.summed = this->settle_scale(phase, sums[0], d.scale);
     if (!d.summed) return;
-    lsqr_begin_row(d.state, this->norm_of(sums[0], d.scale), a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride],
-                   a.warm, a.numbers());
+    lsqr_begin_row(d.state, sqrt(sums[0]) / d.scale, a.rtol[row * a.rtol_stride], a.atol[row * a.atol_stride], a.warm,
+                   a.numbers());
   }
 
   // Even a row that is not finite has a residual, for the operator to be given something finite.
@@ -199,7 +197,7 @@ struct LsqrResidual : LsqrWork<T> {
       lsqr_residual_known(d.state, d.status, sums[0]);
     } else if (!d.summed) {
       d.summed = this->settle_scale(phase, sums[0], d.scale);
-      if (d.summed) d.residual = lsqr_step_length(d.state, d.status, this->norm_of(sums[0], d.scale), a.numbers());
+      if (d.summed) d.residual = lsqr_step_length(d.state, d.status, sqrt(sums[0]) / d.scale, a.numbers());
     }
   }
 
@@ -219,8 +217,6 @@ struct LsqrDirection : LsqrWork<T> {
   __device__ void begin(int64_t row, Decision& d) const {
     LsqrWork<T>::begin(row, d);
     d.direction.take_step = d.status == kIterating && d.state.step > 0.0;
-    d.x_step = d.direction.take_step ? static_cast<C>(d.state.unit * d.state.step) : C(0);
-    d.inverse_unit = static_cast<C>(1.0 / (d.state.unit * d.state.r_scale));
     d.with_solution = d.was_active && lsqr_asks_for_solution(d.state, d.status, a.damped(), a.numbers().largest);
   }
 
@@ -228,8 +224,8 @@ struct LsqrDirection : LsqrWork<T> {
   template <typename Part>
   __device__ __forceinline__ Pack<T, V> load_solution(const Part& part, const Tile<V>& tile, const Decision& d) const {
     Pack<T, V> x = tile.load(a.x + part.start());
-    const C step = d.x_step;
-    if (step != C(0)) {
+    if (d.direction.take_step) {
+      const C step = static_cast<C>(d.state.unit * d.state.step);
       const Numbers p = this->load(tile, a.p + part.start());
 #pragma unroll
       for (int k = 0; k < V; ++k) x.v[k] = static_cast<T>(fused(step, p.v[k], static_cast<C>(x.v[k])));
@@ -246,14 +242,16 @@ struct LsqrDirection : LsqrWork<T> {
     return v;
   }
 
-  // s ← s − S x / ρ
+  // ŝ = Mᵀr̂ − S x / ρ
   template <typename Part>
-  __device__ __forceinline__ void damp(const Part& part, const Tile<V>& tile, const Decision& d, Numbers& s,
-                                       const Numbers& x) const {
-    const C inverse_unit = d.inverse_unit;
+  __device__ __forceinline__ Numbers gradient_of(const Part& part, const Tile<V>& tile, const Decision& d, Numbers t,
+                                                 const Numbers& x) const {
+    if (!a.damped()) return t;
+    const C inverse = this->inverse_of_power(d.state.unit * d.state.r_scale);
     const Numbers shift = part.load(tile, a.shift);
 #pragma unroll
-    for (int k = 0; k < V; ++k) s.v[k] = fused(-shift.v[k], inverse_unit * x.v[k], s.v[k]);
+    for (int k = 0; k < V; ++k) t.v[k] = fused(-shift.v[k], inverse * x.v[k], t.v[k]);
+    return t;
   }
 
   template <typename Part>
@@ -280,16 +278,13 @@ struct LsqrDirection : LsqrWork<T> {
     }
     part.for_each_tile([&](const Tile<V>& tile) {
       C* const place = part.template place<C>(tile, 1);
-      Numbers s = this->load(tile, a.t + part.start());
-      const Numbers packed_t = scaled(tile.settled(place, s), d.scale);
-      add_products(sums[1], packed_t, packed_t);
+      Numbers t = this->load(tile, a.t + part.start());
+      const Numbers packed = scaled(tile.settled(place, t), d.scale);
+      add_products(sums[1], packed, packed);
       if (!d.with_solution || !a.damped()) return;
-      if (part.keeps()) {
-        damp(part, tile, d, s, tile.kept(part.template place<C>(tile)));
-      } else {
-        damp(part, tile, d, s, widened(load_solution(part, tile, d)));
-      }
-      const Numbers packed_s = scaled(tile.settled(place, s), d.scale);
+      t = gradient_of(part, tile, d, t,
+                      part.keeps() ? tile.kept(part.template place<C>(tile)) : widened(load_solution(part, tile, d)));
+      const Numbers packed_s = scaled(tile.settled(place, t), d.scale);
       add_products(sums[0], packed_s, packed_s);
     });
   }
@@ -297,15 +292,25 @@ struct LsqrDirection : LsqrWork<T> {
   // x ← x + step p̂,   then   p̂ ← gradient ŝ + keep p̂   or   p̂ ← x;   ‖p̂‖², p̂ᵀS p̂
   template <typename Part>
   __device__ __forceinline__ void update(const Part& part, const Decision& d, double (&sums)[kSums]) const {
-    const bool to_solution = d.was_active && d.status == kVerifying;
-    if (d.direction.take_step || to_solution) {
+    if (d.direction.take_step) {
       part.for_each_tile([&](const Tile<V>& tile) {
-        const Pack<T, V> x = load_solution(part, tile, d);
-        if (d.direction.take_step) tile.store(a.x + part.start(), x);
-        if (to_solution) tile.store(a.p + part.start(), x);
+        if (part.keeps() && d.with_solution) {
+          tile.store(a.x + part.start(), narrowed(tile.kept(part.template place<C>(tile))));
+        } else {
+          tile.store(a.x + part.start(), load_solution(part, tile, d));
+        }
       });
     }
+    if (d.was_active && d.status == kVerifying) {
+      part.for_each_tile([&](const Tile<V>& tile) { tile.store(a.p + part.start(), tile.load(a.x + part.start())); });
+    }
     if (d.was_active && d.status == kIterating) turn(part, d, sums);
+  }
+  static __device__ __forceinline__ Pack<T, V> narrowed(const Numbers& numbers) {
+    Pack<T, V> narrow;
+#pragma unroll
+    for (int k = 0; k < V; ++k) narrow.v[k] = static_cast<T>(numbers.v[k]);
+    return narrow;
   }
 
   template <typename Part>
@@ -318,8 +323,7 @@ struct LsqrDirection : LsqrWork<T> {
       if (part.keeps()) {
         s = tile.kept(place);
       } else {
-        s = this->load(tile, a.t + part.start());
-        if (a.damped()) damp(part, tile, d, s, this->load(tile, a.x + part.start()));
+        s = gradient_of(part, tile, d, this->load(tile, a.t + part.start()), this->load(tile, a.x + part.start()));
       }
       Pack<T, V> p{};
       if (of_last != C(0)) p = tile.load(a.p + part.start());
@@ -344,8 +348,8 @@ struct LsqrDirection : LsqrWork<T> {
       d.summed = first_stands && second_stands;
       if (!d.summed) return;
       const double s = d.with_solution && a.damped() ? sums[0] : sums[1];
-      const GradientNorms norms{this->norm_of(s, d.scale), this->norm_of(sums[1], d.scale),
-                                this->norm_of(sums[2], d.x_scale), this->norm_of(sums[3], d.x_scale)};
+      const GradientNorms norms{sqrt(s) / d.scale, sqrt(sums[1]) / d.scale, sqrt(sums[2]) / d.x_scale,
+                                sqrt(sums[3]) / d.x_scale};
       d.direction.take_step = false;
       lsqr_gradient_known(d.state, d.status, d.iterations, norms, d.with_solution, d.direction, a.numbers());
     }
