@@ -12,7 +12,7 @@ from torch import Tensor
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.solvers.linear import Operator, Solution, SolveStatus, checked, row_norm
 
-_ITERATING, _VERIFYING, _SUSPECT = 16, 17, 18  # rows at work; the last two measure, _SUSPECT before it is SINGULAR
+ITERATING, VERIFYING, SUSPECT = 16, 17, 18  # rows at work; the last two measure, SUSPECT before it is SINGULAR
 
 
 def minres(
@@ -45,7 +45,7 @@ class _Rows:
         r = b if x0 is None else b - (operator(x0) + self.shift.to(b.dtype) * x0)
         norm = _norm(r)
         self.threshold = (rtol * b_norm).clamp(min=atol)
-        self.status = torch.full(b.shape[:1], _ITERATING, dtype=torch.int32, device=b.device)
+        self.status = torch.full(b.shape[:1], ITERATING, dtype=torch.int32, device=b.device)
         self.iterations = torch.zeros_like(self.status)
         self.operator_norm = torch.zeros_like(norm)
         self.zero, self.one = torch.zeros_like(norm), torch.ones_like(norm)
@@ -61,7 +61,7 @@ class _Rows:
 
     def advance(self, operator: Operator) -> None:
         """One product: a Lanczos step for rows at work, the residual of x for rows that verify."""
-        iterating, verifying = self._rows(_ITERATING), self._rows(_VERIFYING) | self._rows(_SUSPECT)
+        iterating, verifying = self._rows(ITERATING), self._rows(VERIFYING) | self._rows(SUSPECT)
         p = torch.where(verifying, self.x, self.v)
         Ap = operator(p) + self.shift.to(p.dtype) * p
         finite = _norm(Ap).isfinite()
@@ -87,7 +87,7 @@ class _Rows:
         singular = rows & (torch.hypot(gamma_bar, delta_next) <= negligible) & (self.iterations.unsqueeze(1) > 0)
         gamma = torch.hypot(gamma_bar, beta)
         singular = singular | (rows & (gamma <= negligible))
-        self._end(singular, _SUSPECT)
+        self._end(singular, SUSPECT)
         rows = rows & ~singular
         gamma = torch.where(rows, gamma, self.one)
         c, s = gamma_bar / gamma, beta / gamma
@@ -100,7 +100,7 @@ class _Rows:
         overflow = rows & ~x_norm.isfinite()
         self._end(overflow, SolveStatus.NON_FINITE)
         too_long = rows & (torch.finfo(dtype).eps * self.operator_norm * x_norm > 64 * self.residual.abs())
-        self._end(too_long, _VERIFYING)
+        self._end(too_long, VERIFYING)
         rows = rows & ~overflow & ~too_long
         v = u / torch.where(beta > 0, beta, self.one).to(dtype)
         for name, value in {
@@ -110,13 +110,13 @@ class _Rows:
             setattr(self, name, torch.where(rows, value, getattr(self, name)))
         self.iterations += rows[:, 0].to(torch.int32)
         # A residual within the tolerance is measured next, and so is the one of a space that is exhausted.
-        self._end(rows & ((self.residual <= self.threshold) | (beta == 0)), _VERIFYING)
+        self._end(rows & ((self.residual <= self.threshold) | (beta == 0)), VERIFYING)
 
     def _verify(self, rows: Tensor, Ax: Tensor) -> None:
         r = self.b - Ax
         norm = _norm(r)
         self._end(rows & (norm <= self.threshold), SolveStatus.CONVERGED)
-        self._end(rows & self._rows(_SUSPECT) & (norm <= 2 * self.residual.abs()), SolveStatus.SINGULAR)
+        self._end(rows & self._rows(SUSPECT) & (norm <= 2 * self.residual.abs()), SolveStatus.SINGULAR)
         self.residual = torch.where(rows, norm, self.residual)
         rows = rows & self._at_work()
         self.stalls = self.stalls + (rows & (norm > 0.9 * self.measured)).double()
@@ -137,7 +137,7 @@ class _Rows:
             "s": self.zero, "delta_next": self.zero, "epsilon_next": self.zero,
         }.items():  # fmt: skip
             setattr(self, name, torch.where(rows, value, getattr(self, name)))
-        self._end(rows, _ITERATING)
+        self._end(rows, ITERATING)
 
     def _rows(self, status: int) -> Tensor:
         return (self.status == status).unsqueeze(1)
@@ -147,7 +147,7 @@ class _Rows:
         self.status = self.status.masked_fill((rows & self._at_work())[:, 0], int(status))
 
     def _at_work(self) -> Tensor:
-        return (self.status >= _ITERATING).unsqueeze(1)
+        return (self.status >= ITERATING).unsqueeze(1)
 
     def solution(self) -> Solution:
         self._end(self._at_work(), SolveStatus.MAX_ITERATIONS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import reference
+import reference_minres
 import torch
 from systems import DTYPES, known_matrices, multiply, residual_in_long_double, singular_matrices, spd
 from torch import Tensor
@@ -307,9 +308,10 @@ def test_work_vectors_are_not_those_of_another_mode() -> None:
 
 
 def test_statuses_have_the_numbers_of_the_native_part() -> None:
-    header = Path(__file__).parents[1] / "csrc/cg/row.h"
+    header = Path(__file__).parents[1] / "csrc/common/row.h"
     named = dict(re.findall(r"  k(\w+) = (\d+),", header.read_text()))
     assert named.pop("Iterating") == str(reference.ITERATING)
     assert named.pop("Verifying") == str(reference.VERIFYING)
+    assert named.pop("Suspect") == str(reference_minres.SUSPECT)
     ours = {status.name.title().replace("_", ""): str(int(status)) for status in SolveStatus}
     assert named.items() <= ours.items()

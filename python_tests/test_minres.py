@@ -232,7 +232,7 @@ def test_agrees_with_the_oracle(form: str, warm: bool, dtype: torch.dtype) -> No
     shift = 0.0 if form == "number" else 0.01 * torch.rand(shape, dtype=dtype)
     x0 = torch.randn(8, N, dtype=dtype) if warm else None
     for budget in (1, 2, 5, 9):
-        options = {"shift": shift, "x0": x0, "max_iterations": budget, "rtol": 0.3 if budget == 9 else 0.0}
+        options = {"shift": shift, "x0": x0, "max_iterations": budget, "rtol": 0.3 if budget == 9 else 1e-5}
         ours, oracle = minres(multiply(A), b, **options), reference_minres.minres(multiply(A), b, **options)
         assert ours.status.tolist() == oracle.status.tolist()
         assert ours.iterations.tolist() == oracle.iterations.tolist()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from imaml_ext import CG, cg
+from imaml_ext import CG, MLP, TaskLoss, cg
+from imaml_ext.batch import TaskData
 from imaml_ext.solvers import MINRES, FixedPoint, Neumann, check_symmetry, multi_rhs
 
 B, N, K = 3, 7, 5
@@ -270,3 +271,20 @@ def test_symmetry_is_checked_on_request() -> None:
             cg(wrong, b, check_symmetry=True)
         with pytest.raises(ValueError, match="A must be symmetric"):
             check_symmetry(lambda p, wrong=wrong: [function(wrong)(p[0])], [b])
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_many_right_hand_sides_on_the_curvature_of_a_network(engine: str, kind: str) -> None:
+    model = MLP(2, (5,), 3)
+    loss = TaskLoss(model, "cross_entropy", engine=engine)
+    phi = torch.randn(B, model.num_parameters, dtype=DOUBLE)
+    data = TaskData(torch.randn(B, 4, 2, dtype=DOUBLE), torch.randint(3, (B, 4)))
+    operator = loss.linearize(phi, data, kind)
+    b = torch.randn(B, model.num_parameters, K, dtype=DOUBLE)
+    found = CG(max_iterations=80, rtol=1e-10).solve(operator, b, 30.0)
+    found.raise_if_failed()
+    for k in range(K):
+        one = CG(max_iterations=80, rtol=1e-10).solve(operator, b[:, :, k].contiguous(), 30.0)
+        torch.testing.assert_close(found.x[:, :, k], one.x, rtol=1e-8, atol=1e-10)
+        assert found.iterations[:, k].tolist() == one.iterations.tolist()

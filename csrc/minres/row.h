@@ -157,8 +157,9 @@ IMAML_HOST_DEVICE void minres_turn(MinresState& state, int32_t& status, const Tu
     return;
   }
   const double unit = minres_solution_unit(state);
-  // In this order, so that what is a number at the end is one on the way.
-  step.tau = step.gamma_bar / gamma * (state.residual / state.unit / gamma) * (state.unit / state.operator_unit);
+  // Units are powers of two: by their exponents, so that what is a number at the end need not be one on the way.
+  const double of_units = step.gamma_bar / gamma * (state.residual / state.unit / gamma);
+  step.tau = ldexp(of_units, ilogb(state.unit) - ilogb(state.operator_unit));
   const double t = step.tau / unit;
   step.solution_norm = sqrt(fmax(sums.xx + t * (2.0 * sums.xq + t * sums.qq), 0.0)) * unit;
   step.may_overflow = !(step.solution_norm < largest);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.ops.network import NetworkLinearisation
+from imaml_ext.solvers.preconditioners.kfac import KroneckerFactors
 
 ALL = slice(None)
 _ONCE = "torch::autograd::Error"  # the node that autograd puts behind a function marked `once_differentiable`
@@ -22,6 +23,8 @@ class CurvatureOperator(ABC):
         kind: "hessian" or "gauss_newton". losses: [B] support losses at phi. gradient: [B, N] their gradients.
         rows_per_block: how many rows at a time a solver does best with; None: all. With a number the operator also
             multiplies some rows alone, p [k, N] and the slice of the B rows that they are.
+        kronecker_factors: makes what the preconditioner `KFAC` needs, from samples and a seed; None where a model's
+            layers are unknown.
 
     Raises:
         TypeError, ValueError: a vector does not have the shape, dtype and device of phi, or of those rows of it.
@@ -31,6 +34,7 @@ class CurvatureOperator(ABC):
     losses: Tensor
     gradient: Tensor
     rows_per_block: int | None = None
+    kronecker_factors: Callable[..., KroneckerFactors] | None = None
 
     def __init__(self, phi: Tensor) -> None:
         if phi.dim() != 2:
@@ -44,6 +48,11 @@ class CurvatureOperator(ABC):
     def curvature(self, p: Tensor) -> Tensor:
         """Returns pᵀ H p of every task, [B] float64, at the least price that there is."""
         return _dot(p, self(p))
+
+    def repeated(self, times: int) -> CurvatureOperator | None:
+        """Returns the operator of every task `times` times in a row, [B times, N], so that as many vectors per task are
+        multiplied in one call; None where there is no better way than one call for each."""
+        return None
 
     @abstractmethod
     def _product(self, p: Tensor, rows: slice) -> Tensor: ...
@@ -66,6 +75,9 @@ class NativeCurvature(CurvatureOperator):
         self._native, self.kind = linearisation, kind
         self.losses, self.gradient = linearisation.losses, linearisation.gradient
         self.rows_per_block = linearisation.rows_per_block
+
+    def repeated(self, times: int) -> NativeCurvature:
+        return NativeCurvature(self._native.repeated(times), self._phi.detach().repeat_interleave(times, 0), self.kind)
 
     def _product(self, p: Tensor, rows: slice) -> Tensor:
         return self._native.product(p, rows, gauss_newton=self.kind == "gauss_newton")

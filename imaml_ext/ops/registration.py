@@ -16,11 +16,6 @@ def register_fake(name: str, fake: Callable[..., Any] = lambda *args, **kwargs: 
         torch.library.register_fake(f"imaml_ext::{name}", fake)
 
 
-_OF_SOLVERS = {
-    "cg": ("begin", "direction", "step"),
-    "lsqr": ("begin", "direction", "residual"),
-    "minres": ("begin", "step"),
-}
-for _family, _steps in _OF_SOLVERS.items():  # called by the solvers themselves
-    for _step in _steps:
-        register_fake(f"{_family}_{_step}_")
+_OF_SOLVERS = ("cg_begin_", "cg_direction_", "cg_step_", "lsqr_begin_", "lsqr_direction_", "lsqr_residual_")
+for _name in (*_OF_SOLVERS, "minres_begin_", "minres_step_", "next_round_"):
+    register_fake(_name)

@@ -99,5 +99,6 @@ def minres(
 @eager
 def _minres_rows(hvp: Operator | BlockOperator, b: Tensor, *, lanczos: bool, **options: Any) -> Solution:
     arguments = loop_arguments("minres", hvp, b, **options)
-    found = native(b.device).minres(callback(hvp, "minres", "hvp", b), b, lanczos=lanczos, **arguments)
-    return Solution(*found[:4], Lanczos(*found[4:]) if lanczos else None)
+    hvp = callback(hvp, "minres", "hvp", b)
+    x, status, iterations, norm, *kept = native(b.device).minres(hvp, b, lanczos=lanczos, **arguments)
+    return Solution(x, status, iterations, norm, Lanczos(*kept) if lanczos else None)

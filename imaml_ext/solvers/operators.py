@@ -224,6 +224,9 @@ def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Pro
         raise TypeError(f"{name} must be a function, a matrix or an operator that has a shape and @, got {_name(A)}")
     if len(form.lead) == 2 and not getattr(A, "multi_rhs", False):
         batch, columns = form.lead
+        wide = A.repeated(columns) if hasattr(A, "repeated") else None  # a curvature operator
+        if wide is not None:
+            return wide
 
         def one_by_one(p: Tensor) -> Tensor:
             parts = [A(part.contiguous()) for part in p.reshape(batch, columns, -1).unbind(1)]

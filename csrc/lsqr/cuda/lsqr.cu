@@ -1,8 +1,6 @@
 // The least-squares ops on CUDA: the phases of an op over rows of one length (common/cuda/row_team.cuh).
 //
-// Where a product meets a sum of vectors' elements, `fused` says that it is rounded once: it makes no difference
-// whether a vector was kept from the phase before or is computed again. No pointer is __restrict__: a callback may
-// return its argument. A tile is loaded as a whole before any of it is stored.
+// As in cg.cu, `fused` rounds once, so that a vector kept from the phase before has the bits of one computed again.
 #include "common/cuda/arithmetic.cuh"
 #include "common/cuda/row_team.cuh"
 #include "lsqr/arguments.h"
