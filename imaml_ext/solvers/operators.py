@@ -207,7 +207,7 @@ class System:
         if form is None:
             return flat
         values = {name: v for name, v in vars(flat).items() if name != "x" and isinstance(v, Tensor)}
-        scalars = {name: v.reshape(form.lead) for name, v in values.items()}
+        scalars: dict[str, Any] = {name: v.reshape(form.lead) for name, v in values.items()}
         lanczos = flat.lanczos
         if lanczos is not None:
             lanczos = type(lanczos)(*(v.reshape(*form.lead, *v.shape[1:]) for v in vars(lanczos).values()))
