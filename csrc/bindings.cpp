@@ -6,6 +6,7 @@
 
 #include "cg/solver.h"
 #include "common/cpu/capability.h"
+#include "lsqr/solver.h"
 #include "minres/solver.h"
 #include "network/network.h"
 
@@ -52,6 +53,19 @@ py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift
   return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, kept, shifted);
 }
 
+py::tuple lsqr(const py::object& matvec, const py::object& rmatvec, const at::Tensor& y, int64_t unknowns,
+               const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& x0, int64_t max_iterations,
+               const at::Tensor& rtol, const at::Tensor& atol, int64_t check_every) {
+  const imaml_ext::LsqrOptions options{shift.value_or(at::Tensor()), x0, max_iterations, rtol, atol, check_every};
+  imaml_ext::LsqrResult result;
+  {
+    py::gil_scoped_release no_gil;
+    result = imaml_ext::lsqr(row_operator(matvec, "lsqr", "matvec", /*in_blocks=*/false),
+                             row_operator(rmatvec, "lsqr", "rmatvec", /*in_blocks=*/false), y, unknowns, options);
+  }
+  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, result.gradient_norm);
+}
+
 // And, where asked for, the diagonal, the off-diagonal and the order of the tridiagonal matrices.
 py::tuple minres(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift,
                  const std::optional<at::Tensor>& x0, int64_t max_iterations, const at::Tensor& rtol,
@@ -77,6 +91,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("inverse_diagonal"),
         py::arg("preconditioner"), py::arg("check_every"), py::arg("rows_per_block"), py::arg("lanczos"),
         py::arg("shifts"));
+  m.def("lsqr", torch::wrap_pybind_function(lsqr), py::arg("matvec"), py::arg("rmatvec"), py::arg("y"),
+        py::arg("unknowns"), py::kw_only(), py::arg("shift"), py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"),
+        py::arg("atol"), py::arg("check_every"));
   m.def("minres", torch::wrap_pybind_function(minres), py::arg("hvp"), py::arg("b"), py::kw_only(), py::arg("shift"),
         py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("check_every"),
         py::arg("rows_per_block"), py::arg("lanczos"));

@@ -181,6 +181,21 @@ def _cg_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
+def _lsqr_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
+    rows, cols = 3, 10
+    y, q, r = _vectors(3, (rows, cols + 3), dtype, device)
+    t, x, p, best = _vectors(4, (rows, cols), dtype, device)
+    shift = torch.rand(rows, 1, dtype=ops.compute_dtype(dtype), device=device)
+    tolerance = torch.full((1,), 1e-9, dtype=torch.float64, device=device)
+    state = torch.ones(rows, 21, dtype=torch.float64, device=device)
+    status = torch.full((rows,), reference.ITERATING, dtype=torch.int32, device=device)
+    return {
+        "lsqr_begin_": (y, tolerance, tolerance, True, r, state, status, torch.zeros_like(status)),
+        "lsqr_direction_": (t, shift, x, p, best, state, status, torch.zeros_like(status)),
+        "lsqr_residual_": (q, y, r, state, status),
+    }
+
+
 def _minres_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     rows, cols = 3, 10
     b, x, v, v_next, q, q_next, best = _vectors(7, (rows, cols), dtype, device)
@@ -212,7 +227,7 @@ def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
-_MAKERS = (_cg_arguments, _minres_arguments, _prox_arguments)
+_MAKERS = (_cg_arguments, _lsqr_arguments, _minres_arguments, _prox_arguments)
 
 
 @pytest.mark.opcheck
@@ -321,7 +336,7 @@ def test_opcheck_of_the_differentiable_op() -> None:
 
 
 def test_every_op_is_tested_here() -> None:
-    tested = {*_cg_arguments(torch.float32, "cpu"), *_prox_arguments(torch.float32, "cpu")}
+    tested = {name for make in _MAKERS for name in make(torch.float32, "cpu")}
     registered = {
         name.removeprefix("imaml_ext::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

@@ -6,6 +6,7 @@ from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
 from imaml_ext.solvers.differentiable import WarmStart, solve
 from imaml_ext.solvers.lanczos import ExtremeEigenvalues, TraceEstimate, extreme_eigenvalues, logdet, trace_of
+from imaml_ext.solvers.least_squares import LeastSquaresSolution, lsqr
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Solution, SolveStatus
 from imaml_ext.solvers.minres import MINRES, minres
 from imaml_ext.solvers.multi_shift import multi_shift_cg
@@ -18,6 +19,7 @@ __all__ = [
     "ExtremeEigenvalues",
     "FixedPoint",
     "Lanczos",
+    "LeastSquaresSolution",
     "LinearSolver",
     "Neumann",
     "Solution",
@@ -28,6 +30,7 @@ __all__ = [
     "check_symmetry",
     "extreme_eigenvalues",
     "logdet",
+    "lsqr",
     "minres",
     "multi_rhs",
     "multi_shift_cg",

@@ -129,11 +129,20 @@ def loop_arguments(
     return {
         "shift": as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
         "x0": x0,
+        "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
+        **stopping_arguments(name, b, max_iterations, rtol, atol, check_every),
+    }
+
+
+def stopping_arguments(
+    name: str, b: Tensor, max_iterations: int, rtol: float | Tensor, atol: float | Tensor, check_every: int
+) -> dict[str, Any]:
+    """When the native loop of the solver `name` stops: the arguments of these names, checked."""
+    return {
         "max_iterations": check_int("max_iterations", max_iterations, minimum=0),
         "rtol": _tolerance(rtol, "rtol", b),
         "atol": _tolerance(atol, "atol", b),
         "check_every": _look_every(check_every, name),
-        "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
     }
 
 

@@ -56,7 +56,7 @@ _ADVICE = {
     ),
     SolveStatus.DIVERGED: (
         "the residual has grown, so the iteration does not converge for this matrix: raise lam or damping, lower the "
-        "solver's lr, or solve by CG or MINRES"
+        "solver's lr, or solve by CG or MINRES; in lsqr, rmatvec is not the adjoint of M"
     ),
     SolveStatus.SINGULAR: (
         "A = H + diag(shift) is singular to working precision, and b is not in its range: x has about the least "
