@@ -168,15 +168,16 @@ void blocks_of_rows_have_the_bits_of_the_batch() {
 void bad_arguments_are_named() {
   const auto b = at::randn({2, 3});
   const RowOperator identity = [](const at::Tensor& p) { return p; };
-  EXPECT(throws_saying([&] { cg(nullptr, b); }, "hvp must be callable"));
+  EXPECT(throws_saying([&] { cg(nullptr, b); }, "A must be callable"));
   EXPECT(throws_saying([&] { cg(identity, b[0]); }, "b must have shape [B, N]"));
   EXPECT(throws_saying([&] { cg(identity, b.to(at::kInt)); }, "b must be float32"));
-  EXPECT(throws_saying([&] { cg([](const at::Tensor& p) { return p[0]; }, b); }, "hvp must have the shape of b"));
+  EXPECT(throws_saying([&] { cg([](const at::Tensor& p) { return p[0]; }, b); },
+                       "what A returns must have the shape of b"));
   EXPECT(throws_saying([&] { cg([](const at::Tensor&) { return at::Tensor(); }, b); }, "hvp returned no tensor"));
   CgOptions options;
   options.max_iterations = -1;
   EXPECT(throws_saying([&] { cg(identity, b, options); }, "max_iterations must be at least 0"));
-  EXPECT(throws_saying([&] { cg(std::function<at::Tensor(const at::Tensor&)>(), b); }, "hvp must be callable"));
+  EXPECT(throws_saying([&] { cg(std::function<at::Tensor(const at::Tensor&)>(), b); }, "A must be callable"));
   options = {};
   options.rows_per_block = -1;
   EXPECT(throws_saying([&] { cg(identity, b, options); }, "rows_per_block must be at least 0"));

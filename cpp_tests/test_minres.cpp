@@ -141,7 +141,7 @@ void solves_indefinite_systems() {
   EXPECT(result.status.eq(kConverged).all().item<bool>());
   EXPECT(at::allclose(at::matmul(matrices, result.x.unsqueeze(2)).squeeze(2), b, 1e-8, 1e-8));
   EXPECT(result.lanczos.diagonal.size(1) == 100 && result.lanczos.steps.min().item<int>() >= 10);
-  EXPECT(throws_saying([&] { minres(nullptr, b); }, "minres: hvp must be callable, got an empty function"));
+  EXPECT(throws_saying([&] { minres(nullptr, b); }, "minres: A must be callable, got an empty function"));
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift
   imaml_ext::CgResult result;
   {
     py::gil_scoped_release no_gil;
-    result = imaml_ext::cg(row_operator(hvp, "cg", "hvp", in_blocks), b, options);
+    result = imaml_ext::cg(row_operator(hvp, "cg", "A", in_blocks), b, options);
   }
   py::object kept = py::none(), shifted = py::none();
   if (const auto& t = result.lanczos) kept = py::make_tuple(t->diagonal, t->off_diagonal, t->steps);
@@ -76,7 +76,7 @@ py::tuple minres(const py::object& hvp, const at::Tensor& b, const at::Tensor& s
   imaml_ext::MinresResult result;
   {
     py::gil_scoped_release no_gil;
-    result = imaml_ext::minres(row_operator(hvp, "minres", "hvp", rows_per_block > 0), b, options);
+    result = imaml_ext::minres(row_operator(hvp, "minres", "A", rows_per_block > 0), b, options);
   }
   if (!lanczos) return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm);
   return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, result.lanczos.diagonal,

@@ -99,7 +99,7 @@ void Block::solve(const RowOperator& hvp) {
   // r = b − A x0,  z = M r,  p = z. From x = 0 without M that is r = p = b, and stays b until the first step.
   const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && !looks_on_device() && o_.max_iterations > 0;
   std::optional<at::Tensor> hx;
-  if (o_.x0) hx = apply(hvp, "hvp", x_);
+  if (o_.x0) hx = apply(hvp, "A", x_);
   if (from_b) {
     call<cg_begin_>("imaml_ext::cg_begin_", b_, hx, o_.shift, inverse_diagonal_, o_.rtol, o_.atol, std::nullopt,
                     std::nullopt, std::nullopt, state_, status_, iterations_, /*update_direction=*/true);
@@ -132,7 +132,7 @@ void Block::solve(const RowOperator& hvp) {
 }
 
 void Block::iterate(const RowOperator& hvp, bool first, bool last) {
-  const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
+  const at::Tensor hp = apply(hvp, "A", first ? b_ : p_);
   // A callable preconditioner stands between the new residual and the new direction.
   call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
                  iterations_, /*update_direction=*/!o_.preconditioner, first, last);

@@ -17,7 +17,7 @@ from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
 from imaml_ext.solvers.compiled import cg_loop
-from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, SetUp, Solution, check_system
+from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, SetUp, Solution
 from imaml_ext.solvers.operators import System
 from imaml_ext.solvers.preconditioners.preconditioner import MadePreconditioner, Preconditioner
 
@@ -86,7 +86,6 @@ def check_arguments(
     preconditioner: Tensor | Operator | BlockOperator | None,
 ) -> None:
     """What `cg` and its oracle demand of their arguments beyond what the ops check."""
-    check_system(hvp, b)
     if x0 is not None and not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
     if preconditioner is not None and not isinstance(preconditioner, Tensor) and not callable(preconditioner):
@@ -336,7 +335,7 @@ def _eager_rows(
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
     elif preconditioner is not None:
         preconditioner = callback(preconditioner, "cg", "preconditioner", b)
-    hvp = callback(hvp, "cg", "hvp", b)
+    hvp = callback(hvp, "cg", "A", b)
     native_cg = native(b.device).cg
     x, status, iterations, residual_norm, tables, _ = native_cg(
         hvp,

@@ -99,6 +99,6 @@ def minres(
 @eager
 def _minres_rows(hvp: Operator | BlockOperator, b: Tensor, *, lanczos: bool, **options: Any) -> Solution:
     arguments = loop_arguments("minres", hvp, b, **options)
-    hvp = callback(hvp, "minres", "hvp", b)
+    hvp = callback(hvp, "minres", "A", b)
     x, status, iterations, norm, *kept = native(b.device).minres(hvp, b, lanczos=lanczos, **arguments)
     return Solution(x, status, iterations, norm, Lanczos(*kept) if lanczos else None)
