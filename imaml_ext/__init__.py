@@ -16,15 +16,19 @@ if TYPE_CHECKING:  # from the modules themselves: `imaml_ext.solvers.cg` is a mo
     from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
     from imaml_ext.meta.prox_solve import prox_solve
     from imaml_ext.models import MLP, Conv4, from_module
-    from imaml_ext.solvers import CG, Solution, SolveStatus
+    from imaml_ext.solvers import CG, MINRES, Solution, SolveStatus
     from imaml_ext.solvers.cg import cg
     from imaml_ext.solvers.differentiable import WarmStart, solve
+    from imaml_ext.solvers.least_squares import lsqr
+    from imaml_ext.solvers.minres import minres
+    from imaml_ext.solvers.multi_shift import multi_shift_cg
 
 __all__ = [
     "CG",
     "FOMAML",
     "IMAML",
     "MAML",
+    "MINRES",
     "MLP",
     "Conv4",
     "GradientDescent",
@@ -40,6 +44,9 @@ __all__ = [
     "__version__",
     "cg",
     "from_module",
+    "lsqr",
+    "minres",
+    "multi_shift_cg",
     "prox_solve",
     "solve",
 ]

@@ -111,7 +111,7 @@ def test_no_circle() -> None:
 def test_the_house_stays_small() -> None:
     """Lines of the package, recipes and reproduction included; and the largest file and function."""
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.rglob("*.py")}
-    assert sum(lines.values()) <= 17_300
+    assert sum(lines.values()) <= 20_700
     assert {path.name: count for path, count in lines.items() if count > 400} == {}
     long = {
         f"{path.name}: {node.name}": node.end_lineno - node.lineno + 1

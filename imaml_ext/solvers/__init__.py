@@ -1,4 +1,4 @@
-"""Linear solvers over Hessian-vector products, one system per row."""
+"""Linear solvers over matrix-vector products, one system per row, and what belongs to them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,21 +7,29 @@ from imaml_ext.solvers.cg import CG, cg
 from imaml_ext.solvers.differentiable import WarmStart, solve
 from imaml_ext.solvers.lanczos import ExtremeEigenvalues, TraceEstimate, extreme_eigenvalues, logdet, trace_of
 from imaml_ext.solvers.least_squares import LeastSquaresSolution, lsqr
-from imaml_ext.solvers.linear import Lanczos, LinearSolver, Solution, SolveStatus
+from imaml_ext.solvers.linear import Lanczos, LinearSolver, SetUp, Solution, SolveStatus
 from imaml_ext.solvers.minres import MINRES, minres
 from imaml_ext.solvers.multi_shift import multi_shift_cg
 from imaml_ext.solvers.operators import check_symmetry, multi_rhs
+from imaml_ext.solvers.preconditioners import KFAC, Jacobi, MadePreconditioner, Nystrom, Preconditioner, Refreshed
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
 __all__ = [
     "CG",
+    "KFAC",
     "MINRES",
     "ExtremeEigenvalues",
     "FixedPoint",
+    "Jacobi",
     "Lanczos",
     "LeastSquaresSolution",
     "LinearSolver",
+    "MadePreconditioner",
     "Neumann",
+    "Nystrom",
+    "Preconditioner",
+    "Refreshed",
+    "SetUp",
     "Solution",
     "SolveStatus",
     "TraceEstimate",
