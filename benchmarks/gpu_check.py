@@ -34,6 +34,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_SUPPORT = ROOT / "imaml_ext" / "_build.py"
+DEVICE_LOOP = ROOT / "python_tests" / "test_device_loop.py"
 Command = list[str]
 LEAST = 5  # seconds: a command is not begun with less time left
 MOST_OF_A_LOG = 2**20  # bytes of a step's log that go into the copy
@@ -149,9 +150,18 @@ def memcheck_of_the_failure(check: Check) -> Iterator[Command]:
     yield from sanitizer(check, "memcheck", ["--only", named[0]])
 
 
+def device_loop(check: Check) -> Iterator[Command]:
+    """Apart from the other tests: a capture that fails can leave a process unable to use CUDA."""
+    yield pytest_command(check, [DEVICE_LOOP])
+
+
 def tests(check: Check) -> Iterator[Command]:
     paths = sorted((ROOT / "python_tests").glob("test_*.py"))
-    files = [str(path) for path in paths if re.search(r"mark\.cuda|\bDEVICES\b", path.read_text())]
+    of_cuda = [path for path in paths if re.search(r"mark\.cuda|\bDEVICES\b", path.read_text())]
+    yield pytest_command(check, [path for path in of_cuda if path != DEVICE_LOOP])
+
+
+def pytest_command(check: Check, files: list[Path]) -> Command:
     options = ["-m", "cuda and not opcheck", "-v", "--tb", "short", "--continue-on-collection-errors"]
     if check.rehearse:
         options.append("--collect-only")
@@ -160,7 +170,7 @@ def tests(check: Check) -> Iterator[Command]:
             options += ["-n", "8"]
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout", "60"]
-    yield [sys.executable, "-m", "pytest", *options, *files]
+    return [sys.executable, "-m", "pytest", *options, *map(str, files)]
 
 
 def cg(check: Check) -> Iterator[Command]:
@@ -272,6 +282,7 @@ STEPS = [
     Step("device", 150, device),
     Step("every_kernel", 90, every_kernel),
     Step("tests", 120, tests),
+    Step("device_loop", 40, device_loop),
     Step("cg", 90, cg),
     Step("meta_step", 90, meta_step),
     Step("profile", 40, profile),

@@ -161,8 +161,14 @@ def full_precision() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def write_result(path: Path, *, script: str, device: torch.device, packages: Iterable[str] = (), **body: Any) -> None:
-    """The result file: command, stamp with the versions of `packages` (None where not installed), then `body`."""
+def write_result(
+    path: Path, *, script: str, device: torch.device, packages: Iterable[str] = (), program: str = "", **body: Any
+) -> None:
+    """The result file: command, stamp with the versions of `packages` (None where not installed), then `body`.
+
+    Args:
+        program: what follows `python` in the command, unless that is the script's file.
+    """
     stamp: dict[str, Any] = environment(device)
     for package in packages:
         try:
@@ -170,7 +176,7 @@ def write_result(path: Path, *, script: str, device: torch.device, packages: Ite
         except PackageNotFoundError:
             stamp[package] = None
     arguments = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv[1:]]
-    command = shlex.join(["python", f"benchmarks/{script}.py", *arguments])
+    command = shlex.join(["python", *(program or f"benchmarks/{script}.py").split(), *arguments])
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"benchmark": script, "command": command, "stamp": stamp, **body}, indent=2, ensure_ascii=False)
     path.write_text(text + "\n")

@@ -61,13 +61,14 @@ One command checks and measures the CUDA kernels:
     benchmarks/gpu_check.sh --prebuilt FOLDER --wheels FOLDER --imaml-dev FOLDER
 
 It needs no network. The steps come in the order of what they settle, so that a visit that is cut short has answered the
-first questions. Their times are estimates for an H100 with 16 processor cores, 525 seconds together.
+first questions. Their times are estimates for an H100 with 16 processor cores, 535 seconds together.
 
 | step | s | what it settles |
 |---|--:|---|
 | `device` | 5 – 75 | the extension loads and solves a system; the prebuilt one, or one built for this GPU |
 | `every_kernel` | 35 | every kernel agrees with the CPU; where not, memcheck of that case follows |
 | `tests` | 55 | `pytest -m "cuda and not opcheck"` in eight processes, graph capture included |
+| `device_loop` | 10 | a solve that ends on the device, inside a captured CUDA graph |
 | `cg` | 35 | five shapes of batch: a step against the rate of a copy, a solve against plain PyTorch |
 | `meta_step` | 40 | 32, 1 and 8 tasks, eager, replayed and by grouped convolutions; a product in gradients |
 | `profile` | 10 | where the time of a replayed step goes, by kernel and grid; how many launches it is |

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # from the modules themselves: `imaml_ext.solvers.cg` is a mo
     from imaml_ext.models import MLP, Conv4, from_module
     from imaml_ext.solvers import CG, Solution, SolveStatus
     from imaml_ext.solvers.cg import cg
+    from imaml_ext.solvers.differentiable import WarmStart, solve
 
 __all__ = [
     "CG",
@@ -35,10 +36,12 @@ __all__ = [
     "SolveStatus",
     "SolveWarning",
     "TaskLoss",
+    "WarmStart",
     "__version__",
     "cg",
     "from_module",
     "prox_solve",
+    "solve",
 ]
 
 _ROOMS = ("errors", "solvers", "models", "losses", "inner", "meta")  # each imports those before it

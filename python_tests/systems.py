@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+needs_while_nodes = pytest.mark.skipif(
+    not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node"), reason="torch before 2.14"
+)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

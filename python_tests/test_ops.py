@@ -169,10 +169,12 @@ def _cg_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     status = torch.full((rows,), reference.ITERATING, dtype=torch.int32, device=device)
     iterations = torch.zeros_like(status)
     x = torch.zeros_like(b)
+    left, again = torch.full((), 3, device=device), torch.zeros((), dtype=torch.bool, device=device)
     return {
         "cg_begin_": (b, None, shift, inverse, tolerance, tolerance, x, r, p, state, status, iterations, True),
         "cg_direction_": (z, None, x, r, p, state, status),
         "cg_step_": (2 * p, b, shift, inverse, x, r, p, best, state, status, iterations, True),
+        "next_round_": (status, reference.ITERATING, left, again),
     }
 
 
@@ -290,6 +292,23 @@ def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype:
             same((ours[0], other_r[at_work], other_p[at_work]), (state, r[at_work], p[at_work]))
             assert (other_p[~at_work] == 0).all()  # the operator is given something finite
         same((b,), (before,))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 1024, 1025, 5003])
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_round_needs_a_row_at_work_and_a_round_that_is_left(rows: int, device: str) -> None:
+    again = torch.zeros((), dtype=torch.bool, device=device)
+    for at in {0, rows // 2, rows - 1} if rows else {None}:
+        status = torch.randint(0, reference.ITERATING, (rows,), dtype=torch.int32).to(device)
+        for value in (reference.ITERATING - 1, reference.ITERATING, reference.ITERATING + 1):
+            if at is not None:
+                status[at] = value
+            for rounds in (1, 2):
+                left = torch.full((), rounds, device=device)
+                for looks in range(1, 4):
+                    torch.ops.imaml_ext.next_round_(status, reference.ITERATING, left, again)
+                    assert left.item() == rounds - looks
+                    assert again.item() == (at is not None and value >= reference.ITERATING and looks <= rounds)
 
 
 @pytest.mark.opcheck

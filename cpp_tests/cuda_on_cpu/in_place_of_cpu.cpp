@@ -1,6 +1,7 @@
 // The CPU's part of every op, done by the CUDA kernels that the host runs: linked in place of csrc/*/cpu, beside the
 // same checks and registrations.
 #include "cg/arguments.h"
+#include "common/next_round.h"
 #include "minres/arguments.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
@@ -21,6 +22,7 @@ template <typename T>
 void cg_step(OnCpu, const CgArguments<T>& a) {
   cg_step(kEmulated, a);
 }
+void next_round(OnCpu, const NextRound& a) { next_round(kEmulated, a); }
 template <typename T>
 void minres_begin(OnCpu, const MinresArguments<T>& a) {
   minres_begin(kEmulated, a);

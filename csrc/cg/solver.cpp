@@ -6,6 +6,7 @@
 #include "cg/ops.h"
 #include "cg/row.h"
 #include "common/checks.h"
+#include "common/device_loop.h"
 #include "common/solve.h"
 
 namespace imaml_ext {
@@ -46,6 +47,10 @@ class Block {
   void solve(const RowOperator& hvp);
 
  private:
+  void iterate(const RowOperator& hvp, bool first, bool last);
+  void iterate_on_device(const RowOperator& hvp);
+  bool looks_on_device() const { return o_.check_every > 0 && o_.device_loop; }
+
   at::Tensor apply(const RowOperator& callback, const char* name, const at::Tensor& argument) const {
     return block_.apply(callback, name, argument, b_);
   }
@@ -59,7 +64,7 @@ class Block {
 
 void Block::solve(const RowOperator& hvp) {
   // r = b − A x0,  z = M r,  p = z. From x = 0 without M that is r = p = b, and stays b until the first step.
-  const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && o_.max_iterations > 0;
+  const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && !looks_on_device() && o_.max_iterations > 0;
   std::optional<at::Tensor> hx;
   if (o_.x0) hx = apply(hvp, "hvp", x_);
   if (from_b) {
@@ -73,21 +78,42 @@ void Block::solve(const RowOperator& hvp) {
     call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
   }
 
+  if (looks_on_device()) {
+    iterate_on_device(hvp);
+    return;
+  }
   for (int64_t k = 0; k < o_.max_iterations; ++k) {
     const bool first = from_b && k == 0;
-    const bool last = k + 1 == o_.max_iterations;
     if (o_.check_every > 0 && k % o_.check_every == 0 && !status_.ge(kIterating).any().item<bool>()) {
       if (first) x_.zero_();  // what the first step would have done
       break;
     }
-    const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
-    // A callable preconditioner stands between the new residual and the new direction.
-    call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
-                   iterations_, /*update_direction=*/!o_.preconditioner, first, last);
-    if (o_.preconditioner && !last) {
-      call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
-    }
+    iterate(hvp, first, k + 1 == o_.max_iterations);
   }
+}
+
+void Block::iterate(const RowOperator& hvp, bool first, bool last) {
+  const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
+  // A callable preconditioner stands between the new residual and the new direction.
+  call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
+                 iterations_, /*update_direction=*/!o_.preconditioner, first, last);
+  if (o_.preconditioner && !last) {
+    call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
+  }
+}
+
+// The same iterations, and looks at the status before the same of them, where it is the device that decides. A body is
+// captured once, so all its rounds are alike: the round that has the last iteration is a loop of its own.
+void Block::iterate_on_device(const RowOperator& hvp) {
+  if (o_.max_iterations == 0) return;
+  const int64_t rounds = (o_.max_iterations - 1) / o_.check_every;
+  const int64_t rest = o_.max_iterations - rounds * o_.check_every;
+  rounds_on_device(o_.device_loop, status_, kIterating, rounds, [&] {
+    for (int64_t k = 0; k < o_.check_every; ++k) iterate(hvp, /*first=*/false, /*last=*/false);
+  });
+  rounds_on_device(o_.device_loop, status_, kIterating, 1, [&] {
+    for (int64_t k = 0; k < rest; ++k) iterate(hvp, /*first=*/false, /*last=*/k + 1 == rest);
+  });
 }
 
 }  // namespace

@@ -20,10 +20,12 @@ namespace imaml_ext {
 template <typename Arguments, typename Work>
 void on_device_of(const at::Tensor& tensor, Arguments& arguments, const Work& work) {
   std::vector<at::Tensor> memory;
-  arguments.allocate = [&](int64_t bytes) {
-    memory.push_back(at::empty({bytes}, tensor.options().dtype(at::kByte)));
-    return static_cast<char*>(memory.back().mutable_data_ptr());
-  };
+  if constexpr (requires { arguments.allocate; }) {
+    arguments.allocate = [&](int64_t bytes) {
+      memory.push_back(at::empty({bytes}, tensor.options().dtype(at::kByte)));
+      return static_cast<char*>(memory.back().mutable_data_ptr());
+    };
+  }
 #if defined(IMAML_EXT_WITH_CUDA)
   if (tensor.is_cuda()) {
     const c10::cuda::CUDAGuard guard(tensor.device());

@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include "common/checks.h"
+#include "common/device_loop.h"
 #include "common/row.h"
 
 namespace imaml_ext {
@@ -55,6 +56,7 @@ void complete(const char* solver, SolveOptions& o, const at::Tensor& b) {
     o.x0 = o.x0->detach().contiguous();
     check_like(solver, "x0", *o.x0, "b", b);
   }
+  if (o.check_every > 0 && !o.device_loop) o.device_loop = captured_loop(b);
 }
 
 SolveResult empty_result(const at::Tensor& b) {

@@ -47,6 +47,9 @@ class RowOperator {
   std::function<at::Tensor(const at::Tensor&, RowRange)> call_;
 };
 
+// loop(flag, body) runs `body` as long as `flag` is true: a bool tensor of no dimension, which the body sets anew.
+using DeviceLoop = std::function<void(const at::Tensor& flag, const std::function<void()>& body)>;
+
 struct SolveOptions {
   at::Tensor shift;              // [1 or B, 1 or N], float32 (float64 beside float64 vectors); undefined: none
   std::optional<at::Tensor> x0;  // [B, N], dtype and device of b
@@ -54,7 +57,10 @@ struct SolveOptions {
   at::Tensor rtol;               // [1 or B] float64; undefined: 1e-5
   at::Tensor atol;               // [1 or B] float64; undefined: 0
   int64_t check_every = 0;       // k > 0: look every k iterations whether all rows are done; 0: never look
-  int64_t rows_per_block = 0;    // k > 0: solve k rows at a time; 0: all of them together
+  // For check_every > 0 where the host cannot look. Empty: inside a CUDA graph that torch captures, a while node of it;
+  // else the host looks.
+  DeviceLoop device_loop;
+  int64_t rows_per_block = 0;  // k > 0: solve k rows at a time; 0: all of them together
 };
 
 struct SolveResult {

@@ -2,6 +2,9 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
+
+#include "common/device_loop.h"
 #include "common/solve.h"
 #include "minres/ops.h"
 #include "minres/row.h"
@@ -30,13 +33,30 @@ void solve_block(const RowBlock& block, const RowOperator& hvp, const MinresOpti
   }
   call<minres_begin_>("imaml_ext::minres_begin_", b, hx, shift, block.of(o.rtol), block.of(o.atol), x, v, best, state,
                       status, iterations);
-  for (int64_t k = 0; k < o.max_iterations; ++k) {
-    if (o.check_every > 0 && k % o.check_every == 0 && !status.ge(kIterating).any().item<bool>()) break;
+  const auto iterate = [&](bool first, bool last) {
     const at::Tensor hv = block.apply(hvp, "hvp", v, b);
     call<minres_step_>("imaml_ext::minres_step_", hv, b, shift, x, v, v_next, q, q_next, best, state, status,
-                       iterations, diagonal, off_diagonal, /*first=*/k == 0, /*last=*/k + 1 == o.max_iterations);
+                       iterations, diagonal, off_diagonal, first, last);
     std::swap(v, v_next);
     std::swap(q, q_next);
+  };
+  if (o.check_every > 0 && o.device_loop && o.max_iterations > 0) {
+    // A body is captured once. So all its rounds are alike: an even number of iterations, which leaves v and v_next
+    // where they were, and neither the first one nor the last.
+    const int64_t round = 2 * o.check_every, rounds = std::max<int64_t>(o.max_iterations - 2, 0) / round;
+    const int64_t rest = o.max_iterations - 1 - rounds * round;
+    iterate(/*first=*/true, /*last=*/o.max_iterations == 1);
+    rounds_on_device(o.device_loop, status, kIterating, rounds, [&] {
+      for (int64_t k = 0; k < round; ++k) iterate(/*first=*/false, /*last=*/false);
+    });
+    rounds_on_device(o.device_loop, status, kIterating, rest > 0 ? 1 : 0, [&] {
+      for (int64_t k = 0; k < rest; ++k) iterate(/*first=*/false, /*last=*/k + 1 == rest);
+    });
+    return;
+  }
+  for (int64_t k = 0; k < o.max_iterations; ++k) {
+    if (o.check_every > 0 && k % o.check_every == 0 && !status.ge(kIterating).any().item<bool>()) break;
+    iterate(k == 0, k + 1 == o.max_iterations);
   }
 }
 

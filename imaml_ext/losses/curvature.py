@@ -45,6 +45,11 @@ class CurvatureOperator(ABC):
         """Returns pᵀ H p of every task, [B] float64, at the least price that there is."""
         return _dot(p, self(p))
 
+    def repeated(self, times: int) -> CurvatureOperator | None:
+        """Returns the operator of every task `times` times in a row, [B times, N], so that as many vectors per task are
+        multiplied in one call; None where there is no better way than one call for each."""
+        return None
+
     @abstractmethod
     def _product(self, p: Tensor, rows: slice) -> Tensor: ...
 
@@ -66,6 +71,9 @@ class NativeCurvature(CurvatureOperator):
         self._native, self.kind = linearisation, kind
         self.losses, self.gradient = linearisation.losses, linearisation.gradient
         self.rows_per_block = linearisation.rows_per_block
+
+    def repeated(self, times: int) -> NativeCurvature:
+        return NativeCurvature(self._native.repeated(times), self._phi.detach().repeat_interleave(times, 0), self.kind)
 
     def _product(self, p: Tensor, rows: slice) -> Tensor:
         return self._native.product(p, rows, gauss_newton=self.kind == "gauss_newton")

@@ -5,6 +5,7 @@ A network is a list of layers here, each a product with a weight, a norm, an act
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from typing import Any
@@ -102,6 +103,13 @@ class NetworkLinearisation:
         """Returns pᵀ Jᵀ C J p [B] float64 for p [B, N], by the pass forward alone, half of a product."""
         p = p.detach().contiguous()
         return _ops(p).network_curvature(self._params, self._tape, self._y, p, self._network)
+
+    def repeated(self, times: int) -> NetworkLinearisation:
+        """Returns the linearisation with every task `times` times in a row, [B times, N]: to multiply many vectors."""
+        wide = copy.copy(self)
+        for name in ("_params", "_y", "_tape", "losses", "outputs", "gradient"):
+            setattr(wide, name, getattr(self, name).repeat_interleave(times, 0))
+        return wide
 
     @property
     def rows_per_block(self) -> int | None:

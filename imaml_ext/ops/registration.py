@@ -16,5 +16,5 @@ def register_fake(name: str, fake: Callable[..., Any] = lambda *args, **kwargs: 
         torch.library.register_fake(f"imaml_ext::{name}", fake)
 
 
-for _name in ("cg_begin_", "cg_direction_", "cg_step_", "minres_begin_", "minres_step_"):  # called by the solvers
+for _name in ("cg_begin_", "cg_direction_", "cg_step_", "minres_begin_", "minres_step_", "next_round_"):
     register_fake(_name)

@@ -4,11 +4,28 @@ from typing import TYPE_CHECKING, Any
 
 from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
-from imaml_ext.solvers.linear import LinearSolver, Solution, SolveStatus
+from imaml_ext.solvers.differentiable import WarmStart, solve
+from imaml_ext.solvers.linear import Lanczos, LinearSolver, Solution, SolveStatus
 from imaml_ext.solvers.minres import MINRES, minres
+from imaml_ext.solvers.operators import check_symmetry, multi_rhs
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
-__all__ = ["CG", "MINRES", "FixedPoint", "LinearSolver", "Neumann", "Solution", "SolveStatus", "cg", "minres"]
+__all__ = [
+    "CG",
+    "MINRES",
+    "FixedPoint",
+    "Lanczos",
+    "LinearSolver",
+    "Neumann",
+    "Solution",
+    "SolveStatus",
+    "WarmStart",
+    "cg",
+    "check_symmetry",
+    "minres",
+    "multi_rhs",
+    "solve",
+]
 
 _old = old_names(
     __name__,

@@ -16,6 +16,7 @@ from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
+from imaml_ext.solvers.compiled import cg_loop
 from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, check_system
 from imaml_ext.solvers.operators import System
 
@@ -33,8 +34,18 @@ class CG(LinearSolver):
     check_every: Annotated[int, NOT_NEGATIVE] = 0
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
-        rows_per_block = getattr(operator, "rows_per_block", None)
-        return cg(operator, b, shift=shift, x0=x0, rows_per_block=rows_per_block, **vars(self))
+        return _cg_rows(
+            operator,
+            b,
+            shift=shift,
+            x0=x0,
+            max_iterations=self.max_iterations,
+            rtol=self.rtol,
+            atol=self.atol,
+            preconditioner=None,
+            check_every=self.check_every,
+            rows_per_block=getattr(operator, "rows_per_block", None),
+        )
 
 
 def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
@@ -153,7 +164,8 @@ def cg(
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N], or a structure like b), or a
             function r -> M r of the form of b.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
-            and multiplies exactly max_iterations times (capturable in a CUDA graph).
+            and multiplies exactly max_iterations times. Either can be captured in a CUDA graph: with k > 0 the loop is
+            a while node of it, which a replay leaves when its rows are done.
         rows_per_block: k ≥ 1 solves k rows at a time, each block to its end before the next begins, so that their
             vectors stay in the cache where those of B rows would not; every row has the same bits. b must be [B, N]. A
             and a preconditioner are functions of two arguments, p [k, N] (fewer rows in the last block) and the `slice`
@@ -167,6 +179,8 @@ def cg(
         TypeError, ValueError: an argument, or what a function returned, of the wrong type, dtype, structure, shape or
             device; or, with check_symmetry, an A that is not symmetric.
         NativeUnavailableError: the compiled part does not load, or has no code for the device of b.
+        NotImplementedError: check_every > 0 inside a captured CUDA graph, without what a while node needs: torch 2.14,
+            CUDA 12.4 and a driver for it.
 
     Source: Hestenes and Stiefel (1952); used so in Algorithm 2 of Rajeswaran et al., arXiv 1909.04630. Restarts from a
     measured residual: van der Vorst and Ye (2000).
@@ -194,8 +208,58 @@ def cg(
     return system.solution(solution)
 
 
-@eager
 def _cg_rows(
+    hvp: Any,
+    b: Tensor,
+    *,
+    preconditioner: Any,
+    check_every: int = 0,
+    rows_per_block: int | None = None,
+    **options: Any,
+) -> Solution:
+    """`cg` on rows."""
+    if torch.compiler.is_dynamo_compiling():
+        if rows_per_block is not None:
+            raise ValueError(f"rows_per_block must be None in a compiled function, got {rows_per_block}")
+        return _compiled_rows(hvp, b, preconditioner=preconditioner, check_every=check_every, **options)
+    return _eager_rows(
+        hvp, b, preconditioner=preconditioner, check_every=check_every, rows_per_block=rows_per_block, **options
+    )
+
+
+def _compiled_rows(
+    hvp: Operator,
+    b: Tensor,
+    *,
+    shift: Coefficient,
+    x0: Tensor | None,
+    max_iterations: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    preconditioner: Any,
+    check_every: int,
+) -> Solution:
+    _look_every(check_every)
+    diagonal = None
+    if isinstance(preconditioner, Tensor):
+        diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
+    return Solution(
+        *cg_loop(
+            hvp,
+            b,
+            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
+            x0=x0,
+            max_iterations=max_iterations,
+            rtol=_tolerance(rtol, "rtol", b),
+            atol=_tolerance(atol, "atol", b),
+            inverse_diagonal=diagonal,
+            preconditioner=preconditioner,
+        )
+    )
+
+
+@eager
+def _eager_rows(
     hvp: Operator | BlockOperator,
     b: Tensor,
     *,

@@ -147,10 +147,11 @@ class System:
     @classmethod
     def read(cls, A: Any, b: Any) -> System:
         """Raises TypeError or ValueError for an A or b of no form that the module names, or not fitting each other."""
-        if isinstance(b, Tensor) and b.dim() == 2 and callable(A) and not isinstance(A, Tensor) and not _is_matrix(A):
+        if isinstance(b, Tensor) and b.dim() == 2 and callable(A) and not isinstance(A, Tensor) and not is_matrix(A):
             Form.of(b)
             return cls(A, b, None)
         form = Form.of(b)
+        A = A.detach() if isinstance(A, Tensor) else A
         return cls(product_of(A, form, "A"), form.pack(b, "b").contiguous(), form)
 
     def rows(self, value: Any, name: str) -> Any:
@@ -212,12 +213,15 @@ def product_of(A: Any, form: Form, name: str) -> Product:
     """An operator in any form, as p [R, N] -> A p [R, N] for the rows of `form`."""
     if isinstance(A, Tensor):
         return _matrix(_tensor(A, form, name), A.shape, form, name)
-    if _is_matrix(A):
+    if is_matrix(A):
         return _matrix(_multiplication(A, form, name), A.shape, form, name)
     if not callable(A):
         raise TypeError(f"{name} must be a function, a matrix or an operator that has a shape and @, got {_name(A)}")
-    if form.columns > 1 and not getattr(A, "multi_rhs", False):
+    if len(form.lead) == 2 and not getattr(A, "multi_rhs", False):
         batch, columns = form.lead
+        wide = A.repeated(columns) if hasattr(A, "repeated") else None  # a curvature operator
+        if wide is not None:
+            return wide
 
         def one_by_one(p: Tensor) -> Tensor:
             parts = [A(part.contiguous()) for part in p.reshape(batch, columns, -1).unbind(1)]
@@ -231,7 +235,8 @@ def product_of(A: Any, form: Form, name: str) -> Product:
     return lambda p: form.pack(A(form.unpack(p)), f"what {name} returns")
 
 
-def _is_matrix(A: Any) -> bool:
+def is_matrix(A: Any) -> bool:
+    """Whether A multiplies by @, as a tensor and the operators of other libraries do."""
     return hasattr(A, "shape") and hasattr(A, "__matmul__")
 
 
@@ -260,8 +265,8 @@ def _tensor(A: Tensor, form: Form, name: str) -> Callable[[Tensor], Tensor]:
     if A.device != form.device:
         raise ValueError(f"{name} must have the device of b, {form.device}, got {A.device}")
     if A.layout == torch.strided or A.dim() == 2:
-        return A.detach().__matmul__
-    return _block_diagonal(A.detach())
+        return A.__matmul__
+    return _block_diagonal(A)
 
 
 def _block_diagonal(A: Tensor) -> Callable[[Tensor], Tensor]:

@@ -168,8 +168,6 @@ class TrainConfig(Settings):
                 self._demand(path, not value, f"unset {waits}")
             elif path.endswith(".on_breakdown"):
                 self._demand(path, value != "raise", f"'keep', 'gradient' or 'skip' {waits}")
-            elif path.endswith(".check_every"):
-                self._demand(path, value == 0, f"0 {waits}")
 
     def _demand(self, path: str, condition: bool, expected: str) -> None:
         if not condition:

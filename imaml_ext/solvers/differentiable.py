@@ -1,0 +1,293 @@
+"""The linear solve as a differentiable function of b, of the shift, and of what A depends on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from imaml_ext.checks import check_choice
+from imaml_ext.errors import SolveError, SolveWarning
+from imaml_ext.ops import as_coefficient
+from imaml_ext.ops.calls import is_traced, is_transformed
+from imaml_ext.solvers.cg import CG
+from imaml_ext.solvers.linear import LinearSolver, Solution
+from imaml_ext.solvers.operators import Form, System, check_symmetry, is_matrix, product_of
+
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+@dataclass(eq=False)
+class WarmStart:
+    """Where a solve and its backward pass begin: at what they found the last time, in the loop around them.
+
+    Give one object as `x0` to every call of one solve. A call of other shapes begins from 0.
+
+    Attributes:
+        x, u: rows [R, N] of the last solve and of the last backward pass, or None.
+    """
+
+    x: Tensor | None = None
+    u: Tensor | None = None
+
+
+def solve(
+    A: Any,
+    b: Any,
+    *,
+    parameters: Any = (),
+    shift: Any = 0.0,
+    x0: Any = None,
+    solver: LinearSolver | None = None,
+    on_failure: OnFailure = "raise",
+    on_solve: Callable[[Solution], None] | None = None,
+    check_symmetric: bool = False,
+) -> Solution:
+    """Solves (A_b + diag(shift)) x_b = b_b as `imaml_ext.cg` does; x is differentiable, any number of times.
+
+    The derivative is that of the exact solution, at the x that was found: for x̄ a second solve gives u = A⁻¹ x̄, and
+    then b̄ = u, shift̄ = −u ⊙ x, and for a tensor w that A depends on w̄ = −∂/∂w (uᵀ A(w) x). Its accuracy is that of
+    the two solves. Memory does not depend on the number of iterations.
+
+    torch.func.grad and vmap can stand around it (the systems of a vmap are solved as one batch), and torch.compile with
+    fullgraph=True, whose graph holds every one of max_iterations products.
+
+    Args:
+        A, b, shift, x0: as for `imaml_ext.cg`. A function is called as A(p, *parameters). The tensors of a dense or
+            sparse A, and of an operator of linear_operator, are differentiable without being named.
+        parameters: the tensors that a function A depends on and that take part in the derivative, or nested structures
+            of them. A must not reach others that require a gradient.
+        x0: also a `WarmStart`, for the backward pass too.
+        solver: `CG(max_iterations=100, rtol=1e-6)` unless given; where values can be looked at, it looks every 5
+            iterations whether all rows are done.
+        on_failure: of a row that does not end CONVERGED, here or in a backward pass: "raise" an error, "warn" by a
+            `SolveWarning`, or "ignore". The first two wait for the device. In a trace, where no value can be looked at,
+            "raise" gives that row NaN in place of x.
+        on_solve: called with the `Solution` of every backward pass, in rows [R, N].
+        check_symmetric: as `check_symmetry` of `imaml_ext.cg`.
+
+    Returns:
+        A `Solution` whose x has a graph.
+
+    Raises:
+        TypeError, ValueError: as for `imaml_ext.cg`; or A reaches tensors that require a gradient and are not named.
+        SolveError: see `on_failure`; also in the backward pass.
+
+    Source: Christianson, Reverse accumulation and implicit functions (1998); Bai, Koltun, Kolter (2020).
+    """
+    check_choice("on_failure", on_failure, get_args(OnFailure))
+    if solver is None:
+        solver = CG(max_iterations=100, rtol=1e-6, check_every=0 if is_traced() else 5)
+    elif not isinstance(solver, LinearSolver):
+        raise TypeError(f"solver must be a LinearSolver such as CG(), got {type(solver).__name__}")
+    form = Form.of(b)
+    function, tensors = _parametrised(A, form, parameters)
+    if check_symmetric:
+        check_symmetry(lambda p: function(p, *tensors), form.pack(b, "b"))
+    rows = form.pack(b, "b")
+    system = System(function, rows, form)
+    warm = x0 if isinstance(x0, WarmStart) else WarmStart()
+    start = warm.x if isinstance(x0, WarmStart) else system.rows(x0, "x0")
+    check = torch.is_grad_enabled() and callable(A) and not is_matrix(A)
+    problem = _Problem(function, solver, on_failure, on_solve, warm, check)
+    shift_rows = as_coefficient(system.coefficient(shift, "shift"), "shift", rows)
+    start = start if start is not None and start.shape == rows.shape and start.dtype == rows.dtype else None
+    found = _Solve.apply(problem, rows, shift_rows, start, *tensors)
+    if isinstance(x0, WarmStart) and not is_traced() and not is_transformed():
+        warm.x = found[0].detach()
+    return system.solution(Solution(*found))
+
+
+def _parametrised(A: Any, form: Form, parameters: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A as function(p [R, N], *tensors) -> [R, N], and the tensors."""
+    if not isinstance(parameters, (tuple, list)):
+        raise TypeError(f"parameters must be a tuple or a list, got {type(parameters).__name__}")
+    if isinstance(A, Tensor) or is_matrix(A):
+        if parameters:
+            raise ValueError("parameters must be empty where A is no function, as its tensors are its own")
+        if isinstance(A, Tensor) and A.layout != torch.strided:
+            return _sparse(A, form)
+        if isinstance(A, Tensor):
+            return lambda p, A: product_of(A, form, "A")(p), (A,)
+        if hasattr(A, "representation") and hasattr(A, "representation_tree"):  # linear_operator
+            tree = A.representation_tree()
+            return lambda p, *tensors: product_of(tree(*tensors), form, "A")(p), tuple(A.representation())
+        return lambda p: product_of(A, form, "A")(p), ()
+    leaves, spec = pytree.tree_flatten(tuple(parameters))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"parameters must be tensors or nested structures of tensors, got {type(leaf).__name__}")
+    marked = getattr(A, "multi_rhs", False)
+
+    def function(p: Tensor, *tensors: Tensor) -> Tensor:
+        def product(q: Any) -> Any:
+            return A(q, *pytree.tree_unflatten(list(tensors), spec))
+
+        product.multi_rhs = marked  # type: ignore[attr-defined]
+        return product_of(product if callable(A) else A, form, "A")(p)
+
+    return function, tuple(leaves)
+
+
+def _sparse(A: Tensor, form: Form) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """By gathering and adding, which autograd differentiates any number of times in the entries that are there."""
+    product_of(A.detach(), form, "A")  # checks it
+    coo = A.to_sparse_coo().coalesce()
+    *block, row, column = coo.indices().unbind()
+    batch = A.shape[0] if block else 1
+    size, rows = form.size, form.rows
+
+    def function(p: Tensor, values: Tensor) -> Tensor:
+        X = p.reshape(batch, -1, size).movedim(2, 1).reshape(batch * size, -1)  # [B N, K] or [N, R]
+        base = block[0] * size if block else 0
+        terms = values.unsqueeze(1) * X[base + column]
+        return torch.zeros_like(X).index_add(0, base + row, terms).reshape(batch, size, -1).mT.reshape(rows, size)
+
+    return function, (coo.values(),)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """What a solve is, beside its tensors."""
+
+    function: Callable[..., Tensor]  # p [R, N], *parameters -> A p [R, N]
+    solver: LinearSolver
+    on_failure: OnFailure
+    on_solve: Callable[[Solution], None] | None
+    warm: WarmStart
+    check: bool = False  # whether A might reach tensors that require a gradient
+    what: str = "systems of solve"
+
+    def backward(self) -> _Problem:
+        return replace(self, check=False, what="systems of a backward pass of solve")
+
+    def solution(self, b: Tensor, shift: Tensor, x0: Tensor | None, parameters: tuple[Tensor, ...]) -> Solution:
+        parameters = tuple(tensor.detach() for tensor in parameters)
+        check = self.check and not is_traced()
+
+        def operator(p: Tensor) -> Tensor:
+            nonlocal check
+            if not check:
+                return self.function(p, *parameters)
+            check = False
+            with torch.enable_grad():
+                product = self.function(p, *parameters)
+            if product.requires_grad:
+                raise ValueError(
+                    "A must not reach tensors that require a gradient and are not in parameters: name them there, and "
+                    "take them as arguments after p, or detach them"
+                )
+            return product
+
+        solution = self.solver.solve_rows(operator, b, shift=shift, x0=x0)
+        if self.on_failure == "ignore":
+            return solution
+        if is_traced():
+            failed = (solution.status != 0).unsqueeze(1)
+            x = torch.where(failed, torch.nan, solution.x) if self.on_failure == "raise" else solution.x
+            return replace(solution, x=x)
+        try:
+            solution.raise_if_failed(what=self.what)
+        except SolveError as error:
+            if self.on_failure == "raise":
+                raise
+            warnings.warn(str(error), SolveWarning, stacklevel=2)
+        return solution
+
+
+class _Solve(torch.autograd.Function):
+    """problem, b [R, N], shift [1 or R, 1 or N], x0 [R, N] or None, *parameters -> x, status, iterations, ‖r‖."""
+
+    @staticmethod
+    def forward(
+        problem: _Problem, b: Tensor, shift: Tensor, x0: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = problem.solution(b, shift, x0, parameters)
+        return found.x, found.status, found.iterations, found.residual_norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        problem, _, shift, _, *parameters = inputs
+        ctx.problem = problem
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[0], shift, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, shift, *parameters = ctx.saved_tensors
+        problem = ctx.problem.backward()
+        needs = ctx.needs_input_grad
+        u = _adjoint(problem, grad, shift, parameters)
+        by_shift = (-u * x).sum_to_size(shift.shape) if needs[2] else None
+        by_parameters: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if any(needs[4:]):
+            by_parameters = _pulled_back(problem.function, x, parameters, -u, needs[4:])
+        return None, u if needs[1] else None, by_shift, None, *by_parameters
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """The systems of all samples as one batch [V R, N]."""
+        problem, b, shift, x0, *parameters = inputs
+        samples = info.batch_size
+
+        def rows(value: Tensor, dim: int | None, size: int) -> Tensor:
+            value = value.movedim(dim, 0) if dim is not None else value.unsqueeze(0)
+            return value.expand(samples, size, value.shape[2]).reshape(samples * size, -1)
+
+        _, b_dim, shift_dim, x0_dim, *parameter_dims = in_dims
+        count = b.shape[0] if b_dim is None else b.movedim(b_dim, 0).shape[1]
+        flat_b = rows(b, b_dim, count)
+        flat_shift = shift if shift_dim is None and shift.shape[0] == 1 else rows(shift, shift_dim, count)
+        flat_x0 = None if x0 is None else rows(x0, x0_dim, count)
+
+        def function(p: Tensor, *tensors: Tensor) -> Tensor:
+            each = torch.vmap(problem.function, in_dims=(0, *parameter_dims))
+            return each(p.reshape(samples, count, -1), *tensors).reshape(p.shape)
+
+        found = _Solve.apply(
+            replace(problem, function=function, warm=WarmStart()), flat_b, flat_shift, flat_x0, *parameters
+        )
+        return tuple(value.reshape(samples, count, *value.shape[1:]) for value in found), (0, 0, 0, 0)
+
+
+def _adjoint(problem: _Problem, grad: Tensor, shift: Tensor, parameters: list[Tensor]) -> Tensor:
+    """u = A⁻¹ x̄, begun where the last backward pass has ended."""
+    warm, plain = problem.warm, not is_traced() and not is_transformed()
+    start = warm.u if plain and warm.u is not None and warm.u.shape == grad.shape else None
+    found = _Solve.apply(problem, grad.contiguous(), shift, start, *parameters)
+    if plain:
+        if warm.x is not None:
+            warm.u = found[0].detach()
+        if problem.on_solve is not None:
+            problem.on_solve(Solution(*(value.detach() for value in found)))
+    return found[0]
+
+
+def _pulled_back(
+    function: Callable[..., Tensor], x: Tensor, parameters: list[Tensor], cotangent: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """cotangentᵀ ∂(A x)/∂w for each w of the parameters, with a graph where the backward pass has one."""
+    if is_transformed() or is_traced():
+        pull = torch.func.vjp(lambda *tensors: function(x, *tensors), *parameters)[1]
+        return tuple(pull(cotangent))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if create_graph:  # of other names, so that only what A itself makes of w counts, and not the way through x
+            parameters = [w.view_as(w) for w in parameters]
+        else:
+            x, parameters = (
+                x.detach(),
+                [w.detach().requires_grad_(need) for w, need in zip(parameters, needs, strict=True)],
+            )
+        product = function(x, *parameters)
+        wanted = [w for w, need in zip(parameters, needs, strict=True) if need]
+        if not product.requires_grad:
+            return tuple(torch.zeros_like(w) if need else None for w, need in zip(parameters, needs, strict=True))
+        found = iter(torch.autograd.grad(product, wanted, cotangent, create_graph=create_graph, materialize_grads=True,
+                                         allow_unused=True))  # fmt: skip
+    return tuple(next(found) if need else None for need in needs)
