@@ -85,6 +85,16 @@ def check_blocks(rows_per_block: int | None, system: System) -> None:
         raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
 
 
+def _look_every(name: str, check_every: int) -> int:
+    """The argument of that name of the solver `name`, checked."""
+    check_every = check_int("check_every", check_every, minimum=0)
+    if check_every > 0 and is_traced():
+        raise ValueError(
+            f"check_every must be 0 where {name} is traced, as a trace can look at no value, got {check_every}"
+        )
+    return check_every
+
+
 def loop_arguments(
     name: str,
     hvp: Operator | BlockOperator,
@@ -102,18 +112,13 @@ def loop_arguments(
     """The arguments of every native loop, checked, for the solver `name`: those below without the preconditioner."""
     check_untransformed(name, b=b, shift=shift, x0=x0, preconditioner=preconditioner)
     check_arguments(hvp, b, x0, preconditioner)
-    check_every = check_int("check_every", check_every, minimum=0)
-    if check_every > 0 and is_traced():
-        raise ValueError(
-            f"check_every must be 0 where {name} is traced, as a trace can look at no value, got {check_every}"
-        )
     return {
         "shift": as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
         "x0": x0,
         "max_iterations": check_int("max_iterations", max_iterations, minimum=0),
         "rtol": _tolerance(rtol, "rtol", b),
         "atol": _tolerance(atol, "atol", b),
-        "check_every": check_every,
+        "check_every": _look_every(name, check_every),
         "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
     }
 
@@ -239,7 +244,7 @@ def _compiled_rows(
     preconditioner: Any,
     check_every: int,
 ) -> Solution:
-    _look_every(check_every)
+    _look_every("cg", check_every)
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
