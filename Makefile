@@ -72,6 +72,18 @@ $(STATE)/for-use $(STATE)/for-test $(STATE)/for-docs: $(STATE)/torch $(BUILD_INP
 	@grep -ho 'imaml-ext: building .*' $(STATE)/install.log | sort -u
 	@touch $@ $(STATE)/for-use
 
+# The libraries of the extra `integrations`, by uv: betty-ml names torch>=1.6.*, which pip refuses, and pydvl numpy<2, with
+# which it need not be. The torch that is there stays.
+$(STATE)/for-integrations: $(STATE)/for-test
+	@echo 'Installing the libraries of imaml_ext.integrations; the log is $(STATE)/integrations.log'
+	@echo numpy > $(STATE)/overrides
+	@{ $(PIP) install uv && \
+	   $(BIN)/python -c 'from importlib.metadata import requires; print(*(r for r in requires("imaml-ext") if "extra == \"integrations\"" in r), sep="\n")' \
+	     | cut -d ';' -f 1 > $(STATE)/integrations && \
+	   $(BIN)/uv pip install --python $(BIN)/python -c $(STATE)/constraints --override $(STATE)/overrides \
+	     -r $(STATE)/integrations; } > $(STATE)/integrations.log 2>&1 || { tail -n 60 $(STATE)/integrations.log; exit 1; }
+	@touch $@
+
 # --- wheels -------------------------------------------------------------------------------------------------------------
 
 # The wheel is built from the sdist, in a folder of its own: nothing that lies about here can get into it.
@@ -95,8 +107,8 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist works
 test-python: $(STATE)/for-test
 	$(PYTEST) -m 'not long'
 
-test-long: $(STATE)/for-test
-	$(PYTEST) -m long
+test-long: $(STATE)/for-integrations
+	IMAML_INTEGRATIONS=1 $(PYTEST) -m long
 
 # The CUDA kernels, run by the CPU: the everyday part of their tests.
 test-kernels: $(STATE)/for-test

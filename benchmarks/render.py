@@ -195,6 +195,9 @@ LAUNCHES = {
 }
 
 
+MATRICES = {"gauss_newton": "Gauss-Newton", "hessian": "Hessian"}
+
+
 def render() -> str:
     """The document."""
     has_run = (RESULTS / "gpu_check.json").exists()
@@ -420,9 +423,8 @@ def _yardsticks(result: dict[str, Any]) -> str:
 
 
 def _precision(result: dict[str, Any]) -> str:
-    matrices = {"gauss_newton": "Gauss-Newton", "hessian": "Hessian"}
     rows = [
-        [f"{run['theta']}, {matrices[run['curvature']]}", precision, *(f"{value:.1e}" for value in row.values())]
+        [f"{run['theta']}, {MATRICES[run['curvature']]}", precision, *(f"{value:.1e}" for value in row.values())]
         for run in result["runs"]
         for precision, row in run["results"].items()
     ]
@@ -434,6 +436,42 @@ def _precision(result: dict[str, Any]) -> str:
             _table(["", "products in", "support gradient at θ", "meta-gradient", "its mean over the tasks"], rows),
         ]
     )
+
+
+def _precondition(result: dict[str, Any]) -> str:
+    spectra = []
+    for row in result["decaying"]:
+        plain, nystrom = (f"{row[name]['median_total']:g}" for name in ("plain", "nystrom"))
+        spectra.append([f"`{row['eigenvalues']}`", plain, f"{row['rank']}", nystrom, f"{row['part_of_plain']:.2f}"])
+    size, shift = (result["decaying"][0][name] for name in ("size", "shift"))
+    parts = [
+        _heading("Products with the matrix, preconditioned", result),
+        "Counts of products per system, the set-up and the product that measures included; nothing is timed.\n",
+        f"**Spectra that decay**: {size} unknowns, condition number {1 / shift:.0e}, relative residual 1e-06.\n",
+        _table(["eigenvalues", "plain", "rank of Nyström", "Nyström", "part of plain"], spectra),
+    ]
+    for weights in result.get("conv4", ()):
+        names = list(weights["systems"][0]["results"])
+        rows = [
+            [
+                f"{MATRICES[s['curvature']]}, λ = {s['lam']:g}, δ = {s['damping']:g}",
+                _ended(s["results"]["plain"]),
+            ]
+            + [f"{s['results'][name]['mean_total']:g} ({s['results'][name]['mean_solve']:g})" for name in names]
+            for s in weights["systems"]
+        ]
+        tasks = weights["systems"][0]["tasks"]
+        parts.append(
+            f"**`{weights['weights']}`**: implicit systems of {tasks} tasks after {weights['inner_steps']} inner "
+            f"steps, relative residual {weights['rtol']:.0e}. Means over the tasks, in brackets those of the solves "
+            "without set-up. A preconditioner that is kept was made for the first task, and served the others too.\n"
+        )
+        parts.append(_table(["", "converged", *names], rows))
+    return "\n".join(parts)
+
+
+def _ended(row: dict[str, Any]) -> str:
+    return f"{row['ended'].get('CONVERGED', 0)} of {sum(row['ended'].values())}"
 
 
 def _compiled_module(result: dict[str, Any]) -> str:
@@ -491,6 +529,29 @@ def _two_versions(result: dict[str, Any]) -> str:
     )
 
 
+def _integrations(result: dict[str, Any]) -> str:
+    rows, texts = [], []
+    for name, row in result["results"].items():
+        theirs, ours, ratio = row["library"], row["ours"], row["ours_to_library"]
+        seconds = [f"{theirs['median_s']:.3f}", f"{ours['median_s']:.3f}"]
+        spread = [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} – {ratio['max']:.2f}"]
+        products = [f"{theirs['products']:,}", f"{ours['products']:,}"]
+        rows.append([name, *seconds, *spread, *products, f"{row['difference']:.0e}"])
+        versions = ", ".join(f"{package} {version}" for package, version in row["versions"].items())
+        before, after = row["change"]
+        texts.append(f"**{name}** ({versions}). {row['example']}\n\n    - {before}\n    + {after}\n\n{row['reason']}\n")
+    header = ["example", "library, s", "ours, s", "ours ÷ library", "min – max", "products", "ours", "apart by"]
+    return "\n".join(
+        [
+            _heading("Other libraries with our solvers", result),
+            "CPU time inside the solves, of one thread, with the products. Products are of the matrix with one vector. "
+            "Results are apart by the largest difference, relative to the largest entry.\n",
+            _table(header, rows),
+            *texts,
+        ]
+    )
+
+
 _SECTIONS = {
     "meta_step": _meta_step,
     "two_versions": _two_versions,
@@ -499,8 +560,10 @@ _SECTIONS = {
     "profile_step": _profile_step,
     "yardsticks": _yardsticks,
     "precision": _precision,
+    "precondition": _precondition,
     "compiled_module": _compiled_module,
     "own_drawings": _own_drawings,
+    "integrations": _integrations,
 }
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_emulated
@@ -24,6 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import cg  # noqa: E402
 import every_kernel  # noqa: E402
 import gpu_check  # noqa: E402
+import integrations  # noqa: E402
 import measure  # noqa: E402
 import meta_step  # noqa: E402
 import minres  # noqa: E402
@@ -35,6 +37,7 @@ import render  # noqa: E402
 import scaling  # noqa: E402
 import two_versions  # noqa: E402
 import yardsticks  # noqa: E402
+from integration_examples import Meter  # noqa: E402
 
 TINY = ["--filters", "3", "--tasks", "2", "--inner-steps", "2", "--cg-steps", "2", "--rounds", "2"]
 
@@ -219,6 +222,30 @@ def test_share_of_sgemm_and_ratio_are_taken_within_rounds():
     times = {"a": [1.0, 10.0], "b": [2.0, 20.0], machine.SGEMM: [0.5, 5.0]}
     assert measure.ratio(times, "b", "a") == 2
     assert machine.share_of_sgemm(times, "a", machine.flop) == pytest.approx(0.5)
+
+
+def test_integrations_compare_results_before_they_are_written(monkeypatch, tmp_path):
+    def example(ours: bool) -> integrations.Run:
+        meter = Meter()
+        double = meter.timed(meter.counted(lambda x: 2 * x))
+        return meter.run(double(torch.tensor([1.0, 1.0 + error * ours])))
+
+    texts = {"PACKAGES": ("torch",), "EXAMPLE": "Doubling.", "CHANGE": ("x + x", "2 * x"), "REASON": "None."}
+    monkeypatch.setattr(integrations, "entry", lambda name: SimpleNamespace(example=example, **texts))
+    monkeypatch.setattr(integrations, "NAMES", ["doubling"])
+    threads, error = torch.get_num_threads(), 1e-6
+    try:
+        result = run(monkeypatch, integrations, "doubling", "--rounds", "2", "--json", str(tmp_path / "r.json"))
+        error = 1e-4
+        with pytest.raises(measure.MismatchError, match="doubling: the results must agree within 1e-05"):
+            run(monkeypatch, integrations, "--json", str(tmp_path / "r.json"))
+    finally:
+        torch.set_num_threads(threads)
+    row = result["results"]["doubling"]
+    assert row["difference"] == pytest.approx(1e-6, rel=0.1)
+    assert row["library"]["products"] == row["ours"]["products"] == 1
+    assert 0 <= row["ours"]["min_s"] <= row["ours"]["median_s"] <= row["ours"]["max_s"]
+    assert "    + 2 * x" in render._integrations(result)
 
 
 @pytest.mark.skipif(not render.RESULTS.exists(), reason="the result files are not part of a source distribution")

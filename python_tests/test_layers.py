@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
 ROOMS["losses"] = {"models", "solvers", "ops", "_native"}
 ROOMS["inner"] = ROOMS["losses"] | {"losses"}
 ROOMS["meta"] = ROOMS["inner"] | {"inner"}
+ROOMS["integrations"] = ROOMS["meta"] | {"meta"}
 ROOMS["pretrained"] = ROOMS["meta"] | {"meta", "data", "pictures"}
 ROOMS["train"] = ROOMS["pretrained"] | {"pretrained"}
 ROOMS["recipes"] = ROOMS["train"] | {"train"}

@@ -57,10 +57,10 @@ struct SolveOptions {
   at::Tensor rtol;               // [1 or B] float64; undefined: 1e-5
   at::Tensor atol;               // [1 or B] float64; undefined: 0
   int64_t check_every = 0;       // k > 0: look every k iterations whether all rows are done; 0: never look
+  int64_t rows_per_block = 0;    // k > 0: solve k rows at a time; 0: all of them together
   // For check_every > 0 where the host cannot look. Empty: inside a CUDA graph that torch captures, a while node of it;
   // else the host looks.
   DeviceLoop device_loop;
-  int64_t rows_per_block = 0;  // k > 0: solve k rows at a time; 0: all of them together
 };
 
 struct SolveResult {

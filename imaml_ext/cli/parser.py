@@ -39,6 +39,7 @@ T = TypeVar("T")
 _PLAIN = (int, float, bool, str, Path, type(None))
 _FLAT = ("algorithm",)  # a field whose own fields stand on the command line without its name before them
 _SLOT = "class_of_"
+_UNSET = "none"  # in place of the name of a class
 _FIELD = re.compile(r" {4}(\w+): ")
 
 
@@ -80,14 +81,14 @@ def _chosen(settings: S, arguments: list[str], prefix: str = "--") -> S:
     """
     settings = copy.copy(settings)
     for field in _shown(settings):
-        value = getattr(settings, field.name)
+        value, (family, names) = getattr(settings, field.name), _family(type(settings), field.name)
+        flag = prefix + field.name.replace("_", "-")
+        name = last_value(arguments, flag)
+        if family is not None and name in names and name != _name(value):
+            value = None if name == _UNSET else _carried(value, family.kind(name)())
+            object.__setattr__(settings, field.name, value)
         if not isinstance(value, Settings):
             continue
-        flag = prefix + field.name.replace("_", "-")
-        if isinstance(value, Choice):
-            name = last_value(arguments, flag)
-            if name in value.kinds and name != value.kind_name:
-                value = _carried(value, type(value).kind(name)())
         below = prefix if field.name in _FLAT else f"{flag}."
         object.__setattr__(settings, field.name, _chosen(value, arguments, below))
     return settings
@@ -103,8 +104,24 @@ def last_value(arguments: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _carried(old: Settings, new: S) -> S:
+def _family(cls: type, field: str) -> tuple[type[Choice] | None, tuple[str, ...]]:
+    """The family of a field that stands for one of several classes, and the words that choose; else None and none."""
+    kind = field_types(cls)[field]
+    members = typing.get_args(kind) or (kind,)
+    family = next((member for member in members if isinstance(member, type) and issubclass(member, Choice)), None)
+    if family is None:
+        return None, ()
+    return family, ((_UNSET,) if type(None) in members else ()) + tuple(family.kinds)
+
+
+def _name(value: Choice | None) -> str:
+    return _UNSET if value is None else value.kind_name
+
+
+def _carried(old: Settings | None, new: S) -> S:
     """`new` with the values of `old` in the fields that both have, of the same type whatever its bounds."""
+    if old is None:
+        return new
     ours, theirs = (typing.get_type_hints(type(settings)) for settings in (old, new))
     for field in dataclasses.fields(new):  # type: ignore[arg-type]
         if ours.get(field.name) == theirs[field.name]:
@@ -127,20 +144,21 @@ def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     help_of, specs = field_help(cls), []
     for field in _shown(default):
         value, text = getattr(default, field.name), help_of.get(field.name, "")
-        if isinstance(value, Choice):
-            choices: Any = Annotated[Literal[tuple(value.kinds)], tyro.conf.arg(name=field.name)]
-            specs.append(StructFieldSpec(_SLOT + field.name, choices, default=value.kind_name, helptext=text))
+        _, names = _family(cls, field.name)
+        if names:
+            choices: Any = Annotated[Literal[names], tyro.conf.arg(name=field.name)]
+            specs.append(StructFieldSpec(_SLOT + field.name, choices, default=_name(value), helptext=text))
         if isinstance(value, Settings):
             nested: Any = Annotated[type(value), tyro.conf.arg(name="" if field.name in _FLAT else field.name)]
             specs.append(StructFieldSpec(field.name, nested, default=value, helptext=summary_of(type(value))))
-        elif isinstance(value, (*_PLAIN, tuple, dict)):  # and not a tensor
+        elif not names and isinstance(value, (*_PLAIN, tuple, dict)):  # and not a tensor
             kind = _readable(field_types(cls)[field.name])
             specs.append(StructFieldSpec(field.name, kind, default=value, helptext=text))
 
     def made(**values: Any) -> Settings:
         fields = {name: value for name, value in values.items() if not name.startswith(_SLOT)}
         for name in values.keys() - fields.keys():
-            if values[name] != getattr(default, name.removeprefix(_SLOT)).kind_name:
+            if values[name] != _name(getattr(default, name.removeprefix(_SLOT))):
                 raise _Refused(f"{name.removeprefix(_SLOT)} {values[name]} must be given as --NAME VALUE")
         try:
             return dataclasses.replace(default, **fields)  # type: ignore[type-var]

@@ -127,6 +127,7 @@ class NewtonCG(InnerSolver):
         solver = self.linear_solver
         if (
             isinstance(solver, CG)
+            and solver.preconditioner is None
             and solver.max_iterations == 1
             and solver.rtol < 1
             and operator.kind == "gauss_newton"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.ops.network import NetworkLinearisation
+from imaml_ext.solvers.preconditioners.kfac import KroneckerFactors
 
 ALL = slice(None)
 _ONCE = "torch::autograd::Error"  # the node that autograd puts behind a function marked `once_differentiable`
@@ -22,6 +23,8 @@ class CurvatureOperator(ABC):
         kind: "hessian" or "gauss_newton". losses: [B] support losses at phi. gradient: [B, N] their gradients.
         rows_per_block: how many rows at a time a solver does best with; None: all. With a number the operator also
             multiplies some rows alone, p [k, N] and the slice of the B rows that they are.
+        kronecker_factors: makes what the preconditioner `KFAC` needs, from samples and a seed; None where a model's
+            layers are unknown.
 
     Raises:
         TypeError, ValueError: a vector does not have the shape, dtype and device of phi, or of those rows of it.
@@ -31,6 +34,7 @@ class CurvatureOperator(ABC):
     losses: Tensor
     gradient: Tensor
     rows_per_block: int | None = None
+    kronecker_factors: Callable[..., KroneckerFactors] | None = None
 
     def __init__(self, phi: Tensor) -> None:
         if phi.dim() != 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from imaml_ext.batch import Data
 from imaml_ext.checks import check_choice
 from imaml_ext.losses.criteria import CRITERIA, Criterion, check_labels, check_targets, check_values
 from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, NativeCurvature, task_gradient
+from imaml_ext.losses.kronecker import kronecker_factors
 from imaml_ext.losses.loss import Loss, LossGradient, check_losses, task_rows
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.module import ModuleModel
@@ -174,6 +177,14 @@ class TaskLoss(Loss):
     def linearize(self, params: Tensor, data: Data, kind: str = "hessian") -> CurvatureOperator:
         self.check_curvature(kind)
         task_rows(params, data, None)
+        operator = self._linearize(params, data, kind)
+        if self.criterion_name is not None:
+            operator.kronecker_factors = functools.partial(
+                kronecker_factors, self.model, self.criterion_name, params.detach(), data
+            )
+        return operator
+
+    def _linearize(self, params: Tensor, data: Data, kind: str) -> CurvatureOperator:
         network = self._native(params, data.x)
         if network is not None and params.dim() == 2:
             linearisation = NetworkLinearisation(params, data.x, self._checked(params, data), network)

@@ -68,8 +68,9 @@ class IMAML(MetaAlgorithm):
 
         Metrics, means over tasks: query_loss and query_accuracy (classification) after adaptation; support_loss before
         and after (support_loss_before, support_loss), and what else the inner solver tells; inner_gradient_norm
-        ‖∇L + λ(φ − θ)‖; solve_residual, relative to ‖v‖; solve_iterations; and the fractions of tasks whose solve broke
-        down (negative_curvature, diverged or singular), that are non_finite, and left out (skipped).
+        ‖∇L + λ(φ − θ)‖; solve_residual, relative to ‖v‖; solve_iterations; with a preconditioner solve_set_up, the
+        products per task that it was made of; and the fractions of tasks whose solve broke down (negative_curvature,
+        diverged or singular), that are non_finite, and left out (skipped).
         """
         params = self._checked(params)
         problem, theta = self._problem(params), params["theta"]
@@ -85,7 +86,7 @@ class IMAML(MetaAlgorithm):
             operator, v, lam=lam, damping=self.damping, linear_solver=solver, on_breakdown=self.on_breakdown
         )
         proximal = prox_gradient_(operator.gradient.clone(), phi, theta, lam)  # [B, N]
-        solution = solved.solution
+        solution, set_up = solved.solution, solved.solution.set_up
         metrics |= {
             **inner.metrics,
             "support_loss": operator.losses.mean(),
@@ -94,6 +95,7 @@ class IMAML(MetaAlgorithm):
             "solve_iterations": solution.iterations.to(v.dtype).mean(),
             SolveStatus(solver.breakdown).name.lower(): solution.broke_down.to(v.dtype).mean(),
             **count_metrics(solved.counted_tasks, ~solution.non_finite, v.dtype),
+            **({} if set_up is None else {"solve_set_up": v.new_tensor(set_up.products)}),
         }
         by_lam = {"lam": -solved.u * (phi - theta)} if self.learn else {}
         return self._result(params, lam * solved.u, by_lam, solved.counted_tasks, metrics)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +14,7 @@ from imaml_ext.errors import ConfigError
 from imaml_ext.models.initialise import glorot_bound, uniform_parameters
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.products import Precision
-from imaml_ext.models.task_layers import batch_norm, conv3x3, linear, max_pool2x2
+from imaml_ext.models.task_layers import Tap, Taps, batch_norm, conv3x3, linear, max_pool2x2
 from imaml_ext.models.task_model import TaskModel, check_inputs, from_data
 from imaml_ext.ops import network as native
 from imaml_ext.settings import COUNT
@@ -105,12 +106,25 @@ class Conv4(TaskModel):
     def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
         check_inputs(inputs, self.image_shape, params)
 
-    def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
+    def weighted_layers(self) -> dict[str, Tensor]:
+        columns = self.layout.positions
+        layers = {f"conv{layer}": columns[f"conv{layer}.weight"].flatten(0, 2) for layer in range(1, _LAYERS + 1)}
+        return layers | {"linear": torch.cat([columns["linear.weight"], columns["linear.bias"].unsqueeze(0)])}
+
+    def tapped(self, params: Tensor, inputs: Tensor, added: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        taps = Taps(added)
+        return self._outputs(params, inputs, taps), taps.entered
+
+    def _outputs(self, params: Tensor, inputs: Tensor, taps: Taps | None = None) -> Tensor:
+        def tap(name: str) -> Tap | None:
+            return None if taps is None else partial(taps, name)
+
         p, strided = self.layout.views(params), self.pooling == "stride"
         x = inputs.permute(0, 1, 3, 4, 2)  # [B, S, H, W, C]
         for layer in range(1, _LAYERS + 1):
-            x = conv3x3(x, p[f"conv{layer}.weight"], stride=2 if strided else 1, precision=self.precision)
+            weight, stride = p[f"conv{layer}.weight"], 2 if strided else 1
+            x = conv3x3(x, weight, stride=stride, precision=self.precision, tap=tap(f"conv{layer}"))
             x = batch_norm(x, p[f"norm{layer}.weight"], p[f"norm{layer}.bias"])
             x = torch.relu(x if strided else max_pool2x2(x))
         features = x.mean((2, 3)) if strided else x.flatten(2)  # [B, S, features]
-        return linear(features, p["linear.weight"], p["linear.bias"], precision=self.precision)
+        return linear(features, p["linear.weight"], p["linear.bias"], precision=self.precision, tap=tap("linear"))

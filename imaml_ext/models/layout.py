@@ -43,6 +43,11 @@ class ParameterLayout:
         """N, the entries of all parameters together."""
         return sum(self.sizes)
 
+    @cached_property
+    def positions(self) -> dict[str, Tensor]:
+        """Where each entry of each parameter lies in the flat vector, {name: int64 [*shape]}."""
+        return self.views(torch.arange(self.numel))
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns every parameter of a flat [..., N] tensor by name, [..., *shape]; copies nothing.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from imaml_ext.models.initialise import glorot_bound, he_bound, uniform_parameters
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.models.products import Precision
-from imaml_ext.models.task_layers import linear
+from imaml_ext.models.task_layers import Taps, linear
 from imaml_ext.models.task_model import TaskModel, check_inputs, from_data
 from imaml_ext.ops import network as native
 from imaml_ext.settings import COUNT
@@ -68,12 +69,23 @@ class MLP(TaskModel):
     def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
         check_inputs(_flattened(inputs), (self.in_features,), params)
 
-    def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
+    def weighted_layers(self) -> dict[str, Tensor]:
+        columns = self.layout.positions
+        names = [str(layer) for layer in range(len(self.hidden) + 1)]
+        return {n: torch.cat([columns[f"{n}.weight"], columns[f"{n}.bias"].unsqueeze(0)]) for n in names}
+
+    def tapped(self, params: Tensor, inputs: Tensor, added: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        taps = Taps(added)
+        return self._outputs(params, inputs, taps), taps.entered
+
+    def _outputs(self, params: Tensor, inputs: Tensor, taps: Taps | None = None) -> Tensor:
         x, p = _flattened(inputs), self.layout.views(params)
         for layer in range(len(self.hidden) + 1):
             if layer:
                 x = torch.relu(x) if self.activation == "relu" else torch.tanh(x)
-            x = linear(x, p[f"{layer}.weight"], p[f"{layer}.bias"], precision=self.precision)  # [B, S, out]
+            tap = None if taps is None else partial(taps, str(layer))
+            weight, bias = p[f"{layer}.weight"], p[f"{layer}.bias"]
+            x = linear(x, weight, bias, precision=self.precision, tap=tap)  # [B, S, out]
         return x
 
 

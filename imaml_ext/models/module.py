@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from imaml_ext.models.layout import ParameterLayout
+from imaml_ext.models.task_layers import Taps
 from imaml_ext.models.task_model import TaskModel
 
 
@@ -57,6 +62,37 @@ def _prepared(module: nn.Module, batch_norm: str) -> nn.Module:
     return module
 
 
+def _is_product(layer: nn.Module) -> bool:
+    """Whether a layer is what KFAC knows: every output row is the product of an input row, or patch, with a weight."""
+    if type(layer) is nn.Conv2d:
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) is nn.Linear
+
+
+@contextlib.contextmanager
+def _hooks(module: nn.Module, names: Iterable[str], taps: Taps) -> Iterator[None]:
+    """Has the named layers tell `taps` what enters them, as rows, and leave with what these return."""
+
+    def hook(name: str, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+        if name in taps.entered:
+            raise ValueError(f"module must call layer {name!r} once for KFAC, got a second call")
+        if isinstance(layer, nn.Linear):
+            return taps(name, inputs[0].flatten(0, -2), y.flatten(0, -2)).view_as(y)
+        sizes = {what: getattr(layer, what) for what in ("dilation", "padding", "stride")}
+        patches = nn.functional.unfold(inputs[0], layer.kernel_size, **sizes)  # type: ignore[arg-type]  # [S, I, T]
+        rows = y.flatten(2).mT  # [S, T, O]
+        tapped = taps(name, patches.mT.flatten(0, 1), rows.flatten(0, 1))
+        return tapped.view(rows.shape).mT.reshape(y.shape)
+
+    layers = dict(module.named_modules())
+    handles = [layers[name].register_forward_hook(functools.partial(hook, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class ModuleModel(TaskModel):
     """Calls an nn.Module; made by `from_module`."""
 
@@ -85,6 +121,27 @@ class ModuleModel(TaskModel):
         return vmap(lambda parameters, x: functional_call(self._module, parameters, (x,)))(
             self.layout.views(params), inputs
         )
+
+    def weighted_layers(self) -> dict[str, Tensor]:
+        columns, layers = self.layout.positions, {}
+        for name, layer in self._module.named_modules():
+            weight, bias = (f"{name}.{what}".lstrip(".") for what in ("weight", "bias"))
+            if weight not in columns or not _is_product(layer):
+                continue
+            layers[name] = columns[weight].flatten(1).mT  # [I, O]
+            if bias in columns:
+                layers[name] = torch.cat([layers[name], columns[bias].unsqueeze(0)])
+        return layers
+
+    def tapped(self, params: Tensor, inputs: Tensor, added: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.place(params)
+
+        def outputs(parameters: dict[str, Tensor], x: Tensor, added: dict[str, Tensor]) -> Any:
+            taps = Taps(added)
+            with _hooks(self._module, self.weighted_layers(), taps):
+                return functional_call(self._module, parameters, (x,)), taps.entered
+
+        return vmap(outputs)(self.layout.views(params), inputs, dict(added))
 
     def place(self, params: Tensor) -> None:
         """Puts the module's constants where params are; moves them the first time only."""

@@ -6,6 +6,7 @@ matrix [B, S·H·W, C]: a convolution is one batched matrix product over patches
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,13 +54,30 @@ class _ScatterPatches(torch.autograd.Function):
         return _Patches.apply(grad, ctx.stride), None, None
 
 
-def conv3x3(x: Tensor, weight: Tensor, *, stride: int, precision: str = "float32") -> Tensor:
+class Taps:
+    """Keeps what enters the layers of a model, and adds to what leaves them, as `TaskModel.tapped` says."""
+
+    def __init__(self, added: Mapping[str, Tensor]) -> None:
+        self.added, self.entered = added, dict[str, Tensor]()
+
+    def __call__(self, name: str, entering: Tensor, leaving: Tensor) -> Tensor:
+        self.entered[name] = entering
+        return leaving + self.added[name] if name in self.added else leaving
+
+
+Tap = Callable[[Tensor, Tensor], Tensor]  # what enters [B, P, I] and leaves [B, P, O] -> what is to leave
+
+
+def conv3x3(x: Tensor, weight: Tensor, *, stride: int, precision: str = "float32", tap: Tap | None = None) -> Tensor:
     """Convolves x [B, S, H, W, C] with a weight per task [B, 3, 3, C, C'], zero padding 1, no bias.
 
     Returns [B, S, ⌈H/stride⌉, ⌈W/stride⌉, C'].
     """
     batch, images, height, width, _ = x.shape
-    out = product(_Patches.apply(x, stride), weight.flatten(1, 3), precision)  # [B, S·H'·W', 9 C] · [B, 9 C, C']
+    patches = _Patches.apply(x, stride)
+    out = product(patches, weight.flatten(1, 3), precision)  # [B, S·H'·W', 9 C] · [B, 9 C, C']
+    if tap is not None:
+        out = tap(patches, out)
     return out.view(batch, images, (height - 1) // stride + 1, (width - 1) // stride + 1, -1)
 
 
@@ -97,11 +115,13 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     return torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1)).view_as(x)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32", tap: Tap | None = None) -> Tensor:
     """Returns x W + b [B, S, C'] for x [B, S, C], with a weight [B, C, C'] and a bias [B, C'] per task."""
     if precision == "float32":  # in one pass
-        return torch.baddbmm(bias.unsqueeze(1), x, weight)
-    return product(x, weight, precision) + bias.unsqueeze(1)
+        out = torch.baddbmm(bias.unsqueeze(1), x, weight)
+    else:
+        out = product(x, weight, precision) + bias.unsqueeze(1)
+    return out if tap is None else tap(x, out)
 
 
 def max_pool2x2(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -77,6 +78,25 @@ class TaskModel(Choice, ABC):
         if inputs.device != params.device:
             raise ValueError(f"inputs must be on the device of params, {params.device}, got {inputs.device}")
         self._check_inputs(params, inputs)
+
+    def weighted_layers(self) -> dict[str, Tensor]:
+        """Returns the layers that multiply by a weight, for KFAC: {name: the parameter between each input and output}.
+
+        int64 [I, O], positions in a row of `params`; a bias is a last input, of 1. A model that has layers overrides
+        this and `tapped`.
+
+        Raises:
+            TypeError: the model does not tell its layers.
+        """
+        raise TypeError(f"model must tell its layers (weighted_layers, tapped) for KFAC, got {type(self).__name__}")
+
+    def tapped(self, params: Tensor, inputs: Tensor, added: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the outputs, and what enters the weighted layers without the 1 of a bias: {name: [B, P, I]}.
+
+        P rows per task: examples, or examples times positions. What leaves layer `name` has `added[name]` [B, P, O]
+        added to it, if there is such a thing, so that a derivative in it is one in the layer's outputs.
+        """
+        raise NotImplementedError
 
     def _check_inputs(self, params: Tensor, inputs: Tensor) -> None:
         """Raises for what a model demands of its inputs beyond that: nothing, unless it says so."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Annotated, Any
 
@@ -17,8 +17,9 @@ from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
 from imaml_ext.solvers.compiled import cg_loop
-from imaml_ext.solvers.linear import LinearSolver, Operator, Solution, check_system
+from imaml_ext.solvers.linear import LinearSolver, Operator, SetUp, Solution, check_system
 from imaml_ext.solvers.operators import System
+from imaml_ext.solvers.preconditioners.preconditioner import MadePreconditioner, Preconditioner
 
 BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
@@ -32,9 +33,21 @@ class CG(LinearSolver):
     atol: Annotated[float, NOT_NEGATIVE] = 0.0  # Absolute residual at which a task's solve stops.
     # Iterations between two looks at whether all tasks are done; 0: never look, and never wait for the device.
     check_every: Annotated[int, NOT_NEGATIVE] = 0
+    # What is made of the matrix before every solve, to spend fewer products in it; unset: nothing.
+    preconditioner: Preconditioner | None = None
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"preconditioner": None, **values}
+
+    def solve(self, A: Any, b: Any, shift: Any = 0.0, x0: Any = None) -> Solution:
+        """As every solver's; a preconditioner is made once for all right-hand sides of an operator."""
+        blocks = getattr(A, "rows_per_block", None) if isinstance(b, Tensor) and b.dim() == 2 else None
+        return cg(A, b, shift=shift, x0=x0, rows_per_block=blocks, **vars(self))
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
-        return _cg_rows(
+        preconditioner, set_up = _prepared(self.preconditioner, operator, System(operator, b, None), shift)
+        solution = _cg_rows(
             operator,
             b,
             shift=shift,
@@ -42,10 +55,11 @@ class CG(LinearSolver):
             max_iterations=self.max_iterations,
             rtol=self.rtol,
             atol=self.atol,
-            preconditioner=None,
+            preconditioner=preconditioner,
             check_every=self.check_every,
             rows_per_block=getattr(operator, "rows_per_block", None),
         )
+        return solution if set_up is None else replace(solution, set_up=set_up)
 
 
 def _tolerance(value: float | Tensor, name: str, b: Tensor) -> Tensor:
@@ -85,8 +99,8 @@ def check_blocks(rows_per_block: int | None, system: System) -> None:
         raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
 
 
-def _look_every(name: str, check_every: int) -> int:
-    """The argument of that name of the solver `name`, checked."""
+def _look_every(check_every: int, name: str) -> int:
+    """The argument of that name, checked."""
     check_every = check_int("check_every", check_every, minimum=0)
     if check_every > 0 and is_traced():
         raise ValueError(
@@ -118,7 +132,7 @@ def loop_arguments(
         "max_iterations": check_int("max_iterations", max_iterations, minimum=0),
         "rtol": _tolerance(rtol, "rtol", b),
         "atol": _tolerance(atol, "atol", b),
-        "check_every": _look_every(name, check_every),
+        "check_every": _look_every(check_every, name),
         "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
     }
 
@@ -167,7 +181,8 @@ def cg(
             tolerance with the last of them is MAX_ITERATIONS. To measure any x: `cg(…, x0=x, max_iterations=0)`.
         rtol, atol: numbers, or one per system [B] or [B, K].
         preconditioner: M ≈ A⁻¹, symmetric positive definite: its diagonal ([N] or [B, N], or a structure like b), or a
-            function r -> M r of the form of b.
+            function r -> M r of the form of b. Or a `Preconditioner`, which is made here, as `Solution.set_up` tells;
+            or one that has been made.
         check_every: k > 0 asks the device every k iterations whether all rows are done, to stop early; 0 never does,
             and multiplies exactly max_iterations times. Either can be captured in a CUDA graph: with k > 0 the loop is
             a while node of it, which a replay leaves when its rows are done.
@@ -194,10 +209,7 @@ def cg(
     check_blocks(rows_per_block, system)
     if check_symmetry:
         operators.check_symmetry(A, b)
-    if isinstance(preconditioner, (Tensor, dict, list, tuple)):
-        preconditioner = system.coefficient(preconditioner, "preconditioner")
-    else:
-        preconditioner = system.product(preconditioner, "preconditioner")
+    preconditioner, set_up = _prepared(preconditioner, A, system, shift)
     solution = _cg_rows(
         system.operator,
         system.b,
@@ -210,7 +222,37 @@ def cg(
         check_every=check_every,
         rows_per_block=rows_per_block,
     )
-    return system.solution(solution)
+    solution = system.solution(solution)
+    return solution if set_up is None else replace(solution, set_up=set_up)
+
+
+def _prepared(preconditioner: Any, A: Any, system: System, shift: Any) -> tuple[Any, SetUp | None]:
+    """A preconditioner in any form as a diagonal or a function on rows, and what was spent to make it here."""
+    form, set_up = system.form, None
+    if isinstance(preconditioner, Preconditioner):
+        if system.b.numel() == 0:
+            return None, None
+        preconditioner = make_preconditioner(preconditioner, A, system, shift)
+        lead = system.b.shape[:1] if form is None else form.lead[:1]
+        set_up = SetUp(preconditioner.products, preconditioner.fallback.reshape(lead))
+    if isinstance(preconditioner, MadePreconditioner):
+        if preconditioner.diagonal is not None:
+            preconditioner = preconditioner.diagonal
+        elif form is None or form.columns == 1:  # M of K right-hand sides has a form, as A has
+            return preconditioner, set_up
+    if isinstance(preconditioner, (Tensor, dict, list, tuple)):
+        return system.coefficient(preconditioner, "preconditioner"), set_up
+    return system.product(preconditioner, "preconditioner"), set_up
+
+
+@eager
+def make_preconditioner(preconditioner: Preconditioner, A: Any, system: System, shift: Any) -> MadePreconditioner:
+    """The preconditioner of the B operators, one for all right-hand sides of each."""
+    check_untransformed("cg", b=system.b, shift=shift)
+    form = system.form
+    if form is not None and form.columns > 1:
+        return preconditioner.make(A, system.b[:: form.columns], shift)
+    return preconditioner.make(system.operator, system.b, system.coefficient(shift, "shift"))
 
 
 def _cg_rows(
@@ -244,7 +286,7 @@ def _compiled_rows(
     preconditioner: Any,
     check_every: int,
 ) -> Solution:
-    _look_every("cg", check_every)
+    _look_every(check_every, "cg")
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None

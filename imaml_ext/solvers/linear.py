@@ -89,6 +89,19 @@ class Lanczos:
 
 
 @dataclass(frozen=True, eq=False)
+class SetUp:
+    """What a solver did to make its preconditioner.
+
+    Attributes:
+        products: products with H per row that it spent, or their price; 0 where it has kept one.
+        fallback: [B] bool, rows of which nothing could be learnt: they were divided by the shift.
+    """
+
+    products: int
+    fallback: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a linear solver returns; every field stays on the device of `b`, and nothing has been read back.
 
@@ -106,6 +119,7 @@ class Solution:
             matters. In Neumann and FixedPoint it is that of the iterate before x where a row has spent its iterations.
             NaN where nothing has measured it.
         lanczos: the coefficients of the solve, where they were asked for.
+        set_up: what was spent on a preconditioner that the solver made; `iterations` does not count it.
     """
 
     x: Any
@@ -113,6 +127,7 @@ class Solution:
     iterations: Tensor
     residual_norm: Tensor
     lanczos: Lanczos | None = None
+    set_up: SetUp | None = None
 
     @property
     def non_finite(self) -> Tensor:
@@ -152,7 +167,7 @@ class Solution:
             raise SolveError("; ".join(sentences))
 
 
-torch.serialization.add_safe_globals([Solution, Lanczos])
+torch.serialization.add_safe_globals([Solution, Lanczos, SetUp])
 
 
 def check_system(hvp: object, b: object) -> None:

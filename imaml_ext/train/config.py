@@ -168,6 +168,8 @@ class TrainConfig(Settings):
                 self._demand(path, not value, f"unset {waits}")
             elif path.endswith(".on_breakdown"):
                 self._demand(path, value != "raise", f"'keep', 'gradient' or 'skip' {waits}")
+            elif path.endswith(".preconditioner"):
+                self._demand(path, value is None, f"unset {waits}")
 
     def _demand(self, path: str, condition: bool, expected: str) -> None:
         if not condition:
