@@ -75,13 +75,13 @@ struct MinresWork {
     return r;
   }
 
-  // numbers · scale / divisor
+  // numbers · scale / divisor. The divisor is next to 1. Divided by it once, not in a loop, where that is a call.
   static __device__ __forceinline__ Pack<T, V> normalised(const Numbers& numbers, const MinresStep& step) {
     const C scale = static_cast<C>(step.scale);
-    const C divisor = static_cast<C>(step.divisor);
+    const C inverse = static_cast<C>(1) / static_cast<C>(step.divisor);
     Pack<T, V> to;
 #pragma unroll
-    for (int k = 0; k < V; ++k) to.v[k] = static_cast<T>(numbers.v[k] * scale / divisor);
+    for (int k = 0; k < V; ++k) to.v[k] = static_cast<T>(numbers.v[k] * scale * inverse);
     return to;
   }
 
@@ -236,12 +236,16 @@ struct MinresStepWork : MinresWork<T> {
     const double scale = 1.0 / d.state.operator_unit;
     const double x_scale = 1.0 / minres_solution_unit(d.state);
     part.for_each_tile([&](const Tile<V>& tile) {
-      C* const place = part.template place<C>(tile);
-      C* const second = part.template place<C>(tile, 1);
-      Numbers q = part.keeps() ? tile.kept(place) : this->load(tile, a.v + start);
-      const Numbers Av = part.keeps() ? tile.kept(second) : this->product(part, tile, q);
-      const Numbers packed_u = scaled(tile.settled(second, orthogonal(part, tile, d.step, q, Av)), scale);
+      C* const place = part.template place<C>(tile, 1);
+      const Numbers v = part.keeps() ? tile.kept(part.template place<C>(tile)) : this->load(tile, a.v + start);
+      const Numbers Av = part.keeps() ? tile.kept(place) : this->product(part, tile, v);
+      const Numbers packed_u = scaled(tile.settled(place, orthogonal(part, tile, d.step, v, Av)), scale);
       add_products(sums[0], packed_u, packed_u);
+    });
+    // Apart from the loop above, which leaves no registers for more.
+    part.for_each_tile([&](const Tile<V>& tile) {
+      C* const place = part.template place<C>(tile);
+      Numbers q = part.keeps() ? tile.kept(place) : this->load(tile, a.v + start);
       if (d.step.turn != 0.0) q = without(q, d.step.turn, tile, a.q + start);
       if (d.step.turn_before != 0.0) q = without(q, d.step.turn_before, tile, a.q_next + start);
       Pack<T, V> stored;
