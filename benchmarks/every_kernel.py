@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imaml_ext import cg, ops
 from imaml_ext.models import MLP, Conv4, TaskModel
-from imaml_ext.solvers import minres
+from imaml_ext.solvers import lsqr, minres, multi_shift_cg
 
 # [B, N]. Odd rows are read element by element, the others in packs of 16 bytes; with N grows the team of blocks that
 # has a row, until the row no longer fits the team's shared memory. 112,005 is Conv4-64; the last two are long even for
@@ -121,6 +121,33 @@ def arguments(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str,
     yield "minres", lambda device: solve(device, diagonal - 3, grad, by=minres)
     yield "minres, warm start", lambda device: solve(device, diagonal, grad, by=minres, x0=phi.to(device))
     yield "minres, rows that break down", lambda device: solve(device, broken, right, by=minres)
+
+    def path(device: str) -> list[Tensor]:
+        matrix, shifts = diagonal.to(device), torch.tensor([0.5, 0.0, 2.0], device=device)
+        result = multi_shift_cg(lambda p: matrix * p, grad.to(device), shifts, max_iterations=4)
+        return [result.x.flatten(0, 1), result.status.double()]
+
+    yield "cg, shifts that follow", path
+
+    def least_squares(device: str, matrix: Tensor, b: Tensor, **options: object) -> list[Tensor]:
+        """Of a matrix that has one row more than b, which is zero."""
+        matrix, y = matrix.to(device), torch.nn.functional.pad(b.to(device), (0, 1), value=0.5)
+        result = lsqr(
+            lambda p: torch.nn.functional.pad(matrix * p, (0, 1)),
+            y,
+            rmatvec=lambda q: matrix * q[:, :-1],
+            n=cols,
+            max_iterations=4,
+            **options,
+        )
+        return [result.x, result.status.double()]
+
+    yield "lsqr", lambda device: least_squares(device, diagonal, grad)
+    yield (
+        "lsqr, warm start with damping",
+        lambda device: least_squares(device, diagonal, grad, shift=0.5, x0=phi.to(device)),
+    )
+    yield "lsqr, rows that break down", lambda device: least_squares(device, broken, right)
 
 
 def networks(dtype: torch.dtype, names: Collection[str]) -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:

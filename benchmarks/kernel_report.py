@@ -42,7 +42,15 @@ RESERVED = 1024  # bytes of shared memory that the system takes for every block
 MOST_REGISTERS = 255  # of a thread
 
 # Beginnings of names.
-PACKED = ("row_kernel<Cg", "row_kernel<Minres", "rule_kernel<", "product_kernel<", "back_kernel<")
+PACKED = (
+    "row_kernel<Cg",
+    "row_kernel<Lsqr",
+    "row_kernel<Minres",
+    "rule_kernel<",
+    "follow_kernel<",
+    "product_kernel<",
+    "back_kernel<",
+)
 ALIGNED = ("product_kernel<", "back_kernel<")
 MOST_SPILLED = 64  # bytes of a thread, of rows of a half type
 

@@ -2,6 +2,8 @@
 
     python benchmarks/precondition.py --data-root FOLDER --json benchmarks/results/precondition.json
 
+Two parts:
+
     decaying    matrices of condition number 10⁶ with spectra that decay, float64, to a relative residual of 10⁻⁶
     conv4       the implicit systems of iMAML on Omniglot: Conv4 with published weights θ, φ after the recipe's inner
                 steps, Gauss-Newton matrix and Hessian, several λ and damping δ, float64, to a relative residual of

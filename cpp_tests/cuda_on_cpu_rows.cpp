@@ -56,7 +56,7 @@ struct System {
       const double before =
           std::sqrt(cols) / 8;  // of the residual: a step of these vectors makes it some ten times that
       const double unit = CgRows<T>::wide() ? 4.0 : 1.0;
-      state[row] = {1.0 * cols, before, 1e-3, unit, 1.0, 1.0, before, kInfinity, kInfinity, 0.0};
+      state[row] = {1.0 * cols, before, 1e-3, unit, 1.0, 1.0, before, kInfinity, kInfinity, 0.0, 0.0, 0.0};
     }
     status[2] = kVerifying;
     state[2].stalls = 4.0;

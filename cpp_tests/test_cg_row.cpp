@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cg/row.h"
+#include "cg/shift.h"
 #include "check.h"
 
 using namespace imaml_ext;
@@ -246,6 +247,52 @@ void overflow_is_looked_for_only_near_the_edge() {
   EXPECT(row_may_overflow(state, 1.0, std::numeric_limits<float>::max()));
 }
 
+// Against conjugate gradients on diag(1, 3) + σ with b = (1, 1): steps, residuals and directions in closed form.
+void shifts_follow_a_row() {
+  const double sigma = 0.5, d[2] = {1.0, 3.0};
+  RowState row = iterating(2.0, 1e-12);
+  ShiftState shift{1.0, 0.0, 0.0, 0.0, 0.0};
+  double r[2] = {1.0, 1.0}, p[2] = {1.0, 1.0};               // of the row
+  double rs[2] = {1.0, 1.0}, ps[2] = {1.0, 1.0}, x[2] = {};  // of the shifted system
+  for (int step = 0; step < 2; ++step) {
+    double rr = 0.0, pAp = 0.0, next = 0.0, rrs = 0.0, pAps = 0.0, nexts = 0.0;
+    for (int k = 0; k < 2; ++k) {
+      rr += r[k] * r[k], pAp += p[k] * d[k] * p[k];
+      rrs += rs[k] * rs[k], pAps += ps[k] * (d[k] + sigma) * ps[k];
+    }
+    row.alpha = rr / pAp;
+    for (int k = 0; k < 2; ++k) {
+      x[k] += rrs / pAps * ps[k];
+      r[k] -= row.alpha * d[k] * p[k], rs[k] -= rrs / pAps * (d[k] + sigma) * ps[k];
+      next += r[k] * r[k], nexts += rs[k] * rs[k];
+    }
+    row.beta = next / rr, row.residual = std::sqrt(next);
+    shift_step(row, shift, sigma);
+    EXPECT_CLOSE(shift.alpha, rrs / pAps, 1e-12);
+    if (step == 0) EXPECT_CLOSE(shift.zeta * r[0], rs[0], 1e-12);
+    if (step == 0) EXPECT_CLOSE(shift.beta, nexts / rrs, 1e-12);
+    for (int k = 0; k < 2; ++k) p[k] = r[k] + row.beta * p[k], ps[k] = rs[k] + nexts / rrs * ps[k];
+  }
+  EXPECT_CLOSE(x[0], 1.0 / 1.5, 1e-12);
+  EXPECT(shift.zeta == 0.0 && shift.steps == 2.0);  // within the tolerance: it follows no more
+  shift_step(row, shift, sigma);
+  EXPECT(shift.alpha == 0.0 && shift.steps == 2.0);
+}
+
+void a_shift_follows_no_row_that_has_stood_still() {
+  RowState row = iterating(4.0, 1e-3);
+  ShiftState shift{1.0, 0.0, 0.0, 0.0, 0.0};
+  row.alpha = 0.5, row.beta = 0.25;
+  shift_step(row, shift, 2.0);
+  EXPECT(shift.alpha == 0.25 && shift.beta == 0.0625 && shift.zeta == 0.5 && shift.carry == 0.25);
+  row.alpha = 0.0;  // it measures
+  shift_step(row, shift, 2.0);
+  EXPECT(shift.alpha == 0.0 && shift.zeta == 0.0);
+  row.alpha = 0.5;  // and goes on from what it has measured
+  shift_step(row, shift, 2.0);
+  EXPECT(shift.alpha == 0.0 && shift.steps == 1.0);
+}
+
 }  // namespace
 
 int main() {
@@ -258,5 +305,7 @@ int main() {
                     {"a_residual_that_is_not_finite_takes_no_step", a_residual_that_is_not_finite_takes_no_step},
                     {"directions", directions},
                     {"scaled_right_hand_side", scaled_right_hand_side},
-                    {"overflow_is_looked_for_only_near_the_edge", overflow_is_looked_for_only_near_the_edge}});
+                    {"overflow_is_looked_for_only_near_the_edge", overflow_is_looked_for_only_near_the_edge},
+                    {"shifts_follow_a_row", shifts_follow_a_row},
+                    {"a_shift_follows_no_row_that_has_stood_still", a_shift_follows_no_row_that_has_stood_still}});
 }

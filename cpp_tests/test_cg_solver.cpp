@@ -168,15 +168,16 @@ void blocks_of_rows_have_the_bits_of_the_batch() {
 void bad_arguments_are_named() {
   const auto b = at::randn({2, 3});
   const RowOperator identity = [](const at::Tensor& p) { return p; };
-  EXPECT(throws_saying([&] { cg(nullptr, b); }, "hvp must be callable"));
+  EXPECT(throws_saying([&] { cg(nullptr, b); }, "A must be callable"));
   EXPECT(throws_saying([&] { cg(identity, b[0]); }, "b must have shape [B, N]"));
   EXPECT(throws_saying([&] { cg(identity, b.to(at::kInt)); }, "b must be float32"));
-  EXPECT(throws_saying([&] { cg([](const at::Tensor& p) { return p[0]; }, b); }, "hvp must have the shape of b"));
+  EXPECT(throws_saying([&] { cg([](const at::Tensor& p) { return p[0]; }, b); },
+                       "what A returns must have the shape of b"));
   EXPECT(throws_saying([&] { cg([](const at::Tensor&) { return at::Tensor(); }, b); }, "hvp returned no tensor"));
   CgOptions options;
   options.max_iterations = -1;
   EXPECT(throws_saying([&] { cg(identity, b, options); }, "max_iterations must be at least 0"));
-  EXPECT(throws_saying([&] { cg(std::function<at::Tensor(const at::Tensor&)>(), b); }, "hvp must be callable"));
+  EXPECT(throws_saying([&] { cg(std::function<at::Tensor(const at::Tensor&)>(), b); }, "A must be callable"));
   options = {};
   options.rows_per_block = -1;
   EXPECT(throws_saying([&] { cg(identity, b, options); }, "rows_per_block must be at least 0"));
@@ -190,15 +191,43 @@ void bad_arguments_are_named() {
       throws_saying([&] { cg([](const at::Tensor&) -> at::Tensor { throw std::runtime_error("mine"); }, b); }, "mine"));
 }
 
+void keeps_lanczos_coefficients_and_shifted_systems() {
+  const auto a = spd(2, 6, 10.0);
+  const auto b = at::randn({2, 6}, a.options());
+  CgOptions options;
+  options.max_iterations = 40;
+  options.rtol = at::full({1}, 1e-12, a.options());
+  options.lanczos = true;
+  options.shifts = at::tensor({0.0, 0.5, 2.0}, a.options()).expand({2, 3}).contiguous();
+  const CgResult result = cg(multiply(a), b, options);
+  for (int64_t j = 0; j < 3; ++j) {
+    const auto x = result.shifted->x.select(1, j);
+    const auto residual = relative_residual(a + options.shifts[0][j] * at::eye(6, a.options()), x, b);
+    EXPECT(residual.max().item<double>() <= 1e-10);
+  }
+  // T_00 = bᵀ A b / bᵀ b
+  const auto rayleigh = (b * multiply(a)(b)).sum(1) / (b * b).sum(1);
+  EXPECT(at::allclose(result.lanczos->diagonal.select(1, 0), rayleigh, 1e-10, 0.0));
+  EXPECT(result.lanczos->steps.gt(0).logical_and(result.lanczos->steps.le(result.iterations)).all().item<bool>());
+  options.x0 = b;
+  EXPECT(throws_saying([&] { cg(multiply(a), b, options); }, "shifts must come without x0"));
+  options.x0.reset();
+  options.check_every = 1;
+  options.device_loop = [](const at::Tensor&, const std::function<void()>&) {};
+  EXPECT(throws_saying([&] { cg(multiply(a), b, options); }, "check_every must be 0 inside a CUDA graph"));
+}
+
 }  // namespace
 
 int main() {
   at::manual_seed(20191909);
-  return run_tests({{"agrees_with_a_direct_solve", agrees_with_a_direct_solve},
-                    {"shift_preconditioner_and_warm_start", shift_preconditioner_and_warm_start},
-                    {"rows_fail_alone", rows_fail_alone},
-                    {"begins_with_b_and_leaves_it_alone", begins_with_b_and_leaves_it_alone},
-                    {"calls_exactly_as_often_as_it_says", calls_exactly_as_often_as_it_says},
-                    {"blocks_of_rows_have_the_bits_of_the_batch", blocks_of_rows_have_the_bits_of_the_batch},
-                    {"bad_arguments_are_named", bad_arguments_are_named}});
+  return run_tests(
+      {{"agrees_with_a_direct_solve", agrees_with_a_direct_solve},
+       {"shift_preconditioner_and_warm_start", shift_preconditioner_and_warm_start},
+       {"rows_fail_alone", rows_fail_alone},
+       {"begins_with_b_and_leaves_it_alone", begins_with_b_and_leaves_it_alone},
+       {"calls_exactly_as_often_as_it_says", calls_exactly_as_often_as_it_says},
+       {"blocks_of_rows_have_the_bits_of_the_batch", blocks_of_rows_have_the_bits_of_the_batch},
+       {"bad_arguments_are_named", bad_arguments_are_named},
+       {"keeps_lanczos_coefficients_and_shifted_systems", keeps_lanczos_coefficients_and_shifted_systems}});
 }

@@ -152,7 +152,7 @@ void solves_indefinite_systems() {
     EXPECT(at::equal(on_device.x, result.x) && at::equal(on_device.iterations, result.iterations));
     EXPECT(at::equal(on_device.lanczos.diagonal, result.lanczos.diagonal));
   }
-  EXPECT(throws_saying([&] { minres(nullptr, b); }, "minres: hvp must be callable, got an empty function"));
+  EXPECT(throws_saying([&] { minres(nullptr, b); }, "minres: A must be callable, got an empty function"));
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include "cg/solver.h"
 #include "common/cpu/capability.h"
+#include "lsqr/solver.h"
 #include "minres/solver.h"
 #include "network/network.h"
 
@@ -46,7 +47,7 @@ imaml_ext::SolveOptions solve_options(const at::Tensor& shift, const std::option
 py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift, const std::optional<at::Tensor>& x0,
              int64_t max_iterations, const at::Tensor& rtol, const at::Tensor& atol,
              const std::optional<at::Tensor>& inverse_diagonal, const py::object& preconditioner, int64_t check_every,
-             int64_t rows_per_block) {
+             int64_t rows_per_block, bool lanczos, const std::optional<at::Tensor>& shifts) {
   imaml_ext::CgOptions options;
   static_cast<imaml_ext::SolveOptions&>(options) =
       solve_options(shift, x0, max_iterations, rtol, atol, check_every, rows_per_block);
@@ -55,12 +56,30 @@ py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift
   if (!preconditioner.is_none()) {
     options.preconditioner = row_operator(preconditioner, "cg", "preconditioner", in_blocks);
   }
+  options.lanczos = lanczos;
+  if (shifts) options.shifts = *shifts;
   imaml_ext::CgResult result;
   {
     py::gil_scoped_release no_gil;
-    result = imaml_ext::cg(row_operator(hvp, "cg", "hvp", in_blocks), b, options);
+    result = imaml_ext::cg(row_operator(hvp, "cg", "A", in_blocks), b, options);
   }
-  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm);
+  py::object kept = py::none(), shifted = py::none();
+  if (const auto& t = result.lanczos) kept = py::make_tuple(t->diagonal, t->off_diagonal, t->steps);
+  if (const auto& s = result.shifted) shifted = py::make_tuple(s->x, s->iterations);
+  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, kept, shifted);
+}
+
+py::tuple lsqr(const py::object& matvec, const py::object& rmatvec, const at::Tensor& y, int64_t unknowns,
+               const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& x0, int64_t max_iterations,
+               const at::Tensor& rtol, const at::Tensor& atol, int64_t check_every) {
+  const imaml_ext::LsqrOptions options{shift.value_or(at::Tensor()), x0, max_iterations, rtol, atol, check_every};
+  imaml_ext::LsqrResult result;
+  {
+    py::gil_scoped_release no_gil;
+    result = imaml_ext::lsqr(row_operator(matvec, "lsqr", "matvec", /*in_blocks=*/false),
+                             row_operator(rmatvec, "lsqr", "rmatvec", /*in_blocks=*/false), y, unknowns, options);
+  }
+  return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, result.gradient_norm);
 }
 
 // And, where asked for, the diagonal, the off-diagonal and the order of the tridiagonal matrices.
@@ -74,7 +93,7 @@ py::tuple minres(const py::object& hvp, const at::Tensor& b, const at::Tensor& s
   imaml_ext::MinresResult result;
   {
     py::gil_scoped_release no_gil;
-    result = imaml_ext::minres(row_operator(hvp, "minres", "hvp", rows_per_block > 0), b, options);
+    result = imaml_ext::minres(row_operator(hvp, "minres", "A", rows_per_block > 0), b, options);
   }
   if (!lanczos) return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm);
   return py::make_tuple(result.x, result.status, result.iterations, result.residual_norm, result.lanczos.diagonal,
@@ -87,7 +106,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native part of imaml_ext. Use imaml_ext.cg and imaml_ext.ops.";
   m.def("cg", torch::wrap_pybind_function(cg), py::arg("hvp"), py::arg("b"), py::kw_only(), py::arg("shift"),
         py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("inverse_diagonal"),
-        py::arg("preconditioner"), py::arg("check_every"), py::arg("rows_per_block"));
+        py::arg("preconditioner"), py::arg("check_every"), py::arg("rows_per_block"), py::arg("lanczos"),
+        py::arg("shifts"));
+  m.def("lsqr", torch::wrap_pybind_function(lsqr), py::arg("matvec"), py::arg("rmatvec"), py::arg("y"),
+        py::arg("unknowns"), py::kw_only(), py::arg("shift"), py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"),
+        py::arg("atol"), py::arg("check_every"));
   m.def("minres", torch::wrap_pybind_function(minres), py::arg("hvp"), py::arg("b"), py::kw_only(), py::arg("shift"),
         py::arg("x0"), py::arg("max_iterations"), py::arg("rtol"), py::arg("atol"), py::arg("check_every"),
         py::arg("rows_per_block"), py::arg("lanczos"));

@@ -637,9 +637,8 @@ def same(p: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((3, B23, {}), TypeError, "hvp must be callable, got int"),
-        ((same, [1.0], {}), TypeError, "b must be a tensor, got list"),
-        ((same, B23[0], {}), ValueError, r"b must have shape \[B, N\] \(one system per row\), got \[3\]"),
+        ((3, B23, {}), TypeError, "A must be a function, a matrix or an operator that has a shape and @, got int"),
+        ((same, [1.0], {}), TypeError, "every tensor of b must be a tensor, got float"),
         ((same, B23.int(), {}), TypeError, "b must be float32, float64, bfloat16 or float16, got torch.int32"),
         ((same, B23, {"shift": "1"}), TypeError, "shift must be a number or a tensor, got str"),
         ((same, B23, {"shift": torch.ones(2, 2)}), ValueError, r"shift must be a number, \[2\] .* got \[2, 2\]"),
@@ -663,12 +662,12 @@ def same(p: Tensor) -> Tensor:
         (
             (lambda p, rows: B23, B23, {"rows_per_block": 1}),
             ValueError,
-            r"hvp must have the shape of b\[rows\], \[1, 3\], got \[2, 3\]",
+            r"what A returns must have the shape of b\[rows\], \[1, 3\], got \[2, 3\]",
         ),
         (
             (lambda p, rows: p, B23, {"rows_per_block": 1, "preconditioner": lambda r, rows: r[:, :1]}),
             ValueError,
-            r"preconditioner must have the shape of b\[rows\], \[1, 3\], got \[1, 1\]",
+            r"what preconditioner returns must have the shape of b\[rows\], \[1, 3\], got \[1, 1\]",
         ),
         ((same, B23, {"rtol": -1e-3}), ValueError, "rtol must be at least 0, got -0.001"),
         ((same, B23, {"rtol": math.nan}), ValueError, "rtol must be at least 0, got nan"),
@@ -676,11 +675,15 @@ def same(p: Tensor) -> Tensor:
         ((same, B23, {"rtol": "small"}), TypeError, "rtol must be a number or a tensor, got str"),
         ((same, B23, {"preconditioner": 1.0}), TypeError, "preconditioner must be a tensor or callable, got float"),
         ((same, B23, {"preconditioner": torch.ones(5)}), ValueError, r"preconditioner must be .* got \[5\]"),
-        ((same, B23, {"preconditioner": lambda r: r[0]}), ValueError, "preconditioner must have the shape of b"),
-        ((lambda p: None, B23, {}), TypeError, "hvp must return a tensor, got NoneType"),
-        ((lambda p: p[:1], B23, {}), ValueError, r"hvp must have the shape of b, \[2, 3\], got \[1, 3\]"),
-        ((lambda p: p.double(), B23, {}), TypeError, "hvp must have the dtype of b, float32, got float64"),
-        ((lambda p: p.to("meta"), B23, {}), ValueError, "hvp must be on the device of b, cpu, got meta"),
+        (
+            (same, B23, {"preconditioner": lambda r: r[0]}),
+            ValueError,
+            "what preconditioner returns must have the shape of b",
+        ),
+        ((lambda p: None, B23, {}), TypeError, "A must return a tensor, got NoneType"),
+        ((lambda p: p[:1], B23, {}), ValueError, r"what A returns must have the shape of b, \[2, 3\], got \[1, 3\]"),
+        ((lambda p: p.double(), B23, {}), TypeError, "what A returns must have the dtype of b, float32, got float64"),
+        ((lambda p: p.to("meta"), B23, {}), ValueError, "what A returns must be on the device of b, cpu, got meta"),
     ],
 )
 def test_bad_arguments(arguments: tuple, error: type[Exception], message: str) -> None:

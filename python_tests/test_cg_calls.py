@@ -199,7 +199,7 @@ def test_under_autocast_products_come_back_in_the_dtype_of_b(solver: Any) -> Non
         pytest.raises(TypeError, match="dtype of b, float32, got float64"),
     ):
         solver.solve(lambda p: p.double(), b)
-    with pytest.raises(TypeError, match="hvp must have the dtype of b, float32, got bfloat16"):
+    with pytest.raises(TypeError, match="what A returns must have the dtype of b, float32, got bfloat16"):
         solver.solve(lambda p: p.bfloat16(), b)
 
 
@@ -210,12 +210,12 @@ def test_every_solver_demands_the_same_of_operator_and_b(solver: Any) -> None:
         (TypeError, "A must be a function, a matrix or an operator that has a shape and @, got int", 3, b),
         (TypeError, "every tensor of b must be a tensor, got float", multiply, [1.0]),
         (TypeError, "b must be float32, .*got torch.int64", multiply, b.long()),
-        (TypeError, "hvp must return a tensor, got float", lambda p: 1.0, b),
-        (ValueError, r"hvp must have the shape of b, \[2, 5\], got \[2, 1\]", lambda p: p[:, :1], b),
-        (TypeError, "hvp must have the dtype of b, float32, got float64", lambda p: p.double(), b),
+        (TypeError, "A must return a tensor, got float", lambda p: 1.0, b),
+        (ValueError, r"what A returns must have the shape of b, \[2, 5\], got \[2, 1\]", lambda p: p[:, :1], b),
+        (TypeError, "what A returns must have the dtype of b, float32, got float64", lambda p: p.double(), b),
         (
             ValueError,
-            "hvp must have the device of b, cpu, got meta|hvp must be on the device",
+            "what A returns must have the device of b, cpu, got meta|what A returns must be on the device",
             lambda p: p.to("meta"),
             b,
         ),
@@ -226,7 +226,7 @@ def test_every_solver_demands_the_same_of_operator_and_b(solver: Any) -> None:
 
 def test_a_solution_is_copied_pickled_and_loaded_as_weights() -> None:
     d = 1 + torch.rand(4, 6)
-    found = cg(lambda p: d * p, torch.randn(4, 6), max_iterations=20)
+    found = cg(lambda p: d * p, torch.randn(4, 6), max_iterations=20, lanczos=True)
     file = io.BytesIO()
     torch.save({"solution": found}, file)
     file.seek(0)
@@ -235,6 +235,8 @@ def test_a_solution_is_copied_pickled_and_loaded_as_weights() -> None:
         assert isinstance(copied, Solution)
         for name in ("x", "status", "iterations", "residual_norm"):
             assert torch.equal(getattr(copied, name), getattr(found, name))
+        assert copied.lanczos is not None
+        assert torch.equal(copied.lanczos.diagonal, found.lanczos.diagonal)
         copied.raise_if_failed()
 
 

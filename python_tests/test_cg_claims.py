@@ -286,7 +286,7 @@ def test_measuring_an_unfinished_row() -> None:
 
 def test_a_callback_that_writes_to_its_argument_is_an_error() -> None:
     b = torch.randn(2, 5)
-    with pytest.raises(ValueError, match="hvp must leave its argument as it is, but has written to it"):
+    with pytest.raises(ValueError, match="A must leave its argument as it is, but has written to it"):
         cg(lambda p: p.mul_(2), b)
     for preconditioner in (lambda r: r.mul_(0.5), lambda r: r.zero_()):
         with pytest.raises(ValueError, match="preconditioner must leave its argument"):

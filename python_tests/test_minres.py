@@ -451,7 +451,7 @@ def test_every_form_of_the_problem() -> None:
 
 
 def test_a_callback_that_writes_to_its_argument_is_an_error() -> None:
-    with pytest.raises(ValueError, match="minres: hvp must leave its argument as it is, but has written to it"):
+    with pytest.raises(ValueError, match="minres: A must leave its argument as it is, but has written to it"):
         minres(lambda p: p.mul_(2), torch.ones(1, 3))
-    with pytest.raises(TypeError, match="minres: hvp must return a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="minres: A must return a tensor, got NoneType"):
         minres(lambda p: None, torch.ones(1, 3))

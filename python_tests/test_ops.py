@@ -165,7 +165,9 @@ def _cg_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     shift = torch.rand(1, cols, dtype=wide, device=device)
     inverse = torch.rand(rows, 1, dtype=wide, device=device)
     tolerance = torch.full((1,), 1e-9, dtype=torch.float64, device=device)
-    state = torch.rand(rows, 10, dtype=torch.float64, device=device)
+    state = torch.rand(rows, 12, dtype=torch.float64, device=device)
+    sigma, followed = (torch.rand(rows, 2, *more, dtype=torch.float64, device=device) for more in ((), (5,)))
+    shifted = [vectors.unflatten(0, (rows, 2)) for vectors in _vectors(2, (2 * rows, cols), dtype, device)]
     status = torch.full((rows,), reference.ITERATING, dtype=torch.int32, device=device)
     iterations = torch.zeros_like(status)
     x = torch.zeros_like(b)
@@ -174,7 +176,23 @@ def _cg_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
         "cg_begin_": (b, None, shift, inverse, tolerance, tolerance, x, r, p, state, status, iterations, True),
         "cg_direction_": (z, None, x, r, p, state, status),
         "cg_step_": (2 * p, b, shift, inverse, x, r, p, best, state, status, iterations, True),
+        "cg_shifts_step_": (r, state, sigma, *shifted, followed),
         "next_round_": (status, reference.ITERATING, left, again),
+    }
+
+
+def _lsqr_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
+    rows, cols = 3, 10
+    y, q, r = _vectors(3, (rows, cols + 3), dtype, device)
+    t, x, p, best = _vectors(4, (rows, cols), dtype, device)
+    shift = torch.rand(rows, 1, dtype=ops.compute_dtype(dtype), device=device)
+    tolerance = torch.full((1,), 1e-9, dtype=torch.float64, device=device)
+    state = torch.ones(rows, 21, dtype=torch.float64, device=device)
+    status = torch.full((rows,), reference.ITERATING, dtype=torch.int32, device=device)
+    return {
+        "lsqr_begin_": (y, tolerance, tolerance, True, r, state, status, torch.zeros_like(status)),
+        "lsqr_direction_": (t, shift, x, p, best, state, status, torch.zeros_like(status)),
+        "lsqr_residual_": (q, y, r, state, status),
     }
 
 
@@ -209,7 +227,7 @@ def _prox_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
-_MAKERS = (_cg_arguments, _minres_arguments, _prox_arguments)
+_MAKERS = (_cg_arguments, _lsqr_arguments, _minres_arguments, _prox_arguments)
 
 
 @pytest.mark.opcheck
@@ -257,7 +275,7 @@ def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype:
 
     def tables() -> tuple[Tensor, Tensor, Tensor]:
         count = torch.empty(rows, dtype=torch.int32, device=device)
-        return torch.empty(rows, 10, dtype=torch.float64, device=device), count, count.clone()
+        return torch.empty(rows, 12, dtype=torch.float64, device=device), count, count.clone()
 
     def same(ours: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(ours, other, rtol=0, atol=0, equal_nan=True)
@@ -283,7 +301,7 @@ def test_the_first_and_the_last_step_differ_only_in_the_memory_they_touch(dtype:
         ours = tuple(t.clone() for t in begun)
         op.cg_step_(d * b, b, shift, None, other_x, other_r, other_p, best, *ours, True, first, last)
         torch.testing.assert_close(other_x, x, rtol=0, atol=0)
-        same((ours[0][:, 1:], *ours[1:]), (state[:, 1:], status, iterations))
+        same((ours[0][:, 1:11], *ours[1:]), (state[:, 1:11], status, iterations))  # all but rᵀz and β
         if last:
             same((other_r, other_p), (kept_r, kept_p))
         else:
@@ -318,7 +336,7 @@ def test_opcheck_of_the_differentiable_op() -> None:
 
 
 def test_every_op_is_tested_here() -> None:
-    tested = {*_cg_arguments(torch.float32, "cpu"), *_prox_arguments(torch.float32, "cpu")}
+    tested = {name for make in _MAKERS for name in make(torch.float32, "cpu")}
     registered = {
         name.removeprefix("imaml_ext::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

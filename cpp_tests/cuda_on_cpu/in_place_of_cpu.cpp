@@ -2,6 +2,7 @@
 // same checks and registrations.
 #include "cg/arguments.h"
 #include "common/next_round.h"
+#include "lsqr/arguments.h"
 #include "minres/arguments.h"
 #include "network/arguments.h"
 #include "prox/arguments.h"
@@ -23,6 +24,22 @@ void cg_step(OnCpu, const CgArguments<T>& a) {
   cg_step(kEmulated, a);
 }
 void next_round(OnCpu, const NextRound& a) { next_round(kEmulated, a); }
+template <typename T>
+void cg_shifts_step(OnCpu, const CgShiftsArguments<T>& a) {
+  cg_shifts_step(kEmulated, a);
+}
+template <typename T>
+void lsqr_begin(OnCpu, const LsqrArguments<T>& a) {
+  lsqr_begin(kEmulated, a);
+}
+template <typename T>
+void lsqr_residual(OnCpu, const LsqrArguments<T>& a) {
+  lsqr_residual(kEmulated, a);
+}
+template <typename T>
+void lsqr_direction(OnCpu, const LsqrArguments<T>& a) {
+  lsqr_direction(kEmulated, a);
+}
 template <typename T>
 void minres_begin(OnCpu, const MinresArguments<T>& a) {
   minres_begin(kEmulated, a);
@@ -61,6 +78,8 @@ void network_curvature(OnCpu, const NetworkArguments<T>& a) {
 }
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_CG_SHIFTS, OnCpu)
+IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_LSQR, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_MINRES, OnCpu)
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCpu)
 IMAML_INSTANTIATE_NETWORK(OnCpu, float)

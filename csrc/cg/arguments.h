@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cg/row.h"
+#include "cg/shift.h"
 #include "common/device.h"
 #include "common/system.h"
 
@@ -28,6 +29,26 @@ struct CgArguments : CgRows<T> {
   Allocate allocate;
 };
 
+// Shifted systems that follow the rows: J per row.
+template <typename T>
+struct CgShifts {
+  int64_t rows = 0;
+  int64_t shifts = 0;
+  int64_t cols = 0;
+  const T* r = nullptr;               // [B, N], of the rows, after their step
+  const RowState* state = nullptr;    // [B]
+  const double* sigma = nullptr;      // [B, J]
+  T* x = nullptr;                     // [B, J, N]
+  T* p = nullptr;                     // [B, J, N]
+  ShiftState* shift_state = nullptr;  // [B, J]
+  bool last = false;                  // nobody reads p afterwards, and there is no r
+};
+
+template <typename T>
+struct CgShiftsArguments : CgShifts<T> {
+  Allocate allocate;
+};
+
 // A device's part of the ops, for the types of rows.
 #define IMAML_CG_OPS(Device)                          \
   template <typename T>                               \
@@ -35,7 +56,9 @@ struct CgArguments : CgRows<T> {
   template <typename T>                               \
   void cg_direction(Device, const CgArguments<T>& a); \
   template <typename T>                               \
-  void cg_step(Device, const CgArguments<T>& a);
+  void cg_step(Device, const CgArguments<T>& a);      \
+  template <typename T>                               \
+  void cg_shifts_step(Device, const CgShiftsArguments<T>& a);
 IMAML_CG_OPS(OnCpu)
 IMAML_CG_OPS(OnCuda)
 #undef IMAML_CG_OPS
@@ -45,5 +68,6 @@ IMAML_CG_OPS(OnCuda)
   template void cg_begin(Device, const CgArguments<T>&);     \
   template void cg_direction(Device, const CgArguments<T>&); \
   template void cg_step(Device, const CgArguments<T>&);
+#define IMAML_INSTANTIATE_CG_SHIFTS(Device, T) template void cg_shifts_step(Device, const CgShiftsArguments<T>&);
 
 }  // namespace imaml_ext

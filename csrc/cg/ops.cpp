@@ -135,17 +135,46 @@ void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift
   run("cg_step_", t, [](auto device, const auto& a) { cg_step(device, a); });
 }
 
+void cg_shifts_step_(const std::optional<at::Tensor>& r, const at::Tensor& state, const at::Tensor& sigma,
+                     at::Tensor& x, at::Tensor& p, at::Tensor& shift_state, bool last) {
+  const char* op = "cg_shifts_step_";
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.is_contiguous(), op, ": x must be contiguous of shape [B, J, N], got ", x.sizes(),
+                    " with strides ", x.strides());
+  const int64_t rows = x.size(0), shifts = x.size(1), cols = x.size(2);
+  check_rows(op, "x", x.view({rows * shifts, cols}));
+  TORCH_CHECK_VALUE(r || last, op, ": r must be given unless this is the last step, got none");
+  if (r) check_table(op, "r", *r, x.scalar_type(), {rows, cols}, x);
+  check_table(op, "p", p, x.scalar_type(), x.sizes(), x);
+  check_table(op, "state", state, at::kDouble, {rows, kRowStateWidth}, x);
+  check_table(op, "sigma", sigma, at::kDouble, {rows, shifts}, x);
+  check_table(op, "shift_state", shift_state, at::kDouble, {rows, shifts, kShiftStateWidth}, x);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "imaml_ext", [&] {
+    CgShiftsArguments<scalar_t> a;
+    a.rows = rows, a.shifts = shifts, a.cols = cols;
+    if (r) a.r = r->const_data_ptr<scalar_t>();
+    a.state = reinterpret_cast<const RowState*>(state.const_data_ptr<double>());
+    a.sigma = sigma.const_data_ptr<double>();
+    a.x = x.mutable_data_ptr<scalar_t>();
+    a.p = p.mutable_data_ptr<scalar_t>();
+    a.shift_state = reinterpret_cast<ShiftState*>(shift_state.mutable_data_ptr<double>());
+    a.last = last;
+    if (x.numel() == 0) return;
+    on_device_of(x, a, [](auto device, const auto& arguments) { cg_shifts_step(device, arguments); });
+  });
+}
+
 namespace {
 
 void register_ops(torch::Library& m) {
   m.impl("cg_begin_", &cg_begin_);
   m.impl("cg_direction_", &cg_direction_);
   m.impl("cg_step_", &cg_step_);
+  m.impl("cg_shifts_step_", &cg_shifts_step_);
 }
 
 }  // namespace
 
-// Conjugate gradients. state [B, 10] float64 and status [B] int32 live on the device of the vectors; a row's fields
+// Conjugate gradients. state [B, 12] float64 and status [B] int32 live on the device of the vectors; a row's fields
 // are those of RowState and RowStatus in row.h. Coefficients have shape [1 or B, 1 or N].
 //
 // A solve from x = 0 with no preconditioner begins with r = p = b. cg_begin_ without x, r and p leaves it at that,
@@ -163,6 +192,10 @@ TORCH_LIBRARY_FRAGMENT(imaml_ext, m) {
       "cg_step_(Tensor hp, Tensor b, Tensor shift, Tensor? inverse_diagonal, Tensor(a!) x, Tensor(b!) r, "
       "Tensor(c!) p, Tensor(d!) best, Tensor(e!) state, Tensor(f!) status, Tensor(g!) iterations, "
       "bool update_direction=True, bool first=False, bool last=False) -> ()");
+  // After cg_step_, for J shifted systems per row; shift_state [B, J, 5] is that of ShiftState in shift.h.
+  m.def(
+      "cg_shifts_step_(Tensor? r, Tensor state, Tensor sigma, Tensor(a!) x, Tensor(b!) p, Tensor(c!) shift_state, "
+      "bool last=False) -> ()");
 }
 IMAML_REGISTER(register_ops)
 

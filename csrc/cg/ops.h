@@ -23,4 +23,7 @@ void cg_step_(const at::Tensor& hp, const at::Tensor& b, const at::Tensor& shift
               at::Tensor& best, at::Tensor& state, at::Tensor& status, at::Tensor& iterations, bool update_direction,
               bool first, bool last);
 
+void cg_shifts_step_(const std::optional<at::Tensor>& r, const at::Tensor& state, const at::Tensor& sigma,
+                     at::Tensor& x, at::Tensor& p, at::Tensor& shift_state, bool last);
+
 }  // namespace imaml_ext

@@ -30,9 +30,12 @@ struct RowState {
   double kept;            // ‖r‖ of the iterate in `best`; infinity: there is none
   double measured;        // least ‖b − A x‖ that a measurement has found above the threshold
   double stalls;          // measurements that improved on `measured` by less than a tenth
+  double alpha;           // α of the last cg_step_; 0: it took none, because the row has ended or measures
+  double beta;            // β of the direction after it
 };
-constexpr int64_t kRowStateWidth = 10;
+constexpr int64_t kRowStateWidth = 12;
 constexpr int64_t kResidual = 1;  // its column
+constexpr int64_t kAlpha = 10;    // its column, before that of β
 static_assert(sizeof(RowState) == kRowStateWidth * sizeof(double), "RowState is read as a row of float64");
 
 struct Curvature {
@@ -48,8 +51,9 @@ IMAML_HOST_DEVICE int32_t row_begin(RowState& state, const BeginSums& sums, doub
   const int32_t status = row_start(start, sums, b_scale, r_scale, rtol, atol, wide);
   clear_solution = start.clear_solution;
   const double x_norm = clear_solution ? 0.0 : sqrt(sums.xx);
-  state = RowState{0.0,    start.residual, start.threshold, start.unit, 0.0,
-                   x_norm, start.residual, kInfinity,       kInfinity,  0.0};
+  state = RowState{
+      0.0, start.residual, start.threshold, start.unit, 0.0, x_norm, start.residual, kInfinity, kInfinity, 0.0, 0.0,
+      0.0};
   return status;
 }
 
@@ -200,6 +204,7 @@ IMAML_HOST_DEVICE bool row_residual(RowState& state, int32_t& status, int32_t& i
 
 // Once z = M r is known. Returns β; stops a row whose preconditioner is not positive definite.
 IMAML_HOST_DEVICE double row_direction(RowState& state, int32_t& status, double rz, double largest) {
+  state.beta = 0.0;
   if (status != kIterating) return 0.0;
   if (!is_finite(rz)) {
     status = kNonFinite;
@@ -215,6 +220,7 @@ IMAML_HOST_DEVICE double row_direction(RowState& state, int32_t& status, double 
     status = kNonFinite;
     return 0.0;
   }
+  state.beta = beta;
   return beta;
 }
 

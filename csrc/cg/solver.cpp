@@ -3,8 +3,10 @@
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
 
+#include "cg/lanczos.h"
 #include "cg/ops.h"
 #include "cg/row.h"
+#include "cg/shift.h"
 #include "common/checks.h"
 #include "common/device_loop.h"
 #include "common/solve.h"
@@ -16,17 +18,33 @@ namespace {
 CgOptions completed(const CgOptions& options, const at::Tensor& b) {
   TORCH_CHECK_VALUE(!(options.preconditioner && options.inverse_diagonal.defined()),
                     "cg: preconditioner must be either a diagonal or a callable, got both");
+  TORCH_CHECK_VALUE(
+      !options.shifts.defined() || !(options.x0 || options.preconditioner || options.inverse_diagonal.defined()),
+      "cg: shifts must come without x0 and preconditioner, got both");
   CgOptions o = options;
   complete("cg", o, b);
   if (o.inverse_diagonal.defined()) check_coefficient("cg", "inverse_diagonal", o.inverse_diagonal, b);
+  if (o.shifts.defined()) {
+    check_table("cg", "shifts", o.shifts, at::kDouble, {b.size(0), o.shifts.size(-1)}, b);
+  }
+  TORCH_CHECK_VALUE(!(o.check_every > 0 && o.device_loop && (o.lanczos || o.shifts.defined())),
+                    "cg: check_every must be 0 inside a CUDA graph that keeps Lanczos coefficients or has shifts, got ",
+                    o.check_every);
   return o;
 }
+
+// What is kept of all rows beside the result.
+struct Kept {
+  at::Tensor state;         // [B, kRowStateWidth] float64
+  at::Tensor coefficients;  // [m, B, 2] float64: α and β of every step
+  at::Tensor shift_state;   // [B, J, kShiftStateWidth] float64
+};
 
 // One block of rows: views of the batch's tensors, and the work vectors that each block uses anew.
 class Block {
  public:
   Block(const RowBlock& block, const CgOptions& batch, const at::Tensor& b, const WorkVectors& work, CgResult& result,
-        const at::Tensor& state)
+        const Kept& kept)
       : block_(block),
         o_(batch),
         b_(block.of(b)),
@@ -34,7 +52,7 @@ class Block {
         r_(work(0, block.rows.count())),
         p_(work(1, block.rows.count())),
         best_(work(2, block.rows.count())),
-        state_(block.of(state)),
+        state_(block.of(kept.state)),
         status_(block.of(result.status)),
         iterations_(block.of(result.iterations)) {
     o_.shift = block.of(batch.shift);
@@ -42,6 +60,13 @@ class Block {
     o_.atol = block.of(batch.atol);
     if (batch.inverse_diagonal.defined()) inverse_diagonal_ = block.of(batch.inverse_diagonal);
     if (batch.x0) x_.copy_(block.of(*batch.x0));
+    if (batch.lanczos) coefficients_ = kept.coefficients.narrow(1, block.rows.first, block.rows.count());
+    if (batch.shifts.defined()) {
+      sigma_ = block.of(batch.shifts);
+      shift_x_ = block.of(result.shifted->x);
+      shift_p_ = b_.unsqueeze(1).expand_as(shift_x_).clone(at::MemoryFormat::Contiguous);
+      shift_state_ = block.of(kept.shift_state);
+    }
   }
 
   void solve(const RowOperator& hvp);
@@ -56,17 +81,25 @@ class Block {
   }
   at::Tensor precondition() const { return apply(o_.preconditioner, "preconditioner", r_); }
 
+  // Waits for the device.
+  bool at_work() const {
+    const at::Tensor rows = o_.shifts.defined() ? shift_state_.select(2, kZeta).ne(0) : status_.ge(kIterating);
+    return rows.any().item<bool>();
+  }
+
   RowBlock block_;
   CgOptions o_;
   std::optional<at::Tensor> inverse_diagonal_;
   at::Tensor b_, x_, r_, p_, best_, state_, status_, iterations_;
+  at::Tensor coefficients_;                             // [m, rows, 2]; undefined: not asked for
+  at::Tensor sigma_, shift_x_, shift_p_, shift_state_;  // undefined: no shifts
 };
 
 void Block::solve(const RowOperator& hvp) {
   // r = b − A x0,  z = M r,  p = z. From x = 0 without M that is r = p = b, and stays b until the first step.
   const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && !looks_on_device() && o_.max_iterations > 0;
   std::optional<at::Tensor> hx;
-  if (o_.x0) hx = apply(hvp, "hvp", x_);
+  if (o_.x0) hx = apply(hvp, "A", x_);
   if (from_b) {
     call<cg_begin_>("imaml_ext::cg_begin_", b_, hx, o_.shift, inverse_diagonal_, o_.rtol, o_.atol, std::nullopt,
                     std::nullopt, std::nullopt, state_, status_, iterations_, /*update_direction=*/true);
@@ -84,16 +117,22 @@ void Block::solve(const RowOperator& hvp) {
   }
   for (int64_t k = 0; k < o_.max_iterations; ++k) {
     const bool first = from_b && k == 0;
-    if (o_.check_every > 0 && k % o_.check_every == 0 && !status_.ge(kIterating).any().item<bool>()) {
+    const bool last = k + 1 == o_.max_iterations;
+    if (o_.check_every > 0 && k % o_.check_every == 0 && !at_work()) {
       if (first) x_.zero_();  // what the first step would have done
       break;
     }
-    iterate(hvp, first, k + 1 == o_.max_iterations);
+    iterate(hvp, first, last);
+    if (coefficients_.defined()) coefficients_.select(0, k).copy_(state_.narrow(1, kAlpha, 2));
+    if (sigma_.defined()) {
+      call<cg_shifts_step_>("imaml_ext::cg_shifts_step_", last ? std::nullopt : std::optional(r_), state_, sigma_,
+                            shift_x_, shift_p_, shift_state_, last);
+    }
   }
 }
 
 void Block::iterate(const RowOperator& hvp, bool first, bool last) {
-  const at::Tensor hp = apply(hvp, "hvp", first ? b_ : p_);
+  const at::Tensor hp = apply(hvp, "A", first ? b_ : p_);
   // A callable preconditioner stands between the new residual and the new direction.
   call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
                  iterations_, /*update_direction=*/!o_.preconditioner, first, last);
@@ -121,12 +160,23 @@ void Block::iterate_on_device(const RowOperator& hvp) {
 CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& options) {
   const at::Tensor b = checked_rhs("cg", hvp, b_in);
   const CgOptions o = completed(options, b);
-  CgResult result = empty_result(b);
-  const at::Tensor state = at::empty({b.size(0), kRowStateWidth}, b.options().dtype(at::kDouble));
+  CgResult result;
+  static_cast<SolveResult&>(result) = empty_result(b);
+  const auto wide = b.options().dtype(at::kDouble);
+  const int64_t batch = b.size(0);
+  Kept kept{at::empty({batch, kRowStateWidth}, wide), {}, {}};
+  if (o.lanczos) kept.coefficients = at::zeros({o.max_iterations, batch, 2}, wide);
+  if (o.shifts.defined()) {
+    result.shifted = ShiftedSystems{at::zeros({batch, o.shifts.size(1), b.size(1)}, b.options()), {}};
+    kept.shift_state = at::zeros({batch, o.shifts.size(1), kShiftStateWidth}, wide);
+    kept.shift_state.select(2, kZeta).fill_(1.0);
+  }
   each_block("cg", o.rows_per_block, 3, b, [&](const RowBlock& block, const WorkVectors& work) {
-    Block(block, o, b, work, result, state).solve(hvp);
+    Block(block, o, b, work, result, kept).solve(hvp);
   });
-  finish(result, state, kResidual);
+  finish(result, kept.state, kResidual);
+  if (o.lanczos) result.lanczos = lanczos_tables(kept.coefficients);
+  if (result.shifted) result.shifted->iterations = kept.shift_state.select(2, kSteps).to(at::kInt);
   return result;
 }
 

@@ -18,9 +18,23 @@ namespace imaml_ext {
 struct CgOptions : SolveOptions {
   at::Tensor inverse_diagonal;  // [1 or B, 1 or N], the type of shift: z = inverse_diagonal ∘ r; undefined: none
   RowOperator preconditioner;   // z = M r; empty: none
+  bool lanczos = false;         // keep the coefficients of the first Krylov space
+  // [B, J] float64, σ ≥ 0: solves A + σ too, without a product of its own (cg/shift.h). Not with x0 or a
+  // preconditioner. With check_every the solve ends when no shifted system follows any more, whether the rows have
+  // measured or not.
+  at::Tensor shifts;
 };
 
-using CgResult = SolveResult;
+// What the shifted systems were when they ceased to follow. No residual of them has been measured.
+struct ShiftedSystems {
+  at::Tensor x;           // [B, J, N]
+  at::Tensor iterations;  // [B, J] int32
+};
+
+struct CgResult : SolveResult {
+  std::optional<Tridiagonal> lanczos;  // of M^½ A M^½ with a preconditioner M
+  std::optional<ShiftedSystems> shifted;
+};
 
 // Throws c10::ValueError / c10::TypeError for arguments that do not fit together (see CgOptions), and passes on
 // whatever `hvp` and `preconditioner` throw.

@@ -16,6 +16,7 @@ enum RowStatus : int32_t {
   kMaxIterations = 1,
   kNegativeCurvature = 2,
   kNonFinite = 3,
+  kDiverged = 6,
   kSingular = 7,
   kStagnated = 8,
   kIterating = 16,

@@ -5,6 +5,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Exception.h>
 
+#include <string>
+
 #include "common/checks.h"
 #include "common/device_loop.h"
 #include "common/row.h"
@@ -33,7 +35,7 @@ void WorkVectors::done() {
 }
 
 at::Tensor checked_rhs(const char* solver, const RowOperator& hvp, const at::Tensor& b) {
-  TORCH_CHECK_VALUE(static_cast<bool>(hvp), solver, ": hvp must be callable, got an empty function");
+  TORCH_CHECK_VALUE(static_cast<bool>(hvp), solver, ": A must be callable, got an empty function");
   at::Tensor plain = b.detach().contiguous();
   check_rows(solver, "b", plain);
   return plain;
@@ -85,7 +87,7 @@ at::Tensor RowBlock::apply(const RowOperator& callback, const char* name, const 
                     " must leave its argument as it is, but has written to it");
   TORCH_CHECK_TYPE(result.defined(), solver, ": ", name, " returned no tensor");
   result = result.detach().contiguous();
-  check_like(solver, name, result, is_whole() ? "b" : "b[rows]", b);
+  check_like(solver, (std::string("what ") + name + " returns").c_str(), result, is_whole() ? "b" : "b[rows]", b);
   return result;
 }
 

@@ -70,4 +70,11 @@ struct SolveResult {
   at::Tensor residual_norm;  // [B] float64, ‖b − A x‖; NaN where nothing has measured it
 };
 
+// The tridiagonal matrix T = Vᵀ A V of a row's first Krylov space, whose vectors begin with r / ‖r‖, r = b − A x0.
+struct Tridiagonal {
+  at::Tensor diagonal;      // [B, max_iterations] float64; 0 from `steps` on
+  at::Tensor off_diagonal;  // [B, max_iterations − 1] float64
+  at::Tensor steps;         // [B] int32, the order of T
+};
+
 }  // namespace imaml_ext

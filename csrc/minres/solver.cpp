@@ -29,12 +29,12 @@ void solve_block(const RowBlock& block, const RowOperator& hvp, const MinresOpti
   // r = b − A x0,  v = r / ‖r‖
   if (o.x0) {
     x.copy_(block.of(*o.x0));
-    hx = block.apply(hvp, "hvp", x, b);
+    hx = block.apply(hvp, "A", x, b);
   }
   call<minres_begin_>("imaml_ext::minres_begin_", b, hx, shift, block.of(o.rtol), block.of(o.atol), x, v, best, state,
                       status, iterations);
   const auto iterate = [&](bool first, bool last) {
-    const at::Tensor hv = block.apply(hvp, "hvp", v, b);
+    const at::Tensor hv = block.apply(hvp, "A", v, b);
     call<minres_step_>("imaml_ext::minres_step_", hv, b, shift, x, v, v_next, q, q_next, best, state, status,
                        iterations, diagonal, off_diagonal, first, last);
     std::swap(v, v_next);

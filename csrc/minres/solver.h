@@ -10,13 +10,6 @@ struct MinresOptions : SolveOptions {
   bool lanczos = false;  // keep the coefficients of the first Krylov space
 };
 
-// The tridiagonal matrix T = Vᵀ A V of a row's first Krylov space, whose vectors begin with r / ‖r‖, r = b − A x0.
-struct Tridiagonal {
-  at::Tensor diagonal;      // [B, max_iterations] float64; 0 from `steps` on
-  at::Tensor off_diagonal;  // [B, max_iterations − 1] float64
-  at::Tensor steps;         // [B] int32, the order of T
-};
-
 struct MinresResult : SolveResult {
   Tridiagonal lanczos;  // undefined where not asked for
 };

@@ -25,7 +25,7 @@ def kronecker_factors(
     Args:
         criterion: "cross_entropy" or "mse". samples: how many w to draw; 0 takes all of them, one per output.
 
-    Source: Martens and Grosse (2015); for the positions of convolutions, Grosse and Martens (2016), equation 31.
+    Source: Martens and Grosse (2015); for the positions of convolutions, Grosse and Martens (2016).
     """
     columns = {name: where.to(params.device) for name, where in model.weighted_layers().items()}
     with torch.no_grad():
@@ -36,7 +36,7 @@ def kronecker_factors(
     }
     with torch.enable_grad():
         outputs, _ = model.tapped(leaf, data.x, added)
-    roots = _roots(outputs.detach().flatten(2), criterion)  # [B, S, O, M]
+    roots = _roots(outputs.detach().reshape(*outputs.shape[:2], -1), criterion)  # [B, S, O, M]
     examples, count = roots.shape[1], samples or roots.shape[3]
     generator = torch.Generator().manual_seed(seed)
     size = (count, examples, roots.shape[3]) if samples else (count, examples)
@@ -49,7 +49,10 @@ def kronecker_factors(
             w = (roots * signs[k].unsqueeze(1)).sum(3) / samples**0.5
         else:
             w = roots[..., k] * signs[k].unsqueeze(1)
-        v, *g = torch.autograd.grad(outputs, [leaf, *added.values()], w.view_as(outputs), retain_graph=k + 1 < count)
+        again = k + 1 < count
+        v, *g = torch.autograd.grad(
+            outputs, [leaf, *added.values()], w.view_as(outputs), again, allow_unused=True, materialize_grads=True
+        )
         diagonal += v.square()
         for name, each in zip(added, g, strict=True):
             gradients[name] += each.mT @ each

@@ -18,10 +18,12 @@ C = TypeVar("C", bound=Callable[..., Any])
 def eager(function: C) -> C:
     """Decorates a function that torch.compile is to leave alone, with all that it calls: a graph ends before its call.
 
+    In the error where it may not, `_name_rows`, the part of `name` that works on rows, is called `name`.
+
     As `torch.compiler.disable`, whose import takes a second, does; but that import waits until there is a graph. With
     fullgraph=True, and in torch.export with strict=True, the error of torch.compile says what to do.
     """
-    name = function.__name__
+    name = function.__name__.removeprefix("_").removesuffix("_rows")
     disabled = None
 
     @functools.wraps(function)

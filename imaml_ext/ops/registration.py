@@ -16,5 +16,14 @@ def register_fake(name: str, fake: Callable[..., Any] = lambda *args, **kwargs: 
         torch.library.register_fake(f"imaml_ext::{name}", fake)
 
 
-for _name in ("cg_begin_", "cg_direction_", "cg_step_", "minres_begin_", "minres_step_", "next_round_"):
+_OF_SOLVERS = (
+    "cg_begin_",
+    "cg_direction_",
+    "cg_step_",
+    "cg_shifts_step_",
+    "lsqr_begin_",
+    "lsqr_direction_",
+    "lsqr_residual_",
+)
+for _name in (*_OF_SOLVERS, "minres_begin_", "minres_step_", "next_round_"):
     register_fake(_name)

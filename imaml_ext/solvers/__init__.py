@@ -5,26 +5,37 @@ from typing import TYPE_CHECKING, Any
 from imaml_ext._renamed import old_names
 from imaml_ext.solvers.cg import CG, cg
 from imaml_ext.solvers.differentiable import WarmStart, solve
+from imaml_ext.solvers.lanczos import ExtremeEigenvalues, TraceEstimate, extreme_eigenvalues, logdet, trace_of
+from imaml_ext.solvers.least_squares import LeastSquaresSolution, lsqr
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Solution, SolveStatus
 from imaml_ext.solvers.minres import MINRES, minres
+from imaml_ext.solvers.multi_shift import multi_shift_cg
 from imaml_ext.solvers.operators import check_symmetry, multi_rhs
 from imaml_ext.solvers.stationary import FixedPoint, Neumann
 
 __all__ = [
     "CG",
     "MINRES",
+    "ExtremeEigenvalues",
     "FixedPoint",
     "Lanczos",
+    "LeastSquaresSolution",
     "LinearSolver",
     "Neumann",
     "Solution",
     "SolveStatus",
+    "TraceEstimate",
     "WarmStart",
     "cg",
     "check_symmetry",
+    "extreme_eigenvalues",
+    "logdet",
+    "lsqr",
     "minres",
     "multi_rhs",
+    "multi_shift_cg",
     "solve",
+    "trace_of",
 ]
 
 _old = old_names(

@@ -17,7 +17,7 @@ from imaml_ext.ops.calls import callback, check_untransformed, eager, is_traced
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
 from imaml_ext.solvers.compiled import cg_loop
-from imaml_ext.solvers.linear import LinearSolver, Operator, SetUp, Solution, check_system
+from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, SetUp, Solution
 from imaml_ext.solvers.operators import System
 from imaml_ext.solvers.preconditioners.preconditioner import MadePreconditioner, Preconditioner
 
@@ -86,7 +86,6 @@ def check_arguments(
     preconditioner: Tensor | Operator | BlockOperator | None,
 ) -> None:
     """What `cg` and its oracle demand of their arguments beyond what the ops check."""
-    check_system(hvp, b)
     if x0 is not None and not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
     if preconditioner is not None and not isinstance(preconditioner, Tensor) and not callable(preconditioner):
@@ -129,11 +128,20 @@ def loop_arguments(
     return {
         "shift": as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
         "x0": x0,
+        "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
+        **stopping_arguments(name, b, max_iterations, rtol, atol, check_every),
+    }
+
+
+def stopping_arguments(
+    name: str, b: Tensor, max_iterations: int, rtol: float | Tensor, atol: float | Tensor, check_every: int
+) -> dict[str, Any]:
+    """When the native loop of the solver `name` stops: the arguments of these names, checked."""
+    return {
         "max_iterations": check_int("max_iterations", max_iterations, minimum=0),
         "rtol": _tolerance(rtol, "rtol", b),
         "atol": _tolerance(atol, "atol", b),
         "check_every": _look_every(check_every, name),
-        "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
     }
 
 
@@ -150,6 +158,7 @@ def cg(
     check_every: int = 0,
     rows_per_block: int | None = None,
     check_symmetry: bool = False,
+    lanczos: bool = False,
 ) -> Solution:
     """Solves (A_b + diag(shift)) x_b = b_b for every row b by preconditioned conjugate gradients.
 
@@ -191,6 +200,8 @@ def cg(
             and a preconditioner are functions of two arguments, p [k, N] (fewer rows in the last block) and the `slice`
             of the batch that these rows are; counts of products are a block's. None: all rows together.
         check_symmetry: first compare qᵀAp with pᵀAq for random p and q, by six products, and wait for the result.
+        lanczos: keep the coefficients of every row's Lanczos tridiagonal, `Lanczos` with m = max_iterations. Without
+            rtol and atol no measurement cuts it short. Not under torch.compile, nor with check_every in a CUDA graph.
 
     Returns:
         A `Solution`. No autograd graph is recorded; `imaml_ext.solve` is the differentiable solve.
@@ -221,6 +232,7 @@ def cg(
         preconditioner=preconditioner,
         check_every=check_every,
         rows_per_block=rows_per_block,
+        lanczos=lanczos,
     )
     solution = system.solution(solution)
     return solution if set_up is None else replace(solution, set_up=set_up)
@@ -285,8 +297,11 @@ def _compiled_rows(
     atol: float | Tensor,
     preconditioner: Any,
     check_every: int,
+    lanczos: bool = False,
 ) -> Solution:
     _look_every(check_every, "cg")
+    if lanczos:
+        raise ValueError("lanczos must be False where cg is compiled, got True")
     diagonal = None
     if isinstance(preconditioner, Tensor):
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
@@ -311,6 +326,7 @@ def _eager_rows(
     b: Tensor,
     *,
     preconditioner: Tensor | Operator | BlockOperator | None,
+    lanczos: bool = False,
     **options: Any,
 ) -> Solution:
     arguments = loop_arguments("cg", hvp, b, preconditioner=preconditioner, **options)
@@ -319,5 +335,15 @@ def _eager_rows(
         diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
     elif preconditioner is not None:
         preconditioner = callback(preconditioner, "cg", "preconditioner", b)
-    hvp = callback(hvp, "cg", "hvp", b)
-    return Solution(*native(b.device).cg(hvp, b, inverse_diagonal=diagonal, preconditioner=preconditioner, **arguments))
+    hvp = callback(hvp, "cg", "A", b)
+    native_cg = native(b.device).cg
+    x, status, iterations, residual_norm, tables, _ = native_cg(
+        hvp,
+        b,
+        inverse_diagonal=diagonal,
+        preconditioner=preconditioner,
+        lanczos=bool(lanczos),
+        shifts=None,
+        **arguments,
+    )
+    return Solution(x, status, iterations, residual_norm, Lanczos(*tables) if lanczos else None)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROW_STATE_WIDTH = 10  # kRowStateWidth in csrc/cg/row.h
+ROW_STATE_WIDTH = 12  # kRowStateWidth in csrc/cg/row.h
 _ITERATING = 16  # and beyond: rows at work
 
 

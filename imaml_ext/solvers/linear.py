@@ -56,7 +56,7 @@ _ADVICE = {
     ),
     SolveStatus.DIVERGED: (
         "the residual has grown, so the iteration does not converge for this matrix: raise lam or damping, lower the "
-        "solver's lr, or solve by CG or MINRES"
+        "solver's lr, or solve by CG or MINRES; in lsqr, rmatvec is not the adjoint of M"
     ),
     SolveStatus.SINGULAR: (
         "A = H + diag(shift) is singular to working precision, and b is not in its range: x has about the least "
@@ -79,8 +79,10 @@ class Lanczos:
     With a preconditioner M they are those of M^½ A M^½ begun at M^½ b.
 
     Attributes:
-        diagonal: [B, m] float64. off_diagonal: [B, m − 1] float64. steps: [B] int32, the rows of T that are known;
-            entries at and beyond them are 0.
+        diagonal: [B, m] float64. off_diagonal: [B, m − 1] float64. steps: [B] int32, the rows of T that are known: in
+            `cg` the steps until the row's first measurement, restart or end. Entries at and beyond them are 0.
+
+    Source: Golub and Meurant, Matrices, moments and quadrature with applications (2010), section 4.1.
     """
 
     diagonal: Tensor
@@ -170,38 +172,27 @@ class Solution:
 torch.serialization.add_safe_globals([Solution, Lanczos, SetUp])
 
 
-def check_system(hvp: object, b: object) -> None:
-    """Raises TypeError or ValueError unless hvp is callable and b a floating-point [B, N]."""
-    if not callable(hvp):
-        raise TypeError(f"hvp must be callable, got {type(hvp).__name__}")
-    if not isinstance(b, Tensor):
-        raise TypeError(f"b must be a tensor, got {type(b).__name__}")
-    if b.dim() != 2:
-        raise ValueError(f"b must have shape [B, N] (one system per row), got {list(b.shape)}")
-    if b.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"b must be float32, float64, bfloat16 or float16, got {b.dtype}")
-
-
 def checked(operator: Operator, b: Tensor, name: str, *, shift: Coefficient) -> tuple[Operator, Tensor]:
     """Operator and b without a graph, for a solver `name` in torch operations: what it demands is what `cg` does.
 
     Raises:
-        TypeError, ValueError: for the arguments; and in a call of the operator, for a product unlike b.
+        TypeError, ValueError: in a call of the operator, for a product unlike b.
         RuntimeError: under a transform of torch.func.
     """
     check_untransformed(name, b=b, shift=shift)
-    check_system(operator, b)
-    operator = callback(operator, name, "hvp", b)
+    operator = callback(operator, name, "A", b)
 
     def product(p: Tensor) -> Tensor:
         result = operator(p)
         if not isinstance(result, Tensor):
-            raise TypeError(f"{name}: hvp must return a tensor, got {type(result).__name__}")
+            raise TypeError(f"{name}: A must return a tensor, got {type(result).__name__}")
         for what in ("device", "dtype", "shape"):
             found, expected = getattr(result, what), getattr(b, what)
             if found != expected:
                 error = TypeError if what == "dtype" else ValueError
-                raise error(f"{name}: hvp must have the {what} of b, {_words(expected)}, got {_words(found)}")
+                raise error(
+                    f"{name}: what A returns must have the {what} of b, {_words(expected)}, got {_words(found)}"
+                )
         return result.detach()
 
     return product, b.detach()

@@ -94,7 +94,7 @@ def minres(
         check_every=check_every,
         rows_per_block=rows_per_block,
     )
-    hvp = callback(system.operator, "minres", "hvp", system.b)
+    hvp = callback(system.operator, "minres", "A", system.b)
     loop = native(system.b.device).minres
     x, status, iterations, norm, *kept = loop(hvp, system.b, lanczos=lanczos, **arguments)
     return system.solution(Solution(x, status, iterations, norm, Lanczos(*kept) if lanczos else None))

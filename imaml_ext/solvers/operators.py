@@ -50,7 +50,7 @@ class Form:
 
     Attributes:
         lead: the shape of what there is one of per system: (), (B,) or (B, K). shapes: those of the leaves of b.
-        spec: the structure of b; None for a tensor.
+        spec: the structure of b; None for a tensor. name: of the argument b, for messages.
     """
 
     lead: tuple[int, ...]
@@ -58,29 +58,31 @@ class Form:
     spec: pytree.TreeSpec | None
     dtype: torch.dtype
     device: torch.device
+    name: str = "b"
 
     @classmethod
-    def of(cls, b: Any) -> Form:
+    def of(cls, b: Any, name: str = "b") -> Form:
         """Raises TypeError or ValueError for what is no right-hand side."""
         if isinstance(b, Tensor):
-            _check_leaf(b, "b", b)
+            _check_leaf(b, name, b)
             lead: tuple[int, ...] = tuple(b.shape[:1]) if b.dim() > 1 else ()
             if b.dim() == 3:
                 lead = (b.shape[0], b.shape[2])
                 if b.shape[2] == 0:
-                    raise ValueError(f"b must have at least one right-hand side, got {list(b.shape)} (K = 0)")
-            return cls(lead, (b.shape,), None, b.dtype, b.device)
+                    raise ValueError(f"{name} must have at least one right-hand side, got {list(b.shape)} (K = 0)")
+            return cls(lead, (b.shape,), None, b.dtype, b.device, name)
         leaves, spec = pytree.tree_flatten(b)
         if not leaves or spec.is_leaf():
-            raise TypeError(f"b must be a tensor or a nested structure of tensors, got {_name(b)}")
+            raise TypeError(f"{name} must be a tensor or a nested structure of tensors, got {_name(b)}")
         for leaf in leaves:
-            _check_leaf(leaf, "every tensor of b", leaves[0])
+            _check_leaf(leaf, f"every tensor of {name}", leaves[0])
             if leaf.dim() == 0 or leaf.shape[0] != leaves[0].shape[0]:
                 raise ValueError(
-                    f"every tensor of b must have the same number of rows [B, …], got {[list(x.shape) for x in leaves]}"
+                    f"every tensor of {name} must have the same number of rows [B, …], got "
+                    f"{[list(x.shape) for x in leaves]}"
                 )
         shapes = tuple(leaf.shape for leaf in leaves)
-        return cls((shapes[0][0],), shapes, spec, leaves[0].dtype, leaves[0].device)
+        return cls((shapes[0][0],), shapes, spec, leaves[0].dtype, leaves[0].device, name)
 
     @property
     def rows(self) -> int:
@@ -107,14 +109,16 @@ class Form:
         if self.spec is not None:
             leaves, spec = pytree.tree_flatten(value)
             if spec != self.spec:
-                raise ValueError(f"{name} must have the structure of b, {_words(self.spec)}, got {_words(spec)}")
+                raise ValueError(
+                    f"{name} must have the structure of {self.name}, {_words(self.spec)}, got {_words(spec)}"
+                )
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{name} must be a tensor where b is, got {_name(leaf)}")
+                raise TypeError(f"{name} must be a tensor where {self.name} is, got {_name(leaf)}")
             if leaf.shape != shape:
-                raise ValueError(f"{name} must have the shape of b, {list(shape)}, got {list(leaf.shape)}")
+                raise ValueError(f"{name} must have the shape of {self.name}, {list(shape)}, got {list(leaf.shape)}")
             if leaf.device != self.device:
-                raise ValueError(f"{name} must have the device of b, {self.device}, got {leaf.device}")
+                raise ValueError(f"{name} must have the device of {self.name}, {self.device}, got {leaf.device}")
         if len(self.lead) == 2:
             return leaves[0].mT.reshape(self.rows, -1)
         if len(leaves) == 1:
@@ -202,19 +206,21 @@ class System:
         form = self.form
         if form is None:
             return flat
-        scalars = {name: getattr(flat, name).reshape(form.lead) for name in ("status", "iterations", "residual_norm")}
+        values = {name: v for name, v in vars(flat).items() if name != "x" and isinstance(v, Tensor)}
+        scalars: dict[str, Any] = {name: v.reshape(form.lead) for name, v in values.items()}
         lanczos = flat.lanczos
         if lanczos is not None:
             lanczos = type(lanczos)(*(v.reshape(*form.lead, *v.shape[1:]) for v in vars(lanczos).values()))
         return replace(flat, x=form.unpack(flat.x), lanczos=lanczos, **scalars)
 
 
-def product_of(A: Any, form: Form, name: str) -> Product:
-    """An operator in any form, as p [R, N] -> A p [R, N] for the rows of `form`."""
+def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Product:
+    """An operator in any form, as p [R, N] -> A p [R, N] for the rows of `form`; [R, M] where `result` has M."""
+    result = result or form
     if isinstance(A, Tensor):
-        return _matrix(_tensor(A, form, name), A.shape, form, name)
+        return _matrix(_tensor(A, form, name), A.shape, form, result, name)
     if is_matrix(A):
-        return _matrix(_multiplication(A, form, name), A.shape, form, name)
+        return _matrix(_multiplication(A, form, name), A.shape, form, result, name)
     if not callable(A):
         raise TypeError(f"{name} must be a function, a matrix or an operator that has a shape and @, got {_name(A)}")
     if len(form.lead) == 2 and not getattr(A, "multi_rhs", False):
@@ -226,13 +232,13 @@ def product_of(A: Any, form: Form, name: str) -> Product:
         def one_by_one(p: Tensor) -> Tensor:
             parts = [A(part.contiguous()) for part in p.reshape(batch, columns, -1).unbind(1)]
             for part in parts:
-                if not isinstance(part, Tensor) or part.shape != (batch, p.shape[1]):
+                if not isinstance(part, Tensor) or part.shape != (batch, result.size):
                     got = list(part.shape) if isinstance(part, Tensor) else _name(part)
-                    raise ValueError(f"{name} must return [{batch}, {p.shape[1]}], a product of one column, got {got}")
-            return torch.stack(parts, 1).reshape(p.shape)
+                    raise ValueError(f"{name} must return [{batch}, {result.size}], a product of one column, got {got}")
+            return torch.stack(parts, 1).reshape(result.rows, result.size)
 
         return one_by_one
-    return lambda p: form.pack(A(form.unpack(p)), f"what {name} returns")
+    return lambda p: result.pack(A(form.unpack(p)), f"what {name} returns")
 
 
 def is_matrix(A: Any) -> bool:
@@ -240,44 +246,46 @@ def is_matrix(A: Any) -> bool:
     return hasattr(A, "shape") and hasattr(A, "__matmul__")
 
 
-def _matrix(multiply: Callable[[Tensor], Tensor], shape: Any, form: Form, name: str) -> Product:
-    """multiply: X [(B,) N, K] -> A X."""
+def _matrix(multiply: Callable[[Tensor], Tensor], shape: Any, form: Form, result: Form, name: str) -> Product:
+    """multiply: X [(B,) N, K] -> A X [(B,) M, K]."""
     rows, size, batch = form.rows, form.size, form.lead[:1]
-    lead, square = tuple(shape[:-2]), tuple(shape[-2:])
-    if len(square) != 2 or square != (size, size) or lead not in ((), batch):
-        expected = f"[{size}, {size}]" + (f" or [{batch[0]}, {size}, {size}]" if batch else "")
-        raise ValueError(f"{name} must have shape {expected}, as b has {size} unknowns, got {list(shape)}")
+    lead, sizes = tuple(shape[:-2]), (result.size, size)
+    if tuple(shape[-2:]) != sizes or lead not in ((), batch):
+        expected = f"{list(sizes)}" + (f" or {[batch[0], *sizes]}" if batch else "")
+        why = f"as b has {size} unknowns" if form is result else f"as {result.name} and {form.name} have these sizes"
+        raise ValueError(f"{name} must have shape {expected}, {why}, got {list(shape)}")
 
     def product(p: Tensor) -> Tensor:
         X = p.mT if lead == () else p.reshape(*lead, -1, size).mT
         Y = multiply(X)
-        if not isinstance(Y, Tensor) or Y.shape != X.shape:
+        expected = [*X.shape[:-2], result.size, X.shape[-1]]
+        if not isinstance(Y, Tensor) or list(Y.shape) != expected:
             got = list(Y.shape) if isinstance(Y, Tensor) else _name(Y)
-            raise ValueError(f"{name} must give {list(X.shape)} for {list(X.shape)}, got {got}")
-        return Y.mT.reshape(rows, size)
+            raise ValueError(f"{name} must give {expected} for {list(X.shape)}, got {got}")
+        return Y.mT.reshape(rows, result.size)
 
     return product
 
 
 def _tensor(A: Tensor, form: Form, name: str) -> Callable[[Tensor], Tensor]:
     if A.dtype != form.dtype:
-        raise TypeError(f"{name} must have the dtype of b, {form.dtype}, got {A.dtype}")
+        raise TypeError(f"{name} must have the dtype of {form.name}, {form.dtype}, got {A.dtype}")
     if A.device != form.device:
-        raise ValueError(f"{name} must have the device of b, {form.device}, got {A.device}")
+        raise ValueError(f"{name} must have the device of {form.name}, {form.device}, got {A.device}")
     if A.layout == torch.strided or A.dim() == 2:
         return A.__matmul__
     return _block_diagonal(A)
 
 
 def _block_diagonal(A: Tensor) -> Callable[[Tensor], Tensor]:
-    """A sparse [B, N, N] as one sparse matrix of B blocks, which every layout's kernels can multiply by."""
-    batch, size, _ = A.shape
+    """A sparse [B, M, N] as one sparse matrix of B blocks, which every layout's kernels can multiply by."""
+    batch, height, width = A.shape
     coo = A.to_sparse_coo().coalesce()
     block, row, column = coo.indices()
-    indices = torch.stack([block * size + row, block * size + column])
-    shape = (batch * size, batch * size)
+    indices = torch.stack([block * height + row, block * width + column])
+    shape = (batch * height, batch * width)
     blocks = torch.sparse_coo_tensor(indices, coo.values(), shape, check_invariants=False, is_coalesced=True)
-    return lambda X: (blocks @ X.reshape(batch * size, -1)).reshape(X.shape)
+    return lambda X: (blocks @ X.reshape(batch * width, -1)).reshape(batch, height, X.shape[-1])
 
 
 def _multiplication(A: Any, form: Form, name: str) -> Callable[[Tensor], Tensor]:
@@ -285,8 +293,8 @@ def _multiplication(A: Any, form: Form, name: str) -> Callable[[Tensor], Tensor]
         return A.__matmul__
     if form.device.type != "cpu" or form.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{name} is an operator of NumPy and SciPy, for which b must be float32 or float64 on the CPU, got "
-            f"{form.dtype} on {form.device}"
+            f"{name} is an operator of NumPy and SciPy, for which {form.name} must be float32 or float64 on the CPU, "
+            f"got {form.dtype} on {form.device}"
         )
     matmat = getattr(A, "matmat", A.__matmul__)
 

@@ -137,6 +137,7 @@ void step_rows(const CgArguments<T>& a, const CgKernels<T>& kernels, int64_t fir
 
   // x ← x + α p,  p ← z + β p
   each([&](int64_t row, const RowStep& step) {
+    a.state[row].alpha = step.take_step ? step.alpha : 0.0;
     keep_or_restore(a, row, step.best);
     if (a.first && !step.take_step && !step.take_scaled_rhs) std::fill_n(a.x + row * a.cols, a.cols, T(0));
     next_direction(a, kernels, row, split_row, step.sums.rz, step.take_step, step.alpha);

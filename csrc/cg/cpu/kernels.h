@@ -33,6 +33,7 @@ struct CgKernels {
   void (*update)(const A&, int64_t row, int64_t begin, int64_t end, bool take_step, C alpha, UpdateTo to, C beta);
   void (*scaled_rhs)(const A&, int64_t row, int64_t begin, int64_t end);
   double (*dot_rz)(const A&, int64_t row, int64_t begin, int64_t end);
+  void (*follow)(const CgShifts<T>&, int64_t row, int64_t shift, int64_t begin, int64_t end);
 };
 
 }  // namespace imaml_ext

@@ -159,5 +159,24 @@ struct Passes {
     return rz.total();
   }
 
-  static constexpr CgKernels<T> kTable = {residual_at_start<A>, curvature, step_is_finite, residual, update, scaled_rhs, dot_rz};
+  // x ← x + α p,   then   p ← ζ r + β p   unless the system follows no more
+  IMAML_PASS void follow(const CgShifts<T>& a, int64_t row, int64_t shift, int64_t first, int64_t last) {
+    const int64_t system = row * a.shifts + shift;
+    const ShiftState& state = a.shift_state[system];
+    if (state.alpha == 0.0) return;
+    const T* const r_row = a.r + row * a.cols;
+    T* const x_row = a.x + system * a.cols;
+    T* const p_row = a.p + system * a.cols;
+    const auto alpha = broadcast(static_cast<C>(state.alpha));
+    const auto beta = broadcast(static_cast<C>(state.beta));
+    const auto zeta = broadcast(static_cast<C>(state.zeta));
+    const bool turn = state.zeta != 0.0 && !a.last;
+    sweep(first, last, [&](int64_t i, int n) {
+      const auto p = load(p_row + i, n);
+      store(x_row + i, load(x_row + i, n) + alpha * p, n);
+      if (turn) store(p_row + i, zeta * load(r_row + i, n) + beta * p, n);
+    });
+  }
+
+  static constexpr CgKernels<T> kTable = {residual_at_start<A>, curvature, step_is_finite, residual, update, scaled_rhs, dot_rz, follow};
 };

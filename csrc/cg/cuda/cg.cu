@@ -21,7 +21,7 @@ struct CgBegin : CgWork<T> {
 
   __device__ void begin(int64_t, Decision& d) const {
     d.b_scale = d.r_scale = 1.0;
-    d.alpha = d.beta = 0.0;
+    d.alpha = 0.0;
     d.iterations = 0;
     d.take_step = d.summed = false;
   }
@@ -55,7 +55,7 @@ struct CgBegin : CgWork<T> {
                          a.atol[row * a.atol_stride], a.wide(), d.clear_solution);
     if (a.update_direction) {
       const double rz = a.inverse_diagonal.data != nullptr ? sums[3] : sums[1];
-      d.beta = row_direction(d.state, d.status, row_rescaled(d.state, d.r_scale, rz), a.largest());
+      row_direction(d.state, d.status, row_rescaled(d.state, d.r_scale, rz), a.largest());
     }
   }
 
@@ -175,7 +175,7 @@ struct CgStep : CgWork<T> {
     } else {
       d.take_step = row_residual(d.state, d.status, d.iterations, d.length, sums[0], a.unit_roundoff(), d.best);
       const double rz = a.inverse_diagonal.data != nullptr ? sums[1] : sums[0];
-      if (a.update_direction) d.beta = row_direction(d.state, d.status, rz, a.largest());
+      if (a.update_direction) row_direction(d.state, d.status, rz, a.largest());
     }
   }
 
@@ -186,6 +186,11 @@ struct CgStep : CgWork<T> {
     if (d.take_scaled_rhs) take_scaled_rhs(part);
     // A row that is over after its first step had neither of them yet.
     if (a.first) this->clear(part, !d.take_step && !d.take_scaled_rhs, !a.last && !row_is_active(d.status));
+  }
+
+  __device__ void end(int64_t row, Decision& d) const {
+    d.state.alpha = d.take_step ? d.alpha : 0.0;
+    CgWork<T>::end(row, d);
   }
 
   // x ← b / shift where the shift is positive and the quotient finite
@@ -228,7 +233,7 @@ struct CgDirection : CgWork<T> {
   }
 
   __device__ void decide(int, int64_t, Decision& d, const double (&sums)[kSums]) const {
-    d.beta = row_direction(d.state, d.status, sums[0], a.largest());
+    row_direction(d.state, d.status, sums[0], a.largest());
   }
 
   // p ← z + β p   (or p ← x for a row that verifies)

@@ -13,7 +13,6 @@ struct CgDecision {
   Curvature curvature;
   double alpha;
   double length;  // ‖α p‖
-  double beta;
   int32_t status;
   int32_t iterations;
   bool may_overflow;
@@ -44,7 +43,7 @@ struct CgWork {
     auto* const to = reinterpret_cast<double*>(&d.state);
 #pragma unroll 1
     for (int64_t k = 0; k < kRowStateWidth; ++k) to[k] = from[k];
-    d.alpha = d.beta = 0.0;
+    d.alpha = 0.0;
     d.status = a.status[row];
     d.iterations = a.iterations != nullptr ? a.iterations[row] : 0;
     d.may_overflow = d.take_scaled_rhs = d.take_step = false;
@@ -80,7 +79,7 @@ struct CgWork {
     if (d.take_step || to_direction) {
       const T* const z_row = (a.z != nullptr ? a.z : a.r) + part.start();
       const C alpha = static_cast<C>(d.alpha);
-      const C beta = static_cast<C>(d.beta);
+      const C beta = static_cast<C>(d.state.beta);
       part.for_each_tile([&](const Tile<V>& tile) {
         Numbers p{};
         if (part.keeps()) {

@@ -7,6 +7,8 @@ namespace imaml_ext {
   template <typename T>                     \
   const CgKernels<T>& cg_table();           \
   template <typename T>                     \
+  const LsqrKernels<T>& lsqr_table();       \
+  template <typename T>                     \
   const MinresKernels<T>& minres_table();   \
   template <typename T>                     \
   const ProxKernels<T>& prox_table();       \
@@ -37,6 +39,11 @@ const CgKernels<T>& cg_kernels() {
 }
 
 template <typename T>
+const LsqrKernels<T>& lsqr_kernels() {
+  IMAML_CHOOSE_TABLE(lsqr_table)
+}
+
+template <typename T>
 const MinresKernels<T>& minres_kernels() {
   IMAML_CHOOSE_TABLE(minres_table)
 }
@@ -55,6 +62,10 @@ template const CgKernels<float>& cg_kernels();
 template const CgKernels<double>& cg_kernels();
 template const CgKernels<c10::BFloat16>& cg_kernels();
 template const CgKernels<c10::Half>& cg_kernels();
+template const LsqrKernels<float>& lsqr_kernels();
+template const LsqrKernels<double>& lsqr_kernels();
+template const LsqrKernels<c10::BFloat16>& lsqr_kernels();
+template const LsqrKernels<c10::Half>& lsqr_kernels();
 template const MinresKernels<float>& minres_kernels();
 template const MinresKernels<double>& minres_kernels();
 template const MinresKernels<c10::BFloat16>& minres_kernels();

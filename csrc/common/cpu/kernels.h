@@ -3,6 +3,7 @@
 
 #include "cg/cpu/kernels.h"
 #include "common/cpu/capability.h"
+#include "lsqr/cpu/kernels.h"
 #include "minres/cpu/kernels.h"
 #include "network/cpu/kernels.h"
 #include "prox/cpu/kernels.h"
@@ -12,6 +13,8 @@ namespace imaml_ext {
 // The tables of the instruction set chosen by cpu_capability().
 template <typename T>
 const CgKernels<T>& cg_kernels();
+template <typename T>
+const LsqrKernels<T>& lsqr_kernels();
 template <typename T>
 const MinresKernels<T>& minres_kernels();
 template <typename T>
@@ -25,6 +28,10 @@ const NetworkKernels<T>& network_kernels();
   template const CgKernels<double>& cg_table();                \
   template const CgKernels<c10::BFloat16>& cg_table();         \
   template const CgKernels<c10::Half>& cg_table();             \
+  template const LsqrKernels<float>& lsqr_table();             \
+  template const LsqrKernels<double>& lsqr_table();            \
+  template const LsqrKernels<c10::BFloat16>& lsqr_table();     \
+  template const LsqrKernels<c10::Half>& lsqr_table();         \
   template const MinresKernels<float>& minres_table();         \
   template const MinresKernels<double>& minres_table();        \
   template const MinresKernels<c10::BFloat16>& minres_table(); \

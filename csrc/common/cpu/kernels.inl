@@ -9,6 +9,7 @@ namespace {
 // The rules come before what uses them: formatting sorts each of these groups by name.
 
 #include "cg/cpu/kernels.inl"
+#include "lsqr/cpu/kernels.inl"
 #include "minres/cpu/kernels.inl"
 #include "network/cpu/kernels.inl"
 #include "prox/cpu/kernels.inl"
@@ -17,6 +18,10 @@ namespace {
 template <typename T>
 const CgKernels<T>& cg_table() {
   return Passes<T>::kTable;
+}
+template <typename T>
+const LsqrKernels<T>& lsqr_table() {
+  return LsqrPasses<T>::kTable;
 }
 template <typename T>
 const MinresKernels<T>& minres_table() {

@@ -32,7 +32,7 @@ class Nystrom(Preconditioner):
     H may be indefinite: eigenvalues of the core Ωᵀ H Ω that do not exceed its most negative one, or rounding, are left
     out. A row is `fallback` where none is left, or a product is not finite.
 
-    Source: Frangella, Tropp, Udell, Randomized Nyström preconditioning (2021), algorithm 2.1 and equation 1.3.
+    Source: Frangella, Tropp, Udell, Randomized Nyström preconditioning (2021).
     """
 
     # Rank r of the approximation, which spends r products and keeps r vectors per row.

@@ -1,0 +1,92 @@
+#include "lsqr/solver.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+
+#include "common/checks.h"
+#include "common/solve.h"
+#include "lsqr/ops.h"
+#include "lsqr/row.h"
+
+namespace imaml_ext {
+namespace {
+
+constexpr const char* kSolver = "lsqr";
+
+// Validates, and fills in what the caller has left out.
+LsqrOptions completed(const LsqrOptions& options, const at::Tensor& y, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(options.max_iterations >= 0, "lsqr: max_iterations must be at least 0, got ",
+                    options.max_iterations);
+  TORCH_CHECK_VALUE(options.check_every >= 0, "lsqr: check_every must be at least 0, got ", options.check_every);
+  LsqrOptions o = options;
+  const auto wide = y.options().dtype(at::kDouble);
+  if (!o.rtol.defined()) o.rtol = at::full({1}, 1e-5, wide);
+  if (!o.atol.defined()) o.atol = at::zeros({1}, wide);
+  check_tolerance(kSolver, "rtol", o.rtol, y);
+  check_tolerance(kSolver, "atol", o.atol, y);
+  if (o.shift.defined()) check_coefficient(kSolver, "shift", o.shift, x);
+  return o;
+}
+
+// What a callback returned: a tensor like `like`, made contiguous.
+at::Tensor apply(const RowOperator& callback, const char* name, const at::Tensor& argument, const char* like_name,
+                 const at::Tensor& like) {
+  const bool counted = !argument.is_inference();  // inference tensors have no version
+  const int64_t version = counted ? argument._version() : 0;
+  at::Tensor result = callback(argument);
+  TORCH_CHECK_VALUE(!counted || argument._version() == version, kSolver, ": ", name,
+                    " must leave its argument as it is, but has written to it");
+  TORCH_CHECK_TYPE(result.defined(), kSolver, ": ", name, " returned no tensor");
+  result = result.detach().contiguous();
+  check_like(kSolver, name, result, like_name, like);
+  return result;
+}
+
+}  // namespace
+
+LsqrResult lsqr(const RowOperator& matvec, const RowOperator& rmatvec, const at::Tensor& y_in, int64_t unknowns,
+                const LsqrOptions& options) {
+  TORCH_CHECK_VALUE(static_cast<bool>(matvec), "lsqr: matvec must be callable, got an empty function");
+  TORCH_CHECK_VALUE(static_cast<bool>(rmatvec), "lsqr: rmatvec must be callable, got an empty function");
+  const at::Tensor y = y_in.detach().contiguous();
+  check_rows(kSolver, "y", y);
+  const int64_t batch = y.size(0);
+  LsqrResult result;
+  result.x = at::zeros({batch, unknowns}, y.options());
+  const LsqrOptions o = completed(options, y, result.x);
+  if (o.x0) {
+    check_like(kSolver, "x0", o.x0->contiguous(), "x", result.x);
+    result.x.copy_(o.x0->detach());
+  }
+  result.status = at::empty({batch}, y.options().dtype(at::kInt));
+  result.iterations = at::empty_like(result.status);
+  at::Tensor state = at::empty({batch, kLsqrStateWidth}, y.options().dtype(at::kDouble));
+  at::Tensor r = at::empty_like(y), p = at::zeros_like(result.x), best = at::empty_like(result.x);
+  const auto shift = o.shift.defined() ? std::optional(o.shift) : std::nullopt;
+
+  // s = Mᵀr,   p ← s + β p
+  const auto direction = [&] {
+    const at::Tensor t = apply(rmatvec, "rmatvec", r, "x", result.x);
+    call<lsqr_direction_>("imaml_ext::lsqr_direction_", t, shift, result.x, p, best, state, result.status,
+                          result.iterations);
+  };
+  call<lsqr_begin_>("imaml_ext::lsqr_begin_", y, o.rtol, o.atol, o.x0.has_value(), r, state, result.status,
+                    result.iterations);
+  direction();
+  const int64_t pairs = o.max_iterations + (o.x0 ? 1 : 0);  // a warm start is measured first
+  for (int64_t k = 0; k < pairs; ++k) {
+    if (o.check_every > 0 && k % o.check_every == 0 && !result.status.ge(kIterating).any().item<bool>()) break;
+    const at::Tensor q = apply(matvec, "matvec", p, "y", y);
+    call<lsqr_residual_>("imaml_ext::lsqr_residual_", q, y, r, state, result.status);
+    direction();
+  }
+
+  // A row still at work has spent its iterations.
+  result.status.masked_fill_(result.status.ge(kIterating), kMaxIterations);
+  const at::Tensor unit = state.select(1, kLsqrUnit);
+  result.residual_norm = state.select(1, kLsqrResidual).mul(unit);
+  result.gradient_norm = state.select(1, kLsqrGradient).mul(unit);
+  return result;
+}
+
+}  // namespace imaml_ext
