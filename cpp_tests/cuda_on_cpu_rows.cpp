@@ -139,7 +139,7 @@ struct MinresSystem {
     state[1].measured = 100.0;
     status[2] = kSuspect;
     state[2].stalls = 1.0, state[2].kept = 1.0, state[2].measured = state[2].residual = 0.125;
-    state[3].residual = CgRows<T>::largest();
+    state[3].residual = CgRows<T>::largest(), state[3].cosine = 1.0;
     for (int64_t i = 3 * cols; i < 4 * cols; ++i) q[i] = static_cast<T>(1000.0f);
     hp[4 * cols + 7] = static_cast<T>(NAN);
   }

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <utility>
 
@@ -141,6 +142,16 @@ void solves_indefinite_systems() {
   EXPECT(result.status.eq(kConverged).all().item<bool>());
   EXPECT(at::allclose(at::matmul(matrices, result.x.unsqueeze(2)).squeeze(2), b, 1e-8, 1e-8));
   EXPECT(result.lanczos.diagonal.size(1) == 100 && result.lanczos.steps.min().item<int>() >= 10);
+  // The same bits where the device decides when to stop: here a loop that stands for it.
+  for (const int64_t every : {1, 4, 7}) {
+    options.check_every = every;
+    options.device_loop = [](const at::Tensor& flag, const std::function<void()>& body) {
+      while (flag.item<bool>()) body();
+    };
+    const MinresResult on_device = minres(product, b, options);
+    EXPECT(at::equal(on_device.x, result.x) && at::equal(on_device.iterations, result.iterations));
+    EXPECT(at::equal(on_device.lanczos.diagonal, result.lanczos.diagonal));
+  }
   EXPECT(throws_saying([&] { minres(nullptr, b); }, "minres: A must be callable, got an empty function"));
 }
 

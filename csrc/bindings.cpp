@@ -29,12 +29,28 @@ imaml_ext::RowOperator row_operator(const py::object& callable, const char* solv
   };
 }
 
+// What every solver is given.
+imaml_ext::SolveOptions solve_options(const at::Tensor& shift, const std::optional<at::Tensor>& x0,
+                                      int64_t max_iterations, const at::Tensor& rtol, const at::Tensor& atol,
+                                      int64_t check_every, int64_t rows_per_block) {
+  imaml_ext::SolveOptions options;
+  options.shift = shift;
+  options.x0 = x0;
+  options.max_iterations = max_iterations;
+  options.rtol = rtol;
+  options.atol = atol;
+  options.check_every = check_every;
+  options.rows_per_block = rows_per_block;
+  return options;
+}
+
 py::tuple cg(const py::object& hvp, const at::Tensor& b, const at::Tensor& shift, const std::optional<at::Tensor>& x0,
              int64_t max_iterations, const at::Tensor& rtol, const at::Tensor& atol,
              const std::optional<at::Tensor>& inverse_diagonal, const py::object& preconditioner, int64_t check_every,
              int64_t rows_per_block, bool lanczos, const std::optional<at::Tensor>& shifts) {
   imaml_ext::CgOptions options;
-  static_cast<imaml_ext::SolveOptions&>(options) = {shift, x0, max_iterations, rtol, atol, check_every, rows_per_block};
+  static_cast<imaml_ext::SolveOptions&>(options) =
+      solve_options(shift, x0, max_iterations, rtol, atol, check_every, rows_per_block);
   if (inverse_diagonal) options.inverse_diagonal = *inverse_diagonal;
   const bool in_blocks = rows_per_block > 0;
   if (!preconditioner.is_none()) {
@@ -71,7 +87,8 @@ py::tuple minres(const py::object& hvp, const at::Tensor& b, const at::Tensor& s
                  const std::optional<at::Tensor>& x0, int64_t max_iterations, const at::Tensor& rtol,
                  const at::Tensor& atol, int64_t check_every, int64_t rows_per_block, bool lanczos) {
   imaml_ext::MinresOptions options;
-  static_cast<imaml_ext::SolveOptions&>(options) = {shift, x0, max_iterations, rtol, atol, check_every, rows_per_block};
+  static_cast<imaml_ext::SolveOptions&>(options) =
+      solve_options(shift, x0, max_iterations, rtol, atol, check_every, rows_per_block);
   options.lanczos = lanczos;
   imaml_ext::MinresResult result;
   {

@@ -12,7 +12,7 @@ from imaml_ext.ops import Coefficient
 from imaml_ext.ops.calls import callback, eager
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
-from imaml_ext.solvers.cg import BlockOperator, check_blocks, loop_arguments
+from imaml_ext.solvers.cg import check_blocks, loop_arguments
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, Solution, SolveStatus
 from imaml_ext.solvers.operators import System
 
@@ -35,6 +35,7 @@ class MINRES(LinearSolver):
         return minres(operator, b, shift=shift, x0=x0, rows_per_block=rows_per_block, **vars(self))
 
 
+@eager
 def minres(
     A: Any,
     b: Any,
@@ -81,7 +82,8 @@ def minres(
     check_blocks(rows_per_block, system)
     if check_symmetry:
         operators.check_symmetry(A, b)
-    solution = _minres_rows(
+    arguments = loop_arguments(
+        "minres",
         system.operator,
         system.b,
         shift=system.coefficient(shift, "shift"),
@@ -91,14 +93,8 @@ def minres(
         atol=system.tolerance(atol, "atol"),
         check_every=check_every,
         rows_per_block=rows_per_block,
-        lanczos=lanczos,
     )
-    return system.solution(solution)
-
-
-@eager
-def _minres_rows(hvp: Operator | BlockOperator, b: Tensor, *, lanczos: bool, **options: Any) -> Solution:
-    arguments = loop_arguments("minres", hvp, b, **options)
-    hvp = callback(hvp, "minres", "A", b)
-    x, status, iterations, norm, *kept = native(b.device).minres(hvp, b, lanczos=lanczos, **arguments)
-    return Solution(x, status, iterations, norm, Lanczos(*kept) if lanczos else None)
+    hvp = callback(system.operator, "minres", "A", system.b)
+    loop = native(system.b.device).minres
+    x, status, iterations, norm, *kept = loop(hvp, system.b, lanczos=lanczos, **arguments)
+    return system.solution(Solution(x, status, iterations, norm, Lanczos(*kept) if lanczos else None))

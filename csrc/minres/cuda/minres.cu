@@ -75,15 +75,15 @@ struct MinresWork {
     return r;
   }
 
-  // numbers · scale / divisor
-  static __device__ __forceinline__ Pack<T, V> normalised(const Numbers& numbers, const MinresStep& step) {
-    const C scale = static_cast<C>(step.scale);
-    const C divisor = static_cast<C>(step.divisor);
+  // numbers · scale · inverse
+  static __device__ __forceinline__ Pack<T, V> normalised(const Numbers& numbers, C scale, C inverse) {
     Pack<T, V> to;
 #pragma unroll
-    for (int k = 0; k < V; ++k) to.v[k] = static_cast<T>(numbers.v[k] * scale / divisor);
+    for (int k = 0; k < V; ++k) to.v[k] = static_cast<T>(numbers.v[k] * scale * inverse);
     return to;
   }
+  // Of the divisor, which is next to 1: a division for each element would be a call in the middle of a loop.
+  static __device__ __forceinline__ C inverse_of(const MinresStep& step) { return static_cast<C>(1.0 / step.divisor); }
 
   template <typename Part>
   __device__ void fill(const Part& part, T* vectors) const {
@@ -96,8 +96,9 @@ struct MinresWork {
   // v = (b − A x) / ‖b − A x‖
   template <typename Part>
   __device__ void new_space(const Part& part, const MinresStep& step) const {
+    const C scale = static_cast<C>(step.scale), inverse = inverse_of(step);
     part.for_each_tile([&](const Tile<V>& tile) {
-      tile.store(a.v_next + part.start(), normalised(widened(residual(part, tile)), step));
+      tile.store(a.v_next + part.start(), normalised(widened(residual(part, tile)), scale, inverse));
     });
   }
 };
@@ -236,22 +237,31 @@ struct MinresStepWork : MinresWork<T> {
     const double scale = 1.0 / d.state.operator_unit;
     const double x_scale = 1.0 / minres_solution_unit(d.state);
     part.for_each_tile([&](const Tile<V>& tile) {
-      C* const place = part.template place<C>(tile);
-      C* const second = part.template place<C>(tile, 1);
-      Numbers q = part.keeps() ? tile.kept(place) : this->load(tile, a.v + start);
-      const Numbers Av = part.keeps() ? tile.kept(second) : this->product(part, tile, q);
-      const Numbers packed_u = scaled(tile.settled(second, orthogonal(part, tile, d.step, q, Av)), scale);
+      C* const place = part.template place<C>(tile, 1);
+      const Numbers v = part.keeps() ? tile.kept(part.template place<C>(tile)) : this->load(tile, a.v + start);
+      const Numbers Av = part.keeps() ? tile.kept(place) : this->product(part, tile, v);
+      const Numbers packed_u = scaled(tile.settled(place, orthogonal(part, tile, d.step, v, Av)), scale);
       add_products(sums[0], packed_u, packed_u);
+    });
+    // A loop for each vector, so that registers suffice.
+    part.for_each_tile([&](const Tile<V>& tile) {
+      C* const place = part.template place<C>(tile);
+      Numbers q = part.keeps() ? tile.kept(place) : this->load(tile, a.v + start);
       if (d.step.turn != 0.0) q = without(q, d.step.turn, tile, a.q + start);
       if (d.step.turn_before != 0.0) q = without(q, d.step.turn_before, tile, a.q_next + start);
       Pack<T, V> stored;
 #pragma unroll
       for (int k = 0; k < V; ++k) stored.v[k] = static_cast<T>(q.v[k]);
       tile.store(a.q_next + start, stored);
-      // x passes through the place of q before q is kept there.
-      const Numbers packed_x = scaled(this->settled(part, tile, this->load(tile, a.x + start)), x_scale);
       const Numbers packed_q = tile.settled(place, widened(stored));
       add_products(sums[1], packed_q, packed_q);
+    });
+    part.for_each_tile([&](const Tile<V>& tile) {
+      C* const place = part.template place<C>(tile);
+      const Numbers q = part.keeps() ? tile.kept(place) : this->load(tile, a.q_next + start);
+      // x passes through the place of q, which is then kept there again.
+      const Numbers packed_x = scaled(this->settled(part, tile, this->load(tile, a.x + start)), x_scale);
+      const Numbers packed_q = tile.settled(place, q);
       add_products(sums[2], packed_x, packed_q);
       add_products(sums[3], packed_x, packed_x);
     });
@@ -307,28 +317,40 @@ struct MinresStepWork : MinresWork<T> {
     if (d.step.best == Best::kKeep) this->copy(part, a.x, a.best);
     if (d.step.best == Best::kRestore) this->copy(part, a.best, a.x);
     if (d.step.clear_solution) this->fill(part, a.x);
-    const bool next = !a.last && d.status == kIterating;
-    if (d.step.take_step) step(part, d.step, next);
-    if (next && d.step.restart) this->new_space(part, d.step);
+    if (d.step.take_step) step(part, static_cast<C>(d.step.tau));
+    if (!a.last && d.status == kIterating) {
+      if (d.step.restart) {
+        this->new_space(part, d.step);
+      } else {
+        next_vector(part, d.step);
+      }
+    }
     if (!a.last && minres_measures(d.status)) this->copy(part, a.x, a.v_next);
     if (!a.last && !row_is_active(d.status) && (d.was_active || a.first)) this->fill(part, a.v_next);
   }
 
-  // x ← x + τ q,  v₊ = u / β₊
+  // x ← x + τ q
   template <typename Part>
-  __device__ void step(const Part& part, const MinresStep& step, bool next) const {
+  __device__ void step(const Part& part, C tau) const {
+    part.for_each_tile([&](const Tile<V>& tile) { tile.store(a.x + part.start(), stepped(part, tile, tau)); });
+  }
+
+  // v₊ = u / β₊
+  template <typename Part>
+  __device__ void next_vector(const Part& part, const MinresStep& step) const {
     const int64_t start = part.start();
+    const C scale = static_cast<C>(step.scale), inverse = this->inverse_of(step);
+    if (part.keeps()) {
+      part.for_each_tile([&](const Tile<V>& tile) {
+        const Numbers u = tile.kept(part.template place<C>(tile, 1));
+        tile.store(a.v_next + start, this->normalised(u, scale, inverse));
+      });
+      return;
+    }
     part.for_each_tile([&](const Tile<V>& tile) {
-      tile.store(a.x + start, stepped(part, tile, static_cast<C>(step.tau)));
-      if (!next) return;
-      Numbers u;
-      if (part.keeps()) {
-        u = tile.kept(part.template place<C>(tile, 1));
-      } else {
-        const Numbers v = this->load(tile, a.v + start);
-        u = orthogonal(part, tile, step, v, this->product(part, tile, v));
-      }
-      tile.store(a.v_next + start, this->normalised(u, step));
+      const Numbers v = this->load(tile, a.v + start);
+      const Numbers u = orthogonal(part, tile, step, v, this->product(part, tile, v));
+      tile.store(a.v_next + start, this->normalised(u, scale, inverse));
     });
   }
 };
