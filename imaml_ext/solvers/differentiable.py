@@ -17,7 +17,7 @@ from imaml_ext.ops import as_coefficient
 from imaml_ext.ops.calls import is_traced, is_transformed
 from imaml_ext.solvers.cg import CG
 from imaml_ext.solvers.linear import LinearSolver, Solution
-from imaml_ext.solvers.operators import Form, System, check_symmetry, is_matrix, product_of
+from imaml_ext.solvers.operators import Form, System, check_symmetry, is_matrix, matrix_product, product_of
 
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -113,7 +113,8 @@ def _parametrised(A: Any, form: Form, parameters: Any) -> tuple[Callable[..., Te
         if isinstance(A, Tensor) and A.layout != torch.strided:
             return _sparse(A, form)
         if isinstance(A, Tensor):
-            return lambda p, A: product_of(A, form, "A")(p), (A,)
+            product_of(A, form, "A")  # checks it, here and not in a trace of the function
+            return lambda p, A: matrix_product(A.__matmul__, A.shape, form, form, "A")(p), (A,)
         if hasattr(A, "representation") and hasattr(A, "representation_tree"):  # linear_operator
             tree = A.representation_tree()
             return lambda p, *tensors: product_of(tree(*tensors), form, "A")(p), tuple(A.representation())

@@ -218,9 +218,9 @@ def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Pro
     """An operator in any form, as p [R, N] -> A p [R, N] for the rows of `form`; [R, M] where `result` has M."""
     result = result or form
     if isinstance(A, Tensor):
-        return _matrix(_tensor(A, form, name), A.shape, form, result, name)
+        return matrix_product(_tensor(A, form, name), A.shape, form, result, name)
     if is_matrix(A):
-        return _matrix(_multiplication(A, form, name), A.shape, form, result, name)
+        return matrix_product(_multiplication(A, form, name), A.shape, form, result, name)
     if not callable(A):
         raise TypeError(f"{name} must be a function, a matrix or an operator that has a shape and @, got {_name(A)}")
     if len(form.lead) == 2 and not getattr(A, "multi_rhs", False):
@@ -246,7 +246,7 @@ def is_matrix(A: Any) -> bool:
     return hasattr(A, "shape") and hasattr(A, "__matmul__")
 
 
-def _matrix(multiply: Callable[[Tensor], Tensor], shape: Any, form: Form, result: Form, name: str) -> Product:
+def matrix_product(multiply: Callable[[Tensor], Tensor], shape: Any, form: Form, result: Form, name: str) -> Product:
     """multiply: X [(B,) N, K] -> A X [(B,) M, K]."""
     rows, size, batch = form.rows, form.size, form.lead[:1]
     lead, sizes = tuple(shape[:-2]), (result.size, size)
