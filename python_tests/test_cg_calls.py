@@ -159,7 +159,7 @@ def test_transforms_of_torch_func_are_refused_whichever_argument_they_reach(tran
     calls = {
         "b": (b, lambda b: solver.solve(lambda p: d * p, b, shift).x),
         "shift": (shift, lambda shift: solver.solve(lambda p: d * p, b, shift).x),
-        "the result of hvp": (d, lambda d: solver.solve(lambda p: d * p, b, shift).x),
+        "the result of A": (d, lambda d: solver.solve(lambda p: d * p, b, shift).x),
     }
     for argument, (value, call) in calls.items():
         words = (

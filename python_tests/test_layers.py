@@ -109,14 +109,20 @@ def test_no_circle() -> None:
 
 
 def test_the_house_stays_small() -> None:
-    """Lines of the package, recipes and reproduction included; and the largest file and function."""
+    """Lines of the package, recipes and reproduction included; the largest file and, its docstring apart, function."""
+
+    def length(node: ast.FunctionDef) -> int:
+        documented = ast.get_docstring(node) is not None
+        docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if documented else 0
+        return node.end_lineno - node.lineno + 1 - docstring
+
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.rglob("*.py")}
     assert sum(lines.values()) <= 20_700
     assert {path.name: count for path, count in lines.items() if count > 400} == {}
     long = {
-        f"{path.name}: {node.name}": node.end_lineno - node.lineno + 1
+        f"{path.name}: {node.name}": length(node)
         for path in lines
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 >= 80
+        if isinstance(node, ast.FunctionDef) and length(node) >= 80
     }
     assert long == {}

@@ -223,7 +223,8 @@ def test_a_file_of_before_is_read(classification, tmp_path):
 def test_weights_are_written_as_they_were_read(tmp_path):
     def content(path: Path) -> tuple[dict[str, str], dict[str, bytes], str]:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            # A setting that is newer than the published files is written with its default.
+            metadata = {key: value.replace(', "preconditioner": null', "") for key, value in file.metadata().items()}
         tensors = {name: value.numpy().tobytes() for name, value in load_file(path).items()}
         return metadata, tensors, path.with_suffix(".md").read_text()
 

@@ -83,7 +83,7 @@ def test_checkpointed_equals_not_checkpointed(name: str) -> None:
 @pytest.mark.parametrize("solver", ["cg", "fixed_point"])
 def test_imaml_equals_maml_in_the_limit_of_many_steps(solver: str) -> None:
     loss, theta, episodes = regression(3)
-    common = {"lam": 3.0, "inner": GradientDescent(steps=300, lr=0.1), "learn": {"lam": "parameter"}}
+    common = {"lam": 3.0, "inner": GradientDescent(steps=300, lr=0.05), "learn": {"lam": "parameter"}}
     unrolled = MAML(loss, checkpoint=True, **common)
     params = unrolled.initial(theta)
     maml = unrolled.meta_gradient(params, episodes)

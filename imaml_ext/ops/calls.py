@@ -68,8 +68,8 @@ def check_untransformed(name: str, **values: object) -> None:
         if torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise RuntimeError(
                 f"{name} must be called outside the transforms of torch.func (grad, vmap, jvp, …), got {argument} from "
-                "inside one: give the systems of vmap as rows of one batch, and differentiate by torch.autograd "
-                "through imaml_ext.prox_solve"
+                "inside one: give the systems of vmap as rows of one batch, or use imaml_ext.solve, which has the "
+                "rules for grad and vmap (and imaml_ext.prox_solve differentiates by torch.autograd)"
             )
         if forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(f"{name} has no forward-mode derivative: {argument} must have no tangent")
