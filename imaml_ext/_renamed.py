@@ -71,7 +71,10 @@ def solver_keywords(keywords: dict[str, Any], *, max_iterations: int = 5, rtol: 
         settings = {"max_iterations": given.get("cg_steps", max_iterations), "rtol": given.get("cg_rtol", rtol)}
         if given.get("solver_lr") is not None:
             settings["lr"] = given["solver_lr"]
-        keywords["linear_solver"] = LinearSolver.kind(given.get("solver", "cg"))(**settings)
+        name = given.get("solver", "cg")
+        if not isinstance(name, str):
+            raise TypeError(f"a linear solver is given as linear_solver=…, got solver={name!r}")
+        keywords["linear_solver"] = LinearSolver.kind(name)(**settings)
         new.append(f"linear_solver={keywords['linear_solver']!r}")
     if isinstance(keywords.get("lam"), LearnableLam):
         lam = keywords["lam"]

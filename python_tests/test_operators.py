@@ -179,6 +179,13 @@ def test_what_there_is_one_of_per_system_with_many_right_hand_sides() -> None:
     torch.testing.assert_close(by_function.x, exact, rtol=1e-8, atol=1e-9)
 
 
+def test_no_systems_at_all() -> None:
+    for b in (torch.zeros(0, N), torch.zeros(0, N, K)):
+        assert cg(torch.zeros(0, N, N), b).x.shape == b.shape
+        assert cg(lambda p: p, b).status.shape == (0, *b.shape[2:])
+    assert cg(lambda p: p, {"a": torch.zeros(0, 2, 3), "b": torch.zeros(0, 4)}).x["a"].shape == (0, 2, 3)
+
+
 def test_operators_of_scipy() -> None:
     linalg = pytest.importorskip("scipy.sparse.linalg")
     sparse = pytest.importorskip("scipy.sparse")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,18 +40,20 @@ def of_structures(b: Tensor, W: Tensor, s: Tensor) -> Tensor:
     def multiply(p: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
         return tree(product(flat(p), definite(given["W"])))
 
-    return flat(solve(multiply, tree(b), parameters=({"W": W},), shift=s, solver=TIGHT).x)
+    return flat(solve(multiply, tree(b), parameters=({"W": W},), shift=s, linear_solver=TIGHT).x)
 
 
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "function": lambda b, W, s: solve(product, b, parameters=(definite(W),), shift=s, solver=TIGHT).x,
-    "dense": lambda b, W, s: solve(definite(W), b, shift=s, solver=TIGHT).x,
-    "sparse": lambda b, W, s: solve(definite(W).to_sparse_coo(), b, shift=s, solver=TIGHT).x,
-    "shared sparse": lambda b, W, s: solve(definite(W)[0].to_sparse_coo(), b, shift=s, solver=TIGHT).x,
-    "columns": lambda b, W, s: solve(definite(W), b.unsqueeze(2) * torch.arange(1.0, 3), shift=s, solver=TIGHT).x,
-    "one system": lambda b, W, s: solve(definite(W)[0], b[0], shift=s[0], solver=TIGHT).x,
+    "function": lambda b, W, s: solve(product, b, parameters=(definite(W),), shift=s, linear_solver=TIGHT).x,
+    "dense": lambda b, W, s: solve(definite(W), b, shift=s, linear_solver=TIGHT).x,
+    "sparse": lambda b, W, s: solve(definite(W).to_sparse_coo(), b, shift=s, linear_solver=TIGHT).x,
+    "shared sparse": lambda b, W, s: solve(definite(W)[0].to_sparse_coo(), b, shift=s, linear_solver=TIGHT).x,
+    "columns": lambda b, W, s: (
+        solve(definite(W), b.unsqueeze(2) * torch.arange(1.0, 3), shift=s, linear_solver=TIGHT).x
+    ),
+    "one system": lambda b, W, s: solve(definite(W)[0], b[0], shift=s[0], linear_solver=TIGHT).x,
     "structures": of_structures,
-    "minres": lambda b, W, s: solve(definite(W) - 3 * torch.eye(N), b, shift=s, solver=MINRES(60, 1e-12)).x,
+    "minres": lambda b, W, s: solve(definite(W) - 3 * torch.eye(N), b, shift=s, linear_solver=MINRES(60, 1e-12)).x,
 }
 
 
@@ -86,7 +89,7 @@ def test_the_derivative_is_that_of_a_direct_solve() -> None:
 
 def test_a_scalar_right_hand_side_has_its_gradient() -> None:
     b, a = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True), torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)
-    x = solve(lambda p, a: a * p, b, parameters=(a,), solver=TIGHT).x
+    x = solve(lambda p, a: a * p, b, parameters=(a,), linear_solver=TIGHT).x
     grads = torch.autograd.grad(x, (b, a))
     assert [float(value) for value in (x, *grads)] == pytest.approx([1.5, 0.5, -0.75])
 
@@ -126,7 +129,7 @@ def test_one_full_graph_under_torch_compile() -> None:
 
     def outer(b: Tensor, W: Tensor, s: Tensor) -> Tensor:
         data = 2 * b.detach()
-        found = solve(lambda p, A: product(p, A) + 0 * data, b, parameters=(definite(W),), shift=s, solver=few)
+        found = solve(lambda p, A: product(p, A) + 0 * data, b, parameters=(definite(W),), shift=s, linear_solver=few)
         return (found.x**2).sum()
 
     arguments = inputs()
@@ -147,7 +150,7 @@ def test_compiled_by_inductor() -> None:
     few = CG(max_iterations=5, rtol=1e-12)
 
     def outer(b: Tensor, W: Tensor, s: Tensor) -> Tensor:
-        return (solve(definite(W), b, shift=s, solver=few).x ** 2).sum()
+        return (solve(definite(W), b, shift=s, linear_solver=few).x ** 2).sum()
 
     torch._dynamo.reset()
     found = torch.autograd.grad(torch.compile(outer, fullgraph=True)(b, W, s), (b, W, s))
@@ -163,10 +166,47 @@ def test_a_trace_marks_failed_rows() -> None:
     torch._dynamo.reset()
     for on_failure, is_nan in (("raise", [False, True]), ("ignore", [False, False])):
         call = torch.compile(
-            lambda b, how=on_failure: solve(A, b, solver=two, on_failure=how).x, fullgraph=True, backend="eager"
+            lambda b, how=on_failure: solve(A, b, linear_solver=two, on_failure=how).x, fullgraph=True, backend="eager"
         )
         assert call(b).isnan().any(1).tolist() == is_nan
     torch._dynamo.reset()
+
+
+def test_an_operator_that_differentiates_a_function_of_its_own() -> None:
+    """A Hessian-vector product by two calls of autograd.grad, about a leaf that A makes in every call."""
+    phi, b = torch.randn(B, N, dtype=DOUBLE), torch.randn(B, N, dtype=DOUBLE, requires_grad=True)
+
+    def hvp(p: Tensor, theta: Tensor, *, create_graph: bool = True) -> Tensor:
+        here = phi.clone().requires_grad_()
+        loss = (torch.log(1 + torch.exp(here * theta)) + here**2).sum()
+        (gradient,) = torch.autograd.grad(loss, here, create_graph=True)
+        return torch.autograd.grad(gradient, here, p, create_graph=create_graph)[0]
+
+    theta = torch.rand(N, dtype=DOUBLE, requires_grad=True)
+    assert gradcheck(lambda b, theta: solve(hvp, b, parameters=(theta,), linear_solver=TIGHT).x, (b, theta))
+    found = solve(lambda p, t: hvp(p, t, create_graph=False), b, parameters=(theta,)).x
+    with pytest.raises(
+        ValueError, match=r"A must depend on its parameters .* autograd.grad must do so with create_graph"
+    ):
+        found.sum().backward()
+    found = solve(lambda p, t: product(p, definite(t.detach().diag_embed())[0]), b[0], parameters=(theta[None],)).x
+    with pytest.raises(ValueError, match="A must depend on its parameters by differentiable operations"):
+        found.sum().backward()
+
+
+def test_a_parameter_that_nothing_depends_on_has_a_gradient_of_zero() -> None:
+    b, W, s = inputs()
+    x = solve(lambda p, A, unused: product(p, A), b, parameters=(definite(W), s)).x
+    assert not torch.autograd.grad(x.sum(), s)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "condition"), [(DOUBLE, 1e4), (torch.float32, 100.0), (torch.bfloat16, 4.0)], ids=str
+)
+def test_the_defaults_serve_every_type(dtype: torch.dtype, condition: float) -> None:
+    Q = torch.linalg.qr(torch.randn(B, 100, 100, dtype=DOUBLE)).Q
+    A = ((Q * torch.logspace(0, -math.log10(condition), 100, dtype=DOUBLE)) @ Q.mT).to(dtype)
+    solve(A, torch.randn(B, 100).to(dtype))
 
 
 def test_a_tensor_that_was_not_told_of_is_an_error() -> None:
@@ -181,10 +221,10 @@ def test_a_tensor_that_was_not_told_of_is_an_error() -> None:
         solve(product, b, parameters=W)
     with pytest.raises(TypeError, match="parameters must be tensors or nested structures of tensors, got float"):
         solve(product, b, parameters=(1.0,))
-    with pytest.raises(TypeError, match="solver must be a LinearSolver such as CG"):
-        solve(definite(W), b, solver=3)
+    with pytest.raises(TypeError, match="linear_solver must be a LinearSolver such as CG"):
+        solve(definite(W), b, linear_solver=3)
     with pytest.raises(ValueError, match="A must be symmetric"):
-        solve(W, b, check_symmetric=True)
+        solve(W, b, check_symmetry=True)
 
 
 def test_failures_are_raised_or_reported_forward_and_backward() -> None:
@@ -193,7 +233,7 @@ def test_failures_are_raised_or_reported_forward_and_backward() -> None:
     short = CG(max_iterations=2, rtol=1e-9)
 
     def x(on_failure: str, **options: Any) -> Solution:
-        return solve(lambda p, d: d * p, b, parameters=(d,), solver=short, on_failure=on_failure, **options)
+        return solve(lambda p, d: d * p, b, parameters=(d,), linear_solver=short, on_failure=on_failure, **options)
 
     with pytest.raises(SolveError, match="MAX_ITERATIONS in 1 of 2 systems of solve"):
         x("raise")
@@ -215,12 +255,12 @@ def test_a_warm_start_serves_the_backward_pass_too() -> None:
     warm, told = WarmStart(), []
     solver = CG(max_iterations=40, rtol=1e-8, check_every=1)
     for _ in range(2):
-        found = solve(definite(W), b, shift=s, x0=warm, solver=solver, on_solve=told.append)
+        found = solve(definite(W), b, shift=s, x0=warm, linear_solver=solver, on_solve=told.append)
         (found.x**2).sum().backward()
     assert found.iterations.tolist() == told[1].iterations.tolist() == [0, 0]
     assert min(told[0].iterations.tolist()) > 0
     # Another shape begins afresh.
-    assert solve(definite(W)[:1], b[:1], x0=warm, solver=solver).status.tolist() == [0]
+    assert solve(definite(W)[:1], b[:1], x0=warm, linear_solver=solver).status.tolist() == [0]
 
 
 def test_memory_does_not_grow_with_the_iterations() -> None:
@@ -229,7 +269,9 @@ def test_memory_does_not_grow_with_the_iterations() -> None:
     for count in (5, 50):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
             kept.clear()
-            found = solve(lambda p, d: d * p, d.detach() * 2, parameters=(d,), solver=CG(count), on_failure="ignore")
+            found = solve(
+                lambda p, d: d * p, d.detach() * 2, parameters=(d,), linear_solver=CG(count), on_failure="ignore"
+            )
             assert sum(kept) <= 3 * d.numel()
         found.x.sum().backward()
         del found
@@ -239,6 +281,6 @@ def test_memory_does_not_grow_with_the_iterations() -> None:
 def test_the_solution_is_that_of_cg() -> None:
     b, W, s = inputs(grad=False)
     direct = cg(definite(W), b, shift=s, max_iterations=40, rtol=1e-12, check_every=1)
-    found = solve(definite(W), b, shift=s, solver=TIGHT)
+    found = solve(definite(W), b, shift=s, linear_solver=TIGHT)
     for name in ("x", "status", "iterations", "residual_norm"):
         assert torch.equal(getattr(found, name), getattr(direct, name))

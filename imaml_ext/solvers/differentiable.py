@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,11 +17,15 @@ from imaml_ext.checks import check_choice
 from imaml_ext.errors import SolveError, SolveWarning
 from imaml_ext.ops import as_coefficient
 from imaml_ext.ops.calls import is_traced, is_transformed
+from imaml_ext.solvers import operators
 from imaml_ext.solvers.cg import CG
 from imaml_ext.solvers.linear import LinearSolver, Solution
-from imaml_ext.solvers.operators import Form, System, check_symmetry, is_matrix, matrix_product, product_of
+from imaml_ext.solvers.operators import Form, System, is_matrix, matrix_product, product_of
 
 OnFailure = Literal["raise", "warn", "ignore"]
+_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_EAGER = {dtype: CG(max_iterations=1000, rtol=rtol, check_every=5) for dtype, rtol in _RTOL.items()}
+_TRACED = {dtype: CG(max_iterations=100, rtol=rtol) for dtype, rtol in _RTOL.items()}
 
 
 @dataclass(eq=False)
@@ -43,10 +49,10 @@ def solve(
     parameters: Any = (),
     shift: Any = 0.0,
     x0: Any = None,
-    solver: LinearSolver | None = None,
+    linear_solver: LinearSolver | None = None,
     on_failure: OnFailure = "raise",
     on_solve: Callable[[Solution], None] | None = None,
-    check_symmetric: bool = False,
+    check_symmetry: bool = False,
 ) -> Solution:
     """Solves (A_b + diag(shift)) x_b = b_b as `imaml_ext.cg` does; x is differentiable, any number of times.
 
@@ -61,15 +67,17 @@ def solve(
         A, b, shift, x0: as for `imaml_ext.cg`. A function is called as A(p, *parameters). The tensors of a dense or
             sparse A, and of an operator of linear_operator, are differentiable without being named.
         parameters: the tensors that a function A depends on and that take part in the derivative, or nested structures
-            of them. A must not reach others that require a gradient.
+            of them. A must not reach others that require a gradient. The products of the solve are those of detached
+            parameters; one more, in the backward pass, is differentiated. So an A that calls `autograd.grad` must do so
+            with create_graph=True.
         x0: also a `WarmStart`, for the backward pass too.
-        solver: `CG(max_iterations=100, rtol=1e-6)` unless given; where values can be looked at, it looks every 5
-            iterations whether all rows are done.
+        linear_solver: unless given, `CG` with rtol 1e-8 in float64, 1e-4 in float32, 1e-2 in float16 and 3e-2 in
+            bfloat16. It makes at most 1,000 products, and looks every 5 whether all rows are done; in a trace, 100.
         on_failure: of a row that does not end CONVERGED, here or in a backward pass: "raise" an error, "warn" by a
             `SolveWarning`, or "ignore". The first two wait for the device. In a trace, where no value can be looked at,
             "raise" gives that row NaN in place of x.
         on_solve: called with the `Solution` of every backward pass, in rows [R, N].
-        check_symmetric: as `check_symmetry` of `imaml_ext.cg`.
+        check_symmetry: as for `imaml_ext.cg`.
 
     Returns:
         A `Solution` whose x has a graph.
@@ -81,20 +89,20 @@ def solve(
     Source: Christianson, Reverse accumulation and implicit functions (1998); Bai, Koltun, Kolter (2020).
     """
     check_choice("on_failure", on_failure, get_args(OnFailure))
-    if solver is None:
-        solver = CG(max_iterations=100, rtol=1e-6, check_every=0 if is_traced() else 5)
-    elif not isinstance(solver, LinearSolver):
-        raise TypeError(f"solver must be a LinearSolver such as CG(), got {type(solver).__name__}")
     form = Form.of(b)
+    if linear_solver is None:
+        linear_solver = (_TRACED if is_traced() else _EAGER)[form.dtype]
+    elif not isinstance(linear_solver, LinearSolver):
+        raise TypeError(f"linear_solver must be a LinearSolver such as CG(), got {type(linear_solver).__name__}")
     function, tensors = _parametrised(A, form, parameters)
-    if check_symmetric:
-        check_symmetry(lambda p: function(p, *tensors), form.pack(b, "b"))
+    if check_symmetry:
+        operators.check_symmetry(lambda p: function(p, *tensors), form.pack(b, "b"))
     rows = form.pack(b, "b")
     system = System(function, rows, form)
     warm = x0 if isinstance(x0, WarmStart) else WarmStart()
     start = warm.x if isinstance(x0, WarmStart) else system.rows(x0, "x0")
     check = torch.is_grad_enabled() and callable(A) and not is_matrix(A)
-    problem = _Problem(function, solver, on_failure, on_solve, warm, check)
+    problem = _Problem(function, linear_solver, on_failure, on_solve, warm, check)
     shift_rows = as_coefficient(system.coefficient(shift, "shift"), "shift", rows)
     start = start if start is not None and start.shape == rows.shape and start.dtype == rows.dtype else None
     found = _Solve.apply(problem, rows, shift_rows, start, *tensors)
@@ -173,17 +181,17 @@ class _Problem:
 
         def operator(p: Tensor) -> Tensor:
             nonlocal check
-            if not check:
+            if is_traced():
                 return self.function(p, *parameters)
-            check = False
-            with torch.enable_grad():
+            with torch.enable_grad():  # as A has it in `imaml_ext.cg`
                 product = self.function(p, *parameters)
-            if product.requires_grad:
+            if check and _reaches_others(product):
                 raise ValueError(
                     "A must not reach tensors that require a gradient and are not in parameters: name them there, and "
                     "take them as arguments after p, or detach them"
                 )
-            return product
+            check = False
+            return product.detach()
 
         solution = self.solver.solve_rows(operator, b, shift=shift, x0=x0)
         if self.on_failure == "ignore":
@@ -199,6 +207,37 @@ class _Problem:
                 raise
             warnings.warn(str(error), SolveWarning, stacklevel=2)
         return solution
+
+
+def _references(leaf: Tensor) -> int:
+    return sys.getrefcount(leaf)
+
+
+@functools.cache
+def _references_of_the_graph() -> int:
+    """What `_references` says of a leaf that a graph alone holds, which differs between versions of torch."""
+    with torch.enable_grad():
+        node: Any = (2 * torch.zeros(1, requires_grad=True)).grad_fn
+    leaf = node.next_functions[0][0].variable
+    return _references(leaf)
+
+
+def _reaches_others(product: Tensor) -> bool:
+    """Whether a product has a graph to a leaf that A has not made itself: one that somebody beside the graph holds."""
+    if product.is_leaf:
+        return product.requires_grad
+    waiting: list[Any] = [product.grad_fn]
+    known: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and _references(leaf) > _references_of_the_graph():
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 class _Solve(torch.autograd.Function):
@@ -287,8 +326,17 @@ def _pulled_back(
             )
         product = function(x, *parameters)
         wanted = [w for w, need in zip(parameters, needs, strict=True) if need]
-        if not product.requires_grad:
-            return tuple(torch.zeros_like(w) if need else None for w, need in zip(parameters, needs, strict=True))
-        found = iter(torch.autograd.grad(product, wanted, cotangent, create_graph=create_graph, materialize_grads=True,
-                                         allow_unused=True))  # fmt: skip
-    return tuple(next(found) if need else None for need in needs)
+        found: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        if product.requires_grad:
+            found = torch.autograd.grad(product, wanted, cotangent, create_graph=create_graph, allow_unused=True)
+    if all(value is None for value in found):
+        raise ValueError(
+            "A must depend on its parameters by differentiable operations, got products that depend on none of them: "
+            "an A that calls autograd.grad must do so with create_graph=True, and outside torch.no_grad"
+        )
+    rest = iter(found)
+    given = ((w, next(rest)) if need else (w, None) for w, need in zip(parameters, needs, strict=True))
+    return tuple(
+        (torch.zeros_like(w) if value is None else value) if need else None
+        for (w, value), need in zip(given, needs, strict=True)
+    )

@@ -42,7 +42,7 @@ _ADVICE = {
     SolveStatus.CONVERGED: "the residual is within the tolerance",
     SolveStatus.MAX_ITERATIONS: (
         "the iterations were spent before a measured residual met the tolerance: raise max_iterations or rtol, "
-        "precondition, or add to shift"
+        "precondition, or add to shift (or A is not symmetric: check_symmetry=True looks at that)"
     ),
     SolveStatus.NEGATIVE_CURVATURE: (
         "pᵀAp < 0, so A = H + diag(shift) (or the preconditioner) is not positive definite to working precision, which "

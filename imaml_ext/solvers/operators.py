@@ -120,15 +120,15 @@ class Form:
             if leaf.device != self.device:
                 raise ValueError(f"{name} must have the device of {self.name}, {self.device}, got {leaf.device}")
         if len(self.lead) == 2:
-            return leaves[0].mT.reshape(self.rows, -1)
+            return leaves[0].mT.reshape(self.rows, self.size)
         if len(leaves) == 1:
             return leaves[0].reshape(self.rows, self.size)
-        return torch.cat([leaf.reshape(self.rows, -1) for leaf in leaves], 1)
+        return torch.cat([leaf.reshape(self.rows, math.prod(leaf.shape[1:])) for leaf in leaves], 1)
 
     def unpack(self, rows: Tensor) -> Any:
         """Rows [R, N], written as b is; views where that is possible."""
         if len(self.lead) == 2:
-            return rows.reshape(*self.lead, -1).mT
+            return rows.reshape(*self.lead, rows.shape[1]).mT
         if self.spec is None:
             return rows.reshape(self.shapes[0])
         sizes = [math.prod(shape[1:]) for shape in self.shapes]
@@ -176,7 +176,7 @@ class System:
         if not form.lead:
             return value.reshape(1, -1) if value.dim() > 0 else value
         if form.spec is None and value.dim() > 2 and value.shape == form.shapes[0] and form.columns == 1:
-            return value.reshape(form.rows, -1)
+            return value.reshape(form.rows, form.size)
         like = self.b[:: form.columns]  # [B, N]
         value = as_coefficient(value, name, like)
         return value.repeat_interleave(form.columns, 0) if value.shape[0] > 1 and form.columns > 1 else value
@@ -230,7 +230,7 @@ def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Pro
             return wide
 
         def one_by_one(p: Tensor) -> Tensor:
-            parts = [A(part.contiguous()) for part in p.reshape(batch, columns, -1).unbind(1)]
+            parts = [A(part.contiguous()) for part in p.reshape(batch, columns, p.shape[1]).unbind(1)]
             for part in parts:
                 if not isinstance(part, Tensor) or part.shape != (batch, result.size):
                     got = list(part.shape) if isinstance(part, Tensor) else _name(part)
@@ -256,7 +256,7 @@ def matrix_product(multiply: Callable[[Tensor], Tensor], shape: Any, form: Form,
         raise ValueError(f"{name} must have shape {expected}, {why}, got {list(shape)}")
 
     def product(p: Tensor) -> Tensor:
-        X = p.mT if lead == () else p.reshape(*lead, -1, size).mT
+        X = p.mT if lead == () else p.reshape(*lead, form.columns, size).mT
         Y = multiply(X)
         expected = [*X.shape[:-2], result.size, X.shape[-1]]
         if not isinstance(Y, Tensor) or list(Y.shape) != expected:
