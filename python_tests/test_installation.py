@@ -256,8 +256,8 @@ NAMES = """\
 from imaml_ext import cg, prox_solve
 from imaml_ext.meta import implicit_solve, prox_solve as prox_solve_of_meta
 from imaml_ext.solvers import MINRES, cg as cg_of_solvers
-cg(1, 2)
-cg_of_solvers(1, 2)
+cg(1)
+cg_of_solvers(1)
 prox_solve(1)
 prox_solve_of_meta(1)
 """

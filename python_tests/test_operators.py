@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imaml_ext import CG, MLP, TaskLoss, cg
 from imaml_ext.batch import TaskData
-from imaml_ext.solvers import MINRES, FixedPoint, Neumann, check_symmetry, multi_rhs
+from imaml_ext.solvers import MINRES, FixedPoint, Jacobi, Neumann, check_symmetry, minres, multi_rhs, multi_shift_cg
 
 B, N, K = 3, 7, 5
 DOUBLE = torch.float64
@@ -266,7 +266,7 @@ def test_bad_forms_are_named(solve: Callable[..., Any]) -> None:
 
 
 def test_symmetry_is_checked_on_request() -> None:
-    for dtype, seen, hidden in ((torch.float64, 1e-9, 1e-18), (torch.float32, 1e-1, 1e-9)):
+    for dtype, seen, hidden in ((torch.float64, 1e-9, 1e-18), (torch.float32, 1e-1, 1e-9), (torch.bfloat16, 5.0, 1e-9)):
         A = definite(B, size=40).to(dtype)
         b = torch.randn(B, 40, dtype=dtype)
         skew = torch.randn(40, 40, dtype=dtype)
@@ -295,3 +295,43 @@ def test_many_right_hand_sides_on_the_curvature_of_a_network(engine: str, kind: 
         one = CG(max_iterations=80, rtol=1e-10).solve(operator, b[:, :, k].contiguous(), 30.0)
         torch.testing.assert_close(found.x[:, :, k], one.x, rtol=1e-8, atol=1e-10)
         assert found.iterations[:, k].tolist() == one.iterations.tolist()
+
+
+def test_an_operator_may_return_the_same_memory_again() -> None:
+    d, b = 1 + torch.rand(2, N, dtype=DOUBLE), torch.randn(2, N, K, dtype=DOUBLE)
+    memory = torch.empty(2, N, dtype=DOUBLE)
+    found = cg(lambda p: torch.mul(d, p, out=memory), b, x0=torch.randn_like(b), **TIGHT)
+    torch.testing.assert_close(found.x, b / d.unsqueeze(2), rtol=1e-9, atol=1e-9)
+    shifts = torch.tensor([0.5, 0.0, 2.0], dtype=DOUBLE)
+    path = multi_shift_cg(lambda p: torch.mul(d, p, out=memory), b[:, :, 0], shifts, check_every=1, **TIGHT)
+    torch.testing.assert_close(path.x, b[:, None, :, 0] / (d[:, None] + shifts[:, None]), rtol=1e-9, atol=1e-9)
+
+
+def test_a_product_of_another_dtype_is_an_error_in_every_form() -> None:
+    tree, many = [torch.ones(B, N, dtype=DOUBLE)] * 2, torch.ones(B, N, K, dtype=DOUBLE)
+    for operator, b in (
+        (lambda p: [p[0], p[1].float()], tree),
+        (lambda p: p.float(), many),
+        (lambda p: p.float(), many[0, 0]),
+    ):
+        with pytest.raises(TypeError, match="what A returns must have the dtype of b"):
+            cg(operator, b)
+
+
+def test_coefficients_of_one_system_and_of_many_columns() -> None:
+    A = definite(B)
+    for b in (torch.randn(N, dtype=DOUBLE), torch.randn(B, N, K, dtype=DOUBLE)):
+        lead = cg(A if b.dim() > 1 else A[0], b, lanczos=True, max_iterations=4).lanczos
+        assert lead is not None
+        assert lead.diagonal.shape == (*b.shape[:1], *b.shape[2:], 4)[0 if b.dim() > 1 else 1 :]
+    with pytest.raises(ValueError, match="shift must be a number"):
+        cg(A[0], torch.ones(N, dtype=DOUBLE), shift=torch.ones(2, 2, dtype=DOUBLE))
+
+
+def test_rows_some_at_a_time_with_what_multiplies_all_of_them() -> None:
+    d, b = 1 + torch.rand(B, N, dtype=DOUBLE), torch.randn(B, N, dtype=DOUBLE)
+    options: dict[str, Any] = {"rows_per_block": 2, "check_symmetry": True, **TIGHT}
+    found = cg(lambda p, rows: d[rows] * p, b, preconditioner=Jacobi(probes=1), **options)
+    torch.testing.assert_close(found.x, b / d)
+    assert found.iterations.tolist() == [1] * B
+    torch.testing.assert_close(minres(lambda p, rows: d[rows] * p, b, **options).x, b / d)

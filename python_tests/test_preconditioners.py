@@ -244,7 +244,9 @@ def test_the_differentiable_solve_takes_it() -> None:
     def gradients(preconditioner: Preconditioner | None) -> tuple[Tensor, ...]:
         w, rhs = root.clone().requires_grad_(), b.clone().requires_grad_()
         solver = CG(max_iterations=200, rtol=1e-10, preconditioner=preconditioner)
-        found = imaml_ext.solve(lambda p, w: multiply(w @ w.mT)(p), rhs, parameters=(w,), shift=0.5, solver=solver)
+        found = imaml_ext.solve(
+            lambda p, w: multiply(w @ w.mT)(p), rhs, parameters=(w,), shift=0.5, linear_solver=solver
+        )
         return torch.autograd.grad(found.x.square().sum(), (w, rhs))
 
     for found, expected in zip(gradients(Nystrom(rank=4)), gradients(None), strict=True):

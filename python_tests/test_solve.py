@@ -284,3 +284,63 @@ def test_the_solution_is_that_of_cg() -> None:
     found = solve(definite(W), b, shift=s, linear_solver=TIGHT)
     for name in ("x", "status", "iterations", "residual_norm"):
         assert torch.equal(getattr(found, name), getattr(direct, name))
+
+
+@pytest.mark.parametrize("form", ["function", "dense"])
+def test_a_transform_inside_a_compiled_function(form: str) -> None:
+    b, w = torch.randn(B, N), 1 + torch.rand(B, N)
+    few = CG(max_iterations=6)
+
+    def outer(w: Tensor) -> Tensor:
+        if form == "dense":
+            return solve(torch.diag_embed(w), b, linear_solver=few).x.sum()
+        return solve(lambda p, w: w * p, b, parameters=(w,), linear_solver=few).x.sum()
+
+    def gradient(w: Tensor) -> Tensor:
+        return torch.func.grad(outer)(w)
+
+    torch._dynamo.reset()
+    found = torch.compile(gradient, backend="eager", fullgraph=True)(w)
+    torch.testing.assert_close(found, -b / w**2, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_what_a_transform_would_lose_is_an_error() -> None:
+    b, w = torch.randn(B, N), 1 + torch.rand(B, N)
+    for operator, parameters in ((lambda w: lambda p: w * p, ()), (lambda w: lambda p, v: w * v * p, (w,))):
+        with pytest.raises(ValueError, match="A must not reach tensors that require a gradient"):
+            torch.func.grad(lambda v, o=operator, q=parameters: solve(o(v), b, parameters=q).x.sum())(w)
+    x = solve(lambda p, w: w * p, b, parameters=(w.requires_grad_(),)).x
+    with pytest.raises(RuntimeError, match="one outer gradient at a time"):
+        torch.autograd.grad(x, w, torch.stack([b, b]), is_grads_batched=True)
+
+
+def test_an_operator_with_a_graph_of_its_own_is_an_error() -> None:
+    class Operator:
+        def __init__(self, matrix: Tensor) -> None:
+            self.matrix, self.shape = matrix, matrix.shape
+
+        def __matmul__(self, X: Tensor) -> Tensor:
+            return self.matrix @ X
+
+    matrix = (2 * torch.eye(N)).requires_grad_()
+    with pytest.raises(ValueError, match="A must not reach tensors that require a gradient"):
+        solve(Operator(matrix), torch.ones(N, requires_grad=True))
+    solve(Operator(matrix.detach()), torch.ones(N, requires_grad=True)).x.sum().backward()
+
+
+def test_an_index_among_the_parameters_has_no_derivative() -> None:
+    b, w, turned = torch.randn(N), 1 + torch.rand(N), torch.randperm(N)
+
+    def outer(w: Tensor) -> Tensor:
+        return solve(lambda p, w, index: w[index] * p, b, parameters=(w, turned)).x.sum()
+
+    gradient = torch.autograd.grad(outer(w.requires_grad_()), w)[0]
+    torch.testing.assert_close(torch.func.grad(outer)(w.detach()), gradient)
+    torch.testing.assert_close(gradient[turned], -b / w.detach()[turned] ** 2, rtol=1e-3, atol=1e-3)
+
+
+def test_sparse_layouts_without_a_derivative_are_named() -> None:
+    A = torch.eye(N, dtype=DOUBLE).to_sparse_csc().requires_grad_()
+    with pytest.raises(ValueError, match="A must be sparse_coo, or a sparse_csr"):
+        solve(A, torch.ones(N, dtype=DOUBLE))

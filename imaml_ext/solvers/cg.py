@@ -98,6 +98,13 @@ def check_blocks(rows_per_block: int | None, system: System) -> None:
         raise ValueError("rows_per_block must be None where b is not [B, N] and A a function of p and its rows")
 
 
+def all_rows(A: Any, b: Any, rows_per_block: int | None) -> Any:
+    """A as it multiplies all rows at once: where rows are solved some at a time, a function is told which it has."""
+    if rows_per_block is None or hasattr(A, "rows_per_block"):
+        return A
+    return lambda p: A(p, slice(0, b.shape[0]))
+
+
 def _look_every(check_every: int, name: str) -> int:
     """The argument of that name, checked."""
     check_every = check_int("check_every", check_every, minimum=0)
@@ -218,9 +225,11 @@ def cg(
     """
     system = System.read(A, b)
     check_blocks(rows_per_block, system)
+    whole = all_rows(A, b, rows_per_block)
     if check_symmetry:
-        operators.check_symmetry(A, b)
-    preconditioner, set_up = _prepared(preconditioner, A, system, shift)
+        operators.check_symmetry(whole, b)
+    undivided = system if system.form is not None else replace(system, operator=whole)
+    preconditioner, set_up = _prepared(preconditioner, whole, undivided, shift)
     solution = _cg_rows(
         system.operator,
         system.b,

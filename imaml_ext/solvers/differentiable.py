@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext.checks import check_choice
@@ -23,6 +24,10 @@ from imaml_ext.solvers.linear import LinearSolver, Solution
 from imaml_ext.solvers.operators import Form, System, is_matrix, matrix_product, product_of
 
 OnFailure = Literal["raise", "warn", "ignore"]
+_UNNAMED = (
+    "A must not reach tensors that require a gradient and are not in parameters: name them there, and take them as "
+    "arguments after p, or detach them"
+)
 _RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 _EAGER = {dtype: CG(max_iterations=1000, rtol=rtol, check_every=5) for dtype, rtol in _RTOL.items()}
 _TRACED = {dtype: CG(max_iterations=100, rtol=rtol) for dtype, rtol in _RTOL.items()}
@@ -75,7 +80,7 @@ def solve(
             bfloat16. It makes at most 1,000 products, and looks every 5 whether all rows are done; in a trace, 100.
         on_failure: of a row that does not end CONVERGED, here or in a backward pass: "raise" an error, "warn" by a
             `SolveWarning`, or "ignore". The first two wait for the device. In a trace, where no value can be looked at,
-            "raise" gives that row NaN in place of x.
+            they give that row NaN in place of x.
         on_solve: called with the `Solution` of every backward pass, in rows [R, N].
         check_symmetry: as for `imaml_ext.cg`.
 
@@ -101,10 +106,17 @@ def solve(
     system = System(function, rows, form)
     warm = x0 if isinstance(x0, WarmStart) else WarmStart()
     start = warm.x if isinstance(x0, WarmStart) else system.rows(x0, "x0")
-    check = torch.is_grad_enabled() and callable(A) and not is_matrix(A)
-    problem = _Problem(function, linear_solver, on_failure, on_solve, warm, check)
+    check = not isinstance(A, Tensor)
+    problem = _Problem(function, linear_solver, on_failure, on_solve, warm, check, torch.is_grad_enabled())
     shift_rows = as_coefficient(system.coefficient(shift, "shift"), "shift", rows)
-    start = start if start is not None and start.shape == rows.shape and start.dtype == rows.dtype else None
+    if isinstance(x0, WarmStart) and start is not None and (start.shape, start.dtype) != (rows.shape, rows.dtype):
+        start = None
+    if is_traced():  # of names of their own: a trace loses the derivative in a tensor that a transform has just wrapped
+        tensors = tuple(tensor.view_as(tensor) for tensor in tensors)
+    elif is_transformed() and check:
+        product = function(rows.detach(), *(tensor.detach() for tensor in tensors))
+        if product.requires_grad:
+            raise ValueError(_UNNAMED)
     found = _Solve.apply(problem, rows, shift_rows, start, *tensors)
     if isinstance(x0, WarmStart) and not is_traced() and not is_transformed():
         warm.x = found[0].detach()
@@ -146,6 +158,8 @@ def _parametrised(A: Any, form: Form, parameters: Any) -> tuple[Callable[..., Te
 def _sparse(A: Tensor, form: Form) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """By gathering and adding, which autograd differentiates any number of times in the entries that are there."""
     product_of(A.detach(), form, "A")  # checks it
+    if A.layout != torch.sparse_coo and A.requires_grad and (A.layout != torch.sparse_csr or A.dim() == 3):
+        raise ValueError(f"A must be sparse_coo, or a sparse_csr [N, N], to be differentiated, got {A.layout}")
     coo = A.to_sparse_coo().coalesce()
     *block, row, column = coo.indices().unbind()
     batch = A.shape[0] if block else 1
@@ -169,7 +183,8 @@ class _Problem:
     on_failure: OnFailure
     on_solve: Callable[[Solution], None] | None
     warm: WarmStart
-    check: bool = False  # whether A might reach tensors that require a gradient
+    check: bool = False  # whether A might reach tensors that take part in a derivative
+    differentiable: bool = False  # whether autograd records
     what: str = "systems of solve"
 
     def backward(self) -> _Problem:
@@ -185,11 +200,8 @@ class _Problem:
                 return self.function(p, *parameters)
             with torch.enable_grad():  # as A has it in `imaml_ext.cg`
                 product = self.function(p, *parameters)
-            if check and _reaches_others(product):
-                raise ValueError(
-                    "A must not reach tensors that require a gradient and are not in parameters: name them there, and "
-                    "take them as arguments after p, or detach them"
-                )
+            if check and self.differentiable and _reaches_others(product):
+                raise ValueError(_UNNAMED)
             check = False
             return product.detach()
 
@@ -198,8 +210,7 @@ class _Problem:
             return solution
         if is_traced():
             failed = (solution.status != 0).unsqueeze(1)
-            x = torch.where(failed, torch.nan, solution.x) if self.on_failure == "raise" else solution.x
-            return replace(solution, x=x)
+            return replace(solution, x=torch.where(failed, torch.nan, solution.x))
         try:
             solution.raise_if_failed(what=self.what)
         except SolveError as error:
@@ -259,12 +270,19 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if not is_traced() and is_legacy_batchedtensor(grad):
+            raise RuntimeError(
+                "the gradient of solve is taken for one outer gradient at a time: use torch.func.vmap or jacrev in "
+                "place of is_grads_batched=True and vectorize=True"
+            )
         x, shift, *parameters = ctx.saved_tensors
         problem = ctx.problem.backward()
         needs = ctx.needs_input_grad
         u = _adjoint(problem, grad, shift, parameters)
         by_shift = (-u * x).sum_to_size(shift.shape) if needs[2] else None
         by_parameters: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if is_traced():  # which does not tell what a transform around it needs
+            needs = (*needs[:4], *(w.is_floating_point() for w in parameters))
         if any(needs[4:]):
             by_parameters = _pulled_back(problem.function, x, parameters, -u, needs[4:])
         return None, u if needs[1] else None, by_shift, None, *by_parameters
@@ -313,8 +331,14 @@ def _pulled_back(
 ) -> tuple[Tensor | None, ...]:
     """cotangentᵀ ∂(A x)/∂w for each w of the parameters, with a graph where the backward pass has one."""
     if is_transformed() or is_traced():
-        pull = torch.func.vjp(lambda *tensors: function(x, *tensors), *parameters)[1]
-        return tuple(pull(cotangent))
+        real = [w for w in parameters if w.is_floating_point() or w.is_complex()]  # an index has no derivative
+
+        def of_real(*tensors: Tensor) -> Tensor:
+            rest = iter(tensors)
+            return function(x, *(next(rest) if w.is_floating_point() or w.is_complex() else w for w in parameters))
+
+        pulled = iter(torch.func.vjp(of_real, *real)[1](cotangent))
+        return tuple(next(pulled) if w.is_floating_point() or w.is_complex() else None for w in parameters)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         if create_graph:  # of other names, so that only what A itself makes of w counts, and not the way through x

@@ -12,7 +12,7 @@ from imaml_ext.ops import Coefficient
 from imaml_ext.ops.calls import callback, eager
 from imaml_ext.settings import COUNT, NOT_NEGATIVE
 from imaml_ext.solvers import operators
-from imaml_ext.solvers.cg import check_blocks, loop_arguments
+from imaml_ext.solvers.cg import all_rows, check_blocks, loop_arguments
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, Solution, SolveStatus
 from imaml_ext.solvers.operators import System
 
@@ -81,7 +81,7 @@ def minres(
     system = System.read(A, b)
     check_blocks(rows_per_block, system)
     if check_symmetry:
-        operators.check_symmetry(A, b)
+        operators.check_symmetry(all_rows(A, b, rows_per_block), b)
     arguments = loop_arguments(
         "minres",
         system.operator,

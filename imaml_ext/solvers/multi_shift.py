@@ -128,7 +128,7 @@ def on_columns(A: Any, b: Any, system: System, count: int) -> Product:
 
     def one_by_one(p: Tensor) -> Tensor:
         parts = p.view(rows, count, size).unbind(1)
-        return torch.stack([system.operator(part.contiguous()) for part in parts], 1).view(-1, size)
+        return torch.stack([system.operator(part.contiguous()).clone() for part in parts], 1).view(-1, size)
 
     return one_by_one
 
