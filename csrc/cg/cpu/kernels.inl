@@ -178,5 +178,6 @@ struct Passes {
     });
   }
 
-  static constexpr CgKernels<T> kTable = {residual_at_start<A>, curvature, step_is_finite, residual, update, scaled_rhs, dot_rz, follow};
+  static constexpr CgKernels<T> kTable = {residual_at_start<A>, curvature, step_is_finite, residual, update,
+                                          scaled_rhs,           dot_rz,    follow};
 };
