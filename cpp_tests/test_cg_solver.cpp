@@ -173,7 +173,7 @@ void bad_arguments_are_named() {
   EXPECT(throws_saying([&] { cg(identity, b.to(at::kInt)); }, "b must be float32"));
   EXPECT(throws_saying([&] { cg([](const at::Tensor& p) { return p[0]; }, b); },
                        "what A returns must have the shape of b"));
-  EXPECT(throws_saying([&] { cg([](const at::Tensor&) { return at::Tensor(); }, b); }, "hvp returned no tensor"));
+  EXPECT(throws_saying([&] { cg([](const at::Tensor&) { return at::Tensor(); }, b); }, "A returned no tensor"));
   CgOptions options;
   options.max_iterations = -1;
   EXPECT(throws_saying([&] { cg(identity, b, options); }, "max_iterations must be at least 0"));

@@ -135,7 +135,7 @@ void minres_has_them_too() {
         const MinresResult device = minres(hvp, systems.b, options);
         EXPECT(same_bits(device.x, host.x) && device.status.equal(host.status));
         EXPECT(device.iterations.equal(host.iterations) && same_bits(device.residual_norm, host.residual_norm));
-        EXPECT((nodes > 0) == (max_iterations > 0));
+        EXPECT((nodes > 0) == (max_iterations > 1));  // the first one is no round
       }
     }
   }
