@@ -78,8 +78,9 @@ at::Tensor RowBlock::of(const at::Tensor& tensor) const {
   return is_whole() || tensor.size(0) == 1 ? tensor : tensor.narrow(0, rows.first, rows.count());
 }
 
-at::Tensor RowBlock::apply(const RowOperator& callback, const char* name, const at::Tensor& argument,
-                           const at::Tensor& b) const {
+at::Tensor checked_product(const char* solver, const RowOperator& callback, const char* name,
+                           const at::Tensor& argument, RowRange rows, const char* subject, const char* like_name,
+                           const at::Tensor& like) {
   const bool counted = !argument.is_inference();  // inference tensors have no version
   const int64_t version = counted ? argument._version() : 0;
   at::Tensor result = callback(argument, rows);
@@ -87,8 +88,14 @@ at::Tensor RowBlock::apply(const RowOperator& callback, const char* name, const 
                     " must leave its argument as it is, but has written to it");
   TORCH_CHECK_TYPE(result.defined(), solver, ": ", name, " returned no tensor");
   result = result.detach().contiguous();
-  check_like(solver, (std::string("what ") + name + " returns").c_str(), result, is_whole() ? "b" : "b[rows]", b);
+  check_like(solver, subject, result, like_name, like);
   return result;
+}
+
+at::Tensor RowBlock::apply(const RowOperator& callback, const char* name, const at::Tensor& argument,
+                           const at::Tensor& b) const {
+  const std::string subject = std::string("what ") + name + " returns";
+  return checked_product(solver, callback, name, argument, rows, subject.c_str(), is_whole() ? "b" : "b[rows]", b);
 }
 
 }  // namespace imaml_ext

@@ -35,6 +35,11 @@ class WorkVectors {
   at::Tensor all_;  // [count, rows, N]
 };
 
+// What a callback returns for `argument`: a tensor like `like`, made contiguous; `subject` is what messages call it.
+at::Tensor checked_product(const char* solver, const RowOperator& callback, const char* name,
+                           const at::Tensor& argument, RowRange rows, const char* subject, const char* like_name,
+                           const at::Tensor& like);
+
 // b without a graph and contiguous, and the options with what the caller has left out; validates all of them.
 at::Tensor checked_rhs(const char* solver, const RowOperator& hvp, const at::Tensor& b);
 void complete(const char* solver, SolveOptions& options, const at::Tensor& b);

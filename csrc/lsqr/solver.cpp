@@ -28,20 +28,6 @@ LsqrOptions completed(const LsqrOptions& options, const at::Tensor& y, const at:
   return o;
 }
 
-// What a callback returned: a tensor like `like`, made contiguous.
-at::Tensor apply(const RowOperator& callback, const char* name, const at::Tensor& argument, const char* like_name,
-                 const at::Tensor& like) {
-  const bool counted = !argument.is_inference();  // inference tensors have no version
-  const int64_t version = counted ? argument._version() : 0;
-  at::Tensor result = callback(argument);
-  TORCH_CHECK_VALUE(!counted || argument._version() == version, kSolver, ": ", name,
-                    " must leave its argument as it is, but has written to it");
-  TORCH_CHECK_TYPE(result.defined(), kSolver, ": ", name, " returned no tensor");
-  result = result.detach().contiguous();
-  check_like(kSolver, name, result, like_name, like);
-  return result;
-}
-
 }  // namespace
 
 LsqrResult lsqr(const RowOperator& matvec, const RowOperator& rmatvec, const at::Tensor& y_in, int64_t unknowns,
@@ -66,7 +52,7 @@ LsqrResult lsqr(const RowOperator& matvec, const RowOperator& rmatvec, const at:
 
   // s = Mᵀr,   p ← s + β p
   const auto direction = [&] {
-    const at::Tensor t = apply(rmatvec, "rmatvec", r, "x", result.x);
+    const at::Tensor t = checked_product(kSolver, rmatvec, "rmatvec", r, {}, "rmatvec", "x", result.x);
     call<lsqr_direction_>("imaml_ext::lsqr_direction_", t, shift, result.x, p, best, state, result.status,
                           result.iterations);
   };
@@ -76,7 +62,7 @@ LsqrResult lsqr(const RowOperator& matvec, const RowOperator& rmatvec, const at:
   const int64_t pairs = o.max_iterations + (o.x0 ? 1 : 0);  // a warm start is measured first
   for (int64_t k = 0; k < pairs; ++k) {
     if (o.check_every > 0 && k % o.check_every == 0 && !result.status.ge(kIterating).any().item<bool>()) break;
-    const at::Tensor q = apply(matvec, "matvec", p, "y", y);
+    const at::Tensor q = checked_product(kSolver, matvec, "matvec", p, {}, "matvec", "y", y);
     call<lsqr_residual_>("imaml_ext::lsqr_residual_", q, y, r, state, result.status);
     direction();
   }

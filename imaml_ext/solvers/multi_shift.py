@@ -13,7 +13,7 @@ from imaml_ext.ops import check_entries
 from imaml_ext.ops.calls import callback, check_untransformed, eager
 from imaml_ext.solvers.cg import _cg_rows, loop_arguments
 from imaml_ext.solvers.linear import Solution
-from imaml_ext.solvers.operators import Product, System, is_matrix
+from imaml_ext.solvers.operators import Product, System, column_by_column, is_matrix
 
 
 @eager
@@ -124,13 +124,7 @@ def on_columns(A: Any, b: Any, system: System, count: int) -> Product:
     """The operator of a system on `count` vectors for each row, [R count, N]: in one call where `cg` makes one."""
     if isinstance(b, Tensor) and (b.dim() == 2 or is_matrix(A)):
         return System.read(A, system.b.unsqueeze(2).expand(-1, -1, count)).operator
-    rows, size = system.b.shape
-
-    def one_by_one(p: Tensor) -> Tensor:
-        parts = p.view(rows, count, size).unbind(1)
-        return torch.stack([system.operator(part.contiguous()).clone() for part in parts], 1).view(-1, size)
-
-    return one_by_one
+    return column_by_column(system.operator, len(system.b), count)
 
 
 def _lead(system: System) -> tuple[int, ...]:

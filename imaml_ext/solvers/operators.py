@@ -237,20 +237,27 @@ def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Pro
         if wide is not None:
             return wide
 
-        def one_by_one(p: Tensor) -> Tensor:
-            parts = p.reshape(batch, columns, p.shape[1]).unbind(1)
-            return torch.stack([column(part.contiguous()) for part in parts], 1).reshape(result.rows, result.size)
-
         def column(part: Tensor) -> Tensor:
             product = A(part)
             if not isinstance(product, Tensor) or product.shape != (batch, result.size):
                 got = list(product.shape) if isinstance(product, Tensor) else _name(product)
                 raise ValueError(f"{name} must return [{batch}, {result.size}], a product of one column, got {got}")
             result.check_dtype(product, f"what {name} returns")
-            return product.clone()  # the memory may be that of the next one
+            return product
 
-        return one_by_one
+        return column_by_column(column, batch, columns)
     return lambda p: result.pack(A(form.unpack(p)), f"what {name} returns")
+
+
+def column_by_column(product: Product, rows: int, columns: int) -> Product:
+    """p [R K, N] -> A p for K vectors per row, by one call of `product` [R, N] for each k."""
+
+    def one_by_one(p: Tensor) -> Tensor:
+        parts = p.reshape(rows, columns, p.shape[1]).unbind(1)
+        # Copied, as the memory may be that of the next product too.
+        return torch.stack([product(part.contiguous()).clone() for part in parts], 1).flatten(0, 1)
+
+    return one_by_one
 
 
 def is_matrix(A: Any) -> bool:
