@@ -242,20 +242,19 @@ def train(check: Check, name: str, steps: int) -> Iterator[Command]:
     shutil.rmtree(run, ignore_errors=True)
     settings = {"outer.steps": steps, "run.checkpoint-every": steps // 2, "run.device": check.device}
     if check.rehearse:
-        settings |= {"outer.steps": 2, "evaluation.tasks": 2, "model.filters": 3, "outer.meta-batch": 2}
+        settings |= {"outer.steps": 2, "evaluation.tasks": 2, "outer.meta-batch": 2}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     capture = "--run.no-capture" if check.rehearse else "--run.capture"
-    paper = ["omniglot-5w1s", "--data", "glyphs"]  # its settings, on images that are built in
+    paper = ["glyphs-5w1s", "--model.filters", "3" if check.rehearse else "64"]  # the paper's network
     yield [sys.executable, "-m", "imaml_ext", "train", *paper, *words, capture, "--run-dir", str(run)]
 
 
 def omniglot(check: Check) -> Iterator[Command]:
     if not os.environ.get("IMAML_DATA_ROOT"):
         raise SkippedError("IMAML_DATA_ROOT is not set")
-    script, runs = str(ROOT / "benchmarks" / "omniglot_table.sh"), str(check.folder / "omniglot")
-    small = ["--run.device", "cpu", "--run.no-capture", "--outer.steps", "2", "--evaluation.tasks", "2"]
-    table = str(check.folder / "omniglot.json")
-    yield [script, sys.executable, runs, table, *(small if check.rehearse else [])]
+    how = ["--trial", "--device", "cpu"] if check.rehearse else ["--device", check.device, "--capture"]
+    cells = ["--cells", "5w1s/imaml-gd", "5w1s/imaml-hf", "--output-dir", str(check.folder / "omniglot")]
+    yield [sys.executable, "-m", "imaml_ext", "reproduce", "omniglot-table", *cells, *how]
 
 
 def precision(check: Check) -> Iterator[Command]:

@@ -176,6 +176,7 @@ def write_result(
         except PackageNotFoundError:
             stamp[package] = None
     arguments = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv[1:]]
+    arguments = [argument.removeprefix(f"{Path(__file__).parents[1]}/") for argument in arguments]
     command = shlex.join(["python", *(program or f"benchmarks/{script}.py").split(), *arguments])
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"benchmark": script, "command": command, "stamp": stamp, **body}, indent=2, ensure_ascii=False)

@@ -38,8 +38,9 @@ from imaml_ext.files import atomic_write, json_bytes
 from imaml_ext.inner import NewtonResult
 from imaml_ext.ops import prox_penalty
 from imaml_ext.pretrained import load_pretrained
+from imaml_ext.reproduction.paper import paper_settings
 from imaml_ext.settings import changed
-from imaml_ext.train import Experiment, build, load_recipe
+from imaml_ext.train import Experiment, Outer, build
 from imaml_ext.train.environment import environment
 from imaml_ext.train.schedule import outer_optimizer
 
@@ -53,7 +54,7 @@ NEWTON = (  # curvature, CG steps of a direction, part of the promised decrease 
     ("gauss_newton", 1, 0.1),
     ("hessian", 1, 1e-4),
 )
-PUBLISHED = ("omniglot-5w1s-gd", "omniglot-5w1s-hf")
+PUBLISHED = ("omniglot-5w1s", "omniglot-5w1s-newton")
 BUDGET = 16  # gradients
 GRADIENT, PRODUCT, WAY_FORWARD, LOSS = 3, 6, 2, 1  # thirds of a gradient
 
@@ -218,8 +219,14 @@ def main() -> int:
     parser.add_argument("--part", choices=["all", "priced", "compared", "monotone"], default="all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    recipe = load_recipe("omniglot-5w1s-1000").config
-    experiment = build(changed(recipe, {"data.root": options.data_root}))
+    changes = {
+        "data.root": options.data_root,
+        "tasks.queries": 10,
+        "algorithm.lam": 0.1,
+        "algorithm.inner.lr": 0.4,
+        "outer": Outer(steps=1000, meta_batch=8, lr=3e-3, schedule="cosine"),
+    }
+    experiment = build(changed(paper_settings("5w1s"), changes))
     after = f"{options.meta_steps} meta-steps"
     starts = {"initial": experiment.initial_params()["theta"], after: trained(experiment, options.meta_steps)}
     starts |= {name: load_pretrained(name).weights.params["theta"] for name in PUBLISHED}

@@ -27,8 +27,8 @@ from imaml_ext.train import evaluate_pretrained
 sys.path.append(str(Path(__file__).parents[1] / "python_tests"))
 from drawn_photographs import CONDITIONS, save_photographs
 
-WEIGHTS = ("omniglot-5w1s-hf-longer", "omniglot-5w1s-gd")
-WAYS = {"omniglot-5w1s-gd": (2, 3, 4, 6, 10), "omniglot-20w1s-hf": (4, 10)}
+WEIGHTS = ("omniglot-5w1s-newton", "omniglot-5w1s")
+WAYS = {"omniglot-5w1s": (2, 3, 4, 6, 10), "omniglot-20w1s-newton": (4, 10)}
 
 
 def photographs(tasks: int, seed: int) -> list[dict[str, Any]]:

@@ -30,15 +30,16 @@ from torch import Tensor
 from imaml_ext import SolveStatus, cg
 from imaml_ext.losses import CurvatureOperator
 from imaml_ext.pretrained import load_pretrained
+from imaml_ext.reproduction.paper import paper_settings
 from imaml_ext.settings import changed
 from imaml_ext.solvers.preconditioners import KFAC, Jacobi, Nystrom, Preconditioner, Refreshed
-from imaml_ext.train import Experiment, build, load_recipe
+from imaml_ext.train import Experiment, build
 
 CONDITION, DECAYING_RTOL = 1e6, 1e-6
 SPECTRA = {"0.8^i": (0.8, 60), "0.9^i": (0.9, 100), "i^-2": (None, 60)}  # ratio of two eigenvalues, rank
-# (weights, recipe, tasks) and the curvature, λ and δ of their systems
+# (weights, column of the table, tasks) and the curvature, λ and δ of their systems
 CONV4 = {
-    ("omniglot-5w1s-gd", "omniglot-5w1s", 10): (
+    ("omniglot-5w1s", "5w1s", 10): (
         ("gauss_newton", 2.0, 0.0),
         ("gauss_newton", 0.5, 0.0),
         ("gauss_newton", 0.1, 0.0),
@@ -48,7 +49,7 @@ CONV4 = {
         ("hessian", 0.1, 0.0),
         ("hessian", 0.1, 22.0),
     ),
-    ("omniglot-20w1s-gd", "omniglot-20w1s", 4): (("gauss_newton", 2.0, 0.0), ("gauss_newton", 0.1, 0.0)),
+    ("omniglot-20w1s", "20w1s", 4): (("gauss_newton", 2.0, 0.0), ("gauss_newton", 0.1, 0.0)),
 }
 RTOL, MOST = 1e-5, 300
 EVERY = 10
@@ -154,8 +155,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     body: dict[str, Any] = {"decaying": decaying(size=options.size, rows=options.rows)}
-    for (weights, recipe, tasks), cases in CONV4.items() if options.data_root is not None else ():
-        config = changed(load_recipe(recipe).config, {"data.root": options.data_root, "run.dtype": "float64"})
+    for (weights, column, tasks), cases in CONV4.items() if options.data_root is not None else ():
+        config = changed(paper_settings(column), {"data.root": options.data_root, "run.dtype": "float64"})
         experiment = build(config)
         theta = load_pretrained(weights).weights.params["theta"].to(experiment.dtype)
         inner = config.algorithm.inner

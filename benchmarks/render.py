@@ -1,7 +1,7 @@
-"""docs/benchmarks.md, and the picture in it, from the result files.
+"""docs/benchmarks.md, the picture in it, and docs/gallery.md, from the result files.
 
-python benchmarks/render.py            # writes docs/benchmarks.md and docs/benchmarks.svg
-python benchmarks/render.py --check    # exit code 1 where docs/benchmarks.md is not what the result files say
+python benchmarks/render.py            # writes the two pages and docs/benchmarks.svg
+python benchmarks/render.py --check    # exit code 1 where a page is not what the result files say
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ first questions. Their times are estimates for an H100 with 16 processor cores, 
 - `gpu_check.sh --rehearse` runs every program on the CPU at its smallest size, so that errors show before a GPU is at
   hand.
 
-Put `gpu_check.json` into `benchmarks/results/`, and `benchmarks/render.py` adds its tables to this page.
+Put `gpu_check.json` into `benchmarks/results/`, under a name that begins with `gpu_check`, and `benchmarks/render.py`
+adds its tables to this page.
 """
 
 NOT_YET = "\nIt is not there yet: no figure on this page comes from a GPU.\n"
@@ -195,6 +196,68 @@ LAUNCHES = {
 }
 
 
+GALLERY_INTRODUCTION = """\
+# Gallery
+
+Five uses of `imaml_ext.argmin` ([bilevel.md](bilevel.md#any-hyperparameter)). Each is a script of at most 100 lines in
+`examples/`, whose first lines state the problem and its source. Each compares itself with a named reference in the same
+run, on the same data:
+
+    python examples/hyper_cleaning.py
+
+`main(…)` of a script takes its size; the tests run all of them at small sizes. Two commands make this page again:
+
+    python benchmarks/gallery.py --json benchmarks/results/gallery.json
+    python benchmarks/render.py
+
+hypertorch is not on PyPI, where another package has its name. Without it, its row is missing:
+
+    pip install git+https://github.com/prolearner/hypertorch@6241dfafcf37ddaf14e152ba5e5a3aa7165396d3
+
+"""
+
+GALLERY = {
+    "hyper_cleaning": (
+        "Wrong labels, found by learnt weights of examples",
+        "Half of the training labels are drawn at random. A weight per example is learnt on a few clean images, and "
+        "labels of small weight are called wrong. AUC is the area under the ROC curve of that. 60 classes, and eight "
+        "draws of the noise.\n\n"
+        "- `argmin` and hypertorch find the same weights, by the same outer steps.\n"
+        "- The weights rank wrong labels better than the loss after plain training, and give a better classifier.\n"
+        "- They are **not** the best here. A classifier that was trained on the clean images alone is better, and its "
+        "loss ranks the labels better. Four clean images tell a class of these built-in glyphs well.\n",
+    ),
+    "influence": (
+        "The influence of every training image on a test loss",
+        "A CNN of about 1,900 parameters, and 20 test images. The table has the rank correlation over the training "
+        "images with the exact inverse of the Hessian in float64, the mean and the least of the test images. The last "
+        "column is the relative distance.\n",
+    ),
+    "federated": (
+        "Personalised federated learning by pFedMe",
+        "100 clients, and 100 rounds of which each takes the models of ten. Accuracy on the clients' own test "
+        "examples.\n\n"
+        "- The settings are those of the command that the authors published for such data, with 100 rounds in place of "
+        "600. Their clients can be larger: here none has more than 1,250 examples.\n"
+        "- FedAvg is the reference as published. If each client takes 20 more steps from its model, that is **better** "
+        "than pFedMe on these data.\n",
+    ),
+    "penalties": (
+        "A penalty per parameter",
+        "Ten data sets of 200 examples and 40 features, ten of which matter. Losses are means over the data sets.\n\n"
+        "- The learnt penalties need fewer fits, although they are 40 and the grid has one.\n"
+        "- 40 penalties adapt to the validation folds, so that the validation loss promises more than the test loss "
+        "keeps. With 100 examples in place of 200, logistic regression is **worse** than the grid search on new ones, "
+        "and the more so the more outer steps are taken.\n",
+    ),
+    "deblurring": (
+        "Deblurring with a learnt penalty per filter",
+        "24 training and 24 test images, blurred by motion over seven pixels, with noise of standard deviation 0.01. "
+        "Peak signal-to-noise ratios in dB, the means over the images. The gain over a well tuned single λ is small, "
+        "and no less on images that were not trained on.\n",
+    ),
+}
+
 MATRICES = {"gauss_newton": "Gauss-Newton", "hessian": "Hessian"}
 
 
@@ -202,10 +265,24 @@ def render() -> str:
     """The document."""
     has_run = (RESULTS / "gpu_check.json").exists()
     before, after = (json.loads((RESULTS / name).read_text()) for name in KERNEL_REPORTS)
-    parts = [INTRODUCTION + ("" if has_run else NOT_YET), _kernels(before, after, has_run=has_run)]
+    parts = [INTRODUCTION + (_checks() if has_run else NOT_YET), _kernels(before, after, has_run=has_run)]
     for name, result in _results():
         parts.append(_SECTIONS[name](result))
     return "\n".join(parts)
+
+
+def _checks() -> str:
+    """How each step of each check on a GPU has ended; the logs are beside the results."""
+    parts = []
+    for path in sorted(RESULTS.glob("gpu_check*.json")):
+        check = json.loads(path.read_text())
+        stamp = check["stamp"]
+        rows = [[f"`{name}`", step["status"], f"{step['seconds']:.0f}"] for name, step in check["steps"].items()]
+        where = f"{stamp['gpu']}, torch {stamp['torch']}, driver {stamp['driver']}"
+        parts.append(
+            f"\n`{path.name}`: {where}. Sources {stamp['sources']}.\n\n" + _table(["step", "ended", "s"], rows)
+        )
+    return "".join(parts)
 
 
 def _results() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -213,8 +290,7 @@ def _results() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in _SECTIONS:
         for path in sorted(RESULTS.glob(f"{name}*.json")):
             yield name, json.loads(path.read_text())
-    path = RESULTS / "gpu_check.json"
-    if path.exists():
+    for path in sorted(RESULTS.glob("gpu_check*.json")):
         measured = json.loads(path.read_text())["benchmarks"]
         yield from ((name, measured[key]) for name in _SECTIONS for key in measured if key.partition("-")[0] == name)
 
@@ -490,6 +566,32 @@ def _compiled_module(result: dict[str, Any]) -> str:
     )
 
 
+def _modules(result: dict[str, Any]) -> str:
+    names = {"conv4": "Conv4", "resnet12-quarter": "ResNet-12, a quarter as wide", "resnet12": "ResNet-12"}
+    header = ["network", "by", "seconds", "of the loop", "of native", "MiB", "rounds"]
+    rows = [
+        [
+            names[network],
+            name,
+            f"{row['median_s']:.4g}",
+            f"{row['ratio_to_loop']:.2f}",
+            f"{row['ratio_to_native']:.2f}" if "ratio_to_native" in row else "",
+            str(row["peak_mib"]),
+            str(row["rounds"]),
+        ]
+        for network, found in result["results"].items()
+        for name, row in found.items()
+    ]
+    text = (
+        "A meta-gradient of 8 tasks by an nn.Module, 5-way 1-shot, float32, CPU time on one thread. Conv4 takes 5 "
+        "inner steps and 5 products on 28 × 28 pixels, ResNet-12 one of each on 84 × 84. `loop` is the loop over tasks "
+        "that one would write with `torch.func.functional_call`, `vmap` torch's vmap; `handlers` are our convolutions "
+        "and batch norms in either. `one by one` has `tasks_per_chunk=1`. MiB are the peak beyond what was held "
+        "before.\n"
+    )
+    return "\n".join([_heading("Any nn.Module", result), text, _table(header, rows)])
+
+
 def _percent(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f}"
 
@@ -556,11 +658,12 @@ def _many_right_hand_sides(result: dict[str, Any]) -> str:
     matrices = {"gauss_newton": "Gauss-Newton", "hessian": "Hessian"}
     rows = [
         [
+            f"{row['threads']}",
             f"{matrices[row['kind']]}, λ = {row['lam']:g}",
             name if name != "with Nystrom" else f"with Nyström of rank {row['rank']}",
             f"{way['cpu_ms']:,.0f}",
             f"{way['fraction']:.2f}",
-            f"{way['iterations_mean']:.1f}",
+            f"{way['products']:.1f}",
         ]
         for row in result["rows"]
         for name, way in row["ways"].items()
@@ -570,8 +673,8 @@ def _many_right_hand_sides(result: dict[str, Any]) -> str:
             _heading("Many right-hand sides on one curvature matrix", result),
             f"{result['rows'][0]['columns']} right-hand sides on the matrix of one Omniglot task for Conv4, to a "
             f"relative residual of {result['rtol']:g}, every one of which is measured. CPU time, the median of the "
-            "rounds.\n",
-            _table(["matrix", "way", "CPU ms", "÷ one by one", "iterations"], rows),
+            "rounds, and products per right-hand side, set-up included.\n",
+            _table(["threads", "matrix", "way", "CPU ms", "÷ one by one", "products"], rows),
         ]
     )
 
@@ -586,10 +689,32 @@ _SECTIONS = {
     "precision": _precision,
     "precondition": _precondition,
     "compiled_module": _compiled_module,
+    "modules": _modules,
     "own_drawings": _own_drawings,
     "many_right_hand_sides": _many_right_hand_sides,
     "integrations": _integrations,
 }
+
+
+def gallery() -> str:
+    """The page of the examples."""
+    result = json.loads((RESULTS / "gallery.json").read_text())
+    seconds = sum(found["cpu_seconds"] for found in result["results"].values())
+    parts = [
+        GALLERY_INTRODUCTION + _heading("What was found", result),
+        f"One thread, {seconds:,.0f} seconds of CPU time together.\n",
+    ]
+    for name, found in result["results"].items():
+        title, text = GALLERY[name]
+        figures = list(next(iter(found["rows"].values())))
+        rows = [[who, *(f"{row[figure]:.4g}" for figure in figures)] for who, row in found["rows"].items()]
+        parts += [
+            f"### {title}\n",
+            f"[`examples/{name}.py`](../examples/{name}.py), {found['cpu_seconds']:.0f} seconds.\n",
+            _table(["", *figures], rows),
+            text,
+        ]
+    return "\n".join(parts)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -626,13 +751,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    document, path = render(), ROOT / "docs" / "benchmarks.md"
+    pages = {"benchmarks.md": render(), "gallery.md": gallery()}
+    paths = {ROOT / "docs" / name: page for name, page in pages.items()}
     if options.check:
-        return int(not path.exists() or path.read_text() != document)
-    path.write_text(document)
+        return int(not all(path.exists() and path.read_text() == page for path, page in paths.items()))
+    for path, page in paths.items():
+        path.write_text(page)
     scaling = RESULTS / "scaling.json"
     if scaling.exists():
-        draw(json.loads(scaling.read_text()), path.with_suffix(".svg"))
+        draw(json.loads(scaling.read_text()), ROOT / "docs" / "benchmarks.svg")
     return 0
 
 

@@ -35,9 +35,9 @@ class Counted:
     def __call__(self, p: Tensor) -> Tensor:
         return self._counted(self.operator, p)
 
-    def repeated(self, times: int) -> Operator:
+    def of_columns(self, columns: int) -> Operator:
         """Many vectors in one call, as the curvature of a network has them."""
-        wide = self.operator.repeated(times) if hasattr(self.operator, "repeated") else self.operator
+        wide = self.operator.of_columns(columns) if hasattr(self.operator, "of_columns") else self.operator
         return lambda p: self._counted(wide, p)
 
     def _counted(self, operator: Operator, p: Tensor) -> Tensor:

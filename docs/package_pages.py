@@ -120,7 +120,7 @@ def add_to_page(app, docname: str, source: list[str]) -> None:
     elif docname == "docs/commands":
         added = [line for command in COMMANDS for line in helps(command)]
     elif docname == "docs/reproduction/README":
-        added = ["```{toctree}", ":hidden:", "", "newton-cg", "```"]
+        added = ["```{toctree}", ":hidden:", "", "first-trainings", "newton-cg", "```"]
     elif re.search("/(weights|results)(/|$)", folder):  # written by programs, and linked from other pages alone
         title = "" if source[0].startswith("# ") else f"# {page}\n\n"
         source[0] = f"---\norphan: true\n---\n{title}{source[0]}"

@@ -10,11 +10,13 @@ from imaml_ext._record import unfit_for_installed_torch
 from imaml_ext._version import __version__
 
 if TYPE_CHECKING:  # from the modules themselves: `imaml_ext.solvers.cg` is a module and a function
+    from imaml_ext.bilevel.argmin import argmin
+    from imaml_ext.bilevel.prox_solve import prox_solve
+    from imaml_ext.bilevel.root import root
     from imaml_ext.errors import NativeUnavailableError, SolveError, SolveWarning
     from imaml_ext.inner import GradientDescent, NewtonCG
     from imaml_ext.losses import TaskLoss
     from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
-    from imaml_ext.meta.prox_solve import prox_solve
     from imaml_ext.models import MLP, Conv4, from_module
     from imaml_ext.solvers import CG, MINRES, Solution, SolveStatus
     from imaml_ext.solvers.cg import cg
@@ -42,16 +44,18 @@ __all__ = [
     "TaskLoss",
     "WarmStart",
     "__version__",
+    "argmin",
     "cg",
     "from_module",
     "lsqr",
     "minres",
     "multi_shift_cg",
     "prox_solve",
+    "root",
     "solve",
 ]
 
-_ROOMS = ("errors", "solvers", "models", "losses", "inner", "meta")  # each imports those before it
+_ROOMS = ("errors", "solvers", "models", "losses", "inner", "bilevel", "meta")  # each imports those before it
 
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -89,6 +90,39 @@ def proximal_keyword(keywords: dict[str, Any]) -> str:
         return ""
     keywords["proximal"] = "after"
     return "proximal='after'"
+
+
+def omniglot_keywords(keywords: dict[str, Any]) -> str:
+    """split_protocol → split; rotations → orientations."""
+    new = {}
+    if "split_protocol" in keywords:
+        new["split"] = keywords.pop("split_protocol")
+    if "rotations" in keywords:
+        new["orientations"] = "classes" if keywords.pop("rotations") else "upright"
+    keywords |= new
+    return ", ".join(f"{name}={value!r}" for name, value in new.items())
+
+
+_OF_OMNIGLOT = re.compile(r"omniglot-(vinyals-)?(5w1s|5w5s|20w1s|20w5s|start)(-gd|-hf)?(-longer|-shared|-1000)?")
+_OTHERS = {
+    "sinusoid-5shot": "sinusoid",
+    "sinusoid-10shot": "sinusoid --tasks.shots 10",
+    "cifar-fs-5w1s": "cifar-fs",
+    "cifar-fs-5w5s": "cifar-fs --tasks.shots 5",
+    "fc100-5w1s": "fc100",
+    "mini-imagenet-5w1s": "mini-imagenet",
+    "mini-imagenet-5w5s": "mini-imagenet --tasks.shots 5",
+}
+
+
+def recipe_of_today(name: str) -> str | None:
+    """Returns what took the place of a recipe, or of weights, of an old name; None where there was no such name."""
+    found = _OF_OMNIGLOT.fullmatch(name)
+    if found is None:
+        return _OTHERS.get(name)
+    vinyals, tasks, solver, _ = found.groups()
+    new = f"omniglot-{'5w1s' if tasks == 'start' else tasks}{'-newton' if solver == '-hf' else ''}"
+    return f"{new} --data.split vinyals --data.validation 0" if vinyals else new
 
 
 def hessian_operator(loss: Any, phi: Any, data: Any, kind: str = "hessian") -> Any:

@@ -1,11 +1,14 @@
-"""Small tasks for the tests of the meta-gradients."""
+"""Small tasks for the tests of the meta-gradients, and a watch for what waits for the device."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from imaml_ext.losses import TaskLoss
 from imaml_ext.models import MLP, Conv4
@@ -47,3 +50,34 @@ def classification(tasks: int, *, dtype: torch.dtype = F64) -> tuple[TaskLoss, T
 def relative(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖."""
     return float((found - expected).norm() / expected.norm())
+
+
+class HostWatch(TorchDispatchMode):
+    """Records ops that hand a number of the device to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class PeakWatch(TorchDispatchMode):
+    """Adds up the bytes of the storages that live at once, those of `known` tensors left out."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (key := (storage := leaf.untyped_storage())._cdata) not in self.live:
+                self.live[key] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, key)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result

@@ -18,7 +18,7 @@ from imaml_ext.train import Recipe, Stage, TrainConfig, build, evaluate, train, 
 from imaml_ext.train.job import joined
 from imaml_ext.train.ranks import Ranks
 
-TASKS = 5  # over 2 ranks: 2 and 3; over 4: 1, 1, 1 and 2
+TASKS = 5  # over 2 ranks: 2 and 3; over 3: 1, 2 and 2
 
 _INNER = GradientDescent(steps=3, lr=0.02)
 _IMAML = IMAML(lam=1.0, inner=_INNER, curvature="gauss_newton")
@@ -31,6 +31,7 @@ ALGORITHMS: dict[str, MetaAlgorithm] = {  # in float64
     "maml, lambda and rates learnt": MAML(lam=1.0, inner=_INNER, learn={"lam": "global", "lr": "tensor"}),
     "fomaml": FOMAML(inner=_INNER),
     "reptile": Reptile(inner=_INNER),
+    "reptile, moments kept": Reptile(inner=replace(_INNER, optimizer="adam"), keep_moments=True),
     "newton-cg": replace(_IMAML, inner=NewtonCG(steps=2, curvature="gauss_newton")),
 }
 
@@ -78,13 +79,13 @@ def meta_gradient(name: str, ranks: Ranks) -> dict[str, Any]:
     experiment = build(config_of(name))
     episodes = experiment.sampler("train", tasks=TASKS, seed=0).sample(7, shard=ranks.shard)
     if name == "imaml, a task left out" and ranks.first:
-        episodes.support_y[0] = float("nan")  # over 4 ranks the only task of one of them
+        episodes.support_y[0] = float("nan")  # over 3 ranks the only task of one of them
     meta = experiment.algorithm.meta_gradient(experiment.initial_params(), episodes)
     return vars(ranks.mean_over_tasks(meta, tasks=episodes.num_tasks))
 
 
 def evaluation(ranks: Ranks) -> dict[str, Any]:
-    """20 tasks, 3 at a time: a number of batches that neither 2 nor 4 ranks divide."""
+    """20 tasks, 3 at a time: a number of batches that neither 2 nor 3 ranks divide."""
     experiment = build(changed(small_config(), {"evaluation.meta_batch": 3}))
     told: list[int] = []
     params = experiment.initial_params()

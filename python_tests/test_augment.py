@@ -55,6 +55,30 @@ def test_crop_is_a_window_of_the_padded_image(flip: bool) -> None:
     assert {turned for _, _, turned in windows} == ({False, True} if flip else {False})
 
 
+def test_distortion_is_a_bilinear_look_up_through_a_matrix_near_the_identity() -> None:
+    before, spread = images(6, channels=2), 0.3
+    drawn = random_words(seed=1, stream="a", step=0, first_task=0, num_tasks=1, words_per_task=60).reshape(6, 10)
+    change = Augmentation(affine=spread)
+    assert (change.words, Augmentation(flip=True).words) == (10, 6)
+    after = change(before, drawn)
+    height, width = before.shape[2:]
+    for image, found, row in zip(before.numpy(), after.numpy(), drawn, strict=True):
+        u = (row[6:] >> np.uint64(11)) * 2.0**-53
+        matrix = np.eye(2) + spread * (2 * u.reshape(2, 2) - 1)
+        padded = np.pad(image, ((0, 0), (2, 2), (2, 2)))
+        for y in range(height):
+            for x in range(width):
+                right, down = matrix @ [(2 * x + 1) / width - 1, (2 * y + 1) / height - 1]
+                column, line = ((right + 1) * width - 1) / 2, ((down + 1) * height - 1) / 2
+                left, top = int(np.floor(column)), int(np.floor(line))
+                expected = np.zeros(2)
+                for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    weight = (1 - abs(line - top - dy)) * (1 - abs(column - left - dx))
+                    inside = -2 <= top + dy < height + 2 and -2 <= left + dx < width + 2
+                    expected += weight * (padded[:, top + dy + 2, left + dx + 2] if inside else 0)
+                np.testing.assert_allclose(found[:, y, x], expected, atol=1e-12)
+
+
 def test_brightness_is_a_factor_within_its_bounds() -> None:
     before = images() * 0.5  # nothing reaches 1
     ratio = (Augmentation(brightness=0.4)(before, words()) / before).flatten(1)

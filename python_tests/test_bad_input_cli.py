@@ -18,14 +18,14 @@ from imaml_ext.train.run_directory import read_metrics
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "sinusoid-5shot", "--outer.learning-rate", "1"], ["Unrecognized options: --outer.learning-rate"]),
-        (["train", "sinusoid-5shot", "--outer.lr", "fast"], ["--outer.lr", "fast"]),
-        (["train", "sinusoid-5shot", "--outer.lr", "-1"], ["Outer.lr must be above 0, got -1.0"]),
-        (["train", "sinusoid-5shot", "--outer.schedule", "stairs"], ["stairs", "cosine"]),
+        (["train", "sinusoid", "--outer.learning-rate", "1"], ["Unrecognized options: --outer.learning-rate"]),
+        (["train", "sinusoid", "--outer.lr", "fast"], ["--outer.lr", "fast"]),
+        (["train", "sinusoid", "--outer.lr", "-1"], ["Outer.lr must be above 0, got -1.0"]),
+        (["train", "sinusoid", "--outer.schedule", "stairs"], ["stairs", "cosine"]),
         (["train", "omniglot-6w1s"], ["omniglot-6w1s", "omniglot-5w1s"]),
-        (["train", "sinusoid-5shot", "--lam", "-1"], ["IMAML.lam must be above 0, got -1.0"]),
-        (["train", "sinusoid-5shot", "--inner", "newton"], ["newton", "newton_cg"]),
-        (["train", "sinusoid-5shot", "--learn", "lam"], ["--learn", "a name and a value"]),
+        (["train", "sinusoid", "--lam", "-1"], ["IMAML.lam must be above 0, got -1.0"]),
+        (["train", "sinusoid", "--inner", "newton"], ["newton", "newton_cg"]),
+        (["train", "sinusoid", "--learn", "lam"], ["--learn", "a name and a value"]),
         (["train", "glyphs-5w1s", "--data", "sinusoid"], ["model must be 'mlp' for the data set 'sinusoid'"]),
         (["train", "omniglot-6w1s", "--help"], ["omniglot-6w1s", "omniglot-5w1s"]),
         (["train"], ["glyphs-5w1s"]),
@@ -66,10 +66,10 @@ def test_shots_and_queries_larger_than_the_drawings(tmp_path: Path) -> None:
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     for extra, env in ((["--debug"], {}), ([], {"IMAML_DEBUG": "1"})):
-        process = imaml("train", "sinusoid-5shot", "--run.device", "abacus", "--run-dir", tmp_path, *extra, env=env)
+        process = imaml("train", "sinusoid", "--run.device", "abacus", "--run-dir", tmp_path, *extra, env=env)
         assert process.returncode == 1
         assert "Traceback" in process.stderr
-    process = imaml("train", "sinusoid-5shot", "--run.device", "abacus", "--run-dir", tmp_path)
+    process = imaml("train", "sinusoid", "--run.device", "abacus", "--run-dir", tmp_path)
     assert_one_sentence(process, "run.device 'abacus' cannot be used")
 
 
@@ -112,25 +112,25 @@ class TestRunDirectory:
 
     def test_a_file_in_its_place(self, tmp_path: Path) -> None:
         (tmp_path / "run").write_text("a file")
-        process = imaml("train", "sinusoid-5shot", *self.KNOBS, "--run-dir", tmp_path / "run")
+        process = imaml("train", "sinusoid", *self.KNOBS, "--run-dir", tmp_path / "run")
         assert_one_sentence(process, "run directory", "cannot be used", "Not a directory")
         assert (tmp_path / "run").read_text() == "a file"
 
     def test_below_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("a file")
-        process = imaml("train", "sinusoid-5shot", *self.KNOBS, "--run-dir", tmp_path / "file" / "run")
+        process = imaml("train", "sinusoid", *self.KNOBS, "--run-dir", tmp_path / "file" / "run")
         assert_one_sentence(process, "run directory", "Not a directory")
 
     def test_read_only(self, tmp_path: Path) -> None:
         with _Mounted(tmp_path / "disk", "ro"):
-            process = imaml("train", "sinusoid-5shot", *self.KNOBS, "--run-dir", tmp_path / "disk" / "run")
+            process = imaml("train", "sinusoid", *self.KNOBS, "--run-dir", tmp_path / "disk" / "run")
         assert_one_sentence(process, "cannot write to run directory", "Read-only file system")
 
     def test_full_disk(self, tmp_path: Path) -> None:
         """Room for a checkpoint or two, and then no more."""
         with _Mounted(tmp_path / "disk", "size=32k"):
             run = tmp_path / "disk" / "run"
-            process = imaml("train", "sinusoid-5shot", *self.KNOBS, "--run-dir", run)
+            process = imaml("train", "sinusoid", *self.KNOBS, "--run-dir", run)
             assert_one_sentence(process, "cannot write", "No space left on device")
             self._nothing_half_written(run)
 
@@ -145,7 +145,7 @@ class TestRunDirectory:
         """The same without a mount: no file of the run may be larger than 4,000 bytes."""
         run = tmp_path / "run"
         process = imaml_process(
-            "train", "sinusoid-5shot", *SMALL, "--outer.steps", 60, *knobs, "--run-dir", run, limit_file_size=4000
+            "train", "sinusoid", *SMALL, "--outer.steps", 60, *knobs, "--run-dir", run, limit_file_size=4000
         )
         assert_one_sentence(process, f"{file}: File too large")
         self._nothing_half_written(run)
@@ -170,7 +170,7 @@ class TestRunDirectory:
             assert_one_sentence(process, "config.json cannot be read")
 
     def test_a_result_that_cannot_be_written_is_printed(self, tmp_path: Path) -> None:
-        imaml("train", "sinusoid-5shot", "--run-dir", tmp_path / "run", "--outer.steps", 1, *SMALL)
+        imaml("train", "sinusoid", "--run-dir", tmp_path / "run", "--outer.steps", 1, *SMALL)
         process = imaml("evaluate", tmp_path / "run", "--tasks", 4, "--output", tmp_path / "absent" / "a.json")
         assert process.stdout.startswith("test mean squared error")
         assert process.returncode == 1

@@ -249,8 +249,9 @@ def test_integrations_compare_results_before_they_are_written(monkeypatch, tmp_p
 
 
 @pytest.mark.skipif(not render.RESULTS.exists(), reason="the result files are not part of a source distribution")
-def test_the_document_is_what_the_result_files_say():
+def test_the_pages_are_what_the_result_files_say():
     assert (render.ROOT / "docs" / "benchmarks.md").read_text() == render.render()
+    assert (render.ROOT / "docs" / "gallery.md").read_text() == render.gallery()
 
 
 def test_kernels_are_shown_before_and_after(monkeypatch):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_tools import SMALL, assert_one_sentence, files_of, imaml, small_config
+from training_tools import SMALL, assert_one_sentence, files_of, glyphs_config, imaml, small_config, stopped_in
 
 from imaml_ext import _native
-from imaml_ext.data import Folder, Glyphs
+from imaml_ext.data import Folder
 from imaml_ext.errors import CheckpointError, ConfigError, Interrupted, NativeUnavailableError
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML
@@ -107,19 +105,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_until(monkeypatch: pytest.MonkeyPatch, calls: int, config: TrainConfig, run: Path) -> None:
     """Begins or continues a run that gets SIGTERM in that meta-step from now on."""
-    counted, original = 0, IMAML.meta_gradient
-
-    def stops(self: IMAML, params: Any, episodes: Any) -> Any:
-        nonlocal counted
-        counted += 1
-        if counted == calls:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, params, episodes)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(IMAML, "meta_gradient", stops)
-        with pytest.raises(Interrupted):
-            train(config, run, resume=True)
+    with stopped_in(monkeypatch, calls), pytest.raises(Interrupted):
+        train(config, run, resume=True)
 
 
 def test_the_best_is_kept_and_judged(tmp_path: Path, plain: Path) -> None:
@@ -221,16 +208,7 @@ def test_a_best_that_is_not_there_any_more_is_forgotten(tmp_path: Path, capsys: 
 
 
 def test_accuracy_is_best_where_it_is_highest(tmp_path: Path) -> None:
-    config = TrainConfig(
-        data=Glyphs(),
-        tasks=Tasks(ways=3, shots=1, queries=2),
-        model=Conv4(filters=4),
-        algorithm=IMAML(inner=GradientDescent(steps=2), curvature="gauss_newton"),
-        outer=Outer(steps=6, meta_batch=2, lr=0.3),
-        evaluation=EvaluationSettings(tasks=4, every=1, validation_tasks=6, keep_best=True),
-        run=RunSettings(device="cpu", threads=1, tensorboard=False),
-    )
-    result = train(config, tmp_path / "run")
+    result = train(glyphs_config(), tmp_path / "run")
     figures = {row["step"]: row["val_accuracy"] for row in rows(tmp_path / "run")}
     best = max(figures.values())
     assert len(set(figures.values())) > 1
@@ -295,11 +273,11 @@ class TestMoreSteps:
 
     def test_from_the_command_line(self, tmp_path: Path) -> None:
         run, knobs = tmp_path / "run", [*SMALL, "--outer.schedule", "constant"]
-        assert imaml("train", "sinusoid-5shot", *knobs, "--outer.steps", 3, "--run-dir", run).returncode == 0
-        more = imaml("train", "sinusoid-5shot", "--run-dir", run, "--resume", "--outer.steps", 5)
+        assert imaml("train", "sinusoid", *knobs, "--outer.steps", 3, "--run-dir", run).returncode == 0
+        more = imaml("train", "sinusoid", "--run-dir", run, "--resume", "--outer.steps", 5)
         assert more.returncode == 0, more.stderr
         assert json.loads((run / "result.json").read_text())["steps"] == 5
-        fewer = imaml("train", "sinusoid-5shot", "--run-dir", run, "--resume", "--outer.steps", 4)
+        fewer = imaml("train", "sinusoid", "--run-dir", run, "--resume", "--outer.steps", 4)
         assert_one_sentence(fewer, "outer.steps was 5 in", "now 4")
 
 

@@ -272,3 +272,4 @@ def test_a_step_that_looks_at_the_host_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(LearntLam, "gradient", looks)
     with pytest.raises(RunError, match=r"cannot be captured as a CUDA graph: .*; leave run.capture out"):
         CapturedStep(*begun)
+    torch.randn(3, device="cuda")  # the process goes on

@@ -40,7 +40,10 @@ def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.
     wide, right = matrices.double(), b.double()
     residual = (right - multiply(wide)(result.x.double())).norm(dim=1) / right.norm(dim=1)
     converged = result.status == C
-    assert (residual[converged] <= rtol).all(), residual[converged].max()
+    # What is measured has the rounding of a product, about u ‖A‖ ‖x‖.
+    sizes = torch.linalg.matrix_norm(wide, 2) * result.x.double().norm(dim=1) / right.norm(dim=1)
+    limit = rtol + torch.finfo(dtype).eps * sizes
+    assert (residual <= limit)[converged].all(), (residual / limit)[converged].max()
     assert ((result.status == C) | (result.status == M) | (dtype == torch.float32)).all()
     if dtype == torch.float64:
         assert converged.all()
@@ -48,7 +51,7 @@ def test_dense_systems_against_direct_solves(rows: int, cols: int, dtype: torch.
     direct = solve_directly(wide, right)
     error = (result.x.double() - direct).norm(dim=1) / direct.norm(dim=1)
     condition = torch.linalg.cond(wide)
-    assert (error[converged] <= rtol * condition[converged] * 1.01).all()
+    assert (error <= 1.01 * limit * condition)[converged].all()
     # The norm reported is the norm of the residual, up to the rounding that the status allows for.
     reported = result.residual_norm / right.norm(dim=1)
     assert ((reported - residual).abs()[converged] <= rtol).all()

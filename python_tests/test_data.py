@@ -112,10 +112,10 @@ def test_vinyals_split_is_the_published_one(real_root: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: omniglot_split("800/823"), "split_protocol must be one of '1200/423', 'vinyals', got '800/823'"),
-        (lambda: omniglot_split("vinyals", validation=3), "validation must be 0 with split_protocol 'vinyals'"),
+        (lambda: omniglot_split("800/823"), "split must be one of '1200/423', 'vinyals', got '800/823'"),
+        (lambda: omniglot_split("vinyals", validation=3), "validation must be 0 with split 'vinyals'"),
         (lambda: omniglot_split(validation=1200), "validation must be from 0 to 1199 characters, got 1200"),
-        (lambda: load_dataset("omniglot", split_protocol="x"), "split_protocol must be one of"),
+        (lambda: load_dataset("omniglot", split="x"), "split must be one of"),
         (lambda: load_dataset("omniglot", validation=-1), "validation must be at least 0, got -1"),
         (
             lambda: load_dataset("imagenet"),
@@ -682,7 +682,7 @@ def test_omniglot_without_validation_has_no_val(packed_file: Path) -> None:
     options = {"ways": 5, "shots": 1, "queries": 1, "meta_batch": 1, "seed": 0}
     with pytest.raises(ValueError, match="split of omniglot must be one of 'train', 'test', got 'val'"):
         load_dataset("omniglot", root=packed_file.parent).sampler("val", **options)
-    dataset = load_dataset("omniglot", root=packed_file.parent, validation=100, rotations=False)
+    dataset = load_dataset("omniglot", root=packed_file.parent, validation=100, orientations="upright")
     assert dataset.images("val").num_classes == 100
     with pytest.raises(ValueError, match="ways must not exceed the 100 classes there are, got 101"):
         dataset.sampler("val", **(options | {"ways": 101}))
@@ -691,7 +691,7 @@ def test_omniglot_without_validation_has_no_val(packed_file: Path) -> None:
 
 
 def test_summary_counts_what_there_is(packed_file: Path) -> None:
-    text = data.summary(load_dataset("omniglot", root=packed_file.parent, split_protocol="vinyals"))
+    text = data.summary(load_dataset("omniglot", root=packed_file.parent, split="vinyals"))
     lines = text.splitlines()
     assert "classification, one example: 1 × 28 × 28" in lines
     table = [line.split()[:4] for line in lines if line.split()[:1] in (["train"], ["val"], ["test"])]

@@ -50,8 +50,8 @@ def test_settings_are_shown_with_bounds_and_the_comment_beside_them() -> None:
 @pytest.mark.parametrize(
     ("plain", "marked"),
     [
-        ("see `prox_solve`", "see :py:obj:`prox_solve <imaml_ext.meta.prox_solve>`"),
-        ("see `imaml_ext.prox_solve`", "see :py:obj:`prox_solve <imaml_ext.meta.prox_solve>`"),
+        ("see `prox_solve`", "see :py:obj:`prox_solve <imaml_ext.bilevel.prox_solve>`"),
+        ("see `imaml_ext.prox_solve`", "see :py:obj:`prox_solve <imaml_ext.bilevel.prox_solve>`"),
         ("a `phi` [B, *]", r"a ``phi`` [B, \*]"),
         ("`lr_of` is `* 0`", "``lr_of`` is ``* 0``"),
         ("`other.prox_solve`", "``other.prox_solve``"),

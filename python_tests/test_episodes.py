@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,6 +218,45 @@ def test_classes_and_drawings_are_uniform() -> None:
     drawings = np.bincount(np.concatenate([c.support.ravel() for c in chosen]), minlength=DRAWINGS)
     for counts, limit in ((classes, 68.0), (drawings, 43.8)):  # χ² with 36 and 19 degrees of freedom, p = 0.001
         assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < limit
+
+
+def test_distinct_characters_each_in_one_orientation_as_an_independent_sampler_draws_them() -> None:
+    """Against Python's own generator, which draws the published protocol word for word: characters, then angles."""
+    allowed = np.ones((11, 4), dtype=bool)
+    allowed[3, 1:], allowed[7, 2] = False, False  # turned, these look like themselves
+    options: dict[str, Any] = {"rotations": 4, "orientations": allowed, "distinct_characters": True}
+    images = ClassImages(coded_images(11, 5), **options)
+    sampler = make_sampler(images=images, ways=4, shots=1, queries=1, meta_batch=3000)
+    classes = np.concatenate([sampler.indices(step).classes for step in range(4)])  # [12,000, 4]
+    characters, turns = images.character[classes], images.quarter_turns[classes]
+    assert all(len(set(row)) == 4 for row in characters.tolist())
+    assert (classes < images.num_classes).all()
+
+    drawn = random.Random(5)
+    expected_pairs, expected_turns = np.zeros((11, 11)), np.zeros((11, 4))
+    for _ in range(12_000):
+        chosen = drawn.sample(range(11), 4)
+        expected_pairs[chosen[0], chosen[1]] += 1
+        for character in chosen:
+            expected_turns[character, drawn.choice(np.flatnonzero(allowed[character]))] += 1
+    pairs, found_turns = np.zeros((11, 11)), np.zeros((11, 4))
+    np.add.at(pairs, (characters[:, 0], characters[:, 1]), 1)
+    np.add.at(found_turns, (characters.ravel(), turns.ravel()), 1)
+    for found, expected, freedom in ((pairs, expected_pairs, 109), (found_turns, expected_turns, 39)):
+        assert ((found == 0) == (expected == 0)).all()
+        there = expected > 0
+        statistic = ((found - expected)[there] ** 2 / (found + expected)[there]).sum()  # χ² of two samples
+        assert statistic < freedom + 5.5 * math.sqrt(2 * freedom)
+
+    for size in (2, 5):  # the same tasks on any number of processes
+        parts = [
+            make_sampler(images=images, ways=4, shots=2, queries=1).indices(7, shard=(k, size)) for k in range(size)
+        ]
+        whole = make_sampler(images=images, ways=4, shots=2, queries=1).indices(7)
+        for name in ("classes", "support", "query"):
+            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
+    with pytest.raises(ValueError, match="ways must not exceed the 11 characters there are, got 12"):
+        make_sampler(images=images, ways=12, shots=1, queries=1)
 
 
 def test_rotations_are_classes_and_agree_with_rot90() -> None:
@@ -455,12 +497,12 @@ def test_linear_closed_form_is_the_derivative_of_the_solved_problem(scale: float
         return scale * ((x @ phi[..., None]).squeeze(-1) - y.squeeze(-1)).square().mean(1)
 
     phi = form.solution(theta, lam).requires_grad_()
-    inner = loss(*batch.support, phi) + 0.5 * (lam * (phi - theta) ** 2).sum(1)
+    inner = loss(batch.support.x, batch.support.y, phi) + 0.5 * (lam * (phi - theta) ** 2).sum(1)
     (gradient,) = torch.autograd.grad(inner.sum(), phi)
     assert gradient.abs().max() < 1e-12  # stationary
 
     def outer(theta: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-        return loss(*batch.query, form.solution(theta, lam)).mean()
+        return loss(batch.query.x, batch.query.y, form.solution(theta, lam)).mean()
 
     by_theta, by_lam = form.meta_gradient(theta, lam)
     step = 1e-6

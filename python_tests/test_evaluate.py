@@ -151,7 +151,7 @@ def test_a_run_on_another_data_set(run: Path, weights: Path, birds: Path, tmp_pa
 
 
 def test_the_old_name_of_the_option_is_understood() -> None:
-    refused = imaml("evaluate", "--pretrained", "omniglot-5w1s-gd", "--data-root", "/nowhere")
+    refused = imaml("evaluate", "--pretrained", "omniglot-5w1s", "--data-root", "/nowhere")
     assert "the option --data-root is now --data.root" in refused.stderr
     assert "/nowhere" in refused.stderr.splitlines()[-1]
 

@@ -8,7 +8,7 @@ from meta_tasks import F64, regression, relative
 from systems import multiply, solve_directly
 from torch import Tensor
 
-from imaml_ext import IMAML, GradientDescent, NewtonCG, SolveError
+from imaml_ext import CG, IMAML, GradientDescent, NewtonCG, SolveError
 from imaml_ext.meta import implicit_solve
 from imaml_ext.solvers import FixedPoint, LinearSolver, Neumann
 
@@ -158,3 +158,41 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("form", ["number", "[N]"])
+def test_a_kept_step_is_no_longer_than_the_first_order_one(form: str) -> None:
+    """Of matrices with eigenvalues next to 0 and below, CG's iterate before it meets the direction is of any length."""
+    curvature = torch.full((B, N), -0.99, dtype=F64) + 0.02 * torch.rand(B, N, dtype=F64)  # λ + H about 0.01
+    curvature[:, 0] = -2.0
+    curvature[3] = 0.5  # nothing is wrong with this task
+    H = symmetric(curvature)
+    lam = 1.0 if form == "number" else 1.0 + 0.01 * torch.rand(N, dtype=F64)
+    v, downwards = torch.randn(B, N, dtype=F64), torch.linalg.eigh(H).eigenvectors[:, :, 0]
+    v -= 0.999 * (v * downwards).sum(1, keepdim=True) * downwards
+    solver = CG(max_iterations=N)
+    kept = implicit_solve(multiply(H), v, lam=lam, linear_solver=solver)
+    assert kept.solution.broke_down.tolist() == [True, True, True, False]
+    first_order = implicit_solve(multiply(H), v, lam=lam, linear_solver=solver, on_breakdown="gradient").u
+    lengths = [(lam * u).norm(dim=1) for u in (kept.solution.x, kept.u, first_order)]
+    assert (lengths[0][:3] > 10 * lengths[2][:3]).all()
+    assert (lengths[1] <= lengths[2] * (1 + 1e-12))[:3].all()
+    for task in range(B):  # shortened, not turned
+        assert float(torch.cosine_similarity(kept.u[task], kept.solution.x[task], 0)) > 1 - 1e-12
+    assert torch.equal(kept.u[3], kept.solution.x[3])
+
+
+def test_lam_per_parameter_is_the_preconditioner_of_cg() -> None:
+    """A curvature of rank 3 beside a λ spread over four magnitudes: 1 + 3 iterations end it."""
+    factor = torch.randn(B, N, 3, dtype=F64)
+    H, lam = factor @ factor.mT, 10 ** (4 * torch.rand(N, dtype=F64) - 2)
+    v = torch.randn(B, N, dtype=F64)
+    expected = solve_directly(shifted(H, lam), v)
+    solved = implicit_solve(multiply(H), v, lam=lam, linear_solver=CG(max_iterations=4, rtol=0.0))
+    assert relative(solved.u, expected) < 1e-8
+    assert solved.solution.set_up is None
+    plain = CG(max_iterations=4, rtol=0.0).solve(multiply(H), v, lam)
+    assert relative(plain.x, expected) > 0.1  # which CG itself leaves alone
+    lam[0] = 0.0  # of `argmin`, which allows it
+    zero = implicit_solve(multiply(H + torch.eye(N, dtype=F64)), v, lam=lam, linear_solver=CG(max_iterations=3 * N))
+    assert relative(zero.u, solve_directly(shifted(H, lam + 1), v)) < 1e-4

@@ -240,7 +240,9 @@ def test_errors_name_the_argument() -> None:
 def test_what_cannot_be_cut_into_minibatches() -> None:
     loss, theta, data = regression()
     common = {"lam": 1.0, "steps": 1, "lr": 0.1, "batch_size": 4}
-    with pytest.raises(ValueError, match=r"data must have tensors x and y \[B, S, …\]"):
+    with pytest.raises(TypeError, match=r"data must have x and y: as attributes, .*, got Tensor"):
         gradient_descent(loss, theta, data.x, num_tasks=TASKS, **common)
+    with pytest.raises(ValueError, match=r"data must have tensors x and y \[B, S, …\]"):
+        gradient_descent(lambda params, x: params.sum(1), theta, data.x, num_tasks=TASKS, **common)
     with pytest.raises(ValueError, match=r"data.x and data.y must agree in \[B, S\] .*got \[3, 8\] and \[3, 7\]"):
         gradient_descent(loss, theta, Data(data.x, data.y[:, 1:]), **common)

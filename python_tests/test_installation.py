@@ -172,7 +172,7 @@ def test_every_op_asks_for_the_compiled_part(missing: None) -> None:
     network = (3, 1, 1, *network_ops.linear(3))
     x, y, params = torch.ones(2, 4, 3), torch.ones(2, 4, 3), torch.ones(2, 12)
     linearised = object.__new__(network_ops.NetworkLinearisation)
-    linearised.__dict__ |= {"_params": params, "_tape": a, "_y": y, "_network": network}
+    linearised.__dict__ |= {"_params": params, "_tape": a, "_y": y, "_network": network, "_given": network}
     uses = [
         lambda: imaml_ext.cg(lambda p: p, a),
         ops.cpu_capability,

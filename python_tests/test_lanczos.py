@@ -73,6 +73,30 @@ def test_the_last_bits_of_the_solution_do_not_change_where_coefficients_are_kept
     assert CG().solve(multiply(matrices), b).lanczos is None
 
 
+@pytest.mark.parametrize("check_every", [1, 3])
+@pytest.mark.parametrize("blocks", [None, 1])
+def test_stopping_early_changes_no_table(check_every: int, blocks: int | None) -> None:
+    eye = torch.eye(20, dtype=torch.float64)
+    matrices = torch.stack([eye, *(dense(2, 20) + 0.5 * eye)])  # the first row is done after one step
+    b = torch.randn(3, 20, dtype=torch.float64)
+
+    def product(p: Tensor, rows: slice = slice(None)) -> Tensor:
+        return multiply(matrices[rows])(p)
+
+    options = {"max_iterations": 40, "rtol": 1e-4, "lanczos": True, "rows_per_block": blocks}
+    early, late = (cg(product, b, check_every=k, **options) for k in (check_every, 0))
+    assert early.lanczos is not None
+    assert late.lanczos is not None
+    assert early.lanczos.steps.max() < 40
+    for name in ("diagonal", "off_diagonal", "steps"):
+        assert torch.equal(getattr(early.lanczos, name), getattr(late.lanczos, name))
+    nothing = cg(product, torch.zeros(3, 20, dtype=torch.float64), check_every=check_every, **options).lanczos
+    assert nothing is not None
+    assert nothing.diagonal.shape == (3, 40)
+    assert not nothing.diagonal.any()
+    assert nothing.steps.tolist() == [0] * 3
+
+
 @pytest.mark.parametrize("m", [0, 1, 2])
 def test_few_steps(m: int) -> None:
     d, b = 1 + torch.rand(4, 5), torch.randn(4, 5)

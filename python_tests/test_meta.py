@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from meta_tasks import F64, Data, Episodes
+from meta_tasks import F64, Data, Episodes, HostWatch
 from systems import solve_directly
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from imaml_ext import CG, GradientDescent, SolveError
+from imaml_ext import CG, GradientDescent, NewtonCG, SolveError
 from imaml_ext.losses import TaskLoss, as_loss
 from imaml_ext.meta import (
     IMAML,
@@ -282,13 +281,14 @@ def test_metrics_say_what_was_done() -> None:
     (v,) = torch.autograd.grad(loss(leaf, episodes.query).sum(), leaf)
     operator = loss.linearize(phi, episodes.support)
     solution = implicit_solve(operator, v, lam=2.0, damping=20.0, linear_solver=CG(max_iterations=4))
+    x = solution.solution.x
     expected = {
         "query_loss": loss(phi, episodes.query).mean(),
         "query_accuracy": (outputs.argmax(-1) == episodes.query.y).double().mean(),
         "support_loss": loss(phi, episodes.support).mean(),
         "support_loss_before": loss(theta.expand(3, -1), episodes.support).mean(),
         "inner_gradient_norm": (operator.gradient + 2.0 * (phi - theta)).norm(dim=1).mean(),
-        "solve_residual": ((v - operator(solution.u) - 22.0 * solution.u).norm(dim=1) / v.norm(dim=1)).mean(),
+        "solve_residual": ((v - operator(x) - 22.0 * x).norm(dim=1) / v.norm(dim=1)).mean(),
         "solve_iterations": solution.solution.iterations.double().mean(),
         "negative_curvature": solution.solution.broke_down.double().mean(),
         "non_finite": torch.tensor(0.0, dtype=F64),
@@ -417,29 +417,16 @@ def test_rows_are_independent(dtype: torch.dtype) -> None:
         assert torch.equal(clean[[0, 2, 3]], dirty[[0, 2, 3]])
 
 
-class _Watch(TorchDispatchMode):
-    """Records ops that hand a number of the device to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("reaction", ["keep", "gradient", "skip"])
 def test_nothing_waits_for_the_device(curvature: str, reaction: str) -> None:
     loss, theta, episodes = classification(2)
     lam = torch.full((theta.numel(),), 2.0, dtype=F64)
     algorithm = IMAML(loss, lam=lam, inner=GradientDescent(steps=2), curvature=curvature, on_breakdown=reaction)
-    with _Watch() as watch:
+    with HostWatch() as watch:
         algorithm.meta_gradient(theta, episodes)
     assert watch.seen == []
-    with _Watch() as watch:  # the watch sees what it should
+    with HostWatch() as watch:  # the watch sees what it should
         IMAML(loss, inner=GradientDescent(steps=2), on_breakdown="raise", damping=100.0).meta_gradient(theta, episodes)
     assert watch.seen
 
@@ -462,15 +449,24 @@ def test_the_support_gradient_is_built_once_for_all_products() -> None:
 # --- prox_solve as a function -----------------------------------------------------------------------------------------
 
 
-def test_prox_solve_twice_differentiated_says_what_to_do() -> None:
-    loss, theta, episodes = regression(2)
+def test_prox_solve_twice_differentiated() -> None:
+    """Against the closed form, a gradient of a gradient; Gauss-Newton gives no derivative, and so an error."""
+    loss, theta, episodes, _ = _linear_problem()
     theta.requires_grad_()
-    lam = torch.tensor(1.0, dtype=F64, requires_grad=True)
-    phi = prox_solve(loss, theta, lam, episodes.support, inner=GradientDescent(steps=50, lr=0.2))
-    gradients = torch.autograd.grad(phi.square().sum(), (theta, lam), create_graph=True)
-    for gradient in gradients:
-        with pytest.raises(RuntimeError, match="prox_solve is differentiable once"):
-            gradient.sum().backward(retain_graph=True)
+    lam = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    exact = {"linear_solver": CG(max_iterations=30, rtol=1e-14), "inner": NewtonCG(steps=3, linear_solver=CG(30))}
+
+    def twice(value: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(value, (theta, lam), create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (theta, lam))
+
+    phi = prox_solve(loss, theta, lam, episodes.support, **exact)
+    expected = twice(_closed_form(theta, lam, episodes))
+    for value, reference in zip(twice(loss(phi, episodes.query).mean()), expected, strict=True):
+        assert _relative(value, reference) < 1e-9
+    phi = prox_solve(loss, theta, lam, episodes.support, curvature="gauss_newton")
+    with pytest.raises(RuntimeError, match="must have curvature='hessian' to be differentiated twice"):
+        torch.autograd.grad(phi.sum(), theta, create_graph=True)
 
 
 def test_prox_solve_with_a_solver_of_ones_own() -> None:

@@ -5,10 +5,9 @@ import math
 import pytest
 import reference_minres
 import torch
-from meta_tasks import F64, regression, relative
+from meta_tasks import F64, HostWatch, regression, relative
 from systems import DEVICES, DTYPES, known_matrices, multiply, residual_in_long_double, singular_matrices
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from imaml_ext import CG, IMAML, GradientDescent, Solution, SolveError, SolveStatus
 from imaml_ext.settings import from_json, to_json
@@ -162,21 +161,11 @@ def test_what_the_type_cannot_reach_stagnates(dtype: torch.dtype) -> None:
     torch.testing.assert_close(solution.x, b / d)
 
 
-class _Watch(TorchDispatchMode):
-    """Counts ops that hand a number of the device to the host."""
-
-    looks = 0
-
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:
-        self.looks += func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
-        return func(*args, **(kwargs or {}))
-
-
 def test_nothing_waits_for_the_device() -> None:
     A, b = indefinite(), torch.randn(B, N, dtype=F64)
-    with _Watch() as watch:
+    with HostWatch() as watch:
         MINRES(max_iterations=7).solve(multiply(A), b, torch.rand(B, dtype=F64))
-    assert watch.looks == 0
+    assert watch.seen == []
 
 
 def test_the_implicit_gradient_where_the_hessian_is_indefinite() -> None:

@@ -317,7 +317,7 @@ def test_from_module_refuses_what_it_cannot_differentiate() -> None:
         from_module(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()))
     with pytest.raises(TypeError, match=r"module must be an nn.Module, got function"):
         from_module(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch_norm must be 'error' or 'task', got 'running'"):
+    with pytest.raises(ValueError, match="batch_norm must be one of 'error', 'task', got 'running'"):
         from_module(nn.Linear(2, 2), batch_norm="running")
 
 
@@ -518,7 +518,7 @@ def test_errors_name_the_argument() -> None:
             lambda: model.init(seed=0, dtype=torch.int32),
         ),
         (TypeError, "model must be a TaskModel, got Linear: wrap", lambda: TaskLoss(nn.Linear(1, 1), "mse")),
-        (ValueError, "criterion must be one of 'cross_entropy', 'mse'", lambda: TaskLoss(model, "hinge")),
+        (ValueError, "criterion must be one of 'cross_entropy', 'mse', 'nll_loss'", lambda: TaskLoss(model, "hinge")),
         (TypeError, "criterion must be a name or a callable, got int", lambda: TaskLoss(model, 1)),
         (TypeError, "targets must be int64 labels", lambda: loss(params, Data(x, torch.zeros(2, 5)))),
         (
@@ -526,7 +526,7 @@ def test_errors_name_the_argument() -> None:
             r"targets must have shape \[2, 5\], got \[2, 4\]",
             lambda: loss(params, Data(x, torch.zeros(2, 4).long())),
         ),
-        (TypeError, "targets must be a tensor, got list", lambda: loss(params, Data(x, [0]))),
+        (TypeError, "targets must be a tensor, got int", lambda: loss(params, Data(x, [0]))),
         (
             ValueError,
             r"targets must have the shape of the outputs, \[2, 5, 5\], got \[2, 5, 4\]",

@@ -74,7 +74,8 @@ def test_shifts_follow_with_the_products_of_the_least(cols: int, dtype: torch.dt
     assert (found.iterations[:, 2] <= found.iterations[:, 0]).all()
     assert (found.iterations[:, 0] <= found.iterations[:, 1]).all()
     for j, sigma in enumerate(shifts.tolist()):
-        assert (systems.relative_residual(found.x[:, j], b, sigma) <= 1.05 * rtol).all()
+        # A product in bfloat16 rounds by up to an eighth of rtol: at most 1.034 rtol in 750 draws.
+        assert (systems.relative_residual(found.x[:, j], b, sigma) <= 1.01 * rtol + torch.finfo(dtype).eps).all()
 
 
 def test_a_shift_alone_is_cg() -> None:
@@ -164,7 +165,8 @@ def test_many_shifts() -> None:
     found = multi_shift_cg(multiply(matrices), b, shifts, max_iterations=400, rtol=1e-10, check_every=1)
     assert (found.status == CONVERGED).all()
     exact = solve_directly(matrices + shifts.view(-1, 1, 1) * torch.eye(40, dtype=torch.float64), b.expand(200, -1))
-    torch.testing.assert_close(found.x[0], exact, rtol=1e-6, atol=1e-9)
+    error = (found.x[0] - exact).norm(dim=1) / exact.norm(dim=1)
+    assert (error <= 5.1e-8).all()  # rtol times the largest condition number, 500
 
 
 def test_other_forms_of_the_system() -> None:

@@ -168,6 +168,13 @@ def test_networks_beyond_the_models(name: str, labels: bool, device: str) -> Non
     assert all(map(torch.equal, again, (losses, outputs, gradient)))
     products = [registered.network_product(params, tape, y, p, network, gauss_newton) for gauss_newton in (False, True)]
     for task in range(tasks):
+        for gauss_newton in (False, True):  # many directions share what one task has stored
+            stored = (params[task : task + 1], tape[task : task + 1], y[task : task + 1])
+            wide = registered.network_product(*stored, torch.cat([p, p.flip(0), 2 * p]), network, gauss_newton)
+            own, other = products[gauss_newton][task], wide[1 - task]
+            assert all(torch.equal(row, own) for row in (wide[task], wide[3 - task], wide[4 + task] / 2))
+            assert torch.equal(other, registered.network_product(*stored, p[1 - task, None], network, gauss_newton)[0])
+            assert registered.network_product(*stored, p[:0], network, gauss_newton).shape == (0, p.shape[1])
         leaf = params[task].clone().requires_grad_()
         here = described(leaf, x[task], network)
         loss = criterion(here, y[task])
@@ -465,6 +472,8 @@ def test_errors() -> None:
     tape = torch.ops.imaml_ext.network_linearise(params, data.x, data.y, network)[3]
     with pytest.raises(ValueError, match="tape must"):
         torch.ops.imaml_ext.network_product(params, tape[:, 1:].contiguous(), data.y, params, network, False)
+    with pytest.raises(ValueError, match="p must have the shape of params"):
+        torch.ops.imaml_ext.network_product(params, tape, data.y, params.repeat(2, 1), network, False)
     one, descend = torch.ones(1, 1), torch.ops.imaml_ext.network_descend_
     for theta in (params, params[1:]):
         with pytest.raises(ValueError, match="theta must have memory of its own, got some of that of phi"):

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from meta_tasks import F64, Data, Episodes, classification, regression, relative
+from meta_tasks import F64, Data, Episodes, HostWatch, classification, regression, relative
 from systems import multiply, solve_directly
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from imaml_ext import CG, IMAML, MAML, MLP, GradientDescent, NewtonCG, TaskLoss, prox_solve
 from imaml_ext.inner import newton_cg
@@ -254,25 +253,15 @@ def test_a_task_of_nan_stays_and_leaves_the_others_bit_identical() -> None:
     assert float(meta.metrics["non_finite"]) == pytest.approx(1 / 3)
 
 
-class _Watch(TorchDispatchMode):
-    """Counts ops that hand a number of the device to the host."""
-
-    looks = 0
-
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:
-        self.looks += func._overloadpacket is torch.ops.aten._local_scalar_dense
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("curvature", "cg_steps"), [("hessian", 5), ("gauss_newton", 5), ("gauss_newton", 1)])
 def test_nothing_waits_for_the_device_unless_asked_and_the_bits_are_the_same(curvature: str, cg_steps: int) -> None:
     loss, theta, episodes = classification(3)
     runs = {}
     for early in (False, True):
-        with _Watch() as watch:
+        with HostWatch() as watch:
             solver = NewtonCG(steps=3, linear_solver=directions(cg_steps), curvature=curvature, stop_early=early)
             runs[early] = solver.solve(loss, theta, episodes.support, lam=0.1)
-        assert bool(watch.looks) == early
+        assert bool(watch.seen) == early
     assert torch.equal(runs[True].phi, runs[False].phi)
     assert torch.equal(runs[True].objectives, runs[False].objectives)
     assert torch.equal(runs[True].step_sizes, runs[False].step_sizes)
@@ -404,3 +393,26 @@ def test_a_learnable_lambda_recovers_the_best_one(start: float) -> None:
         if step >= 70:
             found.append(float(log_lam))
     assert torch.tensor(found).mean().exp().item() == pytest.approx(best, rel=0.05)
+
+
+def test_steps_end_where_the_gradient_has_fallen_far_enough() -> None:
+    """A row at its minimum stays, bit for bit, while others go on; when all have arrived nothing more is computed."""
+    x, scale = torch.randn(3, 4, dtype=F64), torch.tensor([1.0, 0.0, 1e4], dtype=F64)
+    calls = []
+
+    def loss(params: Tensor, data: None) -> Tensor:
+        calls.append(1)
+        return (scale.unsqueeze(1) * (params - x) ** 4).sum(1) + ((params - x) ** 2).sum(1)
+
+    theta, options = torch.zeros(3, 4, dtype=F64), {"linear_solver": CG(20, rtol=1e-6)}
+    solver = NewtonCG(steps=60, relative_tolerance=1e-9, **options)
+    far = solver.solve(loss, theta, None, lam=0.0, measure=True)
+    assert len(calls) < 40
+    first = (4 * scale.unsqueeze(1) * x**3 + 2 * x).norm(dim=1)
+    assert (far.final_gradient_norm <= 1e-9 * first).all()
+    assert (far.steps < 20).all()
+    assert far.steps[1] == 1  # of a quadratic
+    assert torch.equal(far.objectives[30:], far.objectives[-1].expand(31, -1))
+    assert not far.step_sizes[int(far.steps.max()) :].any()
+    whole = NewtonCG(steps=60, **options).solve(loss, theta, None, lam=0.0)
+    torch.testing.assert_close(far.phi, whole.phi, rtol=1e-3, atol=1e-3)

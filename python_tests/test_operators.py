@@ -10,9 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from imaml_ext import CG, MLP, TaskLoss, cg
+from imaml_ext import CG, MLP, Solution, TaskLoss, WarmStart, cg, solve
 from imaml_ext.batch import TaskData
-from imaml_ext.solvers import MINRES, FixedPoint, Jacobi, Neumann, check_symmetry, minres, multi_rhs, multi_shift_cg
+from imaml_ext.solvers import (
+    MINRES,
+    FixedPoint,
+    Jacobi,
+    Neumann,
+    Nystrom,
+    check_symmetry,
+    extreme_eigenvalues,
+    logdet,
+    lsqr,
+    minres,
+    multi_rhs,
+    multi_shift_cg,
+    trace_of,
+)
 
 B, N, K = 3, 7, 5
 DOUBLE = torch.float64
@@ -179,11 +193,46 @@ def test_what_there_is_one_of_per_system_with_many_right_hand_sides() -> None:
     torch.testing.assert_close(by_function.x, exact, rtol=1e-8, atol=1e-9)
 
 
-def test_no_systems_at_all() -> None:
-    for b in (torch.zeros(0, N), torch.zeros(0, N, K)):
-        assert cg(torch.zeros(0, N, N), b).x.shape == b.shape
-        assert cg(lambda p: p, b).status.shape == (0, *b.shape[2:])
-    assert cg(lambda p: p, {"a": torch.zeros(0, 2, 3), "b": torch.zeros(0, 4)}).x["a"].shape == (0, 2, 3)
+def solved_backwards(A: Any, b: Tensor) -> Solution:
+    solution = solve(A, b.requires_grad_(), x0=WarmStart(), check_symmetry=True)
+    assert torch.autograd.grad(solution.x.sum(), b)[0].shape == b.shape
+    return solution
+
+
+OF_MANY: dict[str, Callable[[Any, Tensor], Solution]] = {
+    "cg": lambda A, b: cg(A, b, check_symmetry=True, lanczos=True),
+    "cg, preconditioned": lambda A, b: cg(A, b, shift=1.0, preconditioner=Nystrom()),
+    "solve": solved_backwards,
+    "minres": lambda A, b: minres(A, b, check_symmetry=True, check_every=2),
+    "neumann": lambda A, b: Neumann().solve(A, b, shift=3.0),
+    "fixed point": lambda A, b: FixedPoint(lr=0.1).solve(A, b),
+    "lsqr": lambda A, b: lsqr(A, b, n=b.shape[0 if b.dim() == 1 else 1], check_adjoint=True),
+}
+OF_ONE: dict[str, Callable[[Any, Tensor], Any]] = {
+    "multi-shift": lambda A, b: multi_shift_cg(A, b, torch.tensor([0.0, 1.0])),
+    "traces": lambda A, b: trace_of(A, torch.exp, b, generator=torch.Generator(), definite=False, probes=1),
+    "log-determinants": lambda A, b: logdet(A, b, generator=torch.Generator(), probes=1),
+    "eigenvalues": lambda A, b: extreme_eigenvalues(A, b, generator=torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("entry", [*OF_MANY, *OF_ONE])
+def test_no_systems_and_systems_of_no_unknowns(entry: str) -> None:
+    for shape in ((0,), (0, N), (B, 0), (0, 0), (B, 0, K), (0, N, K)):
+        size = shape[min(1, len(shape) - 1)]
+        shared, each = torch.eye(size), torch.eye(size).repeat(*shape[:1], 1, 1)
+        for A in (lambda p: p, shared, shared.to_sparse(), *((each, each.to_sparse()) if len(shape) > 1 else ())):
+            if entry in OF_MANY:
+                solution = OF_MANY[entry](A, torch.zeros(shape))
+                assert solution.x.shape == shape
+                assert not solution.status.any()
+            elif len(shape) == 3 or (size == 0 and entry != "multi-shift"):
+                with pytest.raises(ValueError, match=r"(b|like) must have (one right-hand|at least one unknown)"):
+                    OF_ONE[entry](A, torch.zeros(shape))
+            else:
+                OF_ONE[entry](A, torch.zeros(shape))
+    parts = {"a": torch.zeros(0, 2, 3), "b": torch.zeros(0, 4)}
+    assert cg(lambda p: p, parts).x["a"].shape == (0, 2, 3)
 
 
 def test_operators_of_scipy() -> None:
@@ -282,19 +331,27 @@ def test_symmetry_is_checked_on_request() -> None:
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("engine", ["native", "torch"])
-def test_many_right_hand_sides_on_the_curvature_of_a_network(engine: str, kind: str) -> None:
+@pytest.mark.parametrize(("tasks", "columns"), [(1, 23), (1, 1), (B, K), (B, 1)])
+def test_many_right_hand_sides_on_the_curvature_of_a_network(engine: str, kind: str, tasks: int, columns: int) -> None:
+    """By blocks of some of them, of tasks, or all at once: as one by one, to the last bit of the native engine."""
     model = MLP(2, (5,), 3)
     loss = TaskLoss(model, "cross_entropy", engine=engine)
-    phi = torch.randn(B, model.num_parameters, dtype=DOUBLE)
-    data = TaskData(torch.randn(B, 4, 2, dtype=DOUBLE), torch.randint(3, (B, 4)))
+    phi = torch.randn(tasks, model.num_parameters, dtype=DOUBLE)
+    data = TaskData(torch.randn(tasks, 4, 2, dtype=DOUBLE), torch.randint(3, (tasks, 4)))
     operator = loss.linearize(phi, data, kind)
-    b = torch.randn(B, model.num_parameters, K, dtype=DOUBLE)
-    found = CG(max_iterations=80, rtol=1e-10).solve(operator, b, 30.0)
-    found.raise_if_failed()
-    for k in range(K):
-        one = CG(max_iterations=80, rtol=1e-10).solve(operator, b[:, :, k].contiguous(), 30.0)
-        torch.testing.assert_close(found.x[:, :, k], one.x, rtol=1e-8, atol=1e-10)
-        assert found.iterations[:, k].tolist() == one.iterations.tolist()
+    b = torch.randn(tasks, model.num_parameters, columns, dtype=DOUBLE)
+    made = Nystrom(rank=7).make(operator, b[:, :, 0], 30.0)
+    x0 = made(b)
+    for options in ({}, {"preconditioner": made}, {"preconditioner": made, "x0": x0}):
+        found = cg(operator, b, shift=30.0, max_iterations=80, rtol=1e-10, check_every=3, **options)
+        found.raise_if_failed()
+        for k in range(columns):
+            warm = {name: v[:, :, k].contiguous() if name == "x0" else v for name, v in options.items()}
+            one = cg(operator, b[:, :, k].contiguous(), shift=30.0, max_iterations=80, rtol=1e-10, **warm)
+            torch.testing.assert_close(found.x[:, :, k], one.x, rtol=1e-8, atol=1e-10)
+            if engine == "native" and not options:
+                assert torch.equal(found.x[:, :, k], one.x)
+            assert found.iterations[:, k].tolist() == one.iterations.tolist()
 
 
 def test_an_operator_may_return_the_same_memory_again() -> None:

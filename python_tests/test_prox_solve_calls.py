@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from meta_tasks import F64, Data, Episodes, regression, relative
+from meta_tasks import F64, Data, Episodes, HostWatch, regression, relative
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from imaml_ext import CG, FOMAML, IMAML, MAML, GradientDescent, NewtonCG, SolveError, SolveWarning, prox_solve
 from imaml_ext.losses import GaussNewtonOperator, HessianOperator
@@ -89,25 +88,12 @@ prox_solve(loss, theta, 1e-4, None, num_tasks=2, linear_solver=CG(max_iterations
     ]
 
 
-class _Watch(TorchDispatchMode):
-    """Records ops that hand a number of the device to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_prox_solve_waits_for_no_device_where_it_is_not_to_look() -> None:
     theta = torch.ones(5, dtype=F64, requires_grad=True)
     data = Data(torch.rand(2, 5, dtype=F64), torch.randn(2, 5, dtype=F64))
     for on_unfinished, looks in (("ignore", False), ("warn", True)):
         phi = prox_solve(_scales, theta, 0.5, data, on_breakdown="keep", on_unfinished=on_unfinished)
-        with _Watch() as watch:
+        with HostWatch() as watch:
             phi.sum().backward()
         assert bool(watch.seen) == looks
 

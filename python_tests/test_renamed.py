@@ -10,8 +10,12 @@ from meta_tasks import regression
 import imaml_ext
 from imaml_ext import CG, IMAML, MAML, GradientDescent, NewtonCG, Solution, SolveError, SolveStatus, prox_solve
 from imaml_ext.batch import TaskData
+from imaml_ext.data import Omniglot
+from imaml_ext.errors import ConfigError
 from imaml_ext.losses import TaskLoss
+from imaml_ext.settings import from_json, to_json
 from imaml_ext.solvers import FixedPoint
+from imaml_ext.train import load_recipe
 
 
 @pytest.mark.parametrize(
@@ -94,3 +98,32 @@ def test_packages(old: str, new: str) -> None:
     code = f"import imaml_ext.{old} as old, imaml_ext.{new} as new; assert old is new"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
     assert f"imaml_ext.{old} is now imaml_ext.{new}" in done.stderr
+
+
+def test_omniglot_keywords() -> None:
+    with pytest.warns(DeprecationWarning, match=r"split='vinyals', orientations='classes'"):
+        assert Omniglot(split_protocol="vinyals", rotations=True) == Omniglot(split="vinyals", orientations="classes")
+    with pytest.warns(DeprecationWarning, match=r"orientations='upright'"):
+        assert Omniglot(rotations=False) == Omniglot(orientations="upright")
+    recorded = to_json(Omniglot(validation=3, split="vinyals", orientations="classes"))
+    del recorded["split"], recorded["orientations"]
+    old = recorded | {"split_protocol": "vinyals", "rotations": True}
+    assert from_json(Omniglot, old) == Omniglot(validation=3, split="vinyals", orientations="classes")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("omniglot-5w1s-gd", "omniglot-5w1s"),
+        ("omniglot-5w1s-hf-longer", "omniglot-5w1s-newton"),
+        ("omniglot-20w5s-hf", "omniglot-20w5s-newton"),
+        ("omniglot-5w1s-1000", "omniglot-5w1s"),
+        ("omniglot-vinyals-20w1s-gd", "omniglot-20w1s --data.split vinyals --data.validation 0"),
+        ("sinusoid-10shot", "sinusoid --tasks.shots 10"),
+        ("mini-imagenet-5w5s", "mini-imagenet --tasks.shots 5"),
+    ],
+)
+def test_recipes_of_old_names(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f"^the recipe {old} is now {new}$"):
+        load_recipe(old)
+    assert load_recipe(new.partition(" ")[0]).stages or "omniglot" not in new

@@ -14,24 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from training_tools import assert_one_sentence, imaml
+from training_tools import assert_one_sentence, imaml, stopped_in
 
-from imaml_ext.data import Omniglot
 from imaml_ext.data.linear import LinearClosedForm, LinearSampler
-from imaml_ext.inner import NewtonCG
 from imaml_ext.meta import IMAML
-from imaml_ext.pretrained.weights import pretrained_names, read_weights
-from imaml_ext.reproduction import EXPERIMENTS, chains, cost
+from imaml_ext.reproduction import EXPERIMENTS, cost
 from imaml_ext.reproduction.ablation import RECIPES, STUDIES, ablation_cells
 from imaml_ext.reproduction.cost import CostCell, _cpu_memory, measure
-from imaml_ext.reproduction.omniglot_table import PUBLISHED, table_cells
-from imaml_ext.reproduction.options import ALGORITHMS, Ablation, Cost, OmniglotTable, Sinusoid
+from imaml_ext.reproduction.equal_budget import equal_cells
+from imaml_ext.reproduction.omniglot_table import read_cells, table
+from imaml_ext.reproduction.options import ALGORITHMS, Ablation, Cost, EqualBudget, Sinusoid
+from imaml_ext.reproduction.paper import PUBLISHED
 from imaml_ext.reproduction.sinusoid import sinusoid_cells
-from imaml_ext.settings import changed, leaves, to_json
-from imaml_ext.solvers import CG
+from imaml_ext.settings import changed, leaves
 from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
-from imaml_ext.train.config import EvaluationSettings, Outer, RunSettings, Theta, TrainConfig
-from imaml_ext.train.recipe import load_recipe, recipe_summaries
 from imaml_ext.train.run_directory import RunDirectory, read_config
 
 TRIAL = ("--budget", "trial", "--threads", "1", "--device", "cpu")
@@ -59,7 +55,7 @@ def test_help_names_the_experiments() -> None:
     listed = imaml("reproduce", "--help")
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in EXPERIMENTS)
-    assert list(EXPERIMENTS) == ["exactness", "cost", "sinusoid", "omniglot-table", "ablation"]
+    assert list(EXPERIMENTS) == ["exactness", "cost", "sinusoid", "omniglot-table", "equal-budget", "ablation"]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +235,7 @@ def test_a_cell_whose_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("budget", ["small", "published", "trial"])
 def test_cells_differ_in_what_their_names_say(budget: Any) -> None:
-    table = {name: dict(leaves(config)) for name, config in table_cells(OmniglotTable(budget=budget)).items()}
+    table = {name: dict(leaves(config)) for name, config in equal_cells(EqualBudget(budget=budget)).items()}
     assert len(table) == 20
     for name, config in table.items():
         column, algorithm = name.split("/")
@@ -264,56 +260,58 @@ def test_cells_differ_in_what_their_names_say(budget: Any) -> None:
 
 
 RESULTS = Path(__file__).parents[1] / "docs" / "reproduction" / "results"
-RUNS = sorted(RESULTS.glob("omniglot-table/runs/small/*/*/config.json"))
+RUNS = sorted(RESULTS.glob("equal-budget/runs/small/*/*/config.json"))
 
 
 @pytest.mark.skipif(not RUNS, reason="the result files are not part of a source distribution")
 def test_cells_are_those_of_the_recorded_runs(tmp_path: Path) -> None:
-    cells = table_cells(OmniglotTable(threads=1))
+    cells = equal_cells(EqualBudget(threads=1))
     for path in RUNS:  # of version 0.1; how often it logged and saved changes no result
         cell, recorded = cells["/".join(path.parts[-3:-1])], read_config(RunDirectory(path.parent)).config
         assert changed(recorded, {"run": cell.run}) == cell, path
-    shutil.copytree(RESULTS / "omniglot-table" / "runs", tmp_path / "runs")
-    drawn = imaml("reproduce", "omniglot-table", "--draw-only", "--output-dir", tmp_path)
+    shutil.copytree(RESULTS / "equal-budget" / "runs", tmp_path / "runs")
+    drawn = imaml("reproduce", "equal-budget", "--draw-only", "--output-dir", tmp_path)
     assert drawn.returncode == 0, drawn.stderr
-    assert (tmp_path / "omniglot-table.md").read_text() == (RESULTS / "omniglot-table/omniglot-table.md").read_text()
+    assert (tmp_path / "equal-budget.md").read_text() == (RESULTS / "equal-budget/equal-budget.md").read_text()
 
 
-CHAINS = Path(chains.__file__).parent
+def test_the_table_trains_a_recipe_judges_it_and_draws_from_result_files(tmp_path: Path) -> None:
+    options = ["--output-dir", tmp_path, "--trial", "--threads", 1, "--device", "cpu"]
+    done = imaml("reproduce", "omniglot-table", *options, "--cells", "5w5s/imaml-gd", "5w1s/reptile")
+    assert done.returncode == 0, done.stderr
+    assert "2 cells are finished" in done.stderr
+    stages = [path.name for path in sorted((tmp_path / "1200-423/runs/5w5s/imaml-gd").iterdir())]
+    assert stages == ["1-five-ways", "2-twenty-ways", "3-own-tasks"]
+    cell = _json(tmp_path / "1200-423/5w5s/imaml-gd.json")
+    assert [stage["name"] for stage in cell["stages"]] == stages
+    assert [stage["tasks"] for stage in cell["stages"]] == ["5-way 1-shot", "20-way 1-shot", "5-way 5-shot"]
+    last = _json(tmp_path / "1200-423/runs/5w5s/imaml-gd/3-own-tasks/result.json")
+    assert cell["judged"]["paper"] == last["test"]
+    assert cell["judged"]["alone"]["transductive"] is False
+    assert set(cell["judged"]) == {"paper", "five", "alone"}
+    first = (tmp_path / "omniglot-table.md").read_text()
+    accuracy = (
+        f"{100 * cell['judged']['paper']['accuracy']:.2f} ± {100 * cell['judged']['paper']['accuracy_interval']:.2f}"
+    )
+    assert f"| iMAML, gradient descent | not run | {accuracy} | not run | not run |" in first
+    assert _is_picture(tmp_path / "omniglot-table.png")
+
+    # The result files alone are enough to draw again, with those of the other split beside them.
+    shutil.rmtree(tmp_path / "1200-423" / "runs")
+    shutil.copytree(tmp_path / "1200-423", tmp_path / "vinyals")
+    again = imaml("reproduce", "omniglot-table", *options, "--draw-only")
+    assert again.returncode == 0, again.stderr
+    both = (tmp_path / "omniglot-table.md").read_text()
+    assert both.startswith(first.rpartition("\nPublished: ")[0])
+    assert both.count("**Vinyals' split**") == 3
+    empty = imaml("reproduce", "omniglot-table", "--output-dir", tmp_path / "none", "--draw-only")
+    assert_one_sentence(empty, "holds no result of this experiment: there is nothing to draw")
 
 
-def test_chains_are_what_the_published_weights_were_trained_by() -> None:
-    recipes = {name: load_recipe(name, (CHAINS,)) for name in recipe_summaries((CHAINS,))}
-    assert set(recipes) == set(pretrained_names())
-    for name, recipe in recipes.items():
-        weights, config = read_weights(name), recipe.config
-        assert weights.algorithm == config.algorithm, name
-        assert weights.shared_head == config.theta.shared_head
-        assert weights.card.trained_from == config.theta.weights
-        assert weights.card.tasks == to_json(config.tasks) | {"queries": weights.card.tasks["queries"]}
-        assert weights.card.data == to_json(config.data)
-        assert (weights.card.steps, weights.card.meta_batch) == (config.outer.steps, config.outer.meta_batch)
-        accuracy = f"{100 * weights.card.test['accuracy']:.2f} ± {100 * weights.card.test['accuracy_interval']:.2f} %"
-        assert f"Accuracy: {accuracy} on {weights.card.test['tasks']:,} test tasks." in recipe.description
-
-
-def test_a_chain_in_full() -> None:
-    changes = {
-        "data.split_protocol": "vinyals",
-        "augment.crop_padding": 1,
-        "theta": Theta("omniglot-vinyals-start", shared_head=True, feature_scale=3.0),
-        "algorithm": IMAML(
-            lam=0.1,
-            inner=NewtonCG(5, linear_solver=CG(2, rtol=0.0), curvature="gauss_newton"),
-            linear_solver=CG(5),
-            curvature="gauss_newton",
-        ),
-        "outer": Outer(steps=3000, meta_batch=16, lr=2e-3, schedule="cosine"),
-        "evaluation": EvaluationSettings(tasks=2000, every=500, validation_tasks=600),
-        "run": RunSettings(seed=2, log_every=100, checkpoint_every=1000),
-    }
-    expected = changed(TrainConfig(data=Omniglot()), changes)
-    assert load_recipe("omniglot-vinyals-5w1s-hf", (CHAINS,)).config == expected
+@pytest.mark.skipif(not RUNS, reason="the result files are not part of a source distribution")
+def test_the_table_in_the_documentation_is_that_of_its_result_files() -> None:
+    folder = RESULTS / "omniglot-table"
+    assert (folder / "omniglot-table.md").read_text() == table(read_cells(folder))
 
 
 def test_sinusoid(tmp_path: Path) -> None:
@@ -348,7 +346,7 @@ def test_sinusoid(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_table_interrupted_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(output: Path, *more: object) -> Any:
-        return imaml("reproduce", "omniglot-table", "--data", "glyphs", "--output-dir", output, *TRIAL, *more)
+        return imaml("reproduce", "equal-budget", "--data", "glyphs", "--output-dir", output, *TRIAL, *more)
 
     def theta(output: Path) -> torch.Tensor:
         return load_checkpoint(list_checkpoints(output / "runs/trial/5w1s/imaml-gd/checkpoints")[-1]).params["theta"]
@@ -356,22 +354,10 @@ def test_table_interrupted_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest
     assert_one_sentence(run(tmp_path / "a", "--cells", "5w2s"), "no cell is called '5w2s'", "5w1s/imaml-gd")
     assert_one_sentence(run(tmp_path / "a", "--draw-only"), "nothing to draw")
 
-    calls = 0
-
-    meta_gradient = IMAML.meta_gradient
-
-    def interrupting(self: IMAML, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return meta_gradient(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(IMAML, "meta_gradient", interrupting)
+    with stopped_in(monkeypatch, 2):
         stopped = run(tmp_path / "a", "--cells", "5w1s/imaml-gd")
     assert stopped.returncode == 143, stopped.stderr
-    assert not (tmp_path / "a" / "omniglot-table.md").exists()
+    assert not (tmp_path / "a" / "equal-budget.md").exists()
 
     resumed = run(tmp_path / "a", "--cells", "5w1s/imaml-gd", "5w1s/reptile")
     assert resumed.returncode == 0, resumed.stderr
@@ -380,16 +366,16 @@ def test_table_interrupted_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest
     assert straight.returncode == 0, straight.stderr
     assert torch.equal(theta(tmp_path / "a"), theta(tmp_path / "b"))
 
-    results = _json(tmp_path / "a" / "omniglot-table.json")
+    results = _json(tmp_path / "a" / "equal-budget.json")
     cells = results["cells"]
     assert list(cells) == ["5w1s/imaml-gd", "5w1s/reptile"]
     assert cells["5w1s/reptile"]["config"]["tasks"]["train_shots"] == 10
     test = cells["5w1s/imaml-gd"]["test"]
-    table = (tmp_path / "a" / "omniglot-table.md").read_text()
+    table = (tmp_path / "a" / "equal-budget.md").read_text()
     accuracy = f"{100 * test['accuracy']:.2f} ± {100 * test['accuracy_interval']:.2f}"
     assert f"| iMAML, gradient descent | here | {accuracy} | not run | not run | not run |" in table
     assert "| 99.16 ± 0.35 | 99.67 ± 0.12 | 94.46 ± 0.42 | 98.69 ± 0.1 |" in table
-    assert _is_picture(tmp_path / "a" / "omniglot-table.png")
+    assert _is_picture(tmp_path / "a" / "equal-budget.png")
     assert _is_picture(tmp_path / "a" / "learning-curves.png")
 
     checkpoint = list_checkpoints(tmp_path / "a/runs/trial/5w1s/imaml-gd/checkpoints")[-1]
@@ -401,9 +387,9 @@ def test_table_interrupted_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest
     other = run(tmp_path / "a", "--cells", "5w1s/imaml-gd", "--seed", 1)
     assert_one_sentence(other, "run.seed was 0", "now 1")
 
-    (tmp_path / "a" / "omniglot-table.png").unlink()
+    (tmp_path / "a" / "equal-budget.png").unlink()
     assert run(tmp_path / "a", "--draw-only").returncode == 0
-    assert _is_picture(tmp_path / "a" / "omniglot-table.png")
+    assert _is_picture(tmp_path / "a" / "equal-budget.png")
     (tmp_path / "a/runs/trial/5w1s/reptile/result.json").write_text("{")
     assert_one_sentence(run(tmp_path / "a", "--draw-only"), "result.json cannot be read")
 
@@ -439,5 +425,5 @@ def test_ablation_and_a_cell_that_diverges(tmp_path: Path, monkeypatch: pytest.M
 
 def test_omniglot_that_is_not_there(tmp_path: Path) -> None:
     missing = ["--data-root", tmp_path / "nowhere", "--output-dir", tmp_path / "out"]
-    for name in ("cost", "ablation", "omniglot-table"):
+    for name in ("cost", "ablation", "equal-budget"):
         assert_one_sentence(imaml("reproduce", name, *missing), "nowhere")

@@ -13,22 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_tools import assert_one_sentence, files_of, imaml, small_config
+from training_tools import assert_one_sentence, files_of, glyphs_config, imaml, small_config
 
-from imaml_ext.data import Glyphs
 from imaml_ext.errors import RunError
-from imaml_ext.inner import GradientDescent
-from imaml_ext.meta import IMAML
-from imaml_ext.models import Conv4
 from imaml_ext.settings import changed
 from imaml_ext.train import (
-    EvaluationSettings,
-    Outer,
     Recipe,
-    RunSettings,
     Stage,
-    Tasks,
-    TrainConfig,
     train,
     train_recipe,
 )
@@ -50,16 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work") / "runs"
     train(changed(small_config(), _VALIDATED), folder / "sine", recipe="sine")
     train(small_config(lr=0.5), folder / "deep" / "er" / "fast", recipe="sine")
-    glyphs = TrainConfig(
-        data=Glyphs(),
-        tasks=Tasks(ways=3, shots=1, queries=2),
-        model=Conv4(filters=4),
-        algorithm=IMAML(inner=GradientDescent(steps=2), curvature="gauss_newton"),
-        outer=Outer(steps=6, meta_batch=2, lr=0.3),
-        evaluation=EvaluationSettings(tasks=4, every=1, validation_tasks=6, keep_best=True),
-        run=RunSettings(device="cpu", threads=1, tensorboard=False),
-    )
-    train(glyphs, folder / "glyphs", recipe="glyphs")
+    train(glyphs_config(), folder / "glyphs", recipe="glyphs")
     stages = Recipe(small_config(steps=2), tuple(Stage(name) for name in "abcdefghij"))
     train_recipe(replace(stages, stages=stages.stages[:2]), folder / "staged", name="staged")
     shutil.copytree(folder / "staged" / "2-b", folder / "staged" / "10-j")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_tools import files_of, small_config
+from training_tools import files_of, small_config, stopped_in
 
 from imaml_ext.data import Glyphs
 from imaml_ext.errors import ConfigError, Interrupted, RunError
@@ -120,24 +118,16 @@ def test_what_is_learnt_beside_theta_goes_on(tmp_path: Path) -> None:
 def test_stages_are_resumed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     recipe, changes = _recipe(), {"outer.lr": 2e-2}
     straight = train_recipe(recipe, tmp_path / "straight", changes=changes)
-    counted, original = 0, IMAML.meta_gradient
-
-    def stops(self: IMAML, params: Any, episodes: Any) -> Any:
-        nonlocal counted
-        counted += 1
-        if counted == calls:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, params, episodes)
-
-    monkeypatch.setattr(IMAML, "meta_gradient", stops)
-    with pytest.raises(Interrupted):
-        train_recipe(recipe, tmp_path / "stopped", changes=changes)
-    with pytest.raises(RunError, match="is not empty: continue its run with --resume"):
-        train_recipe(recipe, tmp_path / "stopped", changes=changes)
-    finished = {path: files_of(path) for path in (tmp_path / "stopped").iterdir() if (path / "result.json").exists()}
-    shutil.move(tmp_path / "stopped", tmp_path / "moved")
-    stopped = train_recipe(recipe, tmp_path / "moved", resume=True)  # with the changes that it was begun with
-    assert counted == 12
+    with stopped_in(monkeypatch, calls) as begun:
+        with pytest.raises(Interrupted):
+            train_recipe(recipe, tmp_path / "stopped", changes=changes)
+        with pytest.raises(RunError, match="is not empty: continue its run with --resume"):
+            train_recipe(recipe, tmp_path / "stopped", changes=changes)
+        complete = [path for path in (tmp_path / "stopped").iterdir() if (path / "result.json").exists()]
+        finished = {path: files_of(path) for path in complete}
+        shutil.move(tmp_path / "stopped", tmp_path / "moved")
+        stopped = train_recipe(recipe, tmp_path / "moved", resume=True)  # with the changes that it was begun with
+    assert len(begun) == 12
     assert stopped["test"] == straight["test"]
     for name in ("1-few", "2-many", "3-learnt"):
         ends = [_final(tmp_path / folder / name) for folder in ("straight", "moved")]
@@ -167,10 +157,10 @@ def test_a_recipe_without_stages_is_one_run(tmp_path: Path) -> None:
 
 def test_changes_of_every_stage_and_of_the_first() -> None:
     recipe = _recipe()
-    changes = {"algorithm.inner.steps": 9, "theta.weights": "omniglot-5w1s-gd", "theta.feature_scale": 3.0}
+    changes = {"algorithm.inner.steps": 9, "theta.weights": "omniglot-5w1s", "theta.feature_scale": 3.0}
     configs = recipe.staged(changes)
     assert [config.algorithm.inner.steps for config in configs] == [9, 9, 9]
-    assert [config.theta.weights for config in configs] == ["omniglot-5w1s-gd", None, None]
+    assert [config.theta.weights for config in configs] == ["omniglot-5w1s", None, None]
     assert [config.theta.feature_scale for config in configs] == [3.0, 1.0, 1.0]
     bad = replace(recipe, stages=(Stage("few"), Stage("odd", {"algorithm": MAML(), "algorithm.damping": 1.0})))
     with pytest.raises(ConfigError, match=r"stage odd: there is no setting algorithm\.damping"):
@@ -251,3 +241,38 @@ class TestRecipeFiles:
         run.rename(tmp_path / "runs" / "glyphs-5w1s")
         monkeypatch.chdir(tmp_path / "runs")
         assert load_recipe("glyphs-5w1s").config.data == Glyphs()  # a recipe's name is the recipe
+
+
+@pytest.mark.parametrize("newton", [False, True])
+@pytest.mark.parametrize(("ways", "shots"), [(5, 1), (5, 5), (20, 1), (20, 5)])
+def test_a_recipe_of_the_table_begins_at_random_and_ends_with_its_own_tasks(
+    ways: int, shots: int, newton: bool
+) -> None:
+    recipe = load_recipe(f"omniglot-{ways}w{shots}s{'-newton' if newton else ''}")
+    names = ["five-ways", "twenty-ways", *(["newton"] if newton else []), "own-tasks"]
+    assert [stage.name for stage in recipe.stages] == names
+    configs = recipe.staged({})
+    assert configs[0].theta.weights is None
+    assert len({config.run.seed for config in configs}) == len(configs)  # no stage sees the tasks of another
+    for config in configs[:-1]:
+        assert config.evaluation.split == "val"
+        assert config.tasks.shots == 1
+    last = configs[-1]
+    assert (last.tasks.ways, last.tasks.shots, last.evaluation.split) == (ways, shots, "test")
+    assert last.evaluation.tasks == (3000 if ways == 5 else 1000)
+    assert last.algorithm.inner.kind_name == ("newton_cg" if newton else "gradient_descent")
+    for config in configs:
+        assert (config.tasks.queries, config.data.orientations, config.data.validation) == (None, "one_per_task", 100)  # type: ignore[attr-defined]
+    vinyals = recipe.staged({"data.split": "vinyals", "data.validation": 0})
+    assert all(config.data.split == "vinyals" for config in vinyals)  # type: ignore[attr-defined]
+
+
+def test_a_stage_before_the_last_is_judged_on_validation_classes(tmp_path: Path) -> None:
+    recipe = _recipe()
+    stages = (Stage("first", {"evaluation.split": "val"}), Stage("last", {"evaluation.split": "test", "run.seed": 1}))
+    result = train_recipe(Recipe(changed(recipe.config, {"outer.steps": 2}), stages), tmp_path / "run")
+    first = json.loads((tmp_path / "run/1-first/result.json").read_text())
+    assert (first["test"]["split"], result["test"]["split"]) == ("val", "test")
+    config = read_config(RunDirectory(tmp_path / "run/1-first")).config
+    again = evaluate_run(tmp_path / "run/1-first", {"evaluation.tasks": config.evaluation.tasks}, split="val")
+    assert again.accuracy == first["test"]["accuracy"]

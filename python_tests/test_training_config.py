@@ -39,7 +39,7 @@ def test_recipes_survive_json(name: str) -> None:
 
 def test_every_kind_of_setting_survives_json() -> None:
     config = TrainConfig(
-        data=Omniglot(root=Path("somewhere/data"), download=True, split_protocol="vinyals"),
+        data=Omniglot(root=Path("somewhere/data"), download=True, split="vinyals"),
         model=MLP(hidden=()),
         algorithm=MAML(
             inner=GradientDescent(optimizer="adam", betas=(0.5, 0.9), lr_of={"linear.*": 0.3}), learn={"lr": "tensor"}
@@ -101,7 +101,12 @@ def test_settings_are_set_by_path() -> None:
 
 def test_differences_are_the_changes() -> None:
     before = TrainConfig()
-    changes = {"outer.lr": 0.5, "algorithm.inner.lr": 0.3, "data": Omniglot(rotations=False), "theta.weights": "mine"}
+    changes = {
+        "outer.lr": 0.5,
+        "algorithm.inner.lr": 0.3,
+        "data": Omniglot(orientations="upright"),
+        "theta.weights": "mine",
+    }
     after = changed(before, changes)
     assert differences(before, after) == changes
     assert changed(before, differences(before, after)) == after

@@ -129,7 +129,7 @@ from imaml_ext.pretrained import load_pretrained
 a = torch.rand(3, 20, dtype=torch.float64) + 1
 result = imaml_ext.cg(lambda p: a * p, torch.ones_like(a), max_iterations=60, rtol=1e-12)
 assert torch.allclose(result.x, 1 / a)
-learner = load_pretrained("omniglot-5w1s-gd")
+learner = load_pretrained("omniglot-5w1s")
 """
     result = run(clean, "python", "-c", code)
     assert result.returncode == 0, result.stderr

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import imaml_ext
 from imaml_ext.cli import main
-from imaml_ext.data import Sinusoid
+from imaml_ext.data import Glyphs, Sinusoid
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML
-from imaml_ext.models import MLP
+from imaml_ext.models import MLP, Conv4
 from imaml_ext.train import EvaluationSettings, Outer, RunSettings, Tasks, TrainConfig
 from imaml_ext.train.run_directory import read_metrics
 
@@ -47,6 +50,36 @@ def small_config(**outer: object) -> TrainConfig:
         evaluation=EvaluationSettings(tasks=20),
         run=RunSettings(device="cpu", log_every=4, checkpoint_every=5, tensorboard=False),
     )
+
+
+def glyphs_config() -> TrainConfig:
+    """Six meta-steps on images, each of which is validated; it keeps its best."""
+    return TrainConfig(
+        data=Glyphs(),
+        tasks=Tasks(ways=3, shots=1, queries=2),
+        model=Conv4(filters=4),
+        algorithm=IMAML(inner=GradientDescent(steps=2), curvature="gauss_newton"),
+        outer=Outer(steps=6, meta_batch=2, lr=0.3),
+        evaluation=EvaluationSettings(tasks=4, every=1, validation_tasks=6, keep_best=True),
+        run=RunSettings(device="cpu", threads=1, tensorboard=False),
+    )
+
+
+@contextlib.contextmanager
+def stopped_in(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[list[int]]:
+    """SIGTERM comes in that meta-step of IMAML from now on; gives the numbers of those that were begun."""
+    begun: list[int] = []
+    original = IMAML.meta_gradient
+
+    def meta_gradient(self: IMAML, params: Any, episodes: Any) -> Any:
+        begun.append(len(begun) + 1)
+        if begun[-1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, params, episodes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IMAML, "meta_gradient", meta_gradient)
+        yield begun
 
 
 def environment(**extra: str) -> dict[str, str]:

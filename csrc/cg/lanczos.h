@@ -11,7 +11,8 @@
 
 namespace imaml_ext {
 
-// `coefficients` [m, B, 2] float64: α and β of every step. T ends before the first α that is 0.
-Tridiagonal lanczos_tables(const at::Tensor& coefficients);
+// `coefficients` [m, B, 2] float64: α and β of every step, of which `taken` have been made. T ends before the first α
+// that is 0, and tables are 0 from there on.
+Tridiagonal lanczos_tables(const at::Tensor& coefficients, int64_t taken);
 
 }  // namespace imaml_ext

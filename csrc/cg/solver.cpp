@@ -69,7 +69,8 @@ class Block {
     }
   }
 
-  void solve(const RowOperator& hvp);
+  // Returns the number of iterations made; where the device counts them, the largest it can be.
+  int64_t solve(const RowOperator& hvp);
 
  private:
   void iterate(const RowOperator& hvp, bool first, bool last);
@@ -83,8 +84,7 @@ class Block {
 
   // Waits for the device.
   bool at_work() const {
-    const at::Tensor rows = o_.shifts.defined() ? shift_state_.select(2, kZeta).ne(0) : status_.ge(kIterating);
-    return rows.any().item<bool>();
+    return o_.shifts.defined() ? shift_state_.select(2, kZeta).any().item<bool>() : any_at_work(status_);
   }
 
   RowBlock block_;
@@ -95,7 +95,7 @@ class Block {
   at::Tensor sigma_, shift_x_, shift_p_, shift_state_;  // undefined: no shifts
 };
 
-void Block::solve(const RowOperator& hvp) {
+int64_t Block::solve(const RowOperator& hvp) {
   // r = b − A x0,  z = M r,  p = z. From x = 0 without M that is r = p = b, and stays b until the first step.
   const bool from_b = !o_.x0 && !o_.preconditioner && !inverse_diagonal_ && !looks_on_device() && o_.max_iterations > 0;
   std::optional<at::Tensor> hx;
@@ -107,15 +107,13 @@ void Block::solve(const RowOperator& hvp) {
     call<cg_begin_>("imaml_ext::cg_begin_", b_, hx, o_.shift, inverse_diagonal_, o_.rtol, o_.atol, x_, r_, p_, state_,
                     status_, iterations_, /*update_direction=*/!o_.preconditioner);
   }
-  if (o_.preconditioner && o_.max_iterations > 0) {
-    call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
-  }
 
   if (looks_on_device()) {
     iterate_on_device(hvp);
-    return;
+    return o_.max_iterations;
   }
-  for (int64_t k = 0; k < o_.max_iterations; ++k) {
+  int64_t k = 0;
+  for (; k < o_.max_iterations; ++k) {
     const bool first = from_b && k == 0;
     const bool last = k + 1 == o_.max_iterations;
     if (o_.check_every > 0 && k % o_.check_every == 0 && !at_work()) {
@@ -123,22 +121,27 @@ void Block::solve(const RowOperator& hvp) {
       break;
     }
     iterate(hvp, first, last);
-    if (coefficients_.defined()) coefficients_.select(0, k).copy_(state_.narrow(1, kAlpha, 2));
+    if (coefficients_.defined()) {
+      coefficients_.select(0, k).copy_(state_.narrow(1, kAlpha, 2));
+      // A callable preconditioner gives β only as the next iteration begins.
+      if (o_.preconditioner && k > 0) coefficients_.select(0, k - 1).select(1, 1).copy_(state_.select(1, kAlpha + 1));
+    }
     if (sigma_.defined()) {
       call<cg_shifts_step_>("imaml_ext::cg_shifts_step_", last ? std::nullopt : std::optional(r_), state_, sigma_,
                             shift_x_, shift_p_, shift_state_, last);
     }
   }
+  return k;
 }
 
 void Block::iterate(const RowOperator& hvp, bool first, bool last) {
-  const at::Tensor hp = apply(hvp, "A", first ? b_ : p_);
   // A callable preconditioner stands between the new residual and the new direction.
-  call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
-                 iterations_, /*update_direction=*/!o_.preconditioner, first, last);
-  if (o_.preconditioner && !last) {
+  if (o_.preconditioner) {
     call<cg_direction_>("imaml_ext::cg_direction_", precondition(), std::nullopt, x_, r_, p_, state_, status_);
   }
+  const at::Tensor hp = apply(hvp, "A", first ? b_ : p_);
+  call<cg_step_>("imaml_ext::cg_step_", hp, b_, o_.shift, inverse_diagonal_, x_, r_, p_, best_, state_, status_,
+                 iterations_, /*update_direction=*/!o_.preconditioner, first, last);
 }
 
 // The same iterations, and looks at the status before the same of them, where it is the device that decides. A body is
@@ -171,11 +174,12 @@ CgResult cg(const RowOperator& hvp, const at::Tensor& b_in, const CgOptions& opt
     kept.shift_state = at::zeros({batch, o.shifts.size(1), kShiftStateWidth}, wide);
     kept.shift_state.select(2, kZeta).fill_(1.0);
   }
+  int64_t taken = 0;
   each_block("cg", o.rows_per_block, 3, b, [&](const RowBlock& block, const WorkVectors& work) {
-    Block(block, o, b, work, result, kept).solve(hvp);
+    taken = std::max(taken, Block(block, o, b, work, result, kept).solve(hvp));
   });
   finish(result, kept.state, kResidual);
-  if (o.lanczos) result.lanczos = lanczos_tables(kept.coefficients);
+  if (o.lanczos) result.lanczos = lanczos_tables(kept.coefficients, taken);
   if (result.shifted) result.shifted->iterations = kept.shift_state.select(2, kSteps).to(at::kInt);
   return result;
 }

@@ -41,19 +41,22 @@ at::Tensor checked_rhs(const char* solver, const RowOperator& hvp, const at::Ten
   return plain;
 }
 
-void complete(const char* solver, SolveOptions& o, const at::Tensor& b) {
-  for (const auto& [name, count] :
-       {std::pair{"max_iterations", o.max_iterations}, std::pair{"check_every", o.check_every},
-        std::pair{"rows_per_block", o.rows_per_block}}) {
-    TORCH_CHECK_VALUE(count >= 0, solver, ": ", name, " must be at least 0, got ", count);
-  }
+void complete_stopping(const char* solver, int64_t max_iterations, int64_t check_every, at::Tensor& rtol,
+                       at::Tensor& atol, const at::Tensor& b) {
+  TORCH_CHECK_VALUE(max_iterations >= 0, solver, ": max_iterations must be at least 0, got ", max_iterations);
+  TORCH_CHECK_VALUE(check_every >= 0, solver, ": check_every must be at least 0, got ", check_every);
   const auto wide = b.options().dtype(at::kDouble);
+  if (!rtol.defined()) rtol = at::full({1}, 1e-5, wide);
+  if (!atol.defined()) atol = at::zeros({1}, wide);
+  check_tolerance(solver, "rtol", rtol, b);
+  check_tolerance(solver, "atol", atol, b);
+}
+
+void complete(const char* solver, SolveOptions& o, const at::Tensor& b) {
+  complete_stopping(solver, o.max_iterations, o.check_every, o.rtol, o.atol, b);
+  TORCH_CHECK_VALUE(o.rows_per_block >= 0, solver, ": rows_per_block must be at least 0, got ", o.rows_per_block);
   if (!o.shift.defined()) o.shift = at::zeros({1, 1}, b.options().dtype(compute_type(b.scalar_type())));
-  if (!o.rtol.defined()) o.rtol = at::full({1}, 1e-5, wide);
-  if (!o.atol.defined()) o.atol = at::zeros({1}, wide);
   check_coefficient(solver, "shift", o.shift, b);
-  check_tolerance(solver, "rtol", o.rtol, b);
-  check_tolerance(solver, "atol", o.atol, b);
   if (o.x0) {
     o.x0 = o.x0->detach().contiguous();
     check_like(solver, "x0", *o.x0, "b", b);
@@ -72,6 +75,14 @@ SolveResult empty_result(const at::Tensor& b) {
 void finish(SolveResult& result, const at::Tensor& state, int64_t residual_column) {
   result.status.masked_fill_(result.status.ge(kIterating), kMaxIterations);
   result.residual_norm = state.select(1, residual_column).clone(at::MemoryFormat::Contiguous);
+}
+
+bool any_at_work(const at::Tensor& status) {
+  if (!status.device().is_cpu() || status.key_set().has(c10::DispatchKey::Python)) {
+    return status.ge(kIterating).any().item<bool>();
+  }
+  const int32_t* rows = status.const_data_ptr<int32_t>();  // without the three ops, which cost as much as a small step
+  return std::any_of(rows, rows + status.numel(), row_is_active);
 }
 
 at::Tensor RowBlock::of(const at::Tensor& tensor) const {

@@ -41,12 +41,18 @@ at::Tensor checked_product(const char* solver, const RowOperator& callback, cons
                            const at::Tensor& like);
 
 // b without a graph and contiguous, and the options with what the caller has left out; validates all of them.
+// `complete_stopping`: those alone that say when a loop stops.
 at::Tensor checked_rhs(const char* solver, const RowOperator& hvp, const at::Tensor& b);
+void complete_stopping(const char* solver, int64_t max_iterations, int64_t check_every, at::Tensor& rtol,
+                       at::Tensor& atol, const at::Tensor& b);
 void complete(const char* solver, SolveOptions& options, const at::Tensor& b);
 
 // Memory for the result; and at the end, the status of rows still at work, and the residuals: a column of the state.
 SolveResult empty_result(const at::Tensor& b);
 void finish(SolveResult& result, const at::Tensor& state, int64_t residual_column);
+
+// Whether any row [B] int32 is still at work. Waits for the device.
+bool any_at_work(const at::Tensor& status);
 
 // Some rows of a batch, which are solved together.
 struct RowBlock {

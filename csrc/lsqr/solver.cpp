@@ -9,26 +9,8 @@
 #include "lsqr/row.h"
 
 namespace imaml_ext {
-namespace {
 
 constexpr const char* kSolver = "lsqr";
-
-// Validates, and fills in what the caller has left out.
-LsqrOptions completed(const LsqrOptions& options, const at::Tensor& y, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(options.max_iterations >= 0, "lsqr: max_iterations must be at least 0, got ",
-                    options.max_iterations);
-  TORCH_CHECK_VALUE(options.check_every >= 0, "lsqr: check_every must be at least 0, got ", options.check_every);
-  LsqrOptions o = options;
-  const auto wide = y.options().dtype(at::kDouble);
-  if (!o.rtol.defined()) o.rtol = at::full({1}, 1e-5, wide);
-  if (!o.atol.defined()) o.atol = at::zeros({1}, wide);
-  check_tolerance(kSolver, "rtol", o.rtol, y);
-  check_tolerance(kSolver, "atol", o.atol, y);
-  if (o.shift.defined()) check_coefficient(kSolver, "shift", o.shift, x);
-  return o;
-}
-
-}  // namespace
 
 LsqrResult lsqr(const RowOperator& matvec, const RowOperator& rmatvec, const at::Tensor& y_in, int64_t unknowns,
                 const LsqrOptions& options) {
@@ -39,7 +21,9 @@ LsqrResult lsqr(const RowOperator& matvec, const RowOperator& rmatvec, const at:
   const int64_t batch = y.size(0);
   LsqrResult result;
   result.x = at::zeros({batch, unknowns}, y.options());
-  const LsqrOptions o = completed(options, y, result.x);
+  LsqrOptions o = options;
+  complete_stopping(kSolver, o.max_iterations, o.check_every, o.rtol, o.atol, y);
+  if (o.shift.defined()) check_coefficient(kSolver, "shift", o.shift, result.x);
   if (o.x0) {
     check_like(kSolver, "x0", o.x0->contiguous(), "x", result.x);
     result.x.copy_(o.x0->detach());
@@ -61,7 +45,7 @@ LsqrResult lsqr(const RowOperator& matvec, const RowOperator& rmatvec, const at:
   direction();
   const int64_t pairs = o.max_iterations + (o.x0 ? 1 : 0);  // a warm start is measured first
   for (int64_t k = 0; k < pairs; ++k) {
-    if (o.check_every > 0 && k % o.check_every == 0 && !result.status.ge(kIterating).any().item<bool>()) break;
+    if (o.check_every > 0 && k % o.check_every == 0 && !any_at_work(result.status)) break;
     const at::Tensor q = checked_product(kSolver, matvec, "matvec", p, {}, "matvec", "y", y);
     call<lsqr_residual_>("imaml_ext::lsqr_residual_", q, y, r, state, result.status);
     direction();

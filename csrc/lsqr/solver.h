@@ -20,12 +20,8 @@ struct LsqrOptions {
   int64_t check_every = 0;       // k > 0: look every k iterations whether all rows are done; 0: never look
 };
 
-struct LsqrResult {
-  at::Tensor x;              // [B, N]
-  at::Tensor status;         // [B] int32, a RowStatus below kIterating
-  at::Tensor iterations;     // [B] int32, steps taken
-  at::Tensor residual_norm;  // [B] float64, ‖y − M x‖
-  at::Tensor gradient_norm;  // [B] float64, ‖Mᵀ(y − M x) − shift x‖
+struct LsqrResult : SolveResult {  // its residual_norm is ‖y − M x‖
+  at::Tensor gradient_norm;        // [B] float64, ‖Mᵀ(y − M x) − shift x‖
 };
 
 // x of `unknowns` numbers a row. Throws c10::ValueError / c10::TypeError for arguments that do not fit together (see

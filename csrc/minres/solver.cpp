@@ -55,7 +55,7 @@ void solve_block(const RowBlock& block, const RowOperator& hvp, const MinresOpti
     return;
   }
   for (int64_t k = 0; k < o.max_iterations; ++k) {
-    if (o.check_every > 0 && k % o.check_every == 0 && !status.ge(kIterating).any().item<bool>()) break;
+    if (o.check_every > 0 && k % o.check_every == 0 && !any_at_work(status)) break;
     iterate(k == 0, k + 1 == o.max_iterations);
   }
 }

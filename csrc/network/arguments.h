@@ -15,6 +15,7 @@ struct NetworkArguments {
 
   const Network& net;
   int64_t tasks = 0;
+  bool shared = false;              // params, tape and y are of one task, the same for all directions
   int64_t images = 0;               // of a task
   const T* params = nullptr;        // [B, N]
   const T* x = nullptr;             // [B, S, *]
@@ -30,8 +31,9 @@ struct NetworkArguments {
 
   Allocate allocate;
 
-  // How many numbers of y a task has.
-  int64_t targets_per_task() const { return labels != nullptr ? images : images * net.outputs(); }
+  // From a task to the next: of params, and of y.
+  int64_t params_stride() const { return shared ? 0 : net.parameters; }
+  int64_t targets_stride() const { return shared ? 0 : labels != nullptr ? images : images * net.outputs(); }
 };
 
 // A device's part of the ops, for float and double.

@@ -56,7 +56,8 @@ void NetworkCall::read_direction(const char* op, const at::Tensor& y, const at::
   TORCH_CHECK_VALUE(y.dim() >= 2, op, ": y must have shape [B, S] or [B, S, *], got ", y.sizes());
   images = y.size(1);
   read_y(op, y, params, false);
-  check_like(op, "p", p, "params", params);
+  const bool shared = tasks == 1 && p.dim() == 2;
+  check_like(op, "p", p, "params", shared ? params.expand({p.size(0), -1}) : params);
   if (params.is_cuda()) check_sizes_on_cuda(op);
 }
 

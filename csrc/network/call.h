@@ -20,7 +20,8 @@ struct NetworkCall {
   // y [B, S] labels or [B, S, *] targets; with `check_labels` their values too, where the host can look at them.
   void read_y(const char* op, const at::Tensor& y, const at::Tensor& params, bool check_labels) const;
 
-  // What follows on network_linearise: y, as it was there, which says how many images there are, and p [B, N].
+  // What follows on network_linearise: y, as it was there, which says how many images there are, and p [B, N], or [R,
+  // N] of the one task that params has.
   void read_direction(const char* op, const at::Tensor& y, const at::Tensor& p, const at::Tensor& params);
 
  private:

@@ -115,17 +115,20 @@ at::Tensor network_descend_(at::Tensor& phi, const at::Tensor& theta, const at::
   return losses;
 }
 
-// What follows on network_linearise: finish(device, arguments) with its tape and the direction p.
+// What follows on network_linearise: finish(device, arguments) with its tape and the direction p [B, N], or the
+// directions [R, N] of one task.
 template <typename Finish>
 void along(const char* op, const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y, const at::Tensor& p,
            at::IntArrayRef network, const Finish& finish) {
   NetworkCall call(op, params, network);
   call.read_direction(op, y, p, params);
+  if (p.size(0) == 0) return;
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "imaml_ext", [&] {
     check_table(op, "tape", tape, at::kByte, {call.tasks, tape_size<scalar_t>(call.net, call.images)}, params);
     run<scalar_t>(call, params, {}, y, [&](auto device, NetworkArguments<scalar_t>& a) {
       a.tape = static_cast<char*>(const_cast<void*>(tape.const_data_ptr()));  // read alone
       a.direction = p.const_data_ptr<scalar_t>();
+      a.shared = call.tasks == 1, a.tasks = p.size(0);
       finish(device, a);
     });
   });
@@ -143,7 +146,7 @@ at::Tensor network_product_op(const at::Tensor& params, const at::Tensor& tape, 
 
 at::Tensor network_curvature_op(const at::Tensor& params, const at::Tensor& tape, const at::Tensor& y,
                                 const at::Tensor& p, at::IntArrayRef network) {
-  const at::Tensor curvature = at::empty({params.size(0)}, params.options().dtype(at::kDouble));
+  const at::Tensor curvature = at::empty({p.size(0)}, params.options().dtype(at::kDouble));
   along("network_curvature", params, tape, y, p, network, [&]<typename T>(auto device, NetworkArguments<T>& a) {
     a.curvature = curvature.mutable_data_ptr<double>();
     network_curvature(device, a);
@@ -176,8 +179,9 @@ TORCH_LIBRARY_FRAGMENT(imaml_ext, m) {
   m.def(
       "network_linearise(Tensor params, Tensor x, Tensor y, int[] network) -> "
       "(Tensor losses, Tensor outputs, Tensor gradient, Tensor tape)");
+  // p [B, N], or [R, N] where the others have one task, as in network_curvature.
   m.def("network_product(Tensor params, Tensor tape, Tensor y, Tensor p, int[] network, bool gauss_newton) -> Tensor");
-  // pᵀ Jᵀ C J p of every task, [B] float64: the way forward of the product with the Gauss-Newton matrix alone.
+  // pᵀ Jᵀ C J p of every row of p, float64: the way forward of the product with the Gauss-Newton matrix alone.
   m.def("network_curvature(Tensor params, Tensor tape, Tensor y, Tensor p, int[] network) -> Tensor");
 }
 IMAML_REGISTER(register_ops)

@@ -9,6 +9,7 @@ _NAMES = {
     "--data-root": "--data.root",
     "--data.name": "--data",
     "--data.image-size": "--data.pictures.size",
+    "--data.split-protocol": "--data.split",
     "--data.ways": "--tasks.ways",
     "--data.shots": "--tasks.shots",
     "--data.train-shots": "--tasks.train-shots",

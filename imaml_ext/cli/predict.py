@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from imaml_ext.pretrained import AdaptedLearner
 
-WEIGHTS = "omniglot-5w1s-hf-longer"  # the best 1-shot ones that come with the package
+WEIGHTS = "omniglot-5w1s-newton"  # the best 1-shot ones that come with the package
 
 
 @dataclass(frozen=True)

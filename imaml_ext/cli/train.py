@@ -8,15 +8,13 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from imaml_ext._renamed import recipe_of_today
 from imaml_ext.cli import chosen_name
 from imaml_ext.train.ranks import Ranks
 from imaml_ext.train.recipe import config_of_run, load_recipe, recipe_summaries
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-CHAINS = Path(__file__).parents[1] / "reproduction" / "chains"
 _NOTE = """A recipe file of your own: `imaml train FILE.py`.
 The settings of an earlier run: `imaml train RUN/config.json`.
-Recipes of the published weights, such as `omniglot-5w1s-gd`, are in imaml_ext/reproduction/chains/.
 """
 
 
@@ -28,7 +26,7 @@ def run(arguments: list[str], ranks: Ranks) -> int:
         from imaml_ext.train.config import differences
         from imaml_ext.train.stages import train_recipe
 
-        recipe = ranks.on_all(load_recipe, arguments[0], (RECIPES, CHAINS))
+        recipe = ranks.on_all(load_recipe, arguments[0])
         options = ranks.on_all(training_options, recipe.name, recipe.config, arguments[1:], recipe.description)
     run_dir = options.run_dir or (earlier if options.resume else None) or Path("runs") / recipe.name
     if options.resume:  # a run keeps its own settings where the command line gives none
@@ -53,11 +51,11 @@ def _earlier_run(arguments: list[str]) -> Path | None:
     Where it is neither, the recipes are shown and the process ends.
     """
     name = arguments[0] if arguments else ""
-    if name.endswith(".py") or name in recipe_summaries((RECIPES, CHAINS)):
+    if name.endswith(".py") or name in recipe_summaries() or recipe_of_today(name):
         return None
     recorded = config_of_run(Path(name)) if name else None
     if recorded is None and not name.endswith(".json"):
-        chosen_name(arguments, recipe_summaries((RECIPES,)), prog="imaml train", what="recipe", note=_NOTE)
+        chosen_name(arguments, recipe_summaries(), prog="imaml train", what="recipe", note=_NOTE)
     return recorded and recorded.parent
 
 

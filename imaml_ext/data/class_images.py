@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imaml_ext.rng import choose_distinct, uniform
+
 
 class ClassImages:
     """Images by class, kept as uint8, and the list of classes that may be drawn.
@@ -26,6 +28,8 @@ class ClassImages:
         rotations: 1 or 4; 4 needs square images.
         orientations: bool [len(characters), rotations]: which orientations are classes. By default all. Where a
             character turned by some angle looks like itself or another one, that orientation is left out.
+        distinct_characters: a task shows a character in one orientation at most. By default orientations of one
+            character may meet in a task, as any classes may.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
@@ -40,6 +44,7 @@ class ClassImages:
         characters: Sequence[int] | np.ndarray | None = None,
         rotations: int = 1,
         orientations: np.ndarray | None = None,
+        distinct_characters: bool = False,
     ) -> None:
         self._leading = 2 if counts is None else 1
         self._check_images(images, rotations)
@@ -59,6 +64,10 @@ class ClassImages:
             wanted = f"bool [{chosen.size}, {rotations}]"
             raise ValueError(f"orientations must be {wanted}, got {allowed.dtype} {list(allowed.shape)}")
         position, turn = np.nonzero(allowed)
+        self.distinct_characters = distinct_characters
+        self.orientations = allowed.sum(1)[
+            allowed.any(1)
+        ]  # [characters that belong] classes of each, one after another
         self.images = images.contiguous()
         self.rotations = rotations
         self.character = chosen[position]  # [classes] which character of `images` each class shows
@@ -88,6 +97,25 @@ class ClassImages:
     @property
     def num_characters(self) -> int:
         return np.unique(self.character).size
+
+    @property
+    def most_ways(self) -> int:
+        """How many classes a task can have."""
+        return self.num_characters if self.distinct_characters else self.num_classes
+
+    def choose(self, words: np.ndarray, ways: int) -> np.ndarray:
+        """Draws the classes of tasks by random words, uint64 [tasks, ways], with twice as many for distinct characters.
+
+        Those come from two independent uniform draws: distinct characters, then an orientation of each.
+
+        Returns:
+            int64 [tasks, ways], distinct in every row.
+        """
+        if not self.distinct_characters:
+            return choose_distinct(words, self.num_classes)
+        character = choose_distinct(words[:, :ways], self.num_characters)
+        turn = np.floor(uniform(words[:, ways:]) * self.orientations[character]).astype(np.int64)
+        return (np.cumsum(self.orientations) - self.orientations)[character] + turn
 
     @property
     def num_drawings(self) -> int | None:
@@ -160,7 +188,9 @@ class ClassImages:
 def unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns uint8 [rows, H, W] or [rows, H, W, C] as `dtype` [rows, C, H, W], values in [0, 1]."""
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
-    return torch.empty(images.shape, dtype=dtype, device=images.device).copy_(images).div_(255)
+    # By a tensor: CUDA multiplies by the reciprocal of a number, which gives other bits than the CPU's quotient.
+    white = torch.full((), 255, dtype=dtype, device=images.device)
+    return torch.empty(images.shape, dtype=dtype, device=images.device).copy_(images).div_(white)
 
 
 def number_range(counts: np.ndarray) -> str:

@@ -93,8 +93,9 @@ class EpisodeSampler(TaskSampler):
         super().__post_init__()
         images = self.images
         self.ways = check_int("ways", self.ways, minimum=1)
-        if self.ways > images.num_classes:
-            raise ValueError(f"ways must not exceed the {images.num_classes} classes there are, got {self.ways}")
+        if self.ways > images.most_ways:
+            what = "characters" if images.distinct_characters else "classes"
+            raise ValueError(f"ways must not exceed the {images.most_ways} {what} there are, got {self.ways}")
         each = self.shots + self.queries
         small = np.flatnonzero(images.drawings < each)
         if small.size:
@@ -109,9 +110,10 @@ class EpisodeSampler(TaskSampler):
     def indices(self, step: int, *, shard: tuple[int, int] | None = None) -> EpisodeIndices:
         """Chooses classes and drawings of meta-step `step` (of the slice `shard = (rank, world_size)` of its tasks)."""
         each = self.shots + self.queries
-        words = self._words(step, shard, self.ways * (1 + each), stream=self.stream)
-        classes = choose_distinct(words[:, : self.ways], self.images.num_classes)  # [B, ways]
-        drawings = choose_distinct(words[:, self.ways :].reshape(-1, each), self.images.drawings[classes.reshape(-1)])
+        of_classes = self.ways * (2 if self.images.distinct_characters else 1)
+        words = self._words(step, shard, of_classes + self.ways * each, stream=self.stream)
+        classes = self.images.choose(words[:, :of_classes], self.ways)  # [B, ways]
+        drawings = choose_distinct(words[:, of_classes:].reshape(-1, each), self.images.drawings[classes.reshape(-1)])
         drawings = drawings.reshape(-1, self.ways, each)
         return EpisodeIndices(classes, drawings[..., : self.shots], drawings[..., self.shots :])
 
@@ -130,17 +132,17 @@ class EpisodeSampler(TaskSampler):
             x = self.images.gather(classes, drawings.reshape(tasks, -1), dtype=self.dtype)
             if self.augmentation is not None:
                 own, words = words[:, : ways * each], words[:, ways * each :]
-                x = self.augmentation(x.flatten(0, 1), own.reshape(-1, Augmentation.WORDS)).view(x.shape)
+                x = self.augmentation(x.flatten(0, 1), own.reshape(-1, self.augmentation.words)).view(x.shape)
             tensors += [x, class_labels(tasks, ways, each, x.device)]
         return EpisodeBatch(*tensors)
 
     def _augmentation_words(self, step: int, shard: tuple[int, int] | None) -> np.ndarray:
-        """Draws the words that change each image, apart from those that chose it: [B, images, WORDS]."""
+        """Draws the words that change each image, apart from those that chose it: [B, images, words]."""
         if self.augmentation is None:
             return np.empty((0, 0, 0))
-        images = self.ways * (self.shots + self.queries)
-        words = self._words(step, shard, images * Augmentation.WORDS, stream=f"{self.stream}/augmentation")
-        return words.reshape(len(words), images, Augmentation.WORDS)
+        images, each = self.ways * (self.shots + self.queries), self.augmentation.words
+        words = self._words(step, shard, images * each, stream=f"{self.stream}/augmentation")
+        return words.reshape(len(words), images, each)
 
 
 def _few(images: ClassImages, small: np.ndarray) -> str:

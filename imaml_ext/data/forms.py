@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imaml_ext.data import hdf5, parquet
-from imaml_ext.data.cache import check_array, not_found
+from imaml_ext.data.cache import cache_folder, check_array, data_folder, not_found
 from imaml_ext.data.labelled import LabelledImages, label_splits, labelled, load_split_tree, load_tree
 from imaml_ext.data.listing import SPLITS, Listing
 from imaml_ext.data.pickles import load_pickle
+from imaml_ext.data.source import FileSource
 from imaml_ext.data.splits import read_csv
 from imaml_ext.errors import DataError
 from imaml_ext.pictures import Reading
@@ -31,24 +32,25 @@ class Form(NamedTuple):
 def read_first(
     what: str,
     known: Sequence[Form],
-    where: Path,
+    source: FileSource,
     places: Sequence[str],
-    origin: str,
     reading: Reading,
-    cache: Path,
+    num_classes: Mapping[str, int],
 ) -> LabelledImages:
-    """Reads the first form that there is in a folder, or in one of `places` below it.
+    """Reads the first form that there is in the source's folder, or in one of `places` below it.
 
     Raises:
-        DataError: there is none, or its files are incomplete or damaged.
+        DataError: there is none, its files are incomplete or damaged, or a split has not `num_classes`, as published.
     """
+    cache = cache_folder(source.cache_dir)
+    where, origin = data_folder(source.root, cache)
     begun: list[tuple[int, Path, str]] = []  # (how many files are missing, where, the first of them)
     for form in known:
         for folder in (where / place for place in places):
             for files in form.files:
                 missing = [file for file in files if not any(folder.glob(file))]
                 if not missing:
-                    return form.read(folder, files, reading, cache)
+                    return _checked(what, form.read(folder, files, reading, cache), num_classes, where)
                 if len(missing) < len(files):
                     begun.append((len(missing), folder, missing[0]))
     if begun:
@@ -58,8 +60,7 @@ def read_first(
     raise not_found(what, f"{', '.join(others)} nor {last}/", where, origin, download=False)
 
 
-def checked(what: str, found: LabelledImages, num_classes: Mapping[str, int], where: Path) -> LabelledImages:
-    """Returns what was read, if its splits have the published numbers of classes."""
+def _checked(what: str, found: LabelledImages, num_classes: Mapping[str, int], where: Path) -> LabelledImages:
     for split, wanted in num_classes.items():
         got = found.splits[split].size if split in found.splits else 0
         if got != wanted:

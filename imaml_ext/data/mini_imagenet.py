@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from imaml_ext.data import forms
-from imaml_ext.data.cache import cache_folder, data_folder
 from imaml_ext.data.datasets import Dataset
 from imaml_ext.data.labelled import LabelledImages
 from imaml_ext.data.listing import SPLITS
@@ -48,10 +47,7 @@ class MiniImageNet(FileSource):
         Raises:
             DataError: nothing is found, or what is found is incomplete, damaged or of the wrong format.
         """
-        cache = cache_folder(self.cache_dir)
-        where, origin = data_folder(self.root, cache)
-        found = forms.read_first("mini-ImageNet", _FORMS, where, _PLACES, origin, READING, cache)
-        return forms.checked("mini-ImageNet", found, NUM_CLASSES, where)
+        return forms.read_first("mini-ImageNet", _FORMS, self, _PLACES, READING, NUM_CLASSES)
 
 
 _CACHE_FILES = tuple(f"mini-imagenet-cache-{split}.pkl" for split in SPLITS)

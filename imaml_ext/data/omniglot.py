@@ -13,7 +13,8 @@ Which characters are trained on is a fixed list in `omniglot_splits.json`:
   first 1,200 train, the last 423 test. With `validation = v` the last v of the 1,200 are validation instead.
 - `"vinyals"`: 1,028 train, 172 validation, 423 test (Vinyals et al., *Matching Networks*, NeurIPS 2016).
 
-As usual the four orientations of a character are four classes, in training and in testing.
+A character is shown in one of four orientations, in training and in testing, which makes four classes of it (usual
+since Santoro et al. 2016). `orientations` says whether two of one character may meet in a task.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 
+from imaml_ext import _renamed
 from imaml_ext.checks import check_choice
 from imaml_ext.data import cache
 from imaml_ext.data.class_images import ClassImages
@@ -52,27 +54,41 @@ _PACKED_ARRAYS: cache.Expected = {
 }
 
 
+@_renamed.old_keywords(_renamed.omniglot_keywords)
 @dataclass(frozen=True, kw_only=True)
 class Omniglot(FileSource):
     """Omniglot: 1,623 handwritten characters."""
 
     download: bool = False  # Download the data set through torchvision when it is not under the root.
     # 1,200 characters to train on and 423 to test, or Vinyals' 1,028 / 172 / 423 with validation.
-    split_protocol: Literal["1200/423", "vinyals"] = "1200/423"
+    split: Literal["1200/423", "vinyals"] = "1200/423"
     # Characters of the protocol 1200/423 that are held out of the 1,200 for validation.
     validation: Annotated[int, NOT_NEGATIVE] = 0
-    rotations: bool = True  # A character in each of four orientations is a class of its own.
+    # Each character of a task in one of four orientations, drawn for the task (the paper's protocol); or every
+    # orientation a class of its own, which may meet others of its character; or all upright.
+    orientations: Literal["one_per_task", "classes", "upright"] = "one_per_task"
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        _renamed.omniglot_keywords(values)
+        return values
 
     def load(self) -> Dataset:
-        split = omniglot_split(self.split_protocol, validation=self.validation)
+        split = omniglot_split(self.split, validation=self.validation)
         drawings = load_omniglot(root=self.root, cache_dir=self.cache_dir, download=self.download)
-        images, names, turns = torch.from_numpy(drawings), character_names(), 4 if self.rotations else 1
-        turned = ", four orientations each" if self.rotations else ""
+        images, names, turns = torch.from_numpy(drawings), character_names(), 1 if self.orientations == "upright" else 4
+        turned = ", four orientations each" if turns > 1 else ""
         parts, notes = {}, {}
         for part, members in split.items():
-            parts[part] = ClassImages(images, names=names, characters=members, rotations=turns)
+            parts[part] = ClassImages(
+                images,
+                names=names,
+                characters=members,
+                rotations=turns,
+                distinct_characters=self.orientations == "one_per_task",
+            )
             notes[part] = f"{members.size:,} characters{turned}"
-        description = f"Omniglot, 1,623 handwritten characters × 20 drawers, 28×28, split {self.split_protocol}"
+        description = f"Omniglot, 1,623 handwritten characters × 20 drawers, 28×28, split {self.split}"
         return ImageDataset("omniglot", description, parts, notes, reading=OMNIGLOT)
 
 
@@ -100,9 +116,9 @@ def omniglot_split(protocol: str = "1200/423", *, validation: int = 0) -> dict[s
     Raises:
         ValueError: an unknown protocol, or a number of characters that it cannot hold out.
     """
-    check_choice("split_protocol", protocol, ("1200/423", "vinyals"))
+    check_choice("split", protocol, ("1200/423", "vinyals"))
     if protocol == "vinyals" and validation:
-        own = "with split_protocol 'vinyals', which has 172 of its own"
+        own = "with split 'vinyals', which has 172 of its own"
         raise ValueError(f"validation must be 0 {own}, got {validation}")
     table = _split_file()[protocol]
     codes = np.array(list("".join(table[s][a] for s in ("background", "evaluation") for a in sorted(table[s]))))

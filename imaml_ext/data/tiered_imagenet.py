@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from imaml_ext.data import forms
-from imaml_ext.data.cache import cache_folder, data_folder, load_arrays
+from imaml_ext.data.cache import load_arrays
 from imaml_ext.data.datasets import Dataset
 from imaml_ext.data.labelled import LabelledImages, label_splits, labelled
 from imaml_ext.data.listing import SPLITS
@@ -56,10 +56,7 @@ class TieredImageNet(FileSource):
         Raises:
             DataError: nothing is found, or what is found is incomplete, damaged or of the wrong format.
         """
-        cache = cache_folder(self.cache_dir)
-        where, origin = data_folder(self.root, cache)
-        found = forms.read_first("tiered-ImageNet", _FORMS, where, _PLACES, origin, READING, cache)
-        return forms.checked("tiered-ImageNet", found, NUM_CLASSES, where)
+        return forms.read_first("tiered-ImageNet", _FORMS, self, _PLACES, READING, NUM_CLASSES)
 
 
 def _read_png_files(folder: Path, files: tuple[str, ...], reading: Reading, cache: Path) -> LabelledImages:

@@ -8,19 +8,20 @@ from torch import Tensor
 from imaml_ext._renamed import old_names
 from imaml_ext.inner.gradient_descent import GradientDescent
 from imaml_ext.inner.newton_cg import NewtonCG, NewtonResult
-from imaml_ext.inner.solver import InnerResult, InnerSolver
+from imaml_ext.inner.solver import InnerResult, InnerSolver, Moments
 from imaml_ext.losses.loss import Loss, LossFunction
 
 __all__ = [
     "GradientDescent",
     "InnerResult",
     "InnerSolver",
+    "Moments",
     "NewtonCG",
     "NewtonResult",
     "gradient_descent",
     "newton_cg",
 ]
-torch.serialization.add_safe_globals([InnerResult, NewtonResult])
+torch.serialization.add_safe_globals([InnerResult, Moments, NewtonResult])
 
 _OF_A_SOLVE = ("lam", "num_tasks", "measure")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 from imaml_ext import _renamed, ops
 from imaml_ext.batch import TaskData
 from imaml_ext.errors import ConfigError
-from imaml_ext.inner.solver import InnerResult, InnerSolver, proximal_norm
+from imaml_ext.inner.solver import InnerResult, InnerSolver, Moments, proximal_norm
 from imaml_ext.losses.loss import Loss
 from imaml_ext.models.layout import ParameterLayout
 from imaml_ext.ops import Coefficient
@@ -61,7 +62,7 @@ class GradientDescent(InnerSolver):
         """Returns what the steps take their gradients of, in turns: the data, or ⌈S / batch_size⌉ parts of them.
 
         Part k of n holds the examples k, k + n, k + 2n, … of each task. Support sets of `data` go class by class, so
-        that every part has as many of each class as can be.
+        that every part has as many of each class as can be. With a mask S and n are those of a task alone.
 
         Raises:
             ValueError: there are to be parts, and data has no x and y of the shape [B, S, …].
@@ -76,10 +77,16 @@ class GradientDescent(InnerSolver):
                 f"data.x and data.y must agree in [B, S] where batch_size is given, "
                 f"got {list(x.shape[:2])} and {list(y.shape[:2])}"
             )
+        mask, ways = getattr(data, "mask", None), getattr(data, "ways", None)
+        if mask is not None:
+            of_each = (mask.sum(1, keepdim=True) - 1) // self.batch_size + 1  # [B, 1], n of a task
+            turns = min(self.steps, math.lcm(*of_each.flatten().tolist()))
+            turn = (mask.cumsum(1) - 1) % of_each  # [B, S], the part that an example is in
+            return [TaskData(x, y, mask & (turn == k % of_each), ways) for k in range(turns)]
         parts = -(-x.shape[1] // self.batch_size)
         if parts <= 1:
             return [data]
-        return [TaskData(x[:, k::parts].contiguous(), y[:, k::parts].contiguous()) for k in range(parts)]
+        return [TaskData(x[:, k::parts].contiguous(), y[:, k::parts].contiguous(), None, ways) for k in range(parts)]
 
     def rate(self, loss: Loss, like: Tensor) -> Coefficient:
         if not self.lr_of or isinstance(self.lr, Tensor):
@@ -88,28 +95,31 @@ class GradientDescent(InnerSolver):
             raise ConfigError("GradientDescent.lr_of must be empty for a function, whose parameters have no names")
         return _rates(self.lr, tuple(self.lr_of.items()), loss.layout, like.dtype, like.device)
 
-    def _minimise(self, loss: Loss, phi: Tensor, center: Tensor, data: Any, lam: Tensor) -> InnerResult:
-        batches = self.batches(data)
+    def _minimise(
+        self, loss: Loss, phi: Tensor, center: Tensor, data: Any, lam: Tensor, *, moments: Moments | None = None
+    ) -> InnerResult:
+        batches = [loss.prepared(part) for part in self.batches(data)]
         lr = ops.as_coefficient(self.rate(loss, phi), "lr", phi).detach()
         lam_of_steps = torch.zeros_like(lam) if self.proximal == "after" else lam
         losses = None  # [steps, B]
         if self.optimizer == "sgd" and self.tolerance is None and len(batches) == 1:
-            losses = loss.descend_(phi, center, data, lam=lam_of_steps, lr=lr, steps=self.steps)
+            losses = loss.descend_(phi, center, batches[0], lam=lam_of_steps, lr=lr, steps=self.steps)
         taken = torch.full((len(phi),), self.steps, device=phi.device)
+        begun = moments or Moments(tuple(phi.new_zeros(()) for _ in range(self.moments)), 0)
+        ended = None
         if losses is None:
-            losses, taken = self._descend_(loss, phi, center, batches, lam_of_steps, lr)
+            losses, taken, ended = self._descend_(loss, phi, center, batches, lam_of_steps, lr, begun)
         if self.proximal == "after":  # φ ← φ − η λ (φ − θ)
             ops.prox_sgd_step_(phi, torch.zeros_like(phi), center, lam, lr)
-        return InnerResult(phi, losses, taken)
+        return InnerResult(phi, losses, taken, moments=None if moments is None else ended)
 
     def _descend_(
-        self, loss: Loss, phi: Tensor, center: Tensor, batches: list[Any], lam: Tensor, lr: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Steps one by one, in place; returns the losses [steps, B] before each, and the steps taken [B]."""
+        self, loss: Loss, phi: Tensor, center: Tensor, batches: list[Any], lam: Tensor, lr: Tensor, begun: Moments
+    ) -> tuple[Tensor, Tensor, Moments]:
+        """Steps one by one, in place; returns the losses [steps, B] before each, the steps taken [B], the moments."""
         losses = phi.new_empty(self.steps, len(phi))
         taken = torch.zeros(len(phi), dtype=torch.int64, device=phi.device)
-        first = torch.zeros_like(phi) if self.optimizer != "sgd" else None  # velocity, or first moment
-        second = torch.zeros_like(phi) if self.optimizer == "adam" else None
+        state = (phi, *(each.expand_as(phi).clone(memory_format=torch.contiguous_format) for each in begun.vectors))
         for step in range(self.steps):
             losses[step], _, grad = loss.gradient(phi, batches[step % len(batches)])  # [B], [B, N]
             step_lr = lr
@@ -120,13 +130,25 @@ class GradientDescent(InnerSolver):
                 moving = ~(proximal_norm(grad, phi, center, lam) <= self.tolerance)  # [B]
                 taken += moving
                 step_lr = torch.where(moving.unsqueeze(1), lr, 0.0)  # [B, 1 or N]
-            if first is None:
-                ops.prox_sgd_step_(phi, grad, center, lam, step_lr)
-            elif second is None:
-                ops.prox_momentum_step_(phi, first, grad, center, lam, step_lr, self.momentum, self.nesterov)
-            else:
-                ops.prox_adam_step_(phi, first, second, grad, center, lam, step_lr, *self.betas, self.eps, step + 1)
-        return losses, taken
+            self.step_(begun.steps + step, state, grad, center, lam, step_lr)
+        return losses, taken, Moments(state[1:], begun.steps + self.steps)
+
+    @property
+    def moments(self) -> int:
+        return {"sgd": 0, "momentum": 1, "adam": 2}[self.optimizer]
+
+    def step_(
+        self, step: int, state: tuple[Tensor, ...], grad: Tensor, center: Tensor, lam: Tensor, lr: Tensor
+    ) -> None:
+        """Takes the step of that number in place, of φ and the moments [B, N]."""
+        if self.optimizer == "sgd":
+            ops.prox_sgd_step_(state[0], grad, center, lam, lr)
+        elif self.optimizer == "momentum":
+            phi, velocity = state
+            ops.prox_momentum_step_(phi, velocity, grad, center, lam, lr, self.momentum, self.nesterov)
+        else:
+            phi, first, second = state
+            ops.prox_adam_step_(phi, first, second, grad, center, lam, lr, *self.betas, self.eps, step + 1)
 
 
 @functools.lru_cache(maxsize=32)

@@ -14,6 +14,7 @@ from imaml_ext import _renamed, ops
 from imaml_ext.inner.solver import InnerResult, InnerSolver
 from imaml_ext.losses.curvature import CurvatureOperator
 from imaml_ext.losses.loss import Loss
+from imaml_ext.ops.recording import recordable, recording
 from imaml_ext.settings import NOT_NEGATIVE, Bounds
 from imaml_ext.solvers import CG, LinearSolver
 
@@ -37,21 +38,21 @@ class NewtonResult(InnerResult):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Those of `InnerResult`, the mean step size, the fractions of steps not taken and of negative curvature."""
+        """Those of `InnerResult`, the mean step size, the parts of steps not taken and of negative curvature."""
         if not len(self.losses):
             return {}
         return {
             **super().metrics,
-            "newton_step_size": self.step_sizes.mean(),
-            "newton_stayed": (self.step_sizes == 0).to(self.phi.dtype).mean(),
-            "newton_negative_curvature": self.negative_curvature.to(self.phi.dtype).mean(),
+            "newton_step_size": self.step_sizes.mean(0),
+            "newton_stayed": (self.step_sizes == 0).to(self.phi.dtype).mean(0),
+            "newton_negative_curvature": self.negative_curvature.to(self.phi.dtype).mean(0),
         }
 
 
 @_renamed.old_keywords(functools.partial(_renamed.solver_keywords, rtol=0.0))
 @dataclass(frozen=True)
 class NewtonCG(InnerSolver):
-    """Takes `steps` Newton steps on F_b(φ) = L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b, from φ = θ.
+    """Takes `steps` Newton steps on F_b(φ) = L_b(φ) + ½ Σ_j λ_j (φ_j − θ_j)² for every task b.
 
     A step: (H_b + Λ + δI) d_b = −∇F_b(φ_b) by the linear solver, then φ_b ← φ_b + t_b d_b, t_b the first of 1, s, s²,
     … with F_b(φ_b + t d_b) ≤ F_b(φ_b) + c t ∇F_bᵀd_b. A task for which none is acceptable stays where it is, so that
@@ -83,15 +84,21 @@ class NewtonCG(InnerSolver):
     shrink: Annotated[float, Bounds(above=0, below=1)] = 0.5  # Factor s by which a step is shortened.
     # Look at the device after each trial, to stop when every task has its step; unset: on the CPU. Same result.
     stop_early: bool | None = None
+    # Part of its first gradient norm at which a task stays; when all do, the steps end early as above.
+    relative_tolerance: Annotated[float, NOT_NEGATIVE] = 0.0
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"relative_tolerance": 0.0, **super().upgraded(values)}
 
     def _minimise(self, loss: Loss, phi: Tensor, center: Tensor, data: Any, lam: Tensor) -> NewtonResult:
         loss.check_curvature(self.curvature)
 
         def objective(phi: Tensor) -> tuple[Tensor, Tensor]:
             """L and F of every task, [B]."""
-            with torch.no_grad():
-                losses = loss(phi, data)
-                return losses, losses + ops.prox_penalty(phi, center, lam)
+            with recording():  # for a loss that takes derivatives itself
+                losses = loss(recordable(phi), recordable(data)).detach()
+            return losses, losses + ops.prox_penalty(phi, center, lam)
 
         def slope_at(phi: Tensor, direction: Tensor) -> Tensor:
             """∇F(φ)ᵀd of every task, [B] float64."""
@@ -102,25 +109,40 @@ class NewtonCG(InnerSolver):
         objectives = phi.new_empty(self.steps + 1, len(phi))
         negative_curvature = torch.zeros(self.steps, len(phi), dtype=torch.bool, device=phi.device)
         here = None  # L and F at φ, as the line search has measured them
+        enough: Tensor | float = 0.0  # gradient norms [B] at which tasks stay
         for step in range(self.steps):
             operator = loss.linearize(phi, data, self.curvature)
             gradient = ops.prox_gradient_(operator.gradient.clone(), phi, center, lam)  # ∇F [B, N]
-            if here is None:  # at φ = θ there is no penalty
-                here = operator.losses, operator.losses
+            if here is None:
+                here = operator.losses, operator.losses + ops.prox_penalty(phi, center, lam)
             losses[step], objectives[step] = here
+            norm = torch.linalg.vector_norm(gradient, dim=1)
+            enough = self.relative_tolerance * norm if step == 0 else enough
+            arrived = norm <= enough  # [B]; not so for a NaN
+            if self.relative_tolerance > 0 and self._looks(phi) and bool(arrived.all()):
+                losses[step:], objectives[step:], step_sizes[step:] = *here, 0.0
+                break
 
             direction, negative_curvature[step] = self._direction(operator, gradient, lam + self.damping)
             del operator  # and its graph, before the line search
 
             slope = (gradient * direction).sum(1, dtype=torch.float64)  # ∇Fᵀd [B]
+            slope = torch.where(arrived, 0.0, slope)
             here, step_sizes[step] = self._line_search(
                 objective, slope_at, phi, direction, (losses[step], objectives[step]), slope
             )
             phi = _moved(phi, direction, step_sizes[step])
         objectives[self.steps] = objective(phi)[1] if here is None else here[1]
 
-        found = {"objectives": objectives, "step_sizes": step_sizes, "negative_curvature": negative_curvature}
+        found: dict[str, Any] = {
+            "objectives": objectives,
+            "step_sizes": step_sizes,
+            "negative_curvature": negative_curvature,
+        }
         return NewtonResult(phi, losses, (step_sizes > 0).sum(0), **found)
+
+    def _looks(self, phi: Tensor) -> bool:
+        return phi.device.type == "cpu" if self.stop_early is None else self.stop_early
 
     def _direction(self, operator: CurvatureOperator, gradient: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """d [B, N] with (H + shift) d ≈ −∇F, and where the solver met non-positive curvature, [B]."""
@@ -157,7 +179,7 @@ class NewtonCG(InnerSolver):
         Returns:
             L and F where the rows end, and the step sizes t [B], 0 where none of them will do.
         """
-        looks = phi.device.type == "cpu" if self.stop_early is None else self.stop_early
+        looks = self._looks(phi)
         loss, start = here
         value = start
         taken = torch.zeros_like(start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +12,24 @@ from imaml_ext import ops
 from imaml_ext.inner.gradient_descent import GradientDescent
 from imaml_ext.losses.curvature import task_gradient
 from imaml_ext.losses.loss import Loss
+from imaml_ext.losses.shared import SharedLinearisation
 
 State = tuple[Tensor, ...]  # φ, then the moments that the optimiser keeps, all [B, N]
+_ENTRIES = 1 << 20  # of [B, N] that are differentiated at a time, where memory is to be saved
 
 
 def unroll(
-    solver: GradientDescent, loss: Loss, theta: Tensor, data: Any, lam: Tensor, *, checkpoint: bool = False
+    solver: GradientDescent, loss: Loss, theta: Tensor, data: Any, lam: Tensor | None, *, checkpoint: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Returns φ [B, N] after the steps of `solver` from θ, and the losses [steps, B] before each.
 
     φ has a graph into theta and lam, and into the solver's lr where that is a tensor that requires a gradient.
 
     Args:
-        theta: [B, N]. lam: [1 or B, 1 or N].
-        checkpoint: keep the iterates φ_k alone, N numbers per step, and not what the network computed on the way. The
-            backward sweep then takes the gradient at each φ_k anew and multiplies by its Hessian once: one more
-            gradient a step, and the memory of one step at a time.
+        theta: [B, N]. lam: [1 or B, 1 or N]; None: there is no proximal term.
+        checkpoint: keep the iterates φ_k alone, N numbers per step and as many for each moment of the rule, and not
+            what the network computed on the way. The backward sweep then takes the gradient at each φ_k anew and
+            multiplies by its Hessian once: one more gradient per step, and the memory of one step at a time.
 
     Raises:
         ValueError: the solver has a tolerance: the number of steps is then no differentiable function of θ.
@@ -38,10 +40,10 @@ def unroll(
     if solver.tolerance is not None:
         raise ValueError(f"tolerance must be None where the inner steps are differentiated, got {solver.tolerance}")
     lr = ops.as_coefficient(solver.rate(loss, theta.detach()), "lr", theta.detach())
+    batches = [loss.prepared(part) for part in solver.batches(loss.prepared(data))]
     if checkpoint:
-        return _Replayed.apply(theta, lam, lr, solver, loss, solver.batches(data))
+        return _Replayed.apply(theta, lam, lr, loss.shared, solver, loss, batches)
     losses = []
-    batches = solver.batches(data)
     state = _initial(solver, theta)
     for step in range(solver.steps):
         here = loss(state[0], batches[step % len(batches)])  # [B]
@@ -52,17 +54,16 @@ def unroll(
 
 
 def _initial(solver: GradientDescent, theta: Tensor) -> State:
-    moments = {"sgd": 0, "momentum": 1, "adam": 2}[solver.optimizer]
-    # φ is a node of its own: the gradient in φ is not the one in θ.
-    return (theta.clone(), *(torch.zeros_like(theta) for _ in range(moments)))
+    zero = theta.new_zeros(()).expand_as(theta)
+    return (theta.view_as(theta), *(zero for _ in range(solver.moments)))  # φ, a node beside θ
 
 
 def _next(
-    solver: GradientDescent, step: int, state: State, grad: Tensor, theta: Tensor, lam: Tensor, lr: Tensor
+    solver: GradientDescent, step: int, state: State, grad: Tensor, theta: Tensor, lam: Tensor | None, lr: Tensor
 ) -> State:
     """The rule of `ops.prox_…_step_` in differentiable operations: a function of the state, grad = ∇L(φ), θ and λ."""
     phi, *moments = state
-    g = grad if solver.proximal == "after" else grad + lam * (phi - theta)
+    g = grad if lam is None or solver.proximal == "after" else grad + lam * (phi - theta)
     if solver.optimizer == "sgd":
         return (phi - lr * g,)
     if solver.optimizer == "momentum":
@@ -77,69 +78,115 @@ def _next(
     return phi - lr / (1 - beta1 ** (step + 1)) * first / denominator, first, second
 
 
-def _last(solver: GradientDescent, phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor) -> Tensor:
-    return phi - lr * lam * (phi - theta) if solver.proximal == "after" else phi
+def _last(solver: GradientDescent, phi: Tensor, theta: Tensor, lam: Tensor | None, lr: Tensor) -> Tensor:
+    return phi if lam is None or solver.proximal == "gradient" else phi - lr * lam * (phi - theta)
 
 
 class _Replayed(torch.autograd.Function):
-    """theta [B, N], lam [1 or B, 1 or N] -> φ [B, N] and losses [steps, B], differentiated by an adjoint sweep."""
+    """theta [B, N], lam or None, lr [1 or B, 1 or N], shared [N_s] or None -> φ [B, N] and losses [steps, B].
+
+    Differentiated by an adjoint sweep over the iterates that it keeps.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         theta: Tensor,
-        lam: Tensor,
+        lam: Tensor | None,
         lr: Tensor,
+        shared: Tensor | None,
         solver: GradientDescent,
         loss: Loss,
         batches: list[Any],
     ) -> tuple[Tensor, Tensor]:
-        states = [_initial(solver, theta)]
+        loss = loss if shared is None else loss.sharing(shared.detach())
+        after = lam is not None and solver.proximal == "after"
+        lam_of_steps = theta.new_zeros(1, 1) if lam is None or after else lam
+        state = _initial(solver, theta)
+        kept: list[Tensor] = []
         losses = theta.new_empty(solver.steps, len(theta))
         for step in range(solver.steps):
-            losses[step], _, grad = loss.gradient(states[-1][0], batches[step % len(batches)])
-            states.append(_next(solver, step, states[-1], grad, theta, lam, lr))
-        ctx.save_for_backward(theta, lam, lr, *(vector for state in states for vector in state))
+            kept += state
+            losses[step], _, grad = loss.gradient(state[0], batches[step % len(batches)])
+            state = tuple(vector.clone(memory_format=torch.contiguous_format) for vector in state)
+            solver.step_(step, state, grad, theta, lam_of_steps, lr)
+        ctx.save_for_backward(theta, lam, lr, *kept, *state[: int(after)])
         ctx.solver, ctx.loss, ctx.batches = solver, loss, batches
         ctx.mark_non_differentiable(losses)
-        return _last(solver, states[-1][0], theta, lam, lr), losses
+        phi = _last(solver, state[0], theta, lam, lr)
+        return phi if solver.steps else phi.clone(), losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, phi_bar: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         solver: GradientDescent = ctx.solver
-        theta, lam, lr, *vectors = ctx.saved_tensors
-        width = len(vectors) // (solver.steps + 1)
-        states = [tuple(vectors[i : i + width]) for i in range(0, len(vectors), width)]
-        last, start = states[-1], states[0]
+        theta, lam, lr, *kept = ctx.saved_tensors
+        width = 1 + solver.moments
+        constants = {"theta": theta, "lam": lam, "lr": lr}
+        needed = dict(zip((*constants, "shared"), ctx.needs_input_grad, strict=False))
+        needed["theta"] = lam is not None  # φ_0 = θ comes at the end
+        totals = {name: torch.zeros_like(value) for name, value in constants.items() if needed[name]}
+        by_shared = torch.zeros_like(ctx.loss.shared) if needed["shared"] else None
 
-        # λ, and η where it is asked for, are elementwise factors of every step; a plain η is a constant of the rule.
-        learns_lr = ctx.needs_input_grad[2]
-        constants = (theta, lam, lr) if learns_lr else (theta, lam)
-
-        def end(phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor = lr) -> State:
-            return (_last(solver, phi, theta, lam, lr),)
-
-        phi_bar, *totals = _vector_jacobian(end, (last[0], *constants), (phi_bar,))
-        bars: State = (phi_bar, *(torch.zeros_like(vector) for vector in start[1:]))
+        bars = [phi_bar.clone(), *(torch.zeros_like(theta) for _ in range(solver.moments))]
+        if len(kept) > solver.steps * width:
+            _pull_back_(lambda phi, **constants: (_last(solver, phi, **constants),), kept[-1:], bars, constants, totals)
         for step in reversed(range(solver.steps)):
-            operator = ctx.loss.linearize(states[step][0], ctx.batches[step % len(ctx.batches)])
+            state, data = kept[step * width : (step + 1) * width], ctx.batches[step % len(ctx.batches)]
+            at: Any = (
+                ctx.loss.linearize(state[0], data)
+                if by_shared is None
+                else SharedLinearisation(ctx.loss, state[0], data)
+            )
 
-            def rule(*inputs: Tensor, step: int = step) -> State:
-                state, (grad, theta, lam, *rate) = inputs[:width], inputs[width:]
-                return _next(solver, step, state, grad, theta, lam, *rate or (lr,))
+            def rule(*inputs: Tensor, step: int = step, **constants: Tensor) -> State:
+                return _next(solver, step, inputs[:width], inputs[width], **constants)
 
-            phi_bar, *rest = _vector_jacobian(rule, (*states[step], operator.gradient, *constants), bars)
-            moment_bars, (grad_bar, *by) = rest[: width - 1], rest[width - 1 :]
-            bars = (phi_bar + operator(grad_bar.contiguous()), *moment_bars)  # φ_k is in ∇L(φ_k) too: H ḡ
-            totals = [total + bar for total, bar in zip(totals, by, strict=True)]
-        theta_bar, lam_bar, *lr_bar = totals
-        return theta_bar + bars[0], lam_bar, lr_bar[0] if learns_lr else None, None, None, None  # φ_0 = θ
+            bars.append(torch.empty_like(theta))  # ḡ, of the gradient, which is an input of the rule
+            _pull_back_(rule, [*state, at.gradient], bars, constants, totals)
+            del at.gradient  # and its memory, before the product
+            if by_shared is None:
+                bars[0] += at(bars.pop())  # φ_k is in ∇L(φ_k) too: H ḡ
+            else:
+                product, of_shared = at(bars.pop())
+                bars[0] += product
+                by_shared += of_shared
+        totals["theta"] = totals["theta"] + bars[0] if "theta" in totals else bars[0]
+        return *(totals.get(name) for name in constants), by_shared, None, None, None
 
 
-def _vector_jacobian(function: Callable[..., State], inputs: State, bars: State) -> State:
-    """The cotangents of the inputs of an elementwise function from those of its outputs."""
-    leaves = [value.detach().requires_grad_() for value in inputs]
-    with torch.enable_grad():
-        outputs = function(*leaves)
-    return torch.autograd.grad(outputs, leaves, bars, allow_unused=True, materialize_grads=True)
+def _pull_back_(
+    function: Callable[..., State],
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor],
+    constants: Mapping[str, Any],
+    totals: Mapping[str, Tensor],
+) -> None:
+    """Puts the cotangents of the inputs [B, N] in place of those of the outputs, for an elementwise function.
+
+    A part of the columns at a time, so that what is computed on the way takes little memory.
+
+    Args:
+        bars: of the outputs, which come first, and room for those of further inputs.
+        constants: keywords of the function, [1 or B, 1 or N] or None.
+        totals: what the cotangents of some of them are added to.
+    """
+    rows, columns = inputs[0].shape
+    size = max(_ENTRIES // rows, 1)
+    for part in (slice(first, first + size) for first in range(0, columns, size)):
+        leaves = [value[:, part].detach().requires_grad_() for value in inputs]
+        factors = {name: value if value is None else _columns(value, part) for name, value in constants.items()}
+        learnt = {name: _columns(constants[name], part).detach().requires_grad_() for name in totals}
+        with torch.enable_grad():
+            outputs = function(*leaves, **factors | learnt)
+        wanted = [*leaves, *learnt.values()]
+        above = [bar[:, part] for bar in bars[: len(outputs)]]
+        found = torch.autograd.grad(outputs, wanted, above, allow_unused=True, materialize_grads=True)
+        for bar, value in zip(bars, found[: len(leaves)], strict=False):
+            bar[:, part] = value
+        for total, value in zip(totals.values(), found[len(leaves) :], strict=True):
+            _columns(total, part).add_(value)
+
+
+def _columns(value: Tensor, part: slice) -> Tensor:
+    return value[:, part] if value.shape[1] > 1 else value

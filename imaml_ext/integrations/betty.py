@@ -58,7 +58,7 @@ class _Hypergradient:
         self, solver: LinearSolver | None, shift: float, on_breakdown: Reaction, on_unfinished: Reaction
     ) -> None:
         self.solver, self.shift = solver, shift
-        self.reactions = {"on_breakdown": on_breakdown, "on_unfinished": on_unfinished}
+        self.reactions: dict[str, Any] = {"on_breakdown": on_breakdown, "on_unfinished": on_unfinished}
 
     def __call__(self, vector: Sequence[Tensor], curr: Any, prev: Any, sync: bool = False) -> list[Tensor] | None:
         """The hypergradient for the parameters of `prev`; with `sync`, of Betty 0.2, added to their `.grad`.

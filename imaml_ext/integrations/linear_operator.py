@@ -6,7 +6,6 @@ with installed():  # the one line that changes: around training and prediction
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext.errors import SolveError
 from imaml_ext.integrations.outcome import Reaction, check_reactions, report
 from imaml_ext.integrations.replacing import replaced
 from imaml_ext.solvers.cg import cg
@@ -139,12 +137,7 @@ def _solve(
     )
     if on_solve is not None:
         on_solve(solution)
-    report(solution, on_breakdown=on_breakdown, on_unfinished="ignore", what="columns")
-    if bool(solution.unfinished.any()):
-        try:
-            solution.raise_if_failed(what="columns")
-        except SolveError as error:
-            warnings.warn(str(error), NumericalWarning, stacklevel=3)
+    report(solution, on_breakdown=on_breakdown, on_unfinished="warn", what="columns", unfinished_as=NumericalWarning)
     return solution.x.reshape(shape), solution.lanczos
 
 
@@ -155,7 +148,10 @@ def _tridiagonal(lanczos: Lanczos, columns: int, largest: int) -> Tensor:
     known = torch.arange(order, device=steps.device) < steps.unsqueeze(-1)
     diagonal = lanczos.diagonal[:, :columns, :order].where(known, 1.0)
     beside = lanczos.off_diagonal[:, :columns, : order - 1]
-    return torch.diag_embed(diagonal) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    T = torch.diag_embed(diagonal)
+    for side in (1, -1):
+        T.diagonal(side, -2, -1).copy_(beside)
+    return T
 
 
 @contextmanager

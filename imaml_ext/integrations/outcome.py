@@ -18,16 +18,27 @@ def check_reactions(**reactions: str) -> None:
         check_choice(name, value, get_args(Reaction))
 
 
-def report(solution: Solution, *, on_breakdown: Reaction, on_unfinished: Reaction, what: str) -> None:
-    """Raises `SolveError` or gives a `SolveWarning` for systems that did not converge; waits for the device.
+def report(
+    solution: Solution,
+    *,
+    on_breakdown: Reaction,
+    on_unfinished: Reaction,
+    what: str,
+    unfinished_as: type[Warning] = SolveWarning,
+) -> None:
+    """Raises `SolveError` or gives a warning for systems that did not converge; waits for the device.
 
     Args:
         on_breakdown: what is done where the matrix is not what the solver needs, or a number is not finite.
         on_unfinished: what is done where the products are spent, or rounding lets the residual fall no further.
         what: the systems are, for the message.
+        unfinished_as: the class of a warning of the second kind.
     """
+    if not bool(solution.status.any()):
+        return
     broken, unfinished = solution.broke_down | solution.non_finite, solution.unfinished
-    for failed, reaction in ((broken, on_breakdown), (unfinished, on_unfinished)):
+    cases = (broken, on_breakdown, SolveWarning), (unfinished, on_unfinished, unfinished_as)
+    for failed, reaction, category in cases:
         if reaction == "ignore" or not bool(failed.any()):
             continue
         try:
@@ -35,4 +46,4 @@ def report(solution: Solution, *, on_breakdown: Reaction, on_unfinished: Reactio
         except SolveError as error:
             if reaction == "raise":
                 raise
-            warnings.warn(str(error), SolveWarning, stacklevel=3)
+            warnings.warn(str(error), category, stacklevel=3)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
 
 from imaml_ext.ops.network import NetworkLinearisation
+from imaml_ext.ops.recording import recordable, recording
 from imaml_ext.solvers.preconditioners.kfac import KroneckerFactors
 
 ALL = slice(None)
@@ -39,7 +43,8 @@ class CurvatureOperator(ABC):
     def __init__(self, phi: Tensor) -> None:
         if phi.dim() != 2:
             raise ValueError(f"phi must have shape [B, N] (one row per task), got {list(phi.shape)}")
-        self._phi = phi.detach().requires_grad_()
+        with recording():
+            self._phi = recordable(phi).detach().requires_grad_()
 
     def __call__(self, p: Tensor, rows: slice = ALL) -> Tensor:
         self._check(p, self._phi[rows])
@@ -49,9 +54,10 @@ class CurvatureOperator(ABC):
         """Returns pᵀ H p of every task, [B] float64, at the least price that there is."""
         return _dot(p, self(p))
 
-    def repeated(self, times: int) -> CurvatureOperator | None:
-        """Returns the operator of every task `times` times in a row, [B times, N], so that as many vectors per task are
-        multiplied in one call; None where there is no better way than one call for each."""
+    def of_columns(self, columns: int) -> Callable[..., Tensor] | None:
+        """Returns p [B K, N] -> product for K = `columns` vectors per task, which share what linearising has found;
+        None where there is no better way than one call for each. With a `rows_per_block` it also multiplies some rows
+        alone, as this operator does."""
         return None
 
     @abstractmethod
@@ -76,8 +82,8 @@ class NativeCurvature(CurvatureOperator):
         self.losses, self.gradient = linearisation.losses, linearisation.gradient
         self.rows_per_block = linearisation.rows_per_block
 
-    def repeated(self, times: int) -> NativeCurvature:
-        return NativeCurvature(self._native.repeated(times), self._phi.detach().repeat_interleave(times, 0), self.kind)
+    def of_columns(self, columns: int) -> Callable[..., Tensor]:
+        return self._native.products(columns, gauss_newton=self.kind == "gauss_newton")
 
     def _product(self, p: Tensor, rows: slice) -> Tensor:
         return self._native.product(p, rows, gauss_newton=self.kind == "gauss_newton")
@@ -97,13 +103,19 @@ class HessianOperator(CurvatureOperator):
 
     def __init__(self, loss: Callable[[Tensor, Any], Tensor], phi: Tensor, data: Any) -> None:
         super().__init__(phi)
-        with torch.enable_grad():
-            losses = loss(self._phi, data)
-            self._gradient = task_gradient(losses, self._phi, create_graph=True)
-        self.losses, self.gradient = losses.detach(), self._gradient.detach()
+        with recording():
+            losses = loss(self._phi, recordable(data))
+            gradient = task_gradient(losses, self._phi, create_graph=True)
+        self.losses, self.gradient = losses.detach(), gradient.detach()
+        # The graph alone, so that whoever needs no gradient any more can let go of its memory.
+        self._edge = get_gradient_edge(gradient) if gradient.requires_grad else None
 
     def _product(self, p: Tensor, rows: slice) -> Tensor:
-        return vector_jacobian(self._gradient, self._phi, p)
+        if self._edge is None:
+            return torch.zeros_like(p)
+        return torch.autograd.grad(
+            self._edge, self._phi, p, retain_graph=True, allow_unused=True, materialize_grads=True
+        )[0]
 
 
 class GaussNewtonOperator(CurvatureOperator):
@@ -114,19 +126,20 @@ class GaussNewtonOperator(CurvatureOperator):
     is linear, so that reverse mode alone is needed; its graph is built once.
 
     Args:
-        outputs: params [B, N] -> outputs [B, S, *]. criterion: outputs -> losses [B].
+        outputs: params [B, N] -> outputs [B, S, *], a tensor or a structure of tensors, in which those of floating
+            point count. criterion: outputs -> losses [B].
 
     Source: Schraudolph, Fast curvature matrix-vector products (2002); Martens, Hessian-free optimization (2010).
     """
 
     kind = "gauss_newton"
 
-    def __init__(self, outputs: Callable[[Tensor], Tensor], criterion: Callable[[Tensor], Tensor], phi: Tensor) -> None:
+    def __init__(self, outputs: Callable[[Tensor], Any], criterion: Callable[[Any], Tensor], phi: Tensor) -> None:
         super().__init__(phi)
-        with torch.enable_grad():
-            self._outputs = outputs(self._phi)  # [B, S, *]
+        with recording():
+            self._outputs, structured = _flattened(outputs(self._phi))  # [B, M]
             self._leaf_outputs = self._outputs.detach().requires_grad_()
-            losses = criterion(self._leaf_outputs)  # [B]
+            losses = criterion(structured(self._leaf_outputs))  # [B]
             self._output_gradient = task_gradient(losses, self._leaf_outputs, create_graph=True)
             self._cotangent = torch.zeros_like(self._outputs).requires_grad_()  # w
             self._pullback = _pullback(self._outputs, self._phi, self._cotangent, "model")  # Jᵀ w
@@ -140,12 +153,26 @@ class GaussNewtonOperator(CurvatureOperator):
         """Returns pᵀ G p as (J p)ᵀ C (J p): half of a product, as nothing goes back."""
         self._check(p, self._phi)
         tangent, curved = self._along(p)
-        return _dot(tangent.flatten(1), curved.flatten(1))
+        return _dot(tangent, curved)
 
     def _along(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """J p and C J p, [B, S, *]."""
+        """J p and C J p, [B, M]."""
         tangent = vector_jacobian(self._pullback, self._cotangent, p)
         return tangent, vector_jacobian(self._output_gradient, self._leaf_outputs, tangent)
+
+
+def _flattened(outputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Outputs, a structure of tensors [B, *], as [B, M], and what makes the structure of such a tensor again."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    counted = [leaf for leaf in leaves if leaf.is_floating_point()]
+    widths = [leaf[0].numel() for leaf in counted]
+
+    def structured(flat: Tensor) -> Any:
+        pieces = iter(flat.split(widths, 1))
+        filled = [next(pieces).view(leaf.shape) if leaf.is_floating_point() else leaf for leaf in leaves]
+        return pytree.tree_unflatten(filled, spec)
+
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in counted], 1), structured
 
 
 def task_gradient(losses: Tensor, params: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -189,18 +216,34 @@ def _check_graph(derivative: Tensor, params: Tensor, weights: Tensor, name: str)
         )
 
 
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Says what it means where autograd does not know the derivative of an operation."""
+    try:
+        yield
+    except RuntimeError as error:
+        unknown = "is not implemented" in str(error) or "don't support automatic differentiation" in str(error)
+        if not unknown:
+            raise
+        raise ValueError(
+            f"{name} must be twice differentiable in params, got an operation that is not ({error})"
+        ) from error
+
+
 def vector_jacobian(outputs: Tensor, inputs: Tensor, vector: Tensor) -> Tensor:
     """Returns vectorᵀ ∂outputs/∂inputs and keeps the graph of the outputs; zero where there is no dependence."""
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
-    return torch.autograd.grad(outputs, inputs, vector, True, allow_unused=True, materialize_grads=True)[0]
+    with _explained("loss"):
+        return torch.autograd.grad(outputs, inputs, vector, True, allow_unused=True, materialize_grads=True)[0]
 
 
 def _pullback(outputs: Tensor, params: Tensor, cotangent: Tensor, name: str) -> Tensor:
     """cotangentᵀ ∂outputs/∂params [B, N] with a graph into the leaf `cotangent`; zero where there is no dependence."""
     if not outputs.requires_grad:
         return torch.zeros_like(params)
-    (pulled,) = torch.autograd.grad(outputs, params, cotangent, create_graph=True, allow_unused=True)
+    with _explained(name):
+        (pulled,) = torch.autograd.grad(outputs, params, cotangent, create_graph=True, allow_unused=True)
     if pulled is None:
         return torch.zeros_like(params)
     _check_graph(pulled, params, cotangent, name)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from imaml_ext.batch import Data
 from imaml_ext.models.task_model import TaskModel
+from imaml_ext.ops.recording import recordable, recording
 from imaml_ext.solvers.preconditioners.kfac import KroneckerBlock, KroneckerFactors
 
 # Passes through the network's products, in sixths of a product with the Hessian.
@@ -14,7 +15,14 @@ _FORWARD, _BACKWARD, _PRODUCT = 1, 2, 6
 
 
 def kronecker_factors(
-    model: TaskModel, criterion: str, params: Tensor, data: Data, *, samples: int, seed: int
+    model: TaskModel,
+    criterion: str,
+    params: Tensor,
+    data: Data,
+    ways: int | None = None,
+    *,
+    samples: int,
+    seed: int,
 ) -> KroneckerFactors:
     """Returns A ≈ E[a aᵀ] and G ≈ E[g gᵀ] of every layer and task at params [B, N], and the diagonal elsewhere.
 
@@ -23,19 +31,19 @@ def kronecker_factors(
     example keeps examples apart that a batch norm joins, in expectation.
 
     Args:
-        criterion: "cross_entropy" or "mse". samples: how many w to draw; 0 takes all of them, one per output.
+        criterion: "cross_entropy" or "mse". ways: how many of the outputs it judges; None: all. samples: how many w to
+            draw; 0 takes all of them, one per output.
 
     Source: Martens and Grosse (2015); for the positions of convolutions, Grosse and Martens (2016).
     """
     columns = {name: where.to(params.device) for name, where in model.weighted_layers().items()}
-    with torch.no_grad():
-        _, entered = model.tapped(params, data.x, {})
-    leaf = params.detach().requires_grad_()
-    added = {
-        name: params.new_zeros(*a.shape[:2], columns[name].shape[1]).requires_grad_() for name, a in entered.items()
-    }
-    with torch.enable_grad():
-        outputs, _ = model.tapped(leaf, data.x, added)
+    with recording():
+        leaf, x = recordable(params).detach().requires_grad_(), recordable(data.x)
+        _, entered = model.tapped(leaf.detach(), x, {})
+        added = {
+            name: leaf.new_zeros(*a.shape[:2], columns[name].shape[1]).requires_grad_() for name, a in entered.items()
+        }
+        outputs = model.tapped(leaf, x, added)[0][..., :ways]
     roots = _roots(outputs.detach().reshape(*outputs.shape[:2], -1), criterion)  # [B, S, O, M]
     examples, count = roots.shape[1], samples or roots.shape[3]
     generator = torch.Generator().manual_seed(seed)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imaml_ext.batch import count_tasks, inputs_of
 from imaml_ext.checks import check_choice, check_int
 from imaml_ext.losses.curvature import CurvatureOperator, HessianOperator, task_gradient
 from imaml_ext.models.layout import ParameterLayout
+from imaml_ext.ops.recording import recordable, recording
 
 LossFunction = Callable[[Tensor, Any], Tensor]  # params [B, N], data -> losses [B], row b from row b alone
 
@@ -33,30 +35,56 @@ class Loss(ABC):
     Attributes:
         layout: where the named parameters lie in a row; None where the loss does not know.
         curvatures: the kinds of `linearize`, out of "hessian" and "gauss_newton".
+        may_reach_others: whether it may compute with tensors beside params and data that require a gradient.
+        shared: [N_s] the values that all tasks share, of a model that has such parameters.
     """
 
     layout: ParameterLayout | None = None
+    may_reach_others: bool = True
+    shared: Tensor | None = None
     curvatures: tuple[str, ...] = ("hessian",)
 
     @abstractmethod
     def __call__(self, params: Tensor, data: Any) -> Tensor:
         """Returns the losses [B], twice differentiable in params [B, N]."""
 
+    def prepared(self, data: Any) -> Any:
+        """Returns the data as they are best handed to this loss many times: as they are, unless a subclass knows."""
+        return data
+
+    def tasks_at_once(self, params: Tensor, data: Any) -> int | None:
+        """Returns how many tasks of params [B, N] and data are best gone through together; None: all."""
+        return None
+
+    def by_autograd(self) -> Loss:
+        """Returns the loss as differentiable operations, also in what the data hold."""
+        return self
+
+    def sharing(self, values: Tensor) -> Loss:
+        """Returns the loss with these values [N_s] of the parameters that tasks share; a graph into them is kept.
+
+        Raises:
+            TypeError: the loss has no such parameters.
+        """
+        raise TypeError(f"loss must be a TaskLoss to have parameters that tasks share, got {type(self).__name__}")
+
     def gradient(self, params: Tensor, data: Any) -> LossGradient:
         """Returns losses and gradients of all tasks in one pass, without a graph."""
-        leaf = params.detach().requires_grad_()
-        with torch.enable_grad():
-            losses = self(leaf, data)
+        with recording():
+            leaf = recordable(params).detach().requires_grad_()
+            losses = self(leaf, recordable(data))
             gradient = task_gradient(losses, leaf)
         return LossGradient(losses.detach(), None, gradient)
 
     def measure(self, params: Tensor, data: Any) -> tuple[Tensor, Tensor | None]:
         """Returns the losses [B] and, in classification, the accuracies [B], without a graph."""
-        with torch.no_grad():
-            return self(params, data), None
+        with recording():  # for a loss that takes derivatives itself
+            return self(recordable(params).detach(), recordable(data)).detach(), None
 
-    def accuracy(self, outputs: Tensor | None, targets: Tensor) -> Tensor | None:
-        """Returns the accuracies [B] of the outputs, None where there are none."""
+    def accuracy(
+        self, outputs: Tensor | None, targets: Any, mask: Tensor | None = None, ways: Tensor | None = None
+    ) -> Tensor | None:
+        """Returns the accuracies [B] of the outputs, None where there are none; mask and ways as in `TaskData`."""
         return None
 
     def linearize(self, params: Tensor, data: Any, kind: str = "hessian") -> CurvatureOperator:
@@ -102,17 +130,18 @@ def as_loss(loss: Any) -> Loss:
     return FunctionLoss(loss)
 
 
-def check_losses(losses: object, tasks: int, name: str) -> Tensor:
+def check_losses(losses: object, tasks: int, name: str, what: str = "loss") -> Tensor:
     """Returns what `name` returned; raises TypeError or ValueError unless that is one number per task."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"{name} must return a tensor, got {type(losses).__name__}")
     if losses.shape != (tasks,):
-        raise ValueError(f"{name} must return one loss per task, shape [{tasks}], got {list(losses.shape)}")
+        raise ValueError(f"{name} must return one {what} per task, shape [{tasks}], got {list(losses.shape)}")
     return losses
 
 
 def task_rows(theta: Tensor, data: Any, num_tasks: int | None) -> tuple[Tensor, int]:
-    """Returns theta as [1, N] or [B, N], and B: `num_tasks`, else the rows of data.x, else those of theta.
+    """Returns theta as [1, N] or [B, N], and B: `num_tasks`, else the rows of data.x, else those of theta, else the
+    first dimension that all tensors of the data share.
 
     Raises:
         TypeError, ValueError: theta is not a floating-point [N] or [B, N], or B is unknown or contradictory.
@@ -123,9 +152,9 @@ def task_rows(theta: Tensor, data: Any, num_tasks: int | None) -> tuple[Tensor, 
         raise ValueError(f"theta must have shape [N], or [B, N] with one row per task, got {list(theta.shape)}")
     if theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"theta must be float32 or float64, got {theta.dtype}")
-    x = getattr(data, "x", None)
-    if num_tasks is None and isinstance(x, Tensor) and x.dim() > 0:
-        num_tasks = x.shape[0]
+    x = inputs_of(data)
+    if num_tasks is None and (x is not None or theta.dim() == 1):
+        num_tasks = count_tasks(data)
     if num_tasks is None and theta.dim() == 2:
         num_tasks = theta.shape[0]
     if num_tasks is None:

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from imaml_ext._renamed import old_names
+from imaml_ext.bilevel.implicit import ImplicitSolution, implicit_solve
+from imaml_ext.bilevel.prox_solve import prox_solve
 from imaml_ext.losses.curvature import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from imaml_ext.meta.algorithm import MetaAlgorithm, MetaGradient
 from imaml_ext.meta.first_order import FOMAML, Reptile
 from imaml_ext.meta.imaml import IMAML
-from imaml_ext.meta.implicit import ImplicitSolution, implicit_solve
 from imaml_ext.meta.maml import MAML
-from imaml_ext.meta.prox_solve import prox_solve
 
 __all__ = [
     "FOMAML",

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from imaml_ext import _renamed
-from imaml_ext.batch import Data, Episodes
+from imaml_ext.batch import Data, Episodes, Sides, TaskData, as_episodes, ragged
 from imaml_ext.errors import ConfigError
 from imaml_ext.inner import GradientDescent, InnerResult, InnerSolver
-from imaml_ext.losses.loss import Loss, as_loss
+from imaml_ext.losses.loss import Loss, as_loss, task_rows
+from imaml_ext.losses.shared import gradient_with_shared
 from imaml_ext.meta.learnt import Learnt, Sharing, learnt
+from imaml_ext.meta.sums import Rows, Sums, coefficients, means, settings_of, tasks_of
 from imaml_ext.ops import Coefficient, as_coefficient, check_entries
-from imaml_ext.settings import NOT_NEGATIVE, Choice
+from imaml_ext.ops.recording import recordable, recording
+from imaml_ext.settings import COUNT, NOT_NEGATIVE, Choice
 
-MetaParameters = Mapping[str, Tensor]  # "theta" [N], and what is learnt beside it: "log_lam" [G], "log_lr" [G]
+# "theta" [N], and what is learnt beside it: "log_lam" [G], "log_lr" [G], "shared" [N_s] where tasks share parameters.
+MetaParameters = Mapping[str, Tensor]
 Self = TypeVar("Self", bound="MetaAlgorithm")
 
 
@@ -31,12 +36,17 @@ class MetaGradient:
     Attributes:
         gradients: ∂F of every meta-parameter by name, in its shape: means over the tasks that count.
         counted: 0-d, how many tasks those are.
-        metrics: 0-d tensors that describe the step.
+        metrics: 0-d tensors that describe the step: means over the tasks that count, and of truth values, such as
+            "skipped", the part of all tasks.
+        per_task: {name: [B]}, what the metrics are made of.
+        carried: next values of the meta-parameters that no gradient moves, by name: means over the tasks that count.
     """
 
     gradients: dict[str, Tensor]
     counted: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    per_task: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def gradient(self) -> Tensor:
@@ -58,6 +68,7 @@ class MetaAlgorithm(Choice):
 
     Attributes:
         no_derivative: {coefficient: why} of the inner problem's coefficients that it cannot learn.
+        carried: names of the meta-parameters that no gradient moves: each meta-step has their next values.
 
     Raises:
         ConfigTypeError, ConfigError: a setting of the wrong type or outside its range; a TypeError and a ValueError.
@@ -83,6 +94,15 @@ class MetaAlgorithm(Choice):
     inner: InnerSolver = field(default_factory=GradientDescent)  # Solver of the inner problem.
     # Learnt beside theta: `lam` or `lr` (inner rates), each `global`, per `tensor` or per `parameter`.
     learn: dict[str, Sharing] = field(default_factory=dict)
+    # Tasks that go through all stages together, for a memory that does not grow with their number; unset: all, and of
+    # a large nn.Module on the CPU as many as are fastest.
+    tasks_per_chunk: Annotated[int | None, COUNT] = None
+    # Sets that the query examples of a training task come in, in turn; each is judged by itself, as batch norm notices.
+    query_sets: Annotated[int, COUNT] = 1
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"tasks_per_chunk": None, "query_sets": 1, **values}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +115,14 @@ class MetaAlgorithm(Choice):
                 raise ConfigError(f"{type(self).__name__} cannot learn {name}: {self.no_derivative[name]}")
         if self.loss is not None:
             object.__setattr__(self, "loss", as_loss(self.loss))
+            if self.loss.shared is not None and "shared" in self.no_derivative:
+                raise ConfigError(
+                    f"{type(self).__name__} cannot learn parameters that tasks share: {self.no_derivative['shared']}"
+                )
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ()
 
     def bound(self: Self, loss: Any) -> Self:
         """Returns the same algorithm on this loss, a `TaskLoss` or losses [B] = loss(params [B, N], data)."""
@@ -103,12 +131,16 @@ class MetaAlgorithm(Choice):
     def initial(self, theta: Tensor) -> dict[str, Tensor]:
         """Returns the meta-parameters to begin with: theta [N], and what is learnt beside it as logarithms [G].
 
+        With a loss whose tasks share parameters, also their values, "shared" [N_s].
+
         Raises:
             ConfigError: what is to be learnt is not positive at the start, or the inner solver has no such setting.
         """
-        return {"theta": theta} | {
+        params = {"theta": theta} | {
             f"log_{name}": each.initial(self, check_theta(theta)) for name, each in self._learnt.items()
         }
+        shared = self._loss.shared
+        return params if shared is None else params | {"shared": shared.detach().to(theta, copy=True)}
 
     def adapt(self, params: Tensor | MetaParameters, support: Data) -> Tensor:
         """Returns phi [B, N]: theta adapted to each task's support set by the inner solver.
@@ -119,12 +151,24 @@ class MetaAlgorithm(Choice):
         Raises:
             TypeError, ValueError: the meta-parameters or the data have a wrong dtype, shape or device.
         """
-        params = self._checked(params)
-        return self._solve(self._problem(params), params["theta"], support).phi
+        phi = None
+        with recording():
+            params, support = self._checked(params), recordable(support)
+            theta = params["theta"]
+            tasks = task_rows(theta, support, None)[1]
+            for algorithm, part, rows in self._chunks(theta, support, tasks, support):
+                found = algorithm._solve(algorithm._problem(params), theta, part).phi
+                if len(found) == tasks:
+                    return found
+                phi = theta.new_empty(tasks, len(theta)) if phi is None else phi
+                phi[rows] = found
+        assert phi is not None
+        return phi
 
-    @abstractmethod
     def meta_gradient(self, params: Tensor | MetaParameters, episodes: Episodes) -> MetaGradient:
         """Returns how to improve the meta-parameters: the gradient of the mean query loss, or what stands for it.
+
+        The algorithm's class says what its metrics are.
 
         Args:
             params: theta [N], or all meta-parameters, as `initial` gives them.
@@ -133,6 +177,19 @@ class MetaAlgorithm(Choice):
             TypeError, ValueError: the meta-parameters or the episodes have a wrong dtype, shape or device.
             SolveError: of `IMAML` with `on_breakdown="raise"` only.
         """
+        by: dict[str, Tensor] = {}
+        counted, metrics = [], []
+        with recording():
+            params, episodes = self._checked(params), as_episodes(episodes)
+            sides = recordable(Sides(episodes.support, episodes.query))
+            tasks = task_rows(params["theta"], sides.support, None)[1]
+            for algorithm, part, _ in self._chunks(params["theta"], sides, tasks, *sides):
+                sums = algorithm._sums_that_count(params, part)
+                by = {name: by[name] + value if name in by else value for name, value in sums.by.items()}
+                counted.append(sums.counted)
+                metrics.append(sums.metrics)
+            per_task = {name: torch.cat([each[name] for each in metrics]) for name in metrics[0]}
+            return self._result(params, Sums(by, torch.cat(counted), per_task))
 
     def learnt_metrics(self, params: MetaParameters) -> dict[str, Tensor]:
         """Returns the value of everything learnt beside theta, or its mean and range, 0-d."""
@@ -145,6 +202,14 @@ class MetaAlgorithm(Choice):
         return metrics
 
     # --- for the algorithms -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _sums(self, params: MetaParameters, episodes: Episodes) -> Sums:
+        """What `meta_gradient` is made of, for tasks that go through every stage together."""
+
+    @functools.cached_property
+    def _coefficients(self) -> list[tuple[str, Tensor]]:
+        return list(coefficients(self))
 
     @functools.cached_property
     def _learnt(self) -> dict[str, Learnt]:
@@ -159,35 +224,79 @@ class MetaAlgorithm(Choice):
     def _checked(self, params: Tensor | MetaParameters) -> dict[str, Tensor]:
         """The meta-parameters without a graph."""
         given = {"theta": params, **self._given} if not isinstance(params, Mapping) else dict(params)
-        missing = [name for name in ("theta", *(f"log_{name}" for name in self.learn)) if name not in given]
+        wanted = ["theta", *(f"log_{name}" for name in self.learn)] + ["shared"] * (self._loss.shared is not None)
+        wanted += self.carried
+        missing = [name for name in wanted if name not in given]
         if missing:
             raise ValueError(f"params must hold all that `initial(theta)` gives, {', '.join(missing)} is missing")
-        return {name: check_theta(value, name) for name, value in given.items()}
+        for name, value in self._coefficients:
+            if value.requires_grad:
+                coefficient = name.rpartition(".")[2]
+                how = f", and learn={{{coefficient!r}: 'global'}} to learn it" if coefficient in Learnt.kinds else ""
+                raise ConfigError(
+                    f"{type(self).__name__}.{name} must not require a gradient, as no setting gets one: "
+                    f"give it detached{how}"
+                )
+        return {name: check_theta(recordable(value), name) for name, value in given.items()}
+
+    def _chunks(self: Self, theta: Tensor, batch: Any, tasks: int, *sides: Any) -> Iterator[tuple[Self, Any, Rows]]:
+        """Parts of a batch of tasks, with the algorithm for them, and which rows they are; `sides`: its data."""
+        size = self.tasks_per_chunk
+        if size is None:
+            each = theta.expand(tasks, -1)
+            advised = [self._loss.tasks_at_once(each, side) for side in sides] if tasks > 1 else []
+            size = min([tasks, *(number for number in advised if number is not None)])
+        if size >= tasks:
+            yield self, batch, slice(0, tasks)
+            return
+        for first in range(0, tasks, size):
+            rows = slice(first, min(first + size, tasks))
+            yield self._for(rows, theta, tasks), tasks_of(batch, rows, tasks), rows
+
+    def _for(self: Self, rows: Rows, theta: Tensor, tasks: int) -> Self:
+        """The algorithm for some of the tasks."""
+        return settings_of(self, rows, theta.expand(tasks, -1))
+
+    def _sums_that_count(self, params: MetaParameters, episodes: Sides) -> Sums:
+        """`_sums` of the tasks as the loss takes them best; in shared parameters, too, of the tasks that count alone.
+
+        The latter come out of one backward pass for all tasks. Where there are such, the device is waited for, and the
+        tasks that count go through every stage again without those that do not.
+        """
+        sums = self._sums(params, Sides(*(self._loss.prepared(side) for side in episodes)))
+        if "shared" not in sums.by or bool(sums.counted.all()):
+            return sums
+        tasks, kept = len(sums.counted), sums.counted.nonzero().flatten()
+        if len(kept) == 0:
+            return replace(sums, by={name: torch.zeros_like(value) for name, value in sums.by.items()})
+        algorithm = self._for(kept, params["theta"], tasks)
+        again = algorithm._sums_that_count(params, tasks_of(episodes, kept, tasks))
+        return replace(sums, by=again.by, counted=torch.zeros_like(sums.counted).index_put((kept,), again.counted))
 
     def _problem(self, params: MetaParameters, values: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """The inner problem {"lam": …, "inner": …} with what is learnt in place; `values`: in place of their own."""
-        problem: dict[str, Any] = {"lam": self.lam, "inner": self.inner}
+        """The inner problem {"loss": …, "lam": …, "inner": …} with what is learnt in place; `values`: in place of their
+        own, among them "shared"."""
+        values = values or {}
+        shared = values.get("shared", params.get("shared"))
+        loss = self._loss if shared is None else self._loss.sharing(shared)
+        problem: dict[str, Any] = {"loss": loss, "lam": self.lam, "inner": self.inner}
         for name, each in self._learnt.items():
-            problem = each.applied(problem, (values or {}).get(name, each.value(params[f"log_{name}"])))
+            problem = each.applied(problem, values.get(name, each.value(params[f"log_{name}"])))
         return problem
 
     def _solve(self, problem: Mapping[str, Any], theta: Tensor, support: Data) -> InnerResult:
-        return problem["inner"].solve(self._loss, theta, support, lam=problem["lam"])
+        return problem["inner"].solve(problem["loss"], theta, support, lam=problem["lam"])
 
-    def _result(
-        self,
-        params: MetaParameters,
-        by_theta: Tensor,
-        by_coefficient: Mapping[str, Tensor],
-        counted: Tensor,
-        metrics: dict[str, Tensor],
-    ) -> MetaGradient:
-        """The means of every task's derivative in theta and in the coefficients that are learnt, [B, N] each."""
-        gradients = {"theta": task_mean(by_theta, counted)}
+    def _result(self, params: MetaParameters, sums: Sums) -> MetaGradient:
+        """The means; of no task that counts, 0 / 0: a NaN that the outer loop must see."""
+        number = sums.counted.sum()
+        gradients = {name: by / number for name, by in sums.by.items() if name in ("theta", "shared")}
         for name, each in self._learnt.items():
-            by_parameter = task_mean(by_coefficient[each.coefficient], counted)
+            by_parameter = sums.by[each.coefficient] / number
             gradients[f"log_{name}"] = each.gradient(params[f"log_{name}"], by_parameter)
-        return MetaGradient(gradients, counted.sum(), metrics)
+        metrics = means(sums.metrics, sums.counted, params["theta"].dtype)
+        carried = {name: sums.by[name] / number for name in self.carried}
+        return MetaGradient(gradients, number, metrics, sums.metrics, carried)
 
 
 def check_theta(theta: Tensor, name: str = "theta") -> Tensor:
@@ -204,32 +313,61 @@ def lam_rows(problem: Mapping[str, Any], like: Tensor) -> Tensor:
     return as_coefficient(problem["lam"], "lam", like).detach()
 
 
-def task_mean(rows: Tensor, counted: Tensor) -> Tensor:
-    """Returns the mean over the tasks that count, [B, …] → […]; of none, 0 / 0: a NaN that the outer loop must see."""
-    kept = torch.where(counted.view(-1, *(1,) * (rows.dim() - 1)), rows, 0.0)  # a NaN times 0 is a NaN
-    return kept.sum(0) / counted.sum()
-
-
-def finite_tasks(inner: InnerResult, *values: Tensor) -> Tensor:
-    """Returns [B] bool: no NaN or infinity in a task's support losses, nor in the values [B, N]: it may count."""
-    finite = inner.losses.isfinite().all(0)
+def finite_tasks(losses: Tensor, *values: Tensor) -> Tensor:
+    """Returns [B] bool: no NaN or infinity in a task's support losses [steps, B], nor in the values [B, N]."""
+    finite = losses.isfinite().all(0)
     for value in values:
         finite = finite & value.isfinite().all(1)
     return finite
 
 
 def query_metrics(losses: Tensor, accuracies: Tensor | None) -> dict[str, Tensor]:
-    """Returns the mean query loss, and the mean accuracy where there is one."""
-    metrics = {"query_loss": losses.mean()}
-    return metrics if accuracies is None else metrics | {"query_accuracy": accuracies.mean()}
+    """Returns the query losses [B], and the accuracies [B] where there are such."""
+    metrics = {"query_loss": losses}
+    return metrics if accuracies is None else metrics | {"query_accuracy": accuracies}
 
 
-def query_gradient(loss: Loss, phi: Tensor, query: Data) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns v = ∇Q(φ) [B, N], and the metrics of the query set."""
-    losses, outputs, v = loss.gradient(phi, query)
-    return v, query_metrics(losses, loss.accuracy(outputs, query.y) if outputs is not None else None)
+def query_measure(loss: Loss, phi: Tensor, query: Data, sets: int = 1) -> dict[str, Tensor]:
+    """Returns the metrics of the query set at phi [B, N]; of several sets, the means of theirs."""
+    if sets == 1:
+        return query_metrics(*loss.measure(phi, query))
+    found = query_metrics(*loss.measure(phi.repeat_interleave(sets, 0), in_sets(query, sets)))
+    return {name: value.unflatten(0, (-1, sets)).mean(1) for name, value in found.items()}
 
 
-def count_metrics(counted: Tensor, finite: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the fractions of tasks that are not finite, and that are left out for whatever reason."""
-    return {"non_finite": 1 - finite.to(dtype).mean(), "skipped": 1 - counted.to(dtype).mean()}
+def query_gradient(
+    loss: Loss, phi: Tensor, query: Data, sets: int = 1
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Returns v = ∇Q(φ) [B, N], {"shared": Σ_b ∂Q_b/∂s [N_s]} where tasks share s, and the metrics of the query set.
+
+    With several sets, Q is the mean of their losses: set k of n holds the query examples k, k + n, k + 2n, … of a task.
+    """
+    if sets > 1:
+        v, by, metrics = query_gradient(loss, phi.repeat_interleave(sets, 0), in_sets(query, sets))
+        means = {name: value.unflatten(0, (-1, sets)).mean(1) for name, value in metrics.items()}
+        return v.unflatten(0, (-1, sets)).mean(1), {name: value / sets for name, value in by.items()}, means
+    if loss.shared is None:
+        losses, outputs, v = loss.gradient(phi, query)
+        accuracies = None if outputs is None else loss.accuracy(outputs, query.y, **ragged(query))
+        return v, {}, query_metrics(losses, accuracies)
+    losses, v, by_shared = gradient_with_shared(loss, phi, query)
+    return v, {"shared": by_shared}, query_metrics(*loss.measure(phi, query))
+
+
+def in_sets(query: Data, sets: int) -> TaskData:
+    """Returns the query sets of B tasks as those of B · sets tasks, a task's one after another."""
+    if ragged(query):
+        raise ValueError(f"query_sets must be 1 for tasks with a mask or ways, got {sets}")
+
+    def rows(leaf: Tensor) -> Tensor:
+        if leaf.dim() < 2 or leaf.shape[1] % sets:
+            expected = f"a divisor of the query examples of a task, {list(leaf.shape)} as [tasks, examples, …]"
+            raise ValueError(f"query_sets must be {expected}, got {sets}")
+        return leaf.unflatten(1, (-1, sets)).transpose(1, 2).flatten(0, 1)
+
+    return TaskData(tree_map(rows, query.x), tree_map(rows, query.y))
+
+
+def left_out(counted: Tensor, finite: Tensor) -> dict[str, Tensor]:
+    """Returns which tasks are not finite, and which are left out for whatever reason, [B] bool each."""
+    return {"non_finite": ~finite, "skipped": ~counted}

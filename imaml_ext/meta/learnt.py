@@ -61,7 +61,7 @@ class Learnt(ABC):
 
     @abstractmethod
     def applied(self, problem: Mapping[str, Any], value: Tensor) -> dict[str, Any]:
-        """Returns the inner problem {"lam": …, "inner": …} with this value of the coefficient, [1 or B, 1 or N]."""
+        """Returns the inner problem {"loss", "lam", "inner"} with this value of the coefficient, [1 or B, 1 or N]."""
 
     def initial(self, algorithm: MetaAlgorithm, theta: Tensor) -> Tensor:
         """Returns ρ [G] for theta [N], the logarithm of what the algorithm has set; of a group, of its mean.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,48 @@ _POOLS = {"none": 0, "max": 1, "mean": 2}
 # What a solve may take of the last-level cache, which others use too; and x, r, p, H p, b and φ of a task.
 _CACHE_BYTES = 16 * 2**20
 _VECTORS_OF_A_SOLVE = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Arranged:
+    """A network whose parameters lie in the rows of its model in another order.
+
+    Attributes:
+        layers: the network. order: int64 [N], which entry of the model's row each entry of the network's row is.
+    """
+
+    layers: Network
+    order: Tensor
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        return self.order.argsort()
+
+    def to_network(self, rows: Tensor) -> Tensor:
+        """Rows [k, N] of the model as the network's; [k, 1] for all parameters stay."""
+        return rows if rows.shape[1] == 1 else rows.index_select(1, self.order.to(rows.device))
+
+    def to_model(self, rows: Tensor) -> Tensor:
+        """Rows [k, N] of the network as the model's."""
+        return rows.index_select(1, self.inverse.to(rows.device))
+
+
+def layers_of(network: Network | Arranged) -> Network:
+    """Returns the layers of a network in either form."""
+    return network.layers if isinstance(network, Arranged) else network
+
+
+def num_outputs(network: Network | Arranged) -> int:
+    """Returns K."""
+    return layers_of(network)[-4]
+
+
+def _to_network(network: Network | Arranged, rows: Tensor) -> Tensor:
+    return network.to_network(rows) if isinstance(network, Arranged) else rows
+
+
+def _to_model(network: Network | Arranged, rows: Tensor) -> Tensor:
+    return network.to_model(rows) if isinstance(network, Arranged) else rows
 
 
 def convolution(channels: int, *, stride: int, pool: str) -> Network:
@@ -65,51 +109,71 @@ def _ops(like: Tensor) -> Any:
     return torch.ops.imaml_ext
 
 
-def network_outputs(params: Tensor, x: Tensor, network: Network) -> Tensor:
+def network_outputs(params: Tensor, x: Tensor, network: Network | Arranged) -> Tensor:
     """Returns outputs [B, S, K] without a graph."""
-    return _ops(params).network_outputs(params.detach().contiguous(), x.contiguous(), network)
+    params = _to_network(network, params.detach()).contiguous()
+    return _ops(params).network_outputs(params, x.contiguous(), layers_of(network))
 
 
-def network_gradient(params: Tensor, x: Tensor, y: Tensor, network: Network) -> tuple[Tensor, Tensor, Tensor]:
+def network_gradient(
+    params: Tensor, x: Tensor, y: Tensor, network: Network | Arranged
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns losses [B], outputs [B, S, K] and every task's own gradient [B, N], without a graph."""
-    return _ops(params).network_gradient(params.detach().contiguous(), x.contiguous(), y.contiguous(), network)
+    params = _to_network(network, params.detach()).contiguous()
+    losses, outputs, gradient = _ops(params).network_gradient(
+        params, x.contiguous(), y.contiguous(), layers_of(network)
+    )
+    return losses, outputs, _to_model(network, gradient)
 
 
 def network_descend_(
-    phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: Network, steps: int
+    phi: Tensor, theta: Tensor, lam: Tensor, lr: Tensor, x: Tensor, y: Tensor, network: Network | Arranged, steps: int
 ) -> Tensor:
     """Takes `steps` proximal gradient steps on phi [B, N] in place; returns the losses [steps, B] before each.
 
     theta is [1 or B, N], lam and lr are [1 or B, 1 or N].
     """
-    return _ops(phi).network_descend_(phi, theta, lam, lr, x.contiguous(), y.contiguous(), network, steps)
+    moved, *others = (_to_network(network, rows) for rows in (phi, theta, lam, lr))
+    losses = _ops(phi).network_descend_(moved, *others, x.contiguous(), y.contiguous(), layers_of(network), steps)
+    if moved is not phi:
+        phi.copy_(_to_model(network, moved))
+    return losses
 
 
 class NetworkLinearisation:
     """Holds losses [B], outputs [B, S, K] and gradient [B, N] at params [B, N]; multiplies by the second derivative."""
 
-    def __init__(self, params: Tensor, x: Tensor, y: Tensor, network: Network) -> None:
-        self._params, self._y, self._network = params.detach().contiguous(), y.contiguous(), network
-        self.losses, self.outputs, self.gradient, self._tape = _ops(params).network_linearise(
-            self._params, x.contiguous(), self._y, network
+    def __init__(self, params: Tensor, x: Tensor, y: Tensor, network: Network | Arranged) -> None:
+        self._params = _to_network(network, params.detach()).contiguous()
+        self._y, self._network, self._given = y.contiguous(), layers_of(network), network
+        self.losses, self.outputs, gradient, self._tape = _ops(params).network_linearise(
+            self._params, x.contiguous(), self._y, self._network
         )
+        self.gradient = _to_model(network, gradient)
 
     def product(self, p: Tensor, rows: slice = slice(None), *, gauss_newton: bool = False) -> Tensor:
-        """Returns H p, or Jᵀ C J p, [k, N] for p [k, N] of the tasks `rows`: a pass forward along p and one back."""
-        stored, p = (self._params[rows], self._tape[rows], self._y[rows]), p.detach().contiguous()
-        return _ops(p).network_product(*stored, p, self._network, gauss_newton)
+        """Returns H p, or Jᵀ C J p, [k, N] for p [k, N] of the tasks `rows`: a pass forward along p and one back.
+
+        Where there is one task, p [k, N] may be as many vectors for it, which share what it has stored.
+        """
+        stored, p = (self._params[rows], self._tape[rows], self._y[rows]), _to_network(self._given, p.detach())
+        product = _ops(p).network_product(*stored, p.contiguous(), self._network, gauss_newton)
+        return _to_model(self._given, product)
 
     def curvature(self, p: Tensor) -> Tensor:
         """Returns pᵀ Jᵀ C J p [B] float64 for p [B, N], by the pass forward alone, half of a product."""
-        p = p.detach().contiguous()
+        p = _to_network(self._given, p.detach()).contiguous()
         return _ops(p).network_curvature(self._params, self._tape, self._y, p, self._network)
 
-    def repeated(self, times: int) -> NetworkLinearisation:
-        """Returns the linearisation with every task `times` times in a row, [B times, N]: to multiply many vectors."""
-        wide = copy.copy(self)
-        for name in ("_params", "_y", "_tape", "losses", "outputs", "gradient"):
-            setattr(wide, name, getattr(self, name).repeat_interleave(times, 0))
-        return wide
+    def products(self, columns: int, *, gauss_newton: bool = False) -> Callable[..., Tensor]:
+        """Returns p [B K, N] -> product, for K = `columns` vectors per task, which share what it has stored."""
+        batch = len(self._params)
+        if batch == 1 or (self._params.is_cpu and columns >= torch.get_num_threads()):
+            return ProductsOfColumns(self, columns, gauss_newton)
+        wide = copy.copy(self)  # all rows in one call
+        for name in ("_params", "_y", "_tape"):
+            setattr(wide, name, getattr(self, name).repeat_interleave(columns, 0))
+        return functools.partial(wide.product, gauss_newton=gauss_newton)
 
     @property
     def rows_per_block(self) -> int | None:
@@ -121,7 +185,31 @@ class NetworkLinearisation:
         return max(1, _CACHE_BYTES // (of_a_task * threads)) * threads
 
 
-def network_losses(params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
+@dataclass(frozen=True)
+class ProductsOfColumns:
+    """p [B K, N] -> product; or p [k, N] and which of those rows they are: rows of one task, or all rows of some."""
+
+    linearisation: NetworkLinearisation
+    columns: int
+    gauss_newton: bool
+
+    @property
+    def rows_per_block(self) -> int | None:
+        """For one task one row per thread, as a block takes as many products as its slowest row; else a task's rows."""
+        if not self.linearisation.losses.is_cpu:
+            return None
+        return torch.get_num_threads() if len(self.linearisation.losses) == 1 else self.columns
+
+    def __call__(self, p: Tensor, rows: slice = slice(None)) -> Tensor:
+        task = (rows.start or 0) // self.columns
+        parts = [
+            self.linearisation.product(part, slice(i, i + 1), gauss_newton=self.gauss_newton)
+            for i, part in enumerate(p.split(self.columns), task)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def network_losses(params: Tensor, x: Tensor, y: Tensor, network: Network | Arranged) -> Tensor:
     """Returns losses [B], twice differentiable in params [B, N]."""
     return _Losses.apply(params, x, y, network)
 
@@ -130,7 +218,7 @@ class _Losses(torch.autograd.Function):
     """Computes the gradient with the losses, in one pass; makes a graph of it only when asked."""
 
     @staticmethod
-    def forward(ctx: Any, params: Tensor, x: Tensor, y: Tensor, network: Network) -> Tensor:
+    def forward(ctx: Any, params: Tensor, x: Tensor, y: Tensor, network: Network | Arranged) -> Tensor:
         losses, _, gradient = network_gradient(params, x, y, network)
         ctx.save_for_backward(params, x, y, gradient)
         ctx.network = network
@@ -147,7 +235,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, params: Tensor, weights: Tensor, x: Tensor, y: Tensor, gradient: Tensor, network: Network
+        ctx: Any, params: Tensor, weights: Tensor, x: Tensor, y: Tensor, gradient: Tensor, network: Network | Arranged
     ) -> Tensor:
         ctx.save_for_backward(params, weights, x, y, gradient)
         ctx.network, ctx.linearisation = network, None

@@ -14,8 +14,10 @@ from imaml_ext.pictures.lines import ruled_lines
 from imaml_ext.pictures.stored import StoredPicture
 
 _SIDE = 384  # pixels of the longer side in which strokes are looked for
-# A drawing's largest part has more pixels than a square of that fraction of the picture's shorter side.
+# A drawing's largest part has more pixels than a square of that fraction of the picture's shorter side. A faint one has
+# more than the second, unless it is a dot: shadows leave narrow slivers at their corners, ruled lines their crossings.
 _SMALL, _SMALL_AND_FAINT = 60, 40
+_ROUND = 5  # a dot's area in squares of its pen, at most: a disc has about 3, a sliver 7 and more
 _NARROW = 4  # strokes are narrower than the picture's shorter side divided by that
 
 
@@ -42,9 +44,10 @@ def find_ink(picture: Image.Image, which: str, path: Path | StoredPicture, *, si
     window = max(3, least // _NARROW // 2 * 2 + 1)
     local, noise = contrast(values, which, window)
     lines = 1.3 * ruled_lines(local, noise, UNIT)
-    ink = _strokes(local - lines, max(LEAST, 5 * noise), 1.5 * window)
+    lined = bool(lines.any())
+    ink = _strokes(local - lines, max(LEAST, 5 * noise), 1.5 * window, lined=lined)
     whole, noise = contrast(values, which, None)
-    solid = _strokes(whole - lines, max(LEAST, 5 * noise), np.inf)
+    solid = _strokes(whole - lines, max(LEAST, 5 * noise), np.inf, lined=lined)
     if solid is not None and _has_edge(solid, whole) and (ink is None or _is_part(ink, solid, whole)):
         ink = solid
     if ink is None:
@@ -71,10 +74,11 @@ def _is_part(ink: np.ndarray, solid: np.ndarray, whole: np.ndarray) -> bool:
     return bool(abs(np.median(whole[narrow]) / np.median(whole[broad]) - 1) < 0.2)
 
 
-def _strokes(values: np.ndarray, faintest: float, reach: float) -> np.ndarray | None:
+def _strokes(values: np.ndarray, faintest: float, reach: float, *, lined: bool) -> np.ndarray | None:
     """Returns strokes as uint8 [H, W], 255 in their middle; None where there are none.
 
-    `reach`: what hugs the picture's edge to that depth is a table or the corner of a shadow.
+    `reach`: what hugs the picture's edge to that depth is a table or the corner of a shadow. `lined`: ruled lines
+    were taken away.
     """
     strong = values > faintest
     while True:  # what is beside the sheet may be stronger than ink: it goes before ink is measured
@@ -86,21 +90,22 @@ def _strokes(values: np.ndarray, faintest: float, reach: float) -> np.ndarray | 
         if not beside.any():
             break
         strong &= ~_grown(parts.where(beside))
-    if parts.area.max() < (min(values.shape) / (_SMALL if level > 3 * LEAST else _SMALL_AND_FAINT)) ** 2:
+    largest, pen = int(parts.area.max()), _pen(parts)
+    dot = not lined and largest < _ROUND * pen**2
+    if largest < (min(values.shape) / (_SMALL if level > 3 * LEAST or dot else _SMALL_AND_FAINT)) ** 2:
         return None
-    drawn = parts.where((parts.peak > 0.6 * level) & ~_specks(parts))
+    drawn = parts.where((parts.peak > 0.6 * level) & (parts.area >= 0.4 * pen**2))  # no specks
     level = float(np.quantile(values[drawn], 0.75))
     # The ground to 0, strokes to 1, their edges between.
     return np.rint(255 * np.where(drawn, (values / level - 0.3) / 0.4, 0).clip(0, 1)).astype(np.uint8)
 
 
-def _specks(parts: Parts) -> np.ndarray:
-    """Tells which parts are much smaller than a dot of the pen that drew the largest."""
+def _pen(parts: Parts) -> float:
+    """Returns the width of the pen that drew the largest part."""
     largest = parts.labels == parts.area.argmax()
     inner = largest[:-2, 1:-1] & largest[2:, 1:-1] & largest[1:-1, :-2] & largest[1:-1, 2:]
     rim = largest.sum() - inner.sum()
-    pen = 2 * largest.sum() / rim  # its area is its length times the pen, its rim twice its length
-    return parts.area < 0.4 * pen**2
+    return float(2 * largest.sum() / rim)  # its area is its length times the pen, its rim twice its length
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:

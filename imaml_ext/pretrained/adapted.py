@@ -123,14 +123,23 @@ def load_adapted(path: Path | str, *, device: torch.device | str = "cpu") -> Ada
         raise WeightsError(f"the learner {path} cannot be used: {error}") from error
 
 
-def outputs_beside_support(loss: TaskLoss, phi: Tensor, support_x: Tensor, query_x: Tensor) -> Tensor:
+def outputs_beside_support(
+    loss: TaskLoss,
+    phi: Tensor,
+    support_x: Tensor,
+    query_x: Tensor,
+    mask: Tensor | None = None,
+    ways: Tensor | None = None,
+) -> Tensor:
     """Returns outputs [B, Q, *] of queries that are judged one by one, each beside the support set of its task.
 
     Args:
-        phi: [B, N]. support_x: [B, S, *]. query_x: [B, Q, *].
+        phi: [B, N]. support_x: [B, S, *]. query_x: [B, Q, *]. mask: [B, S], of the support set. ways: [B].
     """
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
     alone = [torch.cat([query, support_x], dim=1) for query in query_x.split(1, dim=1)]  # Q times [B, 1 + S, *]
-    return torch.cat([loss.outputs(phi, x)[:, :1] for x in alone], dim=1)
+    return torch.cat([loss.outputs(phi, x, mask, ways)[:, :1] for x in alone], dim=1)
 
 
 def checked_examples(x: Tensor, name: str, shape: tuple[int, ...], *, like: Tensor) -> Tensor:

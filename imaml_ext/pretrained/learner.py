@@ -21,7 +21,7 @@ def load_pretrained(
 ) -> FewShotLearner:
     """Makes a learner from weights that come with the package, by name, or from a file NAME.safetensors.
 
-        learner = load_pretrained("omniglot-5w1s-gd")
+        learner = load_pretrained("omniglot-5w1s")
         adapted = learner.adapt(learner.read(["a.png", "b.png"]), torch.tensor([0, 1]))
         labels = adapted.predict(adapted.read(["which.png"])).argmax(-1)
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from imaml_ext import _renamed
 from imaml_ext.data import DataSource
 from imaml_ext.inner import GradientDescent, InnerSolver, NewtonCG
 from imaml_ext.meta import MetaAlgorithm
@@ -62,7 +63,10 @@ def old_weights(config: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str,
 def old_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an old configuration, in its JSON form, as {"inner.steps": value, …}."""
     groups = {name: knobs for name, knobs in config.items() if isinstance(knobs, Mapping)}
-    return _ADDED | {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
+    knobs = _ADDED | {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
+    data = {"split_protocol": knobs["data.split_protocol"], "rotations": knobs["data.rotations"]}
+    _renamed.omniglot_keywords(data)
+    return knobs | {f"data.{name}": value for name, value in data.items()}
 
 
 def taken(kind: type, knobs: Mapping[str, Any], prefix: str, **given: Any) -> Any:
@@ -95,6 +99,7 @@ def algorithm_from_old(knobs: Mapping[str, Any]) -> MetaAlgorithm:
         settings["linear_solver"] = solver(max_iterations=knobs["meta.cg_steps"], rtol=knobs["meta.cg_rtol"], **rate)
         settings |= {"damping": knobs["meta.damping"], "curvature": knobs["meta.curvature"]}
         settings["on_breakdown"] = knobs["meta.negative_curvature"]
+        settings["lam_preconditioner"] = knobs["meta.learn_lam"] in ("none", "global")
     return MetaAlgorithm.kind(name)(**settings)
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from imaml_ext import _renamed
 from imaml_ext.data import RecordedClasses
 from imaml_ext.errors import WeightsError
 from imaml_ext.files import atomic_write
@@ -48,6 +49,7 @@ class Card:
         environment: versions and hardware of the training. trained_from: the weights that it began with, if any.
         reading: how pictures of one's own are read, to be like the training's; None in regression.
         classes: the names of the classes of each split; None where the run did not record them.
+        others: figures of other tests than that, in its form, by what is different in words.
     """
 
     recipe: str
@@ -66,6 +68,7 @@ class Card:
     trained_from: str | None = None
     reading: Reading | None = None
     classes: Mapping[str, Sequence[str]] | None = None
+    others: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def recorded_classes(self) -> RecordedClasses:
@@ -75,12 +78,7 @@ class Card:
     @property
     def figure(self) -> str:
         """The result of the test, as a reader wants it."""
-        if self.test is None:
-            return "not tested"
-        split = "validation " if self.test.get("split") == "val" else ""
-        if self.test["accuracy"] is None:
-            return f"{split}mean squared error {self.test['loss']:.4f} ± {self.test['loss_interval']:.4f}"
-        return f"{split}accuracy {100 * self.test['accuracy']:.2f} ± {100 * self.test['accuracy_interval']:.2f} %"
+        return "not tested" if self.test is None else _figure(self.test)
 
     def to_markdown(self, name: str, algorithm: MetaAlgorithm, *, shared_head: bool) -> str:
         """The card as a page, for the weights `name` that this algorithm adapts."""
@@ -111,7 +109,17 @@ class Card:
         if self.test is None:
             return {"test": "none: the run was not tested at this step"}
         what = f"{self.figure} on {self.test['tasks']:,} tasks of classes never seen (seed {self.test['seed']})"
-        return {"test": f"none: {what}" if self.test.get("split") == "val" else what}
+        rows = {"test": f"none: {what}" if self.test.get("split") == "val" else what}
+        for different, test in (self.others or {}).items():
+            rows[different] = f"{_figure(test)} on {test['tasks']:,} tasks"
+        return rows
+
+
+def _figure(test: Mapping[str, Any]) -> str:
+    split = "validation " if test.get("split") == "val" else ""
+    if test["accuracy"] is None:
+        return f"{split}mean squared error {test['loss']:.4f} ± {test['loss_interval']:.4f}"
+    return f"{split}accuracy {100 * test['accuracy']:.2f} ± {100 * test['accuracy_interval']:.2f} %"
 
 
 def _check(first: Mapping[str, Any]) -> str:
@@ -127,7 +135,7 @@ class Weights:
 
     Attributes:
         name: of the file, without its ending.
-        params: the meta-parameters, {"theta": [N]} and what else was learnt ("log_lam", "log_lr").
+        params: the meta-parameters, {"theta": [N]} and what else was learnt ("log_lam", "log_lr") or carried.
         model: the network that theta belongs to. criterion: its loss, "cross_entropy" or "mse".
         algorithm: what adapts it to a task. shared_head: whether all classes begin with the same last layer.
     """
@@ -203,6 +211,9 @@ def read_weights(source: Path | str) -> Weights:
     path = Path(source)
     if path.suffix != ".safetensors":
         if str(source) not in pretrained_names():
+            today = _renamed.recipe_of_today(str(source))
+            if today in pretrained_names():
+                raise WeightsError(f"the pretrained weights {source} are now {today}")
             known = ", ".join(pretrained_names()) or "none"
             raise WeightsError(f"no pretrained weights are called {str(source)!r}; there are: {known}; or give a file")
         path = _PUBLISHED / f"{source}.safetensors"
@@ -233,7 +244,8 @@ def _from_file(name: str, tensors: dict[str, Tensor], values: dict[str, Any]) ->
     model = from_json(TaskModel, values["model"], "model")  # type: ignore[type-abstract]  # as one of its kinds
     algorithm = from_json(MetaAlgorithm, values["algorithm"], "algorithm")  # type: ignore[type-abstract]
     learnt = {f"log_{name}": tensors.pop(f"log_{name}") for name in getattr(algorithm, "learn", {})}
-    params = {"theta": model.layout.flatten(tensors), **learnt}
+    carried = {name: tensors.pop(name) for name in algorithm.carried}
+    params = {"theta": model.layout.flatten(tensors), **learnt, **carried}
     return Weights(name, params, model, values["criterion"], algorithm, bool(values["shared_head"]), card)
 
 
@@ -250,7 +262,7 @@ def _card_from_file(values: Mapping[str, Any]) -> Card:
 def _card_to_file(card: Card) -> dict[str, Any]:
     """A card as JSON; the reading in it is as `to_json` makes it, since its values are plain."""
     values = asdict(card)
-    return {name: value for name, value in values.items() if name != "classes" or value is not None}
+    return {name: value for name, value in values.items() if name not in ("classes", "others") or value is not None}
 
 
 def save_weights(path: Path, weights: Weights) -> None:

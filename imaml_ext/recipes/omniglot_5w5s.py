@@ -1,10 +1,8 @@
-"""Omniglot, 5-way 5-shot, 1,200 / 423 characters.
+"""Omniglot, 5-way 5-shot, by gradient descent.
 
 Command: imaml train omniglot-5w5s --data.root FOLDER
 """
 
-from imaml_ext.recipes import omniglot_5w1s
-from imaml_ext.settings import changed
-from imaml_ext.train.recipe import Recipe
+from imaml_ext.recipes._omniglot import omniglot
 
-recipe = Recipe(changed(omniglot_5w1s.recipe.config, {"tasks.shots": 5}))
+recipe = omniglot(ways=5, shots=5)

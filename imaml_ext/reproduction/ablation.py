@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import FOMAML, IMAML, MetaAlgorithm
 from imaml_ext.reproduction.cells import TRIAL, Cells, Outcome, Outcomes, Report, cell, run_cells
+from imaml_ext.reproduction.equal_budget import NEWTON
 from imaml_ext.reproduction.figures import finish, learning_curve, panels
-from imaml_ext.reproduction.omniglot_table import NEWTON
 from imaml_ext.reproduction.options import Ablation
+from imaml_ext.reproduction.paper import paper_settings
 from imaml_ext.reproduction.results import markdown_table
-from imaml_ext.train.recipe import load_recipe
 
 _PAPER, _LARGER = GradientDescent(steps=16, lr=0.1), GradientDescent(steps=16, lr=0.4)
 RECIPES: dict[str, MetaAlgorithm] = {
@@ -93,7 +93,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 def ablation_cells(options: Ablation) -> Cells:
     """Returns the configuration of every cell, recipe/LABEL or STUDY/LABEL."""
-    base, budget = load_recipe("omniglot-5w1s").config, {**BUDGETS[options.budget], "outer.lr": 1e-3}
+    base, budget = paper_settings("5w1s"), {**BUDGETS[options.budget], "outer.lr": 1e-3}
     cells = {f"recipe/{name}": cell(base, options, budget, {"algorithm": RECIPES[name]}) for name in RECIPES}
     for study in STUDIES:
         for label, changes in study.cells.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ def run_cells(options: TrainedOptions, cells: Cells, report: Callable[[Outcomes]
         ConfigError: no cell has a name asked for, or a run directory holds a run with other settings.
         RunError: no cell is finished in the end, or as `imaml_ext.train.train`; as do DataError, Interrupted.
     """
-    chosen = [] if options.draw_only else _chosen(cells, options.cells)
+    chosen = [] if options.draw_only else chosen_cells(cells, options.cells)
     folder = output_folder(options)
     runs = folder / "runs" / options.budget
     directories = {name: RunDirectory(runs / name) for name in cells}
@@ -125,8 +125,9 @@ def _result(directory: RunDirectory) -> dict[str, Any] | None:
     return read_json(directory.result, advice) or read_json(directory.path / _DIVERGED, advice)
 
 
-def _chosen(cells: Cells, names: Sequence[str]) -> list[str]:
+def chosen_cells(cells: Iterable[str], names: Sequence[str]) -> list[str]:
     """The cells that are named, each by its whole name or by a beginning of it that ends before a "/"."""
+    cells = list(cells)
     of_name = {name: {cell for cell in cells if f"{cell}/".startswith(f"{name.rstrip('/')}/")} for name in names}
     for name in (name for name in names if not of_name[name]):
         raise ConfigError(f"--cells: no cell is called {name!r}; there are: {', '.join(cells)}")

@@ -1,10 +1,13 @@
 """What the figures of all experiments share: one name and one colour for each algorithm, panels, bands and curves."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from imaml_ext.reproduction.options import ALGORITHMS
+from imaml_ext.reproduction.paper import COLUMNS, PUBLISHED
 from imaml_ext.train.reports import column, running_mean
 from imaml_ext.train.run_directory import RunDirectory, read_metrics
 
@@ -33,6 +36,26 @@ def finish(axis: Axes, *, legend: bool = True, **settings: Any) -> None:
     axis.grid(alpha=0.3)
     if legend and axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)
+
+
+def accuracies_beside_published(title: str, found: Mapping[str, tuple[float, float]]) -> Figure:
+    """Draws accuracies in percent with their intervals, one panel per column: filled points, published ones hollow.
+
+    Args:
+        found: COLUMN/ALGORITHM to (mean, interval).
+    """
+    figure, axes = panels(title, 1, len(COLUMNS), size=(13, 3.8), sharey=True)
+    for axis, (size, name) in zip(axes[0], COLUMNS.items(), strict=True):
+        for row, algorithm in enumerate(ALGORITHMS):
+            point: dict[str, Any] = {"color": STYLES[algorithm]["color"], "fmt": "o", "capsize": 2}
+            mean, interval = PUBLISHED[algorithm][size]
+            axis.errorbar(mean, row + 0.15, xerr=interval, markerfacecolor="white", **point)
+            if f"{size}/{algorithm}" in found:
+                mean, interval = found[f"{size}/{algorithm}"]
+                axis.errorbar(mean, row - 0.15, xerr=interval, **point)
+        finish(axis, legend=False, title=name, xlabel="accuracy (%)", ylim=(len(ALGORITHMS) - 0.5, -0.5))
+        axis.set_yticks(range(len(ALGORITHMS)), [LABELS[algorithm] for algorithm in ALGORITHMS])
+    return figure
 
 
 def curve_with_band(axis: Axes, x: Any, y: Any, low: Any, high: Any, **style: Any) -> None:

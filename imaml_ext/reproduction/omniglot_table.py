@@ -1,134 +1,209 @@
-"""The paper's Omniglot table: five algorithms on four kinds of tasks, beside the published figures.
+"""The paper's Omniglot table: every algorithm by its recipe, in the paper's protocol and in another, beside what is
+published.
 
-A column is a recipe, `omniglot-5w1s` and so on: data and network. What an algorithm sets differently is in
-`algorithm_changes`, how long it is trained in BUDGETS; nothing else decides a cell.
+A cell of iMAML is the recipe of that name, omniglot-5w1s and so on; the others are settings of this module. A cell that
+is trained leaves a result file, SPLIT/COLUMN/ALGORITHM.json, and its weights. The table is drawn from the result files
+alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from imaml_ext.inner import GradientDescent, NewtonCG
-from imaml_ext.meta import FOMAML, IMAML, MAML, Reptile
-from imaml_ext.reproduction.cells import REPTILE, TRIAL, Cells, Outcomes, Report, cell, run_cells
-from imaml_ext.reproduction.figures import LABELS, STYLES, finish, learning_curve, panels
+from imaml_ext.data import Glyphs
+from imaml_ext.errors import ConfigError, RunError
+from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.progress import say
+from imaml_ext.reproduction.cells import chosen_cells
+from imaml_ext.reproduction.equal_budget import algorithm_changes
+from imaml_ext.reproduction.figures import LABELS, accuracies_beside_published
 from imaml_ext.reproduction.options import ALGORITHMS, OmniglotTable
-from imaml_ext.reproduction.results import markdown_table
-from imaml_ext.solvers import CG
-from imaml_ext.train.recipe import load_recipe
+from imaml_ext.reproduction.paper import COLUMNS, PUBLISHED, paper_settings, size_of
+from imaml_ext.reproduction.results import markdown_table, output_folder, read_json, write_results
+from imaml_ext.settings import changed
+from imaml_ext.train.config import Outer
+from imaml_ext.train.evaluation import evaluate_run
+from imaml_ext.train.experiment import resolve_device
+from imaml_ext.train.export import export_run
+from imaml_ext.train.recipe import Recipe, load_recipe
+from imaml_ext.train.reports import write_figure
+from imaml_ext.train.run_directory import RunDirectory, explained, read_config, read_result
+from imaml_ext.train.stages import train_recipe
 
-COLUMNS = {"5w1s": "5-way 1-shot", "5w5s": "5-way 5-shot", "20w1s": "20-way 1-shot", "20w5s": "20-way 5-shot"}
+SPLITS = {"1200/423": "1200-423", "vinyals": "vinyals"}  # and their folders
+_NAMES = {"1200/423": "1,200 / 423 characters", "vinyals": "Vinyals' split"}
 
-# Accuracy in percent and its 95 % interval: table 2 of Rajeswaran et al., arXiv 1909.04630.
-PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
-    "maml": {"5w1s": (98.7, 0.4), "5w5s": (99.9, 0.1), "20w1s": (95.8, 0.3), "20w5s": (98.9, 0.2)},
-    "fomaml": {"5w1s": (98.3, 0.5), "5w5s": (99.2, 0.2), "20w1s": (89.4, 0.5), "20w5s": (97.9, 0.1)},
-    "reptile": {"5w1s": (97.68, 0.04), "5w5s": (99.48, 0.06), "20w1s": (89.43, 0.14), "20w5s": (97.12, 0.32)},
-    "imaml-gd": {"5w1s": (99.16, 0.35), "5w5s": (99.67, 0.12), "20w1s": (94.46, 0.42), "20w5s": (98.69, 0.1)},
-    "imaml-hf": {"5w1s": (99.50, 0.26), "5w5s": (99.74, 0.11), "20w1s": (96.18, 0.36), "20w5s": (99.14, 0.1)},
+# How the same parameters are judged, beside the paper's protocol, which the test of a run has: distinct characters, as
+# many queries per class as shots, all of them in one batch.
+PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "five": (
+        "every orientation a class, five queries per class in one batch",
+        {"changes": {"data.orientations": "classes", "tasks.queries": 5}},
+    ),
+    "alone": ("as in the paper, but each query alone beside the support set", {"transductive": False}),
 }
-NEWTON = NewtonCG(steps=8, linear_solver=CG(max_iterations=1, rtol=0.0), curvature="gauss_newton")
+_PAPER = "the paper's: distinct characters, as many queries as shots, in one batch"
 
-
-def algorithm_changes(ways: int) -> dict[str, dict[str, Any]]:
-    """Returns what each algorithm sets differently on tasks of 5 or 20 ways.
-
-    iMAML: as the recipe omniglot-5w1s-1000, and not the paper's letter (docs/reproduction/). NewtonCG takes many short
-    directions, which reach a lower objective for their cost than few long ones, at an outer rate of its own: with 3e-3
-    it learns more slowly than gradient descent, with 1e-2 faster, where gradient descent gains nothing. MAML,
-    first-order MAML: Finn et al. (2017), appendix A.1. Reptile: Nichol et al. (2018), appendix A, but for an inner rate
-    ten times theirs: Adam begins anew with every task, and there are a twentieth of their meta-steps.
-    """
-    few = ways == 5
-    descent = GradientDescent(steps=16 if few else 25, lr=0.4)
-    unrolled = GradientDescent(steps=1, lr=0.4) if few else GradientDescent(steps=5, lr=0.1)
-    tested = {"evaluation.inner_steps": 3 if few else None}
-    steps, batch_size = (5, 10) if few else (10, 20)
-    batches = GradientDescent(steps, lr=1e-2, optimizer="adam", betas=(0.0, 0.999), batch_size=batch_size)
-    return {
-        "imaml-gd": {"algorithm": IMAML(lam=0.1, inner=descent, curvature="gauss_newton")},
-        "imaml-hf": {"algorithm": IMAML(lam=0.1, inner=NEWTON, curvature="gauss_newton"), "outer.lr": 1e-2},
-        "maml": {"algorithm": MAML(inner=unrolled), **tested},
-        "fomaml": {"algorithm": FOMAML(inner=unrolled), **tested},
-        "reptile": REPTILE
-        | {"algorithm": Reptile(inner=batches), "tasks.train_shots": 10, "evaluation.inner_steps": 50},
-    }
-
-
-# Meta-steps, tasks per meta-step, outer rate and its schedule, by name and ways.
-BUDGETS = {
-    "small": {5: (5000, 16, 3e-3, "cosine"), 20: (1000, 4, 3e-3, "cosine")},
-    "published": {5: (20_000, 32, 1e-3, "cosine"), 20: (20_000, 16, 1e-3, "cosine")},
-    "trial": {5: (4, 2, 1e-3, "constant"), 20: (4, 2, 1e-3, "constant")},
+# Networks of four convolutions, best figures first; each as its own authors have it, on random splits of their own.
+OTHERS: dict[str, tuple[str, dict[str, float]]] = {
+    "MAML++": (
+        "Antoniou, Edwards, Storkey, ICLR 2019",
+        {"5w1s": 99.47, "5w5s": 99.93, "20w1s": 97.65, "20w5s": 99.33},
+    ),
+    "Prototypical Networks, Vinyals' split": (
+        "Snell, Swersky, Zemel, NeurIPS 2017",
+        {"5w1s": 98.8, "5w5s": 99.7, "20w1s": 96.0, "20w5s": 98.9},
+    ),
 }
 
 
-def table_cells(options: OmniglotTable) -> Cells:
-    """Returns the configuration of every cell, COLUMN/ALGORITHM."""
-    cells = {}
-    for column in COLUMNS:
-        base = load_recipe(f"omniglot-{column}").config
-        ways, changes = base.tasks.ways, algorithm_changes(base.tasks.ways)
-        of_outer = ("outer.steps", "outer.meta_batch", "outer.lr", "outer.schedule")
-        budget = {"evaluation.tasks": 1000} | dict(zip(of_outer, BUDGETS[options.budget][ways], strict=True))
-        budget |= TRIAL | {"model.filters": 4} if options.budget == "trial" else {}
-        for algorithm in ALGORITHMS:
-            cells[f"{column}/{algorithm}"] = cell(base, options, budget, changes[algorithm])
-    return cells
+def table_recipe(column: str, algorithm: str) -> Recipe:
+    """Returns what trains a cell, in one stage or in several."""
+    if algorithm in ("imaml-gd", "imaml-hf"):
+        return load_recipe(f"omniglot-{column}{'-newton' if algorithm == 'imaml-hf' else ''}")
+    ways, _ = size_of(column)
+    settings = algorithm_changes(ways)[algorithm]
+    steps, tasks = (5000, 16) if ways == 5 else (1000, 4)
+    outer = {"outer": Outer(steps=steps, meta_batch=tasks, lr=3e-3, schedule="cosine")}
+    changes = {"tasks.queries": None, "tasks.train_queries": 5, "evaluation.tasks": 3000 if ways == 5 else 1000}
+    return Recipe(changed(paper_settings(column), changes | outer | settings), name=f"{column}/{algorithm}")
+
+
+def table_changes(options: OmniglotTable) -> dict[str, Any]:
+    """Returns what the options change of every stage."""
+    changes: dict[str, Any] = {"run.device": options.device, "run.threads": options.threads}
+    changes |= {"run.capture": options.capture, "run.tensorboard": False}
+    if options.trial:
+        small = {"data": Glyphs(), "model.filters": 4, "outer.steps": 2, "outer.meta_batch": 2, "outer.warmup_steps": 0}
+        return changes | small | {"evaluation.tasks": 4, "evaluation.every": 0, "run.log_every": 1}
+    if options.data_root is not None:
+        changes["data.root"] = options.data_root
+    return changes | ({"data.split": "vinyals", "data.validation": 0} if options.split == "vinyals" else {})
 
 
 def run(options: OmniglotTable, *, command: str = "") -> None:
-    def report(found: Outcomes) -> Report:
-        table, curves = _draw_table(options, found), _draw_curves(options, found)
-        figures = {"omniglot-table.png": table, "learning-curves.png": curves}
-        return Report(_table(options, found), figures, {"published": PUBLISHED})
-
-    run_cells(options, table_cells(options), report, command=command)
-
-
-def _table(options: OmniglotTable, found: Outcomes) -> str:
-    rows = []
-    for algorithm in ALGORITHMS:
-        names = [f"{column}/{algorithm}" for column in COLUMNS]
-        rows.append([LABELS[algorithm], "here", *(found[n].accuracy if n in found else "not run" for n in names)])
-        rows.append(["", "published", *("{} ± {}".format(*PUBLISHED[algorithm][column]) for column in COLUMNS)])
-    tasks = sorted({outcome.test["tasks"] for outcome in found.values() if outcome.test is not None})
-    return (
-        f"Test accuracy (%), ± 95 % interval, on {' or '.join(map(str, tasks)) or 'no'} tasks; "
-        f"{options.data}, budget `{options.budget}`.\n\n"
-        + markdown_table(["algorithm", "", *COLUMNS.values()], rows)
-        + "\nPublished: Rajeswaran et al., arXiv 1909.04630, table 2.\n"
-    )
-
-
-def _draw_table(options: OmniglotTable, found: Outcomes) -> Figure:
-    """Accuracies, one panel per column: here as filled points, published as hollow ones."""
-    title = f"Accuracy on {options.data}, budget {options.budget}: filled here, hollow published"
-    figure, axes = panels(title, 1, len(COLUMNS), size=(13, 3.8), sharey=True)
-    for axis, (column, name) in zip(axes[0], COLUMNS.items(), strict=True):
-        for row, algorithm in enumerate(ALGORITHMS):
-            point: dict[str, Any] = {"color": STYLES[algorithm]["color"], "fmt": "o", "capsize": 2}
-            mean, interval = PUBLISHED[algorithm][column]
-            axis.errorbar(mean, row + 0.15, xerr=interval, markerfacecolor="white", **point)
-            if f"{column}/{algorithm}" in found:
-                mean, interval = found[f"{column}/{algorithm}"].percent()
-                axis.errorbar(mean, row - 0.15, xerr=interval, **point)
-        finish(axis, legend=False, title=name, xlabel="accuracy (%)", ylim=(len(ALGORITHMS) - 0.5, -0.5))
-        axis.set_yticks(range(len(ALGORITHMS)), [LABELS[algorithm] for algorithm in ALGORITHMS])
-    return figure
+    """Trains and judges the cells chosen that have no result yet, and draws the table after each of them."""
+    if options.trial and options.split != "1200/423":
+        raise ConfigError("split must be left out with trial, whose data have none")
+    names = [f"{column}/{algorithm}" for column in COLUMNS for algorithm in ALGORITHMS]
+    chosen = [] if options.draw_only else chosen_cells(names, options.cells)
+    folder = output_folder(options) / SPLITS[options.split]
+    for number, name in enumerate(chosen, 1):
+        file, title = folder / f"{name}.json", f"{options.name} {number}/{len(chosen)}: {name}"
+        if file.is_file():
+            say(f"{title} is finished")
+            continue
+        say(title)
+        with explained(f"{file.parent} cannot be made"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        content = _cell(options, name, folder / "runs" / name, command)
+        others = {words: content["judged"][protocol] for protocol, (words, _) in PROTOCOLS.items()}
+        export_run(folder / "runs" / name, file.with_suffix(".safetensors"), others=others)
+        atomic_write(file, json_bytes(content))
+        _draw(options, command)
+    say(f"{_draw(options, command)} cells are finished; results are in {options.folder}")
 
 
-def _draw_curves(options: OmniglotTable, found: Outcomes) -> Figure:
-    """Query error on the training tasks, one panel for each column that has runs."""
-    columns = [column for column in COLUMNS if any(name.startswith(f"{column}/") for name in found)]
-    title = f"Training tasks of {options.data}, budget {options.budget}, running mean"
-    figure, axes = panels(title, 1, len(columns), size=(3 + 3.2 * len(columns), 4.2), sharey=True)
-    for axis, column in zip(axes[0], columns, strict=True):
-        for algorithm in ALGORITHMS:
-            if f"{column}/{algorithm}" in found:
-                learning_curve(axis, found[f"{column}/{algorithm}"].directory, "query_accuracy", **STYLES[algorithm])
-        finish(axis, title=COLUMNS[column], xlabel="meta-step")
-    axes[0, 0].set_ylabel("query error (%)")
-    return figure
+def _cell(options: OmniglotTable, name: str, path: Path, command: str) -> dict[str, Any]:
+    """Trains a cell, or goes on with it, and judges what it has learnt; returns the content of its result file."""
+    recipe = table_recipe(*name.split("/"))
+    result = train_recipe(recipe, path, command=command, changes=table_changes(options), resume=True)
+    ways = size_of(name.split("/")[0])[0]
+    tasks = 4 if options.trial else 1000 if ways == 5 else 200
+    judged = {"paper": result["test"]}
+    for protocol, (_, how) in PROTOCOLS.items():
+        given = dict(how)
+        of_data = given.pop("changes", {})
+        if options.trial:
+            of_data = {path: value for path, value in of_data.items() if path != "data.orientations"}
+        judged[protocol] = evaluate_run(path, {**of_data, "evaluation.tasks": tasks}, **given).to_json()
+    return {
+        "cell": name,
+        "split": options.split,
+        "recipe": recipe.name,
+        "stages": [_stage(directory) for directory in RunDirectory.stages_in(path)],
+        "judged": judged,
+        "command": command,
+        "environment": result["environment"],
+    }
+
+
+def _stage(directory: RunDirectory) -> dict[str, Any]:
+    """Says of a stage what it trained on, and how long."""
+    config, result = read_config(directory).config, read_result(directory)
+    assert result is not None
+    return {
+        "name": directory.path.name,
+        "tasks": f"{config.tasks.ways}-way {config.tasks.shots}-shot",
+        "meta_steps": result["steps"],
+        "meta_batch": config.outer.meta_batch,
+        "train_seconds": result["train_seconds"],
+    }
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+Found = Mapping[tuple[str, str], Mapping[str, Any]]  # result files by (split, cell)
+
+
+def read_cells(folder: Path) -> Found:
+    """Reads the result files of a folder, by split and cell.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    found = {}
+    for split, place in SPLITS.items():
+        for column in COLUMNS:
+            for algorithm in ALGORITHMS:
+                content = read_json(folder / place / f"{column}/{algorithm}.json", "remove it; its cell is made again")
+                if content is not None:
+                    found[split, f"{column}/{algorithm}"] = content
+    return found
+
+
+def _draw(options: OmniglotTable, command: str) -> int:
+    """Writes the tables and the figure; returns the number of cells that are in them."""
+    found = read_cells(options.folder)
+    if not found:
+        raise RunError(f"{options.folder} holds no result of this experiment: there is nothing to draw")
+    cells = {f"{SPLITS[split]}/{name}": content for (split, name), content in found.items()}
+    write_results(options, resolve_device(options.device), command=command, published=PUBLISHED, cells=cells)
+    atomic_write(options.folder / f"{options.name}.md", table(found).encode())
+    judged = {name: content["judged"]["paper"] for (split, name), content in found.items() if split == "1200/423"}
+    shown = {name: (100 * test["accuracy"], 100 * test["accuracy_interval"]) for name, test in judged.items()}
+    title = "Omniglot, 1,200 / 423 characters: filled here, hollow published"
+    write_figure(accuracies_beside_published(title, shown), options.folder / f"{options.name}.png")
+    return len(found)
+
+
+def _shown(test: Mapping[str, Any]) -> str:
+    return f"{100 * test['accuracy']:.2f} ± {100 * test['accuracy_interval']:.2f}"
+
+
+def table(found: Found) -> str:
+    """Returns the tables in Markdown: each protocol of each split, with what is published beside the paper's."""
+    text = "Test accuracy (%) with its 95 % interval.\n"
+    for split, words in _NAMES.items():
+        if not any(of == split for of, _ in found):
+            continue
+        for protocol, what in {"paper": _PAPER, **{name: words for name, (words, _) in PROTOCOLS.items()}}.items():
+            rows = []
+            for algorithm in ALGORITHMS:
+                cells = [found.get((split, f"{column}/{algorithm}")) for column in COLUMNS]
+                if any(cells):
+                    rows.append(
+                        [LABELS[algorithm], *(_shown(c["judged"][protocol]) if c else "not run" for c in cells)]
+                    )
+                if protocol == "paper" and split == "1200/423":
+                    published = ("{:g} ± {:g}".format(*PUBLISHED[algorithm][column]) for column in COLUMNS)
+                    rows.append([f"{LABELS[algorithm]}, published", *published])
+            if protocol == "paper" and split == "1200/423":
+                for name, (source, figures) in OTHERS.items():
+                    rows.append([f"{name} ({source})", *(f"{figures[column]:g}" for column in COLUMNS)])
+            sizes = sorted({c["judged"][protocol]["tasks"] for (of, _), c in found.items() if of == split})
+            on = " or ".join(f"{size:,}" for size in sizes)
+            text += f"\n**{words}**, {what}; {on} tasks.\n\n" + markdown_table(["", *COLUMNS.values()], rows)
+    return text + "\nPublished: Rajeswaran et al., arXiv 1909.04630, table 2.\n"

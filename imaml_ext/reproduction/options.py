@@ -111,10 +111,25 @@ class Sinusoid(TrainedOptions):
 
 
 @dataclass(frozen=True)
-class OmniglotTable(ImageOptions, TrainedOptions):
+class EqualBudget(ImageOptions, TrainedOptions):
+    """Every algorithm on 5- and 20-way, 1- and 5-shot Omniglot, on equally many training tasks."""
+
+    name: ClassVar[str] = "equal-budget"
+
+
+@dataclass(frozen=True)
+class OmniglotTable(DeviceOptions):
     """The paper's table: every algorithm on 5- and 20-way, 1- and 5-shot Omniglot, beside the published figures."""
 
     name: ClassVar[str] = "omniglot-table"
+    # Cells to train, a whole name or the beginning of names, such as 5w1s/maml or 5w1s; unset: all.
+    cells: tuple[str, ...] = ()
+    split: Literal["1200/423", "vinyals"] = "1200/423"  # Characters to train on and to test on.
+    capture: bool = False  # Capture the meta-steps as CUDA graphs (on a GPU only).
+    trial: bool = False  # Seconds per cell on the built-in glyphs, to see that all works.
+    draw_only: bool = False  # Train nothing: draw from the results that are there.
+    # Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache.
+    data_root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -124,4 +139,4 @@ class Ablation(ImageOptions, TrainedOptions):
     name: ClassVar[str] = "ablation"
 
 
-EXPERIMENTS = {kind.name: kind for kind in (Exactness, Cost, Sinusoid, OmniglotTable, Ablation)}
+EXPERIMENTS = {kind.name: kind for kind in (Exactness, Cost, Sinusoid, OmniglotTable, EqualBudget, Ablation)}

@@ -59,5 +59,6 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def data_source(options: ImageOptions) -> DataSource:
-    """Returns the data set that the options name."""
-    return DataSource.kind(options.data)(**({} if options.data_root is None else {"root": options.data_root}))
+    """Returns the data set that the options name; every orientation of a character is a class of its own."""
+    given: dict[str, Any] = {} if options.data_root is None else {"root": options.data_root}
+    return DataSource.kind(options.data)(**given, **({"orientations": "classes"} if options.data == "omniglot" else {}))

@@ -1,6 +1,6 @@
 """Sinusoid regression from 5 and 10 points by every algorithm: squared error against the inner steps taken at test.
 
-A shot is a recipe, `sinusoid-5shot` or `sinusoid-10shot`; what an algorithm sets differently is in ALGORITHM_CHANGES.
+Both are the recipe `sinusoid`; what an algorithm sets differently is in ALGORITHM_CHANGES.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ BUDGETS: dict[str, dict[str, Any]] = {"small": {}, "published": {"outer.steps": 
 
 def sinusoid_cells(options: Sinusoid) -> Cells:
     """Returns the configuration of every cell, SHOTS/ALGORITHM."""
-    bases = {shots: load_recipe(f"sinusoid-{shots}").config for shots in SHOTS}
+    recipe = load_recipe("sinusoid").config
+    bases = {shots: changed(recipe, {"tasks.shots": int(shots.removesuffix("shot"))}) for shots in SHOTS}
     return {
         f"{shots}/{algorithm}": cell(base, options, BUDGETS[options.budget], ALGORITHM_CHANGES[algorithm])
         for shots, base in bases.items()

@@ -19,7 +19,7 @@ from imaml_ext.solvers import operators
 from imaml_ext.solvers.compiled import cg_loop
 from imaml_ext.solvers.linear import Lanczos, LinearSolver, Operator, SetUp, Solution
 from imaml_ext.solvers.operators import System
-from imaml_ext.solvers.preconditioners.preconditioner import MadePreconditioner, Preconditioner
+from imaml_ext.solvers.preconditioners.preconditioner import ALL, MadePreconditioner, Preconditioner
 
 BlockOperator = Callable[[Tensor, slice], Tensor]  # [k, N] and which rows of the batch they are -> [k, N], row by row
 
@@ -47,18 +47,9 @@ class CG(LinearSolver):
 
     def solve_rows(self, operator: Operator, b: Tensor, *, shift: Coefficient, x0: Tensor | None) -> Solution:
         preconditioner, set_up = _prepared(self.preconditioner, operator, System(operator, b, None), shift)
-        solution = _cg_rows(
-            operator,
-            b,
-            shift=shift,
-            x0=x0,
-            max_iterations=self.max_iterations,
-            rtol=self.rtol,
-            atol=self.atol,
-            preconditioner=preconditioner,
-            check_every=self.check_every,
-            rows_per_block=getattr(operator, "rows_per_block", None),
-        )
+        options = {**vars(self), "preconditioner": preconditioner}
+        blocks = getattr(operator, "rows_per_block", None)
+        solution = _cg_rows(operator, b, shift=shift, x0=x0, rows_per_block=blocks, **options)
         return solution if set_up is None else replace(solution, set_up=set_up)
 
 
@@ -122,12 +113,9 @@ def loop_arguments(
     *,
     shift: Coefficient,
     x0: Tensor | None,
-    max_iterations: int,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    check_every: int,
-    rows_per_block: int | None,
+    rows_per_block: int | None = None,
     preconditioner: Tensor | Operator | BlockOperator | None = None,
+    **stopping: Any,
 ) -> dict[str, Any]:
     """The arguments of every native loop, checked, for the solver `name`: those below without the preconditioner."""
     check_untransformed(name, b=b, shift=shift, x0=x0, preconditioner=preconditioner)
@@ -136,12 +124,12 @@ def loop_arguments(
         "shift": as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
         "x0": x0,
         "rows_per_block": 0 if rows_per_block is None else check_int("rows_per_block", rows_per_block, minimum=1),
-        **stopping_arguments(name, b, max_iterations, rtol, atol, check_every),
+        **stopping_arguments(name, b, **stopping),
     }
 
 
 def stopping_arguments(
-    name: str, b: Tensor, max_iterations: int, rtol: float | Tensor, atol: float | Tensor, check_every: int
+    name: str, b: Tensor, max_iterations: int, rtol: float | Tensor, atol: float | Tensor, check_every: int = 0
 ) -> dict[str, Any]:
     """When the native loop of the solver `name` stops: the arguments of these names, checked."""
     return {
@@ -205,7 +193,8 @@ def cg(
         rows_per_block: k ≥ 1 solves k rows at a time, each block to its end before the next begins, so that their
             vectors stay in the cache where those of B rows would not; every row has the same bits. b must be [B, N]. A
             and a preconditioner are functions of two arguments, p [k, N] (fewer rows in the last block) and the `slice`
-            of the batch that these rows are; counts of products are a block's. None: all rows together.
+            of the batch that these rows are; counts of products are a block's. None: all rows together, or for K
+            right-hand sides what the operator does best with.
         check_symmetry: first compare qᵀAp with pᵀAq for random p and q, by six products, and wait for the result.
         lanczos: keep the coefficients of every row's Lanczos tridiagonal, `Lanczos` with m = max_iterations. Without
             rtol and atol no measurement cuts it short. Not under torch.compile, nor with check_every in a CUDA graph.
@@ -230,14 +219,13 @@ def cg(
         operators.check_symmetry(whole, b)
     undivided = system if system.form is not None else replace(system, operator=whole)
     preconditioner, set_up = _prepared(preconditioner, whole, undivided, shift)
+    if rows_per_block is None and system.form is not None:
+        rows_per_block = _rows_of_columns(system.operator, preconditioner)
     solution = _cg_rows(
         system.operator,
         system.b,
-        shift=system.coefficient(shift, "shift"),
-        x0=system.rows(x0, "x0"),
+        **system.options(shift, x0, rtol, atol),
         max_iterations=max_iterations,
-        rtol=system.tolerance(rtol, "rtol"),
-        atol=system.tolerance(atol, "atol"),
         preconditioner=preconditioner,
         check_every=check_every,
         rows_per_block=rows_per_block,
@@ -259,11 +247,35 @@ def _prepared(preconditioner: Any, A: Any, system: System, shift: Any) -> tuple[
     if isinstance(preconditioner, MadePreconditioner):
         if preconditioner.diagonal is not None:
             preconditioner = preconditioner.diagonal
-        elif form is None or form.columns == 1:  # M of K right-hand sides has a form, as A has
-            return preconditioner, set_up
+        else:
+            columns = 1 if form is None else form.columns
+            preconditioner.check_rows(system.b[::columns])
+            return preconditioner if columns == 1 else _OfColumns(preconditioner, columns), set_up
     if isinstance(preconditioner, (Tensor, dict, list, tuple)):
         return system.coefficient(preconditioner, "preconditioner"), set_up
     return system.product(preconditioner, "preconditioner"), set_up
+
+
+def _rows_of_columns(A: Any, preconditioner: Any) -> int | None:
+    """How many of K right-hand sides per operator to solve for at a time; None: all."""
+    rows = getattr(A, "rows_per_block", None)
+    if rows is None or isinstance(preconditioner, _OfColumns):  # which reads vectors of its own for each block
+        return rows if rows is None else -(-16 // rows) * rows
+    return rows if preconditioner is None or isinstance(preconditioner, Tensor) else None
+
+
+@dataclass(frozen=True)
+class _OfColumns:
+    """r [B K, N] -> M r for K right-hand sides of every row; or r [k, N] and which of those rows they are."""
+
+    made: MadePreconditioner
+    columns: int
+
+    def __call__(self, r: Tensor, rows: slice = ALL) -> Tensor:
+        count = max(len(r) // self.columns, 1)
+        first = (rows.start or 0) // self.columns
+        columns = r.view(count, -1, r.shape[1]).mT  # [count, N, k]
+        return self.made(columns, slice(first, first + count)).mT.reshape(r.shape)
 
 
 @eager
@@ -276,57 +288,28 @@ def make_preconditioner(preconditioner: Preconditioner, A: Any, system: System, 
     return preconditioner.make(system.operator, system.b, system.coefficient(shift, "shift"))
 
 
-def _cg_rows(
-    hvp: Any,
-    b: Tensor,
-    *,
-    preconditioner: Any,
-    check_every: int = 0,
-    rows_per_block: int | None = None,
-    **options: Any,
-) -> Solution:
+def _cg_rows(hvp: Any, b: Tensor, **options: Any) -> Solution:
     """`cg` on rows."""
-    if torch.compiler.is_dynamo_compiling():
-        if rows_per_block is not None:
-            raise ValueError(f"rows_per_block must be None in a compiled function, got {rows_per_block}")
-        return _compiled_rows(hvp, b, preconditioner=preconditioner, check_every=check_every, **options)
-    return _eager_rows(
-        hvp, b, preconditioner=preconditioner, check_every=check_every, rows_per_block=rows_per_block, **options
-    )
+    return (_compiled_rows if torch.compiler.is_dynamo_compiling() else _eager_rows)(hvp, b, **options)
 
 
 def _compiled_rows(
     hvp: Operator,
     b: Tensor,
     *,
-    shift: Coefficient,
-    x0: Tensor | None,
-    max_iterations: int,
-    rtol: float | Tensor,
-    atol: float | Tensor,
     preconditioner: Any,
-    check_every: int,
+    rows_per_block: int | None = None,
     lanczos: bool = False,
+    **options: Any,
 ) -> Solution:
-    _look_every(check_every, "cg")
+    if rows_per_block is not None:
+        raise ValueError(f"rows_per_block must be None in a compiled function, got {rows_per_block}")
     if lanczos:
         raise ValueError("lanczos must be False where cg is compiled, got True")
-    diagonal = None
-    if isinstance(preconditioner, Tensor):
-        diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
-    return Solution(
-        *cg_loop(
-            hvp,
-            b,
-            shift=as_coefficient(shift.detach() if isinstance(shift, Tensor) else shift, "shift", b),
-            x0=x0,
-            max_iterations=max_iterations,
-            rtol=_tolerance(rtol, "rtol", b),
-            atol=_tolerance(atol, "atol", b),
-            inverse_diagonal=diagonal,
-            preconditioner=preconditioner,
-        )
-    )
+    arguments = loop_arguments("cg", hvp, b, preconditioner=preconditioner, **options)
+    del arguments["check_every"], arguments["rows_per_block"]
+    diagonal, preconditioner = _diagonal_or_function(preconditioner, b)
+    return Solution(*cg_loop(hvp, b, inverse_diagonal=diagonal, preconditioner=preconditioner, **arguments))
 
 
 @eager
@@ -334,19 +317,16 @@ def _eager_rows(
     hvp: Operator | BlockOperator,
     b: Tensor,
     *,
-    preconditioner: Tensor | Operator | BlockOperator | None,
+    preconditioner: Any,
     lanczos: bool = False,
     **options: Any,
 ) -> Solution:
     arguments = loop_arguments("cg", hvp, b, preconditioner=preconditioner, **options)
-    diagonal = None
-    if isinstance(preconditioner, Tensor):
-        diagonal, preconditioner = as_coefficient(preconditioner.detach(), "preconditioner", b), None
-    elif preconditioner is not None:
+    diagonal, preconditioner = _diagonal_or_function(preconditioner, b)
+    if preconditioner is not None:
         preconditioner = callback(preconditioner, "cg", "preconditioner", b)
     hvp = callback(hvp, "cg", "A", b)
-    native_cg = native(b.device).cg
-    x, status, iterations, residual_norm, tables, _ = native_cg(
+    x, status, iterations, residual_norm, tables, _ = native(b.device).cg(
         hvp,
         b,
         inverse_diagonal=diagonal,
@@ -356,3 +336,9 @@ def _eager_rows(
         **arguments,
     )
     return Solution(x, status, iterations, residual_norm, Lanczos(*tables) if lanczos else None)
+
+
+def _diagonal_or_function(preconditioner: Any, b: Tensor) -> tuple[Tensor | None, Any]:
+    if isinstance(preconditioner, Tensor):
+        return as_coefficient(preconditioner.detach(), "preconditioner", b), None
+    return None, preconditioner

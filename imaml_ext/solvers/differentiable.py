@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,8 +19,9 @@ from imaml_ext.ops import as_coefficient
 from imaml_ext.ops.calls import is_traced, is_transformed
 from imaml_ext.solvers import operators
 from imaml_ext.solvers.cg import CG
-from imaml_ext.solvers.linear import LinearSolver, Solution
-from imaml_ext.solvers.operators import Form, System, is_matrix, matrix_product, product_of
+from imaml_ext.solvers.form import Form
+from imaml_ext.solvers.linear import LinearSolver, SetUp, Solution
+from imaml_ext.solvers.operators import System, is_matrix, matrix_product, product_of
 
 OnFailure = Literal["raise", "warn", "ignore"]
 _UNNAMED = (
@@ -31,6 +31,11 @@ _UNNAMED = (
 _RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 _EAGER = {dtype: CG(max_iterations=1000, rtol=rtol, check_every=5) for dtype, rtol in _RTOL.items()}
 _TRACED = {dtype: CG(max_iterations=100, rtol=rtol) for dtype, rtol in _RTOL.items()}
+
+
+def default_solver(dtype: torch.dtype) -> CG:
+    """Returns what `solve` solves by unless it is told."""
+    return (_TRACED if is_traced() else _EAGER)[dtype]
 
 
 @dataclass(eq=False)
@@ -81,7 +86,8 @@ def solve(
         on_failure: of a row that does not end CONVERGED, here or in a backward pass: "raise" an error, "warn" by a
             `SolveWarning`, or "ignore". The first two wait for the device. In a trace, where no value can be looked at,
             they give that row NaN in place of x.
-        on_solve: called with the `Solution` of every backward pass, in rows [R, N].
+        on_solve: called with the `Solution` of every backward pass, in rows [R, N]. With `set_up`, as what is returned,
+            where linear_solver makes a preconditioner; each pass makes its own.
         check_symmetry: as for `imaml_ext.cg`.
 
     Returns:
@@ -96,7 +102,7 @@ def solve(
     check_choice("on_failure", on_failure, get_args(OnFailure))
     form = Form.of(b)
     if linear_solver is None:
-        linear_solver = (_TRACED if is_traced() else _EAGER)[form.dtype]
+        linear_solver = default_solver(form.dtype)
     elif not isinstance(linear_solver, LinearSolver):
         raise TypeError(f"linear_solver must be a LinearSolver such as CG(), got {type(linear_solver).__name__}")
     function, tensors = _parametrised(A, form, parameters)
@@ -120,7 +126,7 @@ def solve(
     found = _Solve.apply(problem, rows, shift_rows, start, *tensors)
     if isinstance(x0, WarmStart) and not is_traced() and not is_transformed():
         warm.x = found[0].detach()
-    return system.solution(Solution(*found))
+    return system.solution(problem.told(found))
 
 
 def _parametrised(A: Any, form: Form, parameters: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -166,10 +172,11 @@ def _sparse(A: Tensor, form: Form) -> tuple[Callable[..., Tensor], tuple[Tensor,
     size, rows = form.size, form.rows
 
     def function(p: Tensor, values: Tensor) -> Tensor:
-        X = p.reshape(batch, -1, size).movedim(2, 1).reshape(batch * size, -1)  # [B N, K] or [N, R]
+        columns = form.columns if block else rows
+        X = p.reshape(batch, columns, size).movedim(2, 1).reshape(batch * size, columns)
         base = block[0] * size if block else 0
         terms = values.unsqueeze(1) * X[base + column]
-        return torch.zeros_like(X).index_add(0, base + row, terms).reshape(batch, size, -1).mT.reshape(rows, size)
+        return torch.zeros_like(X).index_add(0, base + row, terms).reshape(batch, size, columns).mT.reshape(rows, size)
 
     return function, (coo.values(),)
 
@@ -186,9 +193,13 @@ class _Problem:
     check: bool = False  # whether A might reach tensors that take part in a derivative
     differentiable: bool = False  # whether autograd records
     what: str = "systems of solve"
+    set_ups: list[SetUp] = field(default_factory=list)  # what its solve has spent on a preconditioner, if it has one
 
     def backward(self) -> _Problem:
-        return replace(self, check=False, what="systems of a backward pass of solve")
+        return replace(self, check=False, what="systems of a backward pass of solve", set_ups=[])
+
+    def told(self, found: Any) -> Solution:
+        return replace(Solution(*found), set_up=self.set_ups[0] if self.set_ups else None)
 
     def solution(self, b: Tensor, shift: Tensor, x0: Tensor | None, parameters: tuple[Tensor, ...]) -> Solution:
         parameters = tuple(tensor.detach() for tensor in parameters)
@@ -200,12 +211,14 @@ class _Problem:
                 return self.function(p, *parameters)
             with torch.enable_grad():  # as A has it in `imaml_ext.cg`
                 product = self.function(p, *parameters)
-            if check and self.differentiable and _reaches_others(product):
+            if check and self.differentiable and reaches_others(product):
                 raise ValueError(_UNNAMED)
             check = False
             return product.detach()
 
         solution = self.solver.solve_rows(operator, b, shift=shift, x0=x0)
+        if solution.set_up is not None:
+            self.set_ups.append(solution.set_up)
         if self.on_failure == "ignore":
             return solution
         if is_traced():
@@ -224,28 +237,32 @@ def _references(leaf: Tensor) -> int:
     return sys.getrefcount(leaf)
 
 
-@functools.cache
 def _references_of_the_graph() -> int:
-    """What `_references` says of a leaf that a graph alone holds, which differs between versions of torch."""
+    """What `_references` says of a leaf that a graph alone holds: another number in a backward pass, or torch."""
     with torch.enable_grad():
         node: Any = (2 * torch.zeros(1, requires_grad=True)).grad_fn
     leaf = node.next_functions[0][0].variable
     return _references(leaf)
 
 
-def _reaches_others(product: Tensor) -> bool:
-    """Whether a product has a graph to a leaf that A has not made itself: one that somebody beside the graph holds."""
+def reaches_others(product: Tensor, but: Sequence[Tensor] = ()) -> bool:
+    """Whether a product has a graph to a leaf that A has not made itself: one that somebody beside the graph holds.
+
+    The leaves `but` do not count.
+    """
+    known_leaves = {id(leaf) for leaf in but}
     if product.is_leaf:
-        return product.requires_grad
+        return product.requires_grad and id(product) not in known_leaves
     waiting: list[Any] = [product.grad_fn]
     known: set[Any] = set()
+    of_the_graph = _references_of_the_graph()
     while waiting:
         node = waiting.pop()
         if node is None or node in known:
             continue
         known.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and _references(leaf) > _references_of_the_graph():
+        if leaf is not None and id(leaf) not in known_leaves and _references(leaf) > of_the_graph:
             return True
         waiting += [following for following, _ in node.next_functions]
     return False
@@ -308,7 +325,7 @@ class _Solve(torch.autograd.Function):
             return each(p.reshape(samples, count, -1), *tensors).reshape(p.shape)
 
         found = _Solve.apply(
-            replace(problem, function=function, warm=WarmStart()), flat_b, flat_shift, flat_x0, *parameters
+            replace(problem, function=function, warm=WarmStart(), set_ups=[]), flat_b, flat_shift, flat_x0, *parameters
         )
         return tuple(value.reshape(samples, count, *value.shape[1:]) for value in found), (0, 0, 0, 0)
 
@@ -322,7 +339,7 @@ def _adjoint(problem: _Problem, grad: Tensor, shift: Tensor, parameters: list[Te
         if warm.x is not None:
             warm.u = found[0].detach()
         if problem.on_solve is not None:
-            problem.on_solve(Solution(*(value.detach() for value in found)))
+            problem.on_solve(problem.told(tuple(value.detach() for value in found)))
     return found[0]
 
 

@@ -113,7 +113,7 @@ def _trace(
 ) -> TraceEstimate:
     check_untransformed("trace_of", like=like, shift=shift, preconditioner=preconditioner)
     probes, steps = check_int("probes", probes, minimum=1), check_int("steps", steps, minimum=1)
-    system = read_single(A, like, "trace_of")
+    system = _read(A, like, "trace_of")
     b = system.b
     rows, cols = b.shape
     signs = torch.randint(0, 2, (rows, probes, cols), generator=generator, device=b.device).to(b.dtype) * 2 - 1
@@ -136,6 +136,13 @@ def _trace(
     error = samples.std(1) / probes**0.5 if probes > 1 else torch.full_like(value, torch.nan)
     error = error.masked_fill(status != 0, torch.nan)
     return TraceEstimate(*(_as_rows(v, system) for v in (value, error, status)))
+
+
+def _read(A: Any, like: Any, name: str) -> System:
+    system = read_single(A, like, f"{name}: like")
+    if system.b.shape[1] == 0:
+        raise ValueError(f"{name}: like must have at least one unknown per row, got rows {list(system.b.shape)}")
+    return system
 
 
 def _as_rows(value: Tensor, system: System) -> Tensor:
@@ -216,7 +223,7 @@ def extreme_eigenvalues(
     Source: Golub and Van Loan, Matrix computations, section 10.1; Parlett, The symmetric eigenvalue problem (1998),
     section 13.2 for the bounds.
     """
-    system = read_single(A, like, "extreme_eigenvalues")
+    system = _read(A, like, "extreme_eigenvalues")
     operator, b = checked(system.operator, system.b, "extreme_eigenvalues", shift=shift)
     start = torch.randn(b.shape, generator=generator, dtype=b.dtype, device=b.device)
     steps = min(check_int("steps", steps, minimum=1), b.shape[1])

@@ -14,8 +14,9 @@ from imaml_ext.checks import check_int
 from imaml_ext.ops import Coefficient, as_coefficient
 from imaml_ext.ops.calls import callback, check_untransformed, eager
 from imaml_ext.solvers.cg import stopping_arguments
+from imaml_ext.solvers.form import Form
 from imaml_ext.solvers.linear import Solution
-from imaml_ext.solvers.operators import Form, Product, System, is_matrix, product_of
+from imaml_ext.solvers.operators import Product, System, is_matrix, product_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +102,9 @@ def lsqr(
         _check_adjoint(matvec, adjoint, of_x, of_y)
     like = torch.empty((), dtype=of_x.dtype, device=of_x.device).expand(of_x.rows, of_x.size)
     unknowns = System(matvec, like, of_x)
-    b, start, damping = of_y.pack(y, "y").contiguous(), unknowns.rows(x0, "x0"), unknowns.coefficient(shift, "shift")
+    b, options = of_y.pack(y, "y").contiguous(), unknowns.options(shift, x0, rtol, atol)
+    damping, start = options.pop("shift"), options.pop("x0")
     check_untransformed("lsqr", y=b, shift=damping, x0=start)
-    rtol, atol = unknowns.tolerance(rtol, "rtol"), unknowns.tolerance(atol, "atol")
     if isinstance(damping, Tensor) or damping != 0:
         damping = as_coefficient(damping, "shift", like, at_least=0).detach()
     x, status, iterations, residual_norm, gradient_norm = native(b.device).lsqr(
@@ -113,7 +114,7 @@ def lsqr(
         of_x.size,
         shift=damping if isinstance(damping, Tensor) else None,
         x0=start,
-        **stopping_arguments("lsqr", b, max_iterations, rtol, atol, check_every),
+        **stopping_arguments("lsqr", b, max_iterations=max_iterations, check_every=check_every, **options),
     )
     return unknowns.solution(  # type: ignore[return-value]
         LeastSquaresSolution(x, status, iterations, residual_norm, gradient_norm=gradient_norm)

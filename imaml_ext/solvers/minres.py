@@ -86,11 +86,8 @@ def minres(
         "minres",
         system.operator,
         system.b,
-        shift=system.coefficient(shift, "shift"),
-        x0=system.rows(x0, "x0"),
+        **system.options(shift, x0, rtol, atol),
         max_iterations=max_iterations,
-        rtol=system.tolerance(rtol, "rtol"),
-        atol=system.tolerance(atol, "atol"),
         check_every=check_every,
         rows_per_block=rows_per_block,
     )

@@ -54,7 +54,7 @@ def multi_shift_cg(
     conjugate gradient methods for families of shifted systems (2004).
     """
     check_untransformed("multi_shift_cg", b=b, shifts=shifts)
-    system = read_single(A, b, "multi_shift_cg")
+    system = read_single(A, b, "multi_shift_cg: b")
     rows = system.b.detach()
     sigma = _offsets(shifts, rows)
     least = sigma.amin(1, keepdim=True)
@@ -62,13 +62,9 @@ def multi_shift_cg(
         "multi_shift_cg",
         system.operator,
         rows,
-        shift=system.coefficient(shift, "shift"),
-        x0=None,
+        **system.options(shift, None, rtol, atol),
         max_iterations=max_iterations,
-        rtol=system.tolerance(rtol, "rtol"),
-        atol=system.tolerance(atol, "atol"),
         check_every=check_every,
-        rows_per_block=None,
     )
     coefficient = arguments.pop("shift")  # [1 or R, 1 or N]
     calls = 0
@@ -116,7 +112,7 @@ def read_single(A: Any, b: Any, name: str) -> System:
     """The system of one right-hand side per row."""
     system = System.read(A, b)
     if system.form is not None and len(system.form.lead) == 2:
-        raise ValueError(f"{name}: b must have one right-hand side per row, got {list(b.shape)}")
+        raise ValueError(f"{name} must have one right-hand side per row, got {list(b.shape)}")
     return system
 
 

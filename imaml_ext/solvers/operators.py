@@ -18,7 +18,6 @@ linear_operator. With K right-hand sides a function is given one of them at a ti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,119 +28,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext.ops import as_coefficient
+from imaml_ext.solvers.form import Form, in_words, type_name
 
 if TYPE_CHECKING:
     from imaml_ext.solvers.linear import Solution
 
 Product = Callable[[Tensor], Tensor]  # p [R, N] -> A p [R, N], row r from row r alone
 F = TypeVar("F", bound=Callable[..., Any])
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def multi_rhs(function: F) -> F:
     """Marks a function p [B, N, K] -> A p [B, N, K], of K vectors for each of B operators, column k from column k."""
     function.multi_rhs = True  # type: ignore[attr-defined]
     return function
-
-
-@dataclass(frozen=True)
-class Form:
-    """How b is written: `pack` makes rows [R, N] of what is written so, and `unpack` the opposite.
-
-    Attributes:
-        lead: the shape of what there is one of per system: (), (B,) or (B, K). shapes: those of the leaves of b.
-        spec: the structure of b; None for a tensor. name: of the argument b, for messages.
-    """
-
-    lead: tuple[int, ...]
-    shapes: tuple[torch.Size, ...]
-    spec: pytree.TreeSpec | None
-    dtype: torch.dtype
-    device: torch.device
-    name: str = "b"
-
-    @classmethod
-    def of(cls, b: Any, name: str = "b") -> Form:
-        """Raises TypeError or ValueError for what is no right-hand side."""
-        if isinstance(b, Tensor):
-            _check_leaf(b, name, b)
-            lead: tuple[int, ...] = tuple(b.shape[:1]) if b.dim() > 1 else ()
-            if b.dim() == 3:
-                lead = (b.shape[0], b.shape[2])
-                if b.shape[2] == 0:
-                    raise ValueError(f"{name} must have at least one right-hand side, got {list(b.shape)} (K = 0)")
-            return cls(lead, (b.shape,), None, b.dtype, b.device, name)
-        leaves, spec = pytree.tree_flatten(b)
-        if not leaves or spec.is_leaf():
-            raise TypeError(f"{name} must be a tensor or a nested structure of tensors, got {_name(b)}")
-        for leaf in leaves:
-            _check_leaf(leaf, f"every tensor of {name}", leaves[0])
-            if leaf.dim() == 0 or leaf.shape[0] != leaves[0].shape[0]:
-                raise ValueError(
-                    f"every tensor of {name} must have the same number of rows [B, …], got "
-                    f"{[list(x.shape) for x in leaves]}"
-                )
-        shapes = tuple(leaf.shape for leaf in leaves)
-        return cls((shapes[0][0],), shapes, spec, leaves[0].dtype, leaves[0].device, name)
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.lead)
-
-    @property
-    def size(self) -> int:
-        """N, the unknowns of one system."""
-        return sum(math.prod(self._row_shape(shape)) for shape in self.shapes)
-
-    @property
-    def columns(self) -> int:
-        """K."""
-        return self.lead[1] if len(self.lead) == 2 else 1
-
-    def _row_shape(self, shape: torch.Size) -> torch.Size:
-        if len(self.lead) == 2:
-            return shape[1:2]
-        return shape[len(self.lead) :]
-
-    def pack(self, value: Any, name: str) -> Tensor:
-        """Rows [R, N] of what is written as b is."""
-        leaves = [value]
-        if self.spec is not None:
-            leaves, spec = pytree.tree_flatten(value)
-            if spec != self.spec:
-                raise ValueError(
-                    f"{name} must have the structure of {self.name}, {_words(self.spec)}, got {_words(spec)}"
-                )
-        for leaf, shape in zip(leaves, self.shapes, strict=True):
-            if not isinstance(leaf, Tensor):
-                raise TypeError(f"{name} must be a tensor where {self.name} is, got {_name(leaf)}")
-            if leaf.shape != shape:
-                raise ValueError(f"{name} must have the shape of {self.name}, {list(shape)}, got {list(leaf.shape)}")
-            if leaf.device != self.device:
-                raise ValueError(f"{name} must have the device of {self.name}, {self.device}, got {leaf.device}")
-            self.check_dtype(leaf, name)
-        if len(self.lead) == 2:
-            return leaves[0].mT.reshape(self.rows, self.size)
-        if len(leaves) == 1:
-            return leaves[0].reshape(self.rows, self.size)
-        return torch.cat([leaf.reshape(self.rows, math.prod(leaf.shape[1:])) for leaf in leaves], 1)
-
-    def check_dtype(self, value: Tensor, name: str) -> None:
-        """Raises TypeError unless it is that of b. Under autocast, that dtype will do for a product."""
-        device = self.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if value.dtype != self.dtype and not (autocast and value.dtype == torch.get_autocast_dtype(device)):
-            raise TypeError(f"{name} must have the dtype of {self.name}, {self.dtype}, got {value.dtype}")
-
-    def unpack(self, rows: Tensor) -> Any:
-        """Rows [R, N], written as b is; views where that is possible."""
-        if len(self.lead) == 2:
-            return rows.reshape(*self.lead, rows.shape[1]).mT
-        if self.spec is None:
-            return rows.reshape(self.shapes[0])
-        sizes = [math.prod(shape[1:]) for shape in self.shapes]
-        leaves = [part.reshape(shape) for part, shape in zip(rows.split(sizes, 1), self.shapes, strict=True)]
-        return pytree.tree_unflatten(leaves, self.spec)
 
 
 @dataclass(frozen=True)
@@ -192,7 +91,7 @@ class System:
     def _structure(self, value: Any, name: str, form: Form) -> Tensor:
         leaves, spec = pytree.tree_flatten(value)
         if spec != form.spec:
-            raise ValueError(f"{name} must be a number or have the structure of b, {_words(form.spec)}")
+            raise ValueError(f"{name} must be a number or have the structure of b, {in_words(form.spec)}")
         try:
             wide = [torch.as_tensor(v, dtype=self.b.dtype, device=self.b.device).expand(s)
                     for v, s in zip(leaves, form.shapes, strict=True)]  # fmt: skip
@@ -209,6 +108,11 @@ class System:
             raise ValueError(f"{name} must be a number or have shape {list(lead)}, got {list(value.shape)}")
         return (value if value.shape == lead else value.unsqueeze(1).expand(lead)).reshape(-1)
 
+    def options(self, shift: Any, x0: Any, rtol: Any, atol: Any) -> dict[str, Any]:
+        """The arguments of these names, for rows."""
+        tolerances = {name: self.tolerance(value, name) for name, value in (("rtol", rtol), ("atol", atol))}
+        return {"shift": self.coefficient(shift, "shift"), "x0": self.rows(x0, "x0"), **tolerances}
+
     def solution(self, flat: Solution) -> Solution:
         """The solution of the rows, in the form of b."""
         form = self.form
@@ -216,10 +120,12 @@ class System:
             return flat
         values = {name: v for name, v in vars(flat).items() if name != "x" and isinstance(v, Tensor)}
         scalars: dict[str, Any] = {name: v.reshape(form.lead) for name, v in values.items()}
-        lanczos = flat.lanczos
+        lanczos, set_up = flat.lanczos, flat.set_up
         if lanczos is not None:
             lanczos = type(lanczos)(*(v.reshape((*form.lead, *v.shape[1:])) for v in vars(lanczos).values()))
-        return replace(flat, x=form.unpack(flat.x), lanczos=lanczos, **scalars)
+        if set_up is not None:
+            set_up = replace(set_up, fallback=set_up.fallback.reshape(form.lead))
+        return replace(flat, x=form.unpack(flat.x), lanczos=lanczos, set_up=set_up, **scalars)
 
 
 def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Product:
@@ -230,23 +136,26 @@ def product_of(A: Any, form: Form, name: str, result: Form | None = None) -> Pro
     if is_matrix(A):
         return matrix_product(_multiplication(A, form, name), A.shape, form, result, name)
     if not callable(A):
-        raise TypeError(f"{name} must be a function, a matrix or an operator that has a shape and @, got {_name(A)}")
+        raise TypeError(
+            f"{name} must be a function, a matrix or an operator that has a shape and @, got {type_name(A)}"
+        )
     if len(form.lead) == 2 and not getattr(A, "multi_rhs", False):
         batch, columns = form.lead
-        wide = A.repeated(columns) if hasattr(A, "repeated") else None  # a curvature operator
+        wide = A.of_columns(columns) if hasattr(A, "of_columns") else None  # a curvature operator
         if wide is not None:
             return wide
 
         def column(part: Tensor) -> Tensor:
             product = A(part)
             if not isinstance(product, Tensor) or product.shape != (batch, result.size):
-                got = list(product.shape) if isinstance(product, Tensor) else _name(product)
+                got = list(product.shape) if isinstance(product, Tensor) else type_name(product)
                 raise ValueError(f"{name} must return [{batch}, {result.size}], a product of one column, got {got}")
             result.check_dtype(product, f"what {name} returns")
             return product
 
         return column_by_column(column, batch, columns)
-    return lambda p: result.pack(A(form.unpack(p)), f"what {name} returns")
+    subject = f"what {name} returns"
+    return lambda p: result.pack(A(form.unpack(p)), subject)
 
 
 def column_by_column(product: Product, rows: int, columns: int) -> Product:
@@ -279,7 +188,7 @@ def matrix_product(multiply: Callable[[Tensor], Tensor], shape: Any, form: Form,
         Y = multiply(X)
         expected = [*X.shape[:-2], result.size, X.shape[-1]]
         if not isinstance(Y, Tensor) or list(Y.shape) != expected:
-            got = list(Y.shape) if isinstance(Y, Tensor) else _name(Y)
+            got = list(Y.shape) if isinstance(Y, Tensor) else type_name(Y)
             raise ValueError(f"{name} must give {expected} for {list(X.shape)}, got {got}")
         return Y.mT.reshape(rows, result.size)
 
@@ -308,7 +217,7 @@ def _block_diagonal(A: Tensor) -> Callable[[Tensor], Tensor]:
     indices = torch.stack([block * height + row, block * width + column])
     shape = (batch * height, batch * width)
     blocks = torch.sparse_coo_tensor(indices, coo.values(), shape, check_invariants=False, is_coalesced=True)
-    return lambda X: (blocks @ X.reshape(batch * width, -1)).reshape(batch, height, X.shape[-1])
+    return lambda X: (blocks @ X.reshape(batch * width, X.shape[-1])).reshape(batch, height, X.shape[-1])
 
 
 def _multiplication(A: Any, form: Form, name: str) -> Callable[[Tensor], Tensor]:
@@ -328,28 +237,6 @@ def _multiplication(A: Any, form: Form, name: str) -> Callable[[Tensor], Tensor]
         return Y.to(form.dtype)  # SciPy's operators are of float64 unless told otherwise
 
     return multiply
-
-
-def _check_leaf(leaf: Any, name: str, first: Tensor) -> None:
-    if not isinstance(leaf, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_name(leaf)}")
-    if leaf.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {leaf.dtype}")
-    if leaf.dtype != first.dtype or leaf.device != first.device:
-        raise ValueError(
-            f"{name} must have one dtype and device, got {first.dtype} on {first.device} and {leaf.dtype} on "
-            f"{leaf.device}"
-        )
-
-
-def _name(value: Any) -> str:
-    return type(value).__name__
-
-
-def _words(spec: pytree.TreeSpec | None) -> str:
-    """A structure with a dot for each tensor: {'w': ·, 'b': ·}."""
-    assert spec is not None
-    return str(pytree.tree_unflatten(["·"] * spec.num_leaves, spec)).replace("'·'", "·")
 
 
 def check_symmetry(A: Any, b: Any, *, probes: int = 3, seed: int = 0) -> None:

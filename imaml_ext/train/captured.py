@@ -146,6 +146,13 @@ class CapturedStep(StaticStep):
             with torch.cuda.graph(self._graph, stream=stream):
                 self.run()
         except RuntimeError as error:
+            _leave_capture(device)
             why = f"{str(error).splitlines()[0]}; leave run.capture out"
             raise RunError(f"the meta-step cannot be captured as a CUDA graph: {why}") from error
         self._execute = self._graph.replay
+
+
+def _leave_capture(device: torch.device) -> None:
+    """Captures something that can be captured: a capture that has failed leaves the device's random generator in it."""
+    with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)

@@ -27,7 +27,21 @@ class Tasks(Settings):
     shots: Annotated[int, COUNT] = 1  # Support examples per class; in regression, support points per task.
     # The same in training, where it is to differ from the test; unset: tasks.shots.
     train_shots: Annotated[int | None, COUNT] = None
-    queries: Annotated[int, COUNT] = 5  # Query examples per class; in regression, query points per task.
+    # Query examples per class, judged together; in regression, query points per task. Unset: as many as shots.
+    queries: Annotated[int | None, COUNT] = None
+    # The same in training, where it is to differ from the test; unset: as at the test.
+    train_queries: Annotated[int | None, COUNT] = None
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"train_queries": None, **values}
+
+    def sizes(self, split: str) -> dict[str, int]:
+        """Returns shots and queries of the tasks of a split."""
+        shots, queries = self.shots, self.queries or self.shots
+        if split == "train":
+            shots, queries = self.train_shots or shots, self.train_queries or queries
+        return {"shots": shots, "queries": queries}
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,9 @@ class Outer(Settings):
 class EvaluationSettings(Settings):
     """Configures validation during training, and the test at the end."""
 
-    tasks: Annotated[int, _TWO] = 600  # Test tasks at the end of the run.
+    # Classes that the run is judged on at its end: those of the test, or of the validation in a stage before the last.
+    split: Literal["test", "val"] = "test"
+    tasks: Annotated[int, _TWO] = 600  # Tasks of that.
     meta_batch: Annotated[int, COUNT] = 25  # Tasks evaluated at a time; it changes the memory needed, not the result.
     # Inner steps at validation and test; unset: as in training; 0 judges theta itself.
     inner_steps: Annotated[int | None, NOT_NEGATIVE] = None
@@ -95,7 +111,7 @@ class EvaluationSettings(Settings):
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"keep_best": False, "patience": None, **values}
+        return {"split": "test", "keep_best": False, "patience": None, **values}
 
 
 @dataclass(frozen=True)
@@ -166,6 +182,8 @@ class TrainConfig(Settings):
         for path, value in leaves(self.algorithm, "algorithm."):
             if path.endswith(".stop_early"):
                 self._demand(path, not value, f"unset {waits}")
+            elif path.endswith(".keep_moments"):
+                self._demand(path, not value, f"false {waits}")
             elif path.endswith(".on_breakdown"):
                 self._demand(path, value != "raise", f"'keep', 'gradient' or 'skip' {waits}")
             elif path.endswith(".preconditioner"):

@@ -81,8 +81,9 @@ def restored(experiment: Experiment, saved: Checkpoint | None, start: dict[str, 
     params = experiment.initial_params(start)
     if saved is not None:
         params = experiment.restored(saved.params, params)
-    averages = {name: value.clone() for name, value in params.items()} if config.outer.average else {}
-    optimizer = outer_optimizer(config.outer, params, static=config.run.capture)
+    moved = {name: value for name, value in params.items() if name not in experiment.algorithm.carried}
+    averages = {name: value.clone() for name, value in moved.items()} if config.outer.average else {}
+    optimizer = outer_optimizer(config.outer, moved, static=config.run.capture)
     metrics = MetricAccumulator(experiment.device)
     if saved is None:
         return State(0, params, averages, optimizer, metrics, 0.0)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from imaml_ext.batch import Data, shard_slice
+from imaml_ext.batch import Data, ragged, shard_slice
 from imaml_ext.data import DataSource, EpisodeSampler
 from imaml_ext.errors import ConfigError, EvaluationStopped
 from imaml_ext.inner import GradientDescent
@@ -166,16 +166,23 @@ class _Judging:
             phi = _from_scratch(experiment, params, episodes.support, seed=self.seed + rows.start)  # [B, N]
         else:
             phi = experiment.test_algorithm.adapt(params, episodes.support)  # [B, N]
+        query = experiment.loss.prepared(episodes.query)
+        sizes = ragged(query)
         with torch.no_grad():
             if self.transductive:
-                outputs = experiment.loss.outputs(phi, episodes.query_x)  # [B, Q, …]
+                outputs = experiment.loss.outputs(phi, query.x, **sizes)  # [B, Q, …]
             else:
-                outputs = outputs_beside_support(experiment.loss, phi, episodes.support_x, episodes.query_x)
-            self.losses[rows] = experiment.loss.criterion(outputs, episodes.query_y).double()
+                outputs = outputs_beside_support(
+                    experiment.loss, phi, episodes.support_x, query.x, **ragged(episodes.support)
+                )
+            self.losses[rows] = experiment.loss.criterion(outputs, query.y, **sizes).double()
         if not experiment.classification:
             return
-        right = (outputs.argmax(-1) == episodes.query_y).double()  # [B, Q], ordered by class
-        self.accuracies[rows] = right.mean(1)
+        right = (outputs.argmax(-1) == query.y).double()  # [B, Q], ordered by class
+        if "mask" in sizes:
+            self.accuracies[rows] = (right * query.mask).sum(1) / query.mask.sum(1)
+        else:
+            self.accuracies[rows] = right.mean(1)
         if self.per_class is not None:
             assert isinstance(self.sampler, EpisodeSampler)
             classes = torch.from_numpy(self.sampler.indices(0, shard=shard).classes.reshape(-1)).to(right.device)
@@ -187,7 +194,7 @@ class _Judging:
         """Returns the result of the first `done` tasks, at least two of them."""
         experiment, config = self.experiment, self.experiment.config
         losses, accuracies = ranks.sum(self.losses)[:done], ranks.sum(self.accuracies)[:done]  # of zeros, but for own
-        first = min(done, math.ceil(_FIRST / (config.tasks.queries * config.outputs)))
+        first = min(done, math.ceil(_FIRST / (config.tasks.sizes(self.split)["queries"] * config.outputs)))
         loss, loss_interval = _mean_and_interval(losses)
         accuracy, accuracy_interval = _mean_and_interval(accuracies) if experiment.classification else (None, None)
         first_accuracy = accuracies[:first].mean().item() if experiment.classification else None
@@ -196,7 +203,7 @@ class _Judging:
             split=self.split,
             tasks=done,
             seed=self.seed,
-            shots=experiment.shots(self.split),
+            shots=config.tasks.sizes(self.split)["shots"],
             inner_steps=steps,
             loss=loss,
             loss_interval=loss_interval,

@@ -96,11 +96,6 @@ class Experiment:
                 raise CheckpointError(f"the checkpoint holds {held}; the model has {value.numel()}, {value.dtype}")
         return {name: saved[name].to(self.device, copy=True) for name in like}
 
-    def shots(self, split: str) -> int:
-        """Returns the examples per class (or points of a function) that a task of the split is learnt from."""
-        tasks = self.config.tasks
-        return tasks.train_shots if split == "train" and tasks.train_shots is not None else tasks.shots
-
     def sampler(self, split: str, *, tasks: int, seed: int, augmented: bool = False) -> Sampler:
         """Returns a sampler of batches of `tasks` tasks of a split; batch t is a function of (seed, split, t) alone.
 
@@ -113,8 +108,7 @@ class Experiment:
             return self.dataset.sampler(
                 split,
                 ways=config.tasks.ways if self.classification else None,
-                shots=self.shots(split),
-                queries=config.tasks.queries,
+                **config.tasks.sizes(split),
                 meta_batch=tasks,
                 seed=seed,
                 device=self.device,

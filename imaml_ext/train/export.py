@@ -40,6 +40,7 @@ def export_run(
     checkpoint: Path | None = None,
     data_root: Path | None = None,
     state_dict: Path | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Weights:
     """Writes the meta-parameters of a run as a weights file, and its card beside it (`.md`).
 
@@ -49,6 +50,7 @@ def export_run(
         checkpoint: of the run, in place of the one that is evaluated.
         data_root: folder of the data, which is looked at only for a run that has not recorded what its data are.
         state_dict: a file for theta as the state_dict of torch.nn layers (`torch_state_dict`) too.
+        others: what other tests than that of the run have found, for the card: see `Card`.
 
     Raises:
         RunError: the directory holds no run or no checkpoint, or the files cannot be written.
@@ -59,6 +61,7 @@ def export_run(
     if output.suffix != ".safetensors":
         raise RunError(f"output must be a file NAME.safetensors, got {output}")
     weights = run_weights(run, commit=commit, checkpoint=checkpoint, data_root=data_root)
+    weights = replace(weights, card=replace(weights.card, others=others))
     if state_dict is not None:
         buffer = io.BytesIO()
         torch.save(torch_state_dict(weights.model, weights.params["theta"]), buffer)
@@ -71,8 +74,8 @@ def weights_from(source: Path | str) -> Weights:
     """Reads weights by name, from a file, or from the directory of a finished run."""
     if not RunDirectory.of_last_stage(Path(source)).holds_run():
         return read_weights(source)
-    weights = run_weights(Path(source))
-    if weights.card.test is None or weights.card.test.get("split") == "val":
+    weights, result = run_weights(Path(source)), read_result(RunDirectory.of_last_stage(Path(source)))
+    if result is None or weights.card.steps != tested_step(result):
         raise RunError(f"{source} is not finished: export it, and give the file")
     return weights
 

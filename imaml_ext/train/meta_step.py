@@ -22,7 +22,7 @@ class State:
     """Holds what changes from step to step; a checkpoint holds all of it."""
 
     step: int  # finished meta-steps
-    params: dict[str, Tensor]  # theta [N], and what is learnt beside it
+    params: dict[str, Tensor]  # theta [N], and what is learnt or carried beside it
     averages: dict[str, Tensor]  # of the meta-parameters, where they are kept
     optimizer: torch.optim.Optimizer
     metrics: MetricAccumulator
@@ -58,7 +58,11 @@ def update(
     """
     clip = experiment.config.outer.clip_norm
     norms = {}
+    for name, value in meta.carried.items():
+        state.params[name].copy_(value)
     for name, value in state.params.items():
+        if name in meta.carried:
+            continue
         # g ← g · min(1, c / ‖g‖);  θ ← θ − η_t · Adam(g)
         gradient = experiment.shared_(meta.gradients[name]) if name == "theta" else meta.gradients[name]
         norms[name] = torch.linalg.vector_norm(gradient)

@@ -129,18 +129,31 @@ class ProcessGroup(Ranks):
         return total
 
     def mean_over_tasks(self, meta: MetaGradient, *, tasks: int) -> MetaGradient:
-        """Returns Σ_r n_r m_r / Σ_r n_r of the means m_r, in one all-reduce; n_r counts what each is a mean over."""
-        lengths = [len(gradient) for gradient in meta.gradients.values()]
-        # Where no task of a rank counts, its mean is 0 / 0, and it has nothing to add.
-        weighted = torch.where(meta.counted > 0, torch.cat([*meta.gradients.values()]) * meta.counted, 0.0)
-        metrics = torch.stack([value.to(weighted) for value in meta.metrics.values()])
-        numbers = [meta.counted.to(weighted).view(1), weighted.new_full((1,), tasks)]
-        sums = self.sum(torch.cat([weighted, metrics * tasks, *numbers]))
-        weighted, metrics, counted, tasks_of_all = sums.split([len(weighted), len(metrics), 1, 1])
+        """Returns Σ_r n_r m_r / Σ_r n_r of the means m_r, in one all-reduce; n_r counts what each is a mean over.
+
+        Gradients and most metrics are means over the tasks that count, parts of the tasks over all of them. `per_task`
+        is of this rank's own tasks.
+        """
+        vectors = meta.gradients | meta.carried
+        lengths = [len(vector) for vector in vectors.values()]
+        means = torch.cat([*vectors.values()])
+        counted, all_tasks = meta.counted.to(means), means.new_full((), tasks)
+        of_all = {name for name, value in meta.per_task.items() if value.dtype == torch.bool}
+        numbers = torch.stack([all_tasks if name in of_all else counted for name in meta.metrics])
+        metrics = torch.stack([value.to(means) for value in meta.metrics.values()])
+        # Where no task of a rank counts, its means are 0 / 0, and it has nothing to add.
+        metrics = torch.where(numbers > 0, metrics * numbers, 0.0)
+        weighted = torch.where(counted > 0, means * counted, 0.0)
+        sums = self.sum(torch.cat([weighted, metrics, counted.view(1), all_tasks.view(1)]))
+        weighted, metrics, counted, all_tasks = sums.split([len(weighted), len(metrics), 1, 1])
+        numbers = torch.cat([all_tasks if name in of_all else counted for name in meta.metrics])
+        vectors = dict(zip(vectors, (weighted / counted).split(lengths), strict=True))
         return MetaGradient(
-            gradients=dict(zip(meta.gradients, (weighted / counted).split(lengths), strict=True)),
+            gradients={name: vectors[name] for name in meta.gradients},
             counted=counted.squeeze(),
-            metrics=dict(zip(meta.metrics, (metrics / tasks_of_all).unbind(), strict=True)),
+            metrics=dict(zip(meta.metrics, (metrics / numbers).unbind(), strict=True)),
+            per_task=meta.per_task,
+            carried={name: vectors[name] for name in meta.carried},
         )
 
     def _gather(self, value: Any) -> list[Any]:

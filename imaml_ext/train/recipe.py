@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imaml_ext import _renamed
 from imaml_ext.errors import ConfigError
 from imaml_ext.settings import changed
 
@@ -112,6 +113,9 @@ def load_recipe(source: Path | str, folders: Sequence[Path] = (_FOLDER,)) -> Rec
         folder = recorded.resolve().parent
         return Recipe(run.config, description=f"The settings of the run {folder}.", name=run.recipe or folder.name)
     if path.suffix != ".py" or not path.is_file():
+        today = _renamed.recipe_of_today(str(source))
+        if today is not None:
+            raise ConfigError(f"the recipe {source} is now {today}")
         known = f"{', '.join(recipe_names(folders))}, or a file *.py, or a run's config.json"
         raise ConfigError(f"there is no recipe {str(source)!r}; there are: {known}")
     if path.resolve().is_relative_to(_PACKAGE):  # one of ours, which others may import too

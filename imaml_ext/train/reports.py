@@ -125,8 +125,10 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw_episodes(directory: RunDirectory, experiment: Experiment, params: Mapping[str, Tensor]) -> None:
-    """Draws `episodes.png`: test episodes with support set, query set and predictions, right or wrong."""
-    sampler = experiment.sampler("test", tasks=_EPISODES, seed=experiment.config.evaluation.seed)
+    """Draws `episodes.png`: episodes of the classes that the run is judged on, with predictions, right or wrong."""
+    sampler = experiment.sampler(
+        experiment.config.evaluation.split, tasks=_EPISODES, seed=experiment.config.evaluation.seed
+    )
     episodes = sampler.sample(0)
     phi = experiment.test_algorithm.adapt(params, episodes.support)  # [B, N]
     if experiment.classification:
@@ -141,12 +143,14 @@ def draw_episodes(directory: RunDirectory, experiment: Experiment, params: Mappi
 def _image_episodes(experiment: Experiment, episodes: EpisodeBatch, predicted: Tensor) -> Figure:
     """Draws a block of rows per episode: one row per class, its support examples left, its queries right."""
     tasks, dataset = experiment.config.tasks, experiment.dataset
-    ways, shots, queries = min(tasks.ways, _MOST_WAYS), min(tasks.shots, _MOST_SHOTS), min(tasks.queries, _MOST_QUERIES)
+    each = predicted.shape[1] // tasks.ways  # queries per class
+    ways, shots, queries = min(tasks.ways, _MOST_WAYS), min(tasks.shots, _MOST_SHOTS), min(each, _MOST_QUERIES)
+    split = {"val": "validation"}.get(experiment.config.evaluation.split, "test")
     inverted = isinstance(dataset, ImageDataset) and dataset.drawn
     right = (predicted == episodes.query_y).double().mean(1)  # [B]
     width, height = shots + 0.5 + 1.5 * queries, ways + 0.2
     figure = Figure(figsize=(max(7.0, width), height * episodes.num_tasks + 1.2), layout="constrained")
-    heading = f"{dataset.name}, {tasks.ways}-way {tasks.shots}-shot: test episodes (classes never trained on)"
+    heading = f"{dataset.name}, {tasks.ways}-way {tasks.shots}-shot: {split} episodes (classes never trained on)"
     figure.suptitle(f"{heading}\nleft: support; right: queries, beside each the class it was taken for")
     for task, axis in enumerate(figure.subplots(episodes.num_tasks, 1, squeeze=False)[:, 0]):
         title = f"episode {task + 1}: {100 * right[task]:.0f} % of {predicted.shape[1]} queries right"
@@ -157,7 +161,7 @@ def _image_episodes(experiment: Experiment, episodes: EpisodeBatch, predicted: T
             for shot in range(shots):
                 _image(axis, (shot, way), episodes.support_x[task, way * tasks.shots + shot], inverted)
             for query in range(queries):
-                x, index = shots + 0.5 + 1.5 * query, way * tasks.queries + query
+                x, index = shots + 0.5 + 1.5 * query, way * each + query
                 answer, good = (
                     int(predicted[task, index]),
                     bool(predicted[task, index] == episodes.query_y[task, index]),

@@ -47,9 +47,14 @@ class RunDirectory:
     @classmethod
     def of_last_stage(cls, path: Path) -> RunDirectory:
         """Returns the run in a directory or, where the stages of a recipe lie in it, that of the last stage so far."""
+        return cls.stages_in(path)[-1]
+
+    @classmethod
+    def stages_in(cls, path: Path) -> list[RunDirectory]:
+        """Returns the runs of the stages that lie in a directory, in their order; itself where it has none."""
         numbered = ((entry.name.partition("-")[0], cls(entry)) for entry in path.glob("*-*"))
         stages = {int(number): each for number, each in numbered if number.isdecimal() and each.holds_run()}
-        return stages[max(stages)] if stages and not cls(path).holds_run() else cls(path)
+        return [stages[number] for number in sorted(stages)] if stages and not cls(path).holds_run() else [cls(path)]
 
     def is_empty(self) -> bool:
         """Tells whether nothing is there yet, or nothing but the lock of a run that ended before it wrote anything."""

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from imaml_ext.progress import say
 from imaml_ext.train.checkpoint import Checkpoint, save_checkpoint
 from imaml_ext.train.run_directory import MetricsLog, RunDirectory, explained
 
@@ -28,8 +29,11 @@ class RunLogger:
         """Continues the files behind `step`; what they hold of later steps is dropped."""
         self._log = MetricsLog(self._directory.metrics, keep_until_step=step)
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:  # another thing of that name, such as a folder, or an old version
+                say(f"no TensorBoard events are written: {error}")
+                return
             with self._explained():
                 # purge_step hides the events that a killed run wrote behind its last checkpoint.
                 self._events = SummaryWriter(str(self._directory.tensorboard), purge_step=step + 1 if step else None)

@@ -31,10 +31,11 @@ def outer_optimizer(outer: Outer, params: Mapping[str, Tensor], *, static: bool 
     """Returns the optimiser of the meta-parameters, with a group for each: theta first.
 
     Args:
-        static: learning rates in tensors on the device, that a CUDA graph reads anew at each replay; Adam only.
+        static: learning rates in tensors on the device, that a CUDA graph reads anew at each replay; Adam only. Adam on
+            CUDA always has them, so that captured and eager training take the same steps.
     """
     groups: list[dict[str, Any]] = [{"params": [value]} for value in params.values()]
-    if static:
+    if static or (outer.optimizer == "adam" and params["theta"].is_cuda):
         for group in groups:
             value = group["params"][0]
             group["lr"] = torch.full((), outer.lr, dtype=value.dtype, device=value.device)

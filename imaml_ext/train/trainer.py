@@ -138,7 +138,7 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[Experiment, Sampler]:
         if experiment.device.type != "cuda":
             raise ConfigError(f"run.device must be a CUDA device with run.capture, got {config.run.device!r}")
     train_tasks = experiment.sampler("train", tasks=tasks, seed=config.run.seed, augmented=True)
-    for split in ("val", "test") if config.evaluation.every else ("test",):
+    for split in {config.evaluation.split, *(["val"] if config.evaluation.every else [])}:
         experiment.sampler(split, tasks=config.evaluation.tasks, seed=config.evaluation.seed)
     return experiment, train_tasks
 
@@ -270,7 +270,7 @@ class _Training:
             state.misses += 1
 
     def test(self, judged: Mapping[str, Tensor]) -> tuple[Evaluation, float]:
-        """Tests meta-parameters on tasks of classes never seen; returns the result, and the seconds it took."""
+        """Judges meta-parameters on tasks of classes never trained on; returns the result, and the seconds it took."""
         settings, began = self.experiment.config.evaluation, time.perf_counter()
         with ProgressBar("testing", total=settings.tasks, hidden=not self.ranks.first) as bar:
 
@@ -284,7 +284,7 @@ class _Training:
             tested = evaluate(
                 self.experiment,
                 judged,
-                split="test",
+                split=settings.split,
                 tasks=settings.tasks,
                 seed=settings.seed,
                 progress=progress,

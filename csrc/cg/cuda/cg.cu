@@ -245,10 +245,9 @@ struct CgDirection : CgWork<T> {
 
 template <typename T, typename Work>
 void run(OnCuda device, const CgArguments<T>& a, Work work) {
-  work.a = a;
   const bool packed = can_pack<T>(a.cols, a.b, a.hp, a.z, a.x, a.r, a.p, a.best) && can_pack<T>(a.cols, a.shift) &&
                       can_pack<T>(a.cols, a.inverse_diagonal);
-  launch_rows(device.stream, work, a.rows, a.cols, packed, a.allocate);
+  launch_rows(device, work, a, packed);
 }
 
 }  // namespace

@@ -37,12 +37,8 @@ struct CgWork {
 
   __device__ bool is_over(const Decision& d) const { return !row_is_active(d.status); }
 
-  // Field by field: the state as a whole would take twenty registers at a time.
   __device__ void begin(int64_t row, Decision& d) const {
-    const auto* const from = reinterpret_cast<const double*>(a.state + row);
-    auto* const to = reinterpret_cast<double*>(&d.state);
-#pragma unroll 1
-    for (int64_t k = 0; k < kRowStateWidth; ++k) to[k] = from[k];
+    copy_state(a.state[row], d.state);
     d.alpha = 0.0;
     d.status = a.status[row];
     d.iterations = a.iterations != nullptr ? a.iterations[row] : 0;
@@ -50,10 +46,7 @@ struct CgWork {
     d.best = Best::kNothing;
   }
   __device__ void end(int64_t row, const Decision& d) const {
-    const auto* const from = reinterpret_cast<const double*>(&d.state);
-    auto* const to = reinterpret_cast<double*>(a.state + row);
-#pragma unroll 1
-    for (int64_t k = 0; k < kRowStateWidth; ++k) to[k] = from[k];
+    copy_state(d.state, a.state[row]);
     a.status[row] = d.status;
     if (a.iterations != nullptr) a.iterations[row] = d.iterations;
   }

@@ -14,6 +14,8 @@ namespace imaml_ext {
   const ProxKernels<T>& prox_table();       \
   template <typename T>                     \
   const NetworkKernels<T>& network_table(); \
+  template <typename T>                     \
+  const LayerKernels<T>& layer_table();     \
   }
 IMAML_DECLARE_TABLES(baseline)
 #if defined(__x86_64__)
@@ -58,6 +60,11 @@ const NetworkKernels<T>& network_kernels() {
   IMAML_CHOOSE_TABLE(network_table)
 }
 
+template <typename T>
+const LayerKernels<T>& layer_kernels() {
+  IMAML_CHOOSE_TABLE(layer_table)
+}
+
 template const CgKernels<float>& cg_kernels();
 template const CgKernels<double>& cg_kernels();
 template const CgKernels<c10::BFloat16>& cg_kernels();
@@ -76,5 +83,7 @@ template const ProxKernels<c10::BFloat16>& prox_kernels();
 template const ProxKernels<c10::Half>& prox_kernels();
 template const NetworkKernels<float>& network_kernels();
 template const NetworkKernels<double>& network_kernels();
+template const LayerKernels<float>& layer_kernels();
+template const LayerKernels<double>& layer_kernels();
 
 }  // namespace imaml_ext

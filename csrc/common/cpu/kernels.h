@@ -3,6 +3,7 @@
 
 #include "cg/cpu/kernels.h"
 #include "common/cpu/capability.h"
+#include "layers/cpu/kernels.h"
 #include "lsqr/cpu/kernels.h"
 #include "minres/cpu/kernels.h"
 #include "network/cpu/kernels.h"
@@ -21,6 +22,8 @@ template <typename T>
 const ProxKernels<T>& prox_kernels();
 template <typename T>
 const NetworkKernels<T>& network_kernels();
+template <typename T>
+const LayerKernels<T>& layer_kernels();
 
 // Each kernels_*.cpp defines the table of every family, such as cg_table<T>(), in the namespace of its instruction set.
 #define IMAML_INSTANTIATE_TABLES                               \
@@ -41,7 +44,9 @@ const NetworkKernels<T>& network_kernels();
   template const ProxKernels<c10::BFloat16>& prox_table();     \
   template const ProxKernels<c10::Half>& prox_table();         \
   template const NetworkKernels<float>& network_table();       \
-  template const NetworkKernels<double>& network_table();
+  template const NetworkKernels<double>& network_table();      \
+  template const LayerKernels<float>& layer_table();           \
+  template const LayerKernels<double>& layer_table();
 
 // A row is worked on in pieces of this many elements, whoever works on them: sums depend on nothing else.
 constexpr int64_t kPiece = 4096;

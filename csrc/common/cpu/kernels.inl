@@ -13,6 +13,9 @@ namespace {
 #include "minres/cpu/kernels.inl"
 #include "network/cpu/kernels.inl"
 #include "prox/cpu/kernels.inl"
+// What uses the passes of the network comes after them.
+
+#include "layers/cpu/kernels.inl"
 }  // namespace
 
 template <typename T>
@@ -34,6 +37,10 @@ const ProxKernels<T>& prox_table() {
 template <typename T>
 const NetworkKernels<T>& network_table() {
   return NetworkPasses<T>::kTable;
+}
+template <typename T>
+const LayerKernels<T>& layer_table() {
+  return LayerPasses<T>::kTable;
 }
 IMAML_INSTANTIATE_TABLES
 }  // namespace imaml_ext::IMAML_TARGET

@@ -33,6 +33,7 @@
 #include "common/coefficient.h"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/tile.cuh"
+#include "common/device.h"
 
 namespace imaml_ext {
 
@@ -117,6 +118,15 @@ __device__ __forceinline__ double sum_of_lanes(double value, int lanes, unsigned
     if (offset < lanes) value += __shfl_xor_sync(mask, value, offset);
   }
   return value;
+}
+
+// Number by number: the state of a row as a whole would take up to forty registers at a time.
+template <typename State>
+__device__ __forceinline__ void copy_state(const State& state, State& copy) {
+  const auto* const from = reinterpret_cast<const double*>(&state);
+  auto* const to = reinterpret_cast<double*>(&copy);
+#pragma unroll 1
+  for (size_t k = 0; k < sizeof(State) / sizeof(double); ++k) to[k] = from[k];
 }
 
 // A block's part of a row, and this thread's place in it.
@@ -322,12 +332,14 @@ void launch_rows(cudaStream_t stream, const Work& work, RowPlan plan, const Allo
   for (plan.phase = 0; plan.phase < Work::kPhases; ++plan.phase) launch<row_kernel<Work>>(stream, shape, work, plan);
 }
 
-template <typename Work, typename Allocate>
-void launch_rows(cudaStream_t stream, const Work& work, int64_t rows, int64_t cols, bool packed,
-                 const Allocate& allocate) {
+// Launches the work on the rows of its arguments `a`, which are packed or not.
+template <typename Work, typename Arguments>
+void launch_rows(OnCuda device, Work work, const Arguments& a, bool packed) {
+  work.a = a;
   const KernelFacts& facts = kernel_facts<row_kernel<Work>>();
   const int64_t most_shared = facts.most_shared - static_cast<int64_t>(sizeof(typename Work::Decision));
-  launch_rows(stream, work, row_plan<typename Work::Number>(rows, cols, packed, facts.clusters, most_shared), allocate);
+  const RowPlan plan = row_plan<typename Work::Number>(a.rows, a.cols, packed, facts.clusters, most_shared);
+  launch_rows(device.stream, work, plan, a.allocate);
 }
 
 }  // namespace imaml_ext

@@ -86,7 +86,7 @@ struct LsqrPasses {
       tt.add(wide_t * wide_t);
       ss.add(s * s);
       xx.add(wide_x * wide_x);
-      xSx.add(wide_x * scaled(damping * x, x_scale));
+      xSx.add(wide_x * wide_x * widen(damping));
     });
     return {ss.total(), tt.total(), xx.total(), xSx.total()};
   }
@@ -116,7 +116,7 @@ struct LsqrPasses {
       store(a.p + at + i, p, n);
       const auto wide = widen(p);
       pp.add(wide * wide);
-      if (a.damped()) pSp.add(wide * widen(shift.at(i, n) * p));
+      if (a.damped()) pSp.add(wide * wide * widen(shift.at(i, n)));  // float32 has too few exponents for S p̂
     });
     return {pp.total(), pSp.total()};
   }

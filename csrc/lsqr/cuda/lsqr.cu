@@ -38,12 +38,8 @@ struct LsqrWork {
 
   __device__ bool is_over(const Decision& d) const { return !d.was_active; }
 
-  // Field by field: the state as a whole would take forty registers at a time.
   __device__ void begin(int64_t row, Decision& d) const {
-    const auto* const from = reinterpret_cast<const double*>(a.state + row);
-    auto* const to = reinterpret_cast<double*>(&d.state);
-#pragma unroll 1
-    for (int64_t k = 0; k < kLsqrStateWidth; ++k) to[k] = from[k];
+    copy_state(a.state[row], d.state);
     d.scale = d.x_scale = 1.0;
     d.residual = {0.0, 0.0};
     d.direction.gradient = d.direction.keep = 0.0;
@@ -56,10 +52,7 @@ struct LsqrWork {
     d.with_solution = d.summed = false;
   }
   __device__ void end(int64_t row, const Decision& d) const {
-    const auto* const from = reinterpret_cast<const double*>(&d.state);
-    auto* const to = reinterpret_cast<double*>(a.state + row);
-#pragma unroll 1
-    for (int64_t k = 0; k < kLsqrStateWidth; ++k) to[k] = from[k];
+    copy_state(d.state, a.state[row]);
     a.status[row] = d.status;
     if (a.iterations != nullptr) a.iterations[row] = d.iterations;
   }
@@ -231,13 +224,16 @@ struct LsqrDirection : LsqrWork<T> {
     return x;
   }
 
-  // S v
+  // vᵀS v: float32 has too few exponents for S v
   template <typename Part>
-  __device__ __forceinline__ Numbers damped(const Part& part, const Tile<V>& tile, Numbers v) const {
-    const Numbers shift = part.load(tile, a.shift);
+  __device__ __forceinline__ void add_damped(double& sum, const Part& part, const Tile<V>& tile, C* place,
+                                             const Numbers& packed_v) const {
+    const Numbers shift = tile.settled(place, part.load(tile, a.shift));
 #pragma unroll
-    for (int k = 0; k < V; ++k) v.v[k] *= shift.v[k];
-    return v;
+    for (int k = 0; k < V; ++k) {
+      const double v = static_cast<double>(packed_v.v[k]);
+      sum = fma(v * v, static_cast<double>(shift.v[k]), sum);
+    }
   }
 
   // ŝ = Mᵀr̂ − S x / ρ
@@ -269,9 +265,7 @@ struct LsqrDirection : LsqrWork<T> {
         const Numbers x = widened(load_solution(part, tile, d));
         const Numbers packed = scaled(tile.settled(part.template place<C>(tile), x), d.x_scale);
         add_products(sums[2], packed, packed);
-        if (!a.damped()) return;
-        C* const place = part.template place<C>(tile, 1);
-        add_products(sums[3], packed, scaled(tile.settled(place, damped(part, tile, x)), d.x_scale));
+        if (a.damped()) add_damped(sums[3], part, tile, part.template place<C>(tile, 1), packed);
       });
     }
     part.for_each_tile([&](const Tile<V>& tile) {
@@ -332,7 +326,7 @@ struct LsqrDirection : LsqrWork<T> {
       tile.store(a.p + part.start(), p);
       const Numbers packed = tile.settled(place, widened(p));
       add_products(sums[0], packed, packed);
-      if (a.damped()) add_products(sums[1], packed, tile.settled(place, damped(part, tile, widened(p))));
+      if (a.damped()) add_damped(sums[1], part, tile, place, packed);
     });
   }
 
@@ -373,9 +367,8 @@ struct LsqrDirection : LsqrWork<T> {
 
 template <typename T, typename Work>
 void run(OnCuda device, const LsqrArguments<T>& a, Work work) {
-  work.a = a;
   const bool packed = can_pack<T>(a.cols, a.y, a.q, a.r, a.t, a.x, a.p, a.best) && can_pack<T>(a.cols, a.shift);
-  launch_rows(device.stream, work, a.rows, a.cols, packed, a.allocate);
+  launch_rows(device, work, a, packed);
 }
 
 }  // namespace

@@ -29,18 +29,8 @@ struct MinresWork {
 
   __device__ bool is_over(const Decision& d) const { return d.settled; }
 
-  // Field by field: the state as a whole would take many registers at a time.
-  __device__ void load_state(int64_t row, Decision& d) const {
-    const auto* const from = reinterpret_cast<const double*>(a.state + row);
-    auto* const to = reinterpret_cast<double*>(&d.state);
-#pragma unroll 1
-    for (int64_t k = 0; k < kMinresStateWidth; ++k) to[k] = from[k];
-  }
   __device__ void end(int64_t row, const Decision& d) const {
-    const auto* const from = reinterpret_cast<const double*>(&d.state);
-    auto* const to = reinterpret_cast<double*>(a.state + row);
-#pragma unroll 1
-    for (int64_t k = 0; k < kMinresStateWidth; ++k) to[k] = from[k];
+    copy_state(d.state, a.state[row]);
     a.status[row] = d.status;
     a.iterations[row] = d.iterations;
     a.record(row, d.step);
@@ -165,7 +155,7 @@ struct MinresStepWork : MinresWork<T> {
   static constexpr bool kKeeps = true;
 
   __device__ void begin(int64_t row, Decision& d) const {
-    this->load_state(row, d);
+    copy_state(a.state[row], d.state);
     d.step = MinresStep{};
     d.status = a.status[row];
     d.iterations = a.iterations[row];
@@ -357,10 +347,9 @@ struct MinresStepWork : MinresWork<T> {
 
 template <typename T, typename Work>
 void run(OnCuda device, const MinresArguments<T>& a, Work work) {
-  work.a = a;
   const bool packed =
       can_pack<T>(a.cols, a.b, a.hp, a.x, a.v, a.v_next, a.q, a.q_next, a.best) && can_pack<T>(a.cols, a.shift);
-  launch_rows(device.stream, work, a.rows, a.cols, packed, a.allocate);
+  launch_rows(device, work, a, packed);
 }
 
 }  // namespace

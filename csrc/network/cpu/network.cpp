@@ -380,8 +380,8 @@ struct Criterion {
 
   Criterion(const NetworkArguments<T>& a, int64_t task)
       : images(a.images), channels(a.net.outputs()), width(a.net.layers.back().width()) {
-    if (a.labels != nullptr) labels = a.labels + task * a.targets_per_task();
-    if (a.targets != nullptr) targets = a.targets + task * a.targets_per_task();
+    if (a.labels != nullptr) labels = a.labels + task * a.targets_stride();
+    if (a.targets != nullptr) targets = a.targets + task * a.targets_stride();
   }
 
   // The loss; its derivative in the outputs; the softmax, for `curve`.
@@ -457,12 +457,12 @@ void copy_outputs(const Network& net, int64_t images, const T* from, T* to) {
 }
 
 // For every task: the derivative of its values along the direction, the criterion's second derivative of it in
-// output_bar, and then finish(task, pass, storage, dots).
+// output_bar, and then finish(task, its params, pass, storage, dots).
 template <typename T, typename Finish>
 void along(const NetworkArguments<T>& a, const Finish& finish) {
   const Network& net = a.net;
   const auto taps = taps_of(net);
-  const int64_t stored = tape_size<T>(net, a.images);
+  const int64_t stored = a.shared ? 0 : tape_size<T>(net, a.images);
   Arena work(nullptr);
   work.take<T>(TaskKernels<T>::scratch_size(net));
   DotStorage<T>(net, a.images, work);
@@ -474,10 +474,10 @@ void along(const NetworkArguments<T>& a, const Finish& finish) {
     DotStorage<T> dots(net, a.images, arena);
     const TaskKernels<T> kernels(net, taps, a.images, scratch);
     const NetworkPass<TaskKernels<T>> pass(net, kernels);
-    const int64_t row = task * net.parameters;
-    pass.tangent(a.params + row, a.direction + row, storage, dots);
+    const T* const params = a.params + task * a.params_stride();
+    pass.tangent(params, a.direction + task * net.parameters, storage, dots);
     Criterion<T>(a, task).curve(storage.probabilities, dots.dots.back().out_dot, pass.output_bar(dots));
-    finish(task, pass, storage, dots);
+    finish(task, params, pass, storage, dots);
   });
 }
 
@@ -567,20 +567,21 @@ void network_descend(OnCpu, const NetworkArguments<T>& a, const ProxArguments<T>
 
 template <typename T>
 void network_product(OnCpu, const NetworkArguments<T>& a, bool gauss_newton) {
-  along(a, [&](int64_t task, const NetworkPass<TaskKernels<T>>& pass, const Storage<T>& storage,
+  along(a, [&](int64_t task, const T* params, const NetworkPass<TaskKernels<T>>& pass, const Storage<T>& storage,
                const DotStorage<T>& dots) {
     const int64_t row = task * a.net.parameters;
     if (gauss_newton) {
-      pass.gauss_newton(a.params + row, storage, dots, a.product + row);
+      pass.gauss_newton(params, storage, dots, a.product + row);
     } else {
-      pass.second(a.params + row, a.direction + row, storage, dots, a.product + row);
+      pass.second(params, a.direction + row, storage, dots, a.product + row);
     }
   });
 }
 
 template <typename T>
 void network_curvature(OnCpu, const NetworkArguments<T>& a) {
-  along(a, [&](int64_t task, const NetworkPass<TaskKernels<T>>& pass, const Storage<T>&, const DotStorage<T>& dots) {
+  along(a, [&](int64_t task, const T*, const NetworkPass<TaskKernels<T>>& pass, const Storage<T>&,
+               const DotStorage<T>& dots) {
     const T* const dot = dots.dots.back().out_dot;  // J p
     const T* const bar = pass.output_bar(dots);     // C J p
     const int64_t width = a.net.layers.back().width();

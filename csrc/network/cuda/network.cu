@@ -25,13 +25,17 @@ using BatchPass = NetworkPass<BatchKernels<T>>;
 
 template <typename T>
 BatchStorage<T> storage_on_tape(const NetworkArguments<T>& a) {
-  TaskMemory memory(a.tape, tape_size<T>(a.net, a.images));
+  TaskMemory memory(a.tape, a.shared ? 0 : tape_size<T>(a.net, a.images));
   return BatchStorage<T>(a.net, a.images, Keep::kBars, true, memory);
 }
 
 template <typename T>
 PerTask<const T> rows(const NetworkArguments<T>& a, const T* first) {
   return {first, a.net.parameters};
+}
+template <typename T>
+PerTask<const T> params_of(const NetworkArguments<T>& a) {
+  return {a.params, a.params_stride()};
 }
 template <typename T>
 ParametersOut<T> rows_out(const NetworkArguments<T>& a, T* first) {
@@ -47,8 +51,8 @@ CriterionArguments<T> criterion_of(const NetworkArguments<T>& a, const BatchStor
   CriterionArguments<T> c;
   c.images = static_cast<int>(a.images), c.channels = static_cast<int>(a.net.outputs());
   c.width = static_cast<int>(a.net.layers.back().width());
-  if (a.labels != nullptr) c.labels = {a.labels, a.targets_per_task()};
-  if (a.targets != nullptr) c.targets = {a.targets, a.targets_per_task()};
+  if (a.labels != nullptr) c.labels = {a.labels, a.targets_stride()};
+  if (a.targets != nullptr) c.targets = {a.targets, a.targets_stride()};
   c.values = storage.values.back().out;
   c.probabilities = storage.probabilities;
   return c;
@@ -92,7 +96,7 @@ void along(OnCuda device, const NetworkArguments<T>& a, const Finish& finish) {
   const BatchStorage<T> storage = storage_on_tape(a);
   const BatchKernels<T> kernels(device.stream, a.net, a.tasks, a.images, scratch);
   const BatchPass<T> pass(a.net, kernels);
-  pass.tangent(rows(a, a.params), rows(a, a.direction), storage, dots);
+  pass.tangent(params_of(a), rows(a, a.direction), storage, dots);
   CriterionArguments<T> criterion = criterion_of(a, storage);
   criterion.values = dots.dots.back().out_dot;
   criterion.bar = pass.output_bar(dots);
@@ -111,7 +115,7 @@ void network_outputs(OnCuda device, const NetworkArguments<T>& a) {
   });
   const BatchKernels<T> kernels(device.stream, a.net, a.tasks, a.images, scratch);
   kernels.read_input(images_of(a), storage.input);
-  BatchPass<T>(a.net, kernels).forward(rows(a, a.params), storage);
+  BatchPass<T>(a.net, kernels).forward(params_of(a), storage);
   CriterionArguments<T> c = criterion_of(a, storage);
   c.outputs = outputs_of(a);
   const int64_t blocks = ceil_div(a.images * a.net.outputs(), kElementThreads);
@@ -129,8 +133,7 @@ void network_gradient(OnCuda device, const NetworkArguments<T>& a) {
   const BatchStorage<T> storage = passing ? *passing : storage_on_tape(a);
   const BatchKernels<T> kernels(device.stream, a.net, a.tasks, a.images, scratch);
   kernels.read_input(images_of(a), storage.input);
-  pass_both_ways(device, a, BatchPass<T>(a.net, kernels), storage, rows(a, a.params), a.losses,
-                 rows_out(a, a.gradient));
+  pass_both_ways(device, a, BatchPass<T>(a.net, kernels), storage, params_of(a), a.losses, rows_out(a, a.gradient));
 }
 
 template <typename T>
@@ -171,9 +174,9 @@ void network_product(OnCuda device, const NetworkArguments<T>& a, bool gauss_new
         [&](const BatchPass<T>& pass, const BatchStorage<T>& storage, const DotStorage<T, TaskMemory>& dots,
             const CriterionArguments<T>&) {
           if (gauss_newton) {
-            pass.gauss_newton(rows(a, a.params), storage, dots, rows_out(a, a.product));
+            pass.gauss_newton(params_of(a), storage, dots, rows_out(a, a.product));
           } else {
-            pass.second(rows(a, a.params), rows(a, a.direction), storage, dots, rows_out(a, a.product));
+            pass.second(params_of(a), rows(a, a.direction), storage, dots, rows_out(a, a.product));
           }
         });
 }

@@ -138,7 +138,7 @@ void prox_update(OnCuda device, ProxUpdate update, const ProxArguments<T>& a) {
 
 template <typename T>
 void prox_penalty(OnCuda device, const ProxArguments<T>& a) {
-  launch_rows(device.stream, Penalty<T>{a}, a.rows, a.cols, are_packed(a), a.allocate);
+  launch_rows(device, Penalty<T>{}, a, are_packed(a));
 }
 
 IMAML_FOR_ROW_TYPES(IMAML_INSTANTIATE_PROX, OnCuda)

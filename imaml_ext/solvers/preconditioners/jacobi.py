@@ -40,7 +40,7 @@ class Jacobi(Preconditioner):
     seed: Annotated[int, NOT_NEGATIVE] = 0  # Of the probes.
 
     def make(self, operator: Any, like: Tensor, shift: Coefficient = 0.0) -> MadePreconditioner:
-        z = drawn(self.seed, like, self.probes, signs=True)
+        z = drawn(self.seed, like, self.probes)
         samples = z * products(operator, z, like, "Jacobi")  # [B, N, probes]
         return _made(_shrunk(samples), shift, shape_of(like), self.probes)
 

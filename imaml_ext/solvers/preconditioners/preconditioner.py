@@ -12,7 +12,8 @@ from torch import Tensor
 from imaml_ext.ops import Coefficient, as_coefficient, compute_dtype
 from imaml_ext.ops.calls import callback
 from imaml_ext.settings import Choice
-from imaml_ext.solvers.operators import Form, product_of
+from imaml_ext.solvers.form import Form
+from imaml_ext.solvers.operators import product_of
 
 ALL = slice(None)
 
@@ -36,6 +37,15 @@ class MadePreconditioner(ABC):
     @property
     def diagonal(self) -> Tensor | None:
         return None
+
+    def check_rows(self, b: Tensor) -> None:
+        """Raises ValueError unless it was made for rows like those of b [B, N]; one without `like` tells B alone."""
+        made_for = getattr(self, "like", self.fallback).shape
+        if made_for != b.shape[: len(made_for)]:
+            raise ValueError(
+                f"preconditioner must be made for rows like those of b, {list(b.shape)}, got one made for "
+                f"{list(made_for)}"
+            )
 
     @abstractmethod
     def __call__(self, r: Tensor, rows: slice = ALL) -> Tensor:
@@ -89,13 +99,16 @@ def products(operator: Any, probes: Tensor, like: Tensor, name: str) -> Tensor:
     return form.unpack(result.detach().to(probes.dtype))
 
 
-def drawn(seed: int, like: Tensor, count: int, *, signs: bool) -> Tensor:
-    """Returns random signs or Gaussians [N, count] of the compute type: the same bits for a seed on every device."""
+def drawn(seed: int, like: Tensor, count: int) -> Tensor:
+    """Returns random signs [N, count] of the compute type: the same for a seed on every device.
+
+    A column is contiguous, as the vectors of products are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shape, dtype = (like.shape[1], count), compute_dtype(like.dtype)
-    if signs:
-        return torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).to(like.device, dtype)
-    return torch.randn(shape, generator=generator, dtype=dtype).to(like.device)
+    size = like.shape[1]
+    eights = torch.randint(0, 256, (count, -(-size // 8), 1), generator=generator, dtype=torch.uint8)
+    bits = eights.bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten(1)[:, :size]
+    return bits.to(like.device, compute_dtype(like.dtype)).mul_(2).sub_(1).mT
 
 
 def shift_rows(shift: Coefficient, like: Tensor) -> Tensor:

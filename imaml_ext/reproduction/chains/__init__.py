@@ -1,1 +1,0 @@
-"""Holds the recipes of the published Omniglot weights; most begin with the weights that another has left."""
