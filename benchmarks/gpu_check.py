@@ -393,22 +393,28 @@ class Runner:
             self.record(step, "left out: no time", 0)
             return "left out: no time"
         log.write_text("")
+        try:
+            self.record(step, "under way", 0)
+            status = self.outcome(step, log, begun, until)
+            self.record(step, status, time.monotonic() - begun, last_line(log))
+        except SystemExit:  # of a signal, at any point of the above
+            self.record(step, "interrupted", time.monotonic() - begun, last_line(log))
+            raise
+        return status
+
+    def outcome(self, step: Step, log: Path, begun: float, until: float) -> str:
+        """Runs the commands of a step and returns its status."""
         statuses = []
-        self.record(step, "under way", 0)
         try:
             for command in step.commands(self.check):
                 statuses.append(self.run(command, log, until))
                 self.record(step, "under way", time.monotonic() - begun, last_line(log))
-            status = next((status for status in statuses if status != "passed"), "passed")
+            end = "passed"
         except SkippedError as reason:
-            status = next((status for status in statuses if status != "passed"), f"skipped: {reason}")
-        except SystemExit:
-            self.record(step, "interrupted", time.monotonic() - begun, last_line(log))
-            raise
+            end = f"skipped: {reason}"
         except Exception as error:  # in a step's own lines: the others are still to come
-            status = f"failed: {type(error).__name__}: {error}"
-        self.record(step, status, time.monotonic() - begun, last_line(log))
-        return status
+            return f"failed: {type(error).__name__}: {error}"
+        return next((status for status in statuses if status != "passed"), end)
 
     def run(self, command: Command, log: Path, until: float) -> str:
         if until - time.monotonic() < LEAST:

@@ -424,6 +424,23 @@ def test_steps_beyond_the_budget_are_left_out(tmp_path):
     assert not (tmp_path / "second.log").exists()
 
 
+@pytest.mark.parametrize("write", range(4))
+def test_a_step_that_is_stopped_while_its_status_is_written_says_so(tmp_path, monkeypatch, write):
+    stopped, publish, written = runner(tmp_path), gpu_check.Runner.publish, []
+
+    def publish_and_stop(self: gpu_check.Runner) -> None:
+        publish(self)
+        written.append(self.result["steps"]["one"]["status"])
+        if len(written) == write + 1:
+            gpu_check.stop(15, None)
+
+    monkeypatch.setattr(gpu_check.Runner, "publish", publish_and_stop)
+    with pytest.raises(SystemExit, match="143"):
+        stopped.take(step("one", "pass", "pass"))
+    assert written == [*["under way", "under way", "under way", "passed"][: write + 1], "interrupted"]
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["steps"]["one"]["status"] == "interrupted"
+
+
 def test_a_result_of_an_earlier_call_is_not_that_of_a_step_that_fails(tmp_path):
     def measuring(program: str) -> gpu_check.Step:
         command = [sys.executable, "-c", program, "--json", str(tmp_path / "cg-2x3.json")]

@@ -296,6 +296,12 @@ def test_the_table_trains_a_recipe_judges_it_and_draws_from_result_files(tmp_pat
     assert f"| iMAML, gradient descent | not run | {accuracy} | not run | not run |" in first
     assert _is_picture(tmp_path / "omniglot-table.png")
 
+    newton = imaml("reproduce", "omniglot-table", *options, "--cells", "20w1s/imaml-hf")
+    assert newton.returncode == 0, newton.stderr
+    assert "20w1s/imaml-hf begins with 2 of 4 stages of" in newton.stderr
+    assert len(_json(tmp_path / "1200-423/20w1s/imaml-hf.json")["stages"]) == 4
+    first = (tmp_path / "omniglot-table.md").read_text()
+
     # The result files alone are enough to draw again, with those of the other split beside them.
     shutil.rmtree(tmp_path / "1200-423" / "runs")
     shutil.copytree(tmp_path / "1200-423", tmp_path / "vinyals")

@@ -41,6 +41,7 @@ from imaml_ext.train import (
 from imaml_ext.train.checkpoint import list_checkpoints, load_checkpoint
 from imaml_ext.train.recipe import recipe_summaries
 from imaml_ext.train.run_directory import RunDirectory, read_config
+from imaml_ext.train.stages import take_finished_stages
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,38 @@ def test_stages_are_resumed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read_config(RunDirectory(tmp_path / "moved" / "3-learnt")).config.outer.lr == 2e-2
     with pytest.raises(ConfigError, match=r"a resumed run keeps its settings: outer.lr was 0.02 in .*1-few, now 0.5"):
         train_recipe(recipe, tmp_path / "moved", changes={"outer.lr": 0.5}, resume=True)
+
+
+def test_stages_that_recipes_share_are_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, changes, cells = _recipe(), {"outer.lr": 2e-2}, tmp_path / "cells"
+    train_recipe(recipe, cells / "whole", changes=changes)
+    train_recipe(replace(recipe, stages=recipe.stages[:1]), cells / "one", changes=changes)
+    train_recipe(recipe, cells / "other-seed", changes=changes | {"run.seed": 7})
+    shutil.copytree(cells / "whole", cells / "unfinished")
+    (cells / "unfinished" / "1-few" / "result.json").unlink()
+    (cells / "empty").mkdir()
+    ending = replace(recipe, stages=(*recipe.stages[:2], Stage("shots", {"tasks.shots": 2})))
+    before = {path: files_of(path) for path in cells.iterdir()}
+
+    def shared(recipe: Recipe, name: str, changes: dict[str, Any]) -> list[str]:
+        take_finished_stages(recipe, tmp_path / name, changes, others=sorted(cells.iterdir()))
+        return sorted(path.name for path in (tmp_path / name).glob("*"))
+
+    assert shared(ending, "shots", changes) == ["1-few", "2-many"]
+    assert f"shots begins with 2 of 3 stages of {cells / 'whole'}" in capsys.readouterr().err
+    assert shared(ending, "another-lr", {"outer.lr": 3e-2}) == []
+    assert shared(ending, "judged-otherwise", changes | {"evaluation.tasks": 7}) == []
+    assert shared(ending, "elsewhere", changes | {"run.log_every": 1}) == ["1-few", "2-many"]
+    changed_second = replace(ending, stages=(ending.stages[0], Stage("many", {"tasks.ways": 6}), ending.stages[2]))
+    assert shared(changed_second, "six-ways", changes) == ["1-few"]
+    assert shared(Recipe(small_config()), "no-stages", changes) == []
+    (tmp_path / "begun").mkdir()
+    assert shared(ending, "begun", changes) == []
+
+    taken = train_recipe(ending, tmp_path / "shots", changes=changes, resume=True)
+    alone = train_recipe(ending, tmp_path / "alone", changes=changes)
+    assert taken["test"] == alone["test"]
+    assert {path: files_of(path) for path in cells.iterdir()} == before
 
 
 def test_a_stage_that_has_not_begun_is_begun(tmp_path: Path) -> None:

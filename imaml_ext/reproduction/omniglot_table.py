@@ -30,7 +30,7 @@ from imaml_ext.train.export import export_run
 from imaml_ext.train.recipe import Recipe, load_recipe
 from imaml_ext.train.reports import write_figure
 from imaml_ext.train.run_directory import RunDirectory, explained, read_config, read_result
-from imaml_ext.train.stages import train_recipe
+from imaml_ext.train.stages import take_finished_stages, train_recipe
 
 SPLITS = {"1200/423": "1200-423", "vinyals": "vinyals"}  # and their folders
 _NAMES = {"1200/423": "1,200 / 423 characters", "vinyals": "Vinyals' split"}
@@ -108,8 +108,9 @@ def run(options: OmniglotTable, *, command: str = "") -> None:
 
 def _cell(options: OmniglotTable, name: str, path: Path, command: str) -> dict[str, Any]:
     """Trains a cell, or goes on with it, and judges what it has learnt; returns the content of its result file."""
-    recipe = table_recipe(*name.split("/"))
-    result = train_recipe(recipe, path, command=command, changes=table_changes(options), resume=True)
+    recipe, changes = table_recipe(*name.split("/")), table_changes(options)
+    take_finished_stages(recipe, path, changes, others=sorted(path.parent.parent.glob("*/*")))
+    result = train_recipe(recipe, path, command=command, changes=changes, resume=True)
     ways = size_of(name.split("/")[0])[0]
     tasks = 4 if options.trial else 1000 if ways == 5 else 200
     judged = {"paper": result["test"]}

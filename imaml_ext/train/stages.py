@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imaml_ext.errors import RunError
+from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.progress import say
 from imaml_ext.settings import changed
 from imaml_ext.train.config import TrainConfig, differences
 from imaml_ext.train.job import joined
 from imaml_ext.train.recipe import Recipe
-from imaml_ext.train.run_directory import RunDirectory, check_directory, read_config, read_result
+from imaml_ext.train.run_directory import RunDirectory, check_directory, explained, read_config, read_result
 from imaml_ext.train.trainer import OnLog, train
 
 
@@ -49,7 +50,7 @@ def train_recipe(
     if not recipe.stages:
         config = changed(recipe.config, changes)
         return train(config, path, **record, resume=resume, checkpoint=checkpoint, on_log=on_log)
-    places = [path / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, start=1)]
+    places = _places(recipe, path)
     result: dict[str, Any] | None = None
     with joined() as ranks:
         configs = ranks.on_first(_planned, recipe, path, places, changes, resume=resume)
@@ -63,6 +64,48 @@ def train_recipe(
                 checkpoint = None
     assert result is not None
     return result
+
+
+def take_finished_stages(recipe: Recipe, path: Path, changes: Mapping[str, Any], others: Iterable[Path]) -> None:
+    """Copies into `path` the first stages that another directory has finished, where they have the same settings.
+
+    Recipes that begin alike thus train their common stages once. The directory that shares most stages is taken. Nothing
+    is done where `path` holds a stage already.
+
+    Raises:
+        RunError: a stage cannot be copied.
+    """
+    if path.exists():
+        return
+    configs, shared = recipe.staged(changes), list[Path]()
+    for other in others:
+        found: list[Path] = []
+        for place, config in zip(_places(recipe, other), configs, strict=True):
+            if not _same(place, changed(config, {"theta.weights": str(found[-1])} if found else {})):
+                break
+            found.append(place)
+        shared = max(shared, found, key=len)
+    if shared:
+        say(f"{path} begins with {len(shared)} of {len(configs)} stages of {shared[0].parent}")
+        with explained(f"{path} cannot be written"):
+            partial = path.with_name(f".{path.name}.tmp")
+            shutil.rmtree(partial, ignore_errors=True)
+            for place in shared:
+                shutil.copytree(place, partial / place.name)
+            partial.rename(path)
+
+
+def _places(recipe: Recipe, path: Path) -> list[Path]:
+    return [path / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, start=1)]
+
+
+def _same(place: Path, config: TrainConfig) -> bool:
+    """Tells whether a stage is finished, and was trained and judged as a configuration says."""
+    try:
+        done = _finished(place, config)
+    except ConfigError:
+        return False
+    return done is not None and read_config(RunDirectory(place)).config.evaluation == config.evaluation
 
 
 def _planned(
