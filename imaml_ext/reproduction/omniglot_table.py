@@ -15,6 +15,8 @@ from typing import Any
 from imaml_ext.data import Glyphs
 from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.files import atomic_write, json_bytes
+from imaml_ext.inner import GradientDescent
+from imaml_ext.meta import Reptile
 from imaml_ext.progress import say
 from imaml_ext.reproduction.cells import chosen_cells
 from imaml_ext.reproduction.equal_budget import algorithm_changes
@@ -59,6 +61,19 @@ OTHERS: dict[str, tuple[str, dict[str, float]]] = {
 }
 
 
+# The settings of Reptile's public code for transductive tests, with a tenth of its 100,000 meta-steps.
+REPTILE_AS_PUBLISHED: dict[str, Any] = {
+    "algorithm": Reptile(
+        inner=GradientDescent(3, lr=1e-3, optimizer="adam", betas=(0.0, 0.999), batch_size=25), keep_moments=True
+    ),
+    "tasks.train_shots": 15,
+    "tasks.train_queries": 1,
+    "outer.steps": 10_000,
+    "outer.meta_batch": 5,
+    "evaluation.inner_steps": 5,
+}
+
+
 def table_recipe(column: str, algorithm: str) -> Recipe:
     """Returns what trains a cell, in one stage or in several."""
     if algorithm in ("imaml-gd", "imaml-hf"):
@@ -68,6 +83,8 @@ def table_recipe(column: str, algorithm: str) -> Recipe:
     steps, tasks = (5000, 16) if ways == 5 else (1000, 4)
     outer = {"outer": Outer(steps=steps, meta_batch=tasks, lr=3e-3, schedule="cosine")}
     changes = {"tasks.queries": None, "tasks.train_queries": 5, "evaluation.tasks": 3000 if ways == 5 else 1000}
+    if algorithm == "reptile":
+        settings = settings | REPTILE_AS_PUBLISHED
     return Recipe(changed(paper_settings(column), changes | outer | settings), name=f"{column}/{algorithm}")
 
 

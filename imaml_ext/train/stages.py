@@ -69,8 +69,8 @@ def train_recipe(
 def take_finished_stages(recipe: Recipe, path: Path, changes: Mapping[str, Any], others: Iterable[Path]) -> None:
     """Copies into `path` the first stages that another directory has finished, where they have the same settings.
 
-    Recipes that begin alike thus train their common stages once. The directory that shares most stages is taken. Nothing
-    is done where `path` holds a stage already.
+    Recipes that begin alike thus train their common stages once. The directory that shares most stages is taken.
+    Nothing is done where `path` exists already.
 
     Raises:
         RunError: a stage cannot be copied.
