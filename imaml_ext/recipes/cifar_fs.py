@@ -1,16 +1,34 @@
-"""CIFAR-FS, 5-way 1-shot; `--tasks.shots 5` for 5-shot.
+"""CIFAR-FS, 5-way 1-shot.
 
-As on mini-ImageNet, but on 32 × 32 pixels an outer rate of 3e-3 learns faster than 1e-3 from the first meta-steps on.
+The network of the published comparison, 32 filters with max pooling, and a head whose ways begin alike. Most of what a
+task costs is its support set's: five queries per class suffice to train, where the test has fifteen.
 
 Command: imaml train cifar-fs --data.root FOLDER
-Time: 35 minutes on a busy CPU core.
-Accuracy: 47.5 ± 0.9 %, trained on 100 of the 600 images per class.
 """
 
-from imaml_ext.data import CifarFS
-from imaml_ext.recipes import mini_imagenet
-from imaml_ext.settings import changed
+from imaml_ext.data import Augmentation, CifarFS
+from imaml_ext.inner import GradientDescent
+from imaml_ext.meta import IMAML
+from imaml_ext.models import Conv4
+from imaml_ext.solvers import CG
+from imaml_ext.train.config import EvaluationSettings, Outer, RunSettings, Tasks, Theta, TrainConfig
 from imaml_ext.train.recipe import Recipe
 
-changes = {"data": CifarFS(), "tasks.queries": 5, "outer.steps": 5000, "outer.lr": 3e-3}
-recipe = Recipe(changed(mini_imagenet.recipe.config, changes))
+recipe = Recipe(
+    TrainConfig(
+        data=CifarFS(),
+        tasks=Tasks(ways=5, shots=1, queries=15, train_queries=5),
+        augment=Augmentation(flip=True),
+        model=Conv4(filters=32, pooling="max"),
+        theta=Theta(shared_head=True),
+        algorithm=IMAML(
+            lam=0.1,
+            inner=GradientDescent(steps=5, lr=0.1),
+            linear_solver=CG(max_iterations=3),
+            curvature="gauss_newton",
+        ),
+        outer=Outer(steps=7000, meta_batch=8, lr=3e-3, schedule="cosine", average=0.99),
+        evaluation=EvaluationSettings(tasks=1000, every=1000, validation_tasks=400),
+        run=RunSettings(log_every=50, checkpoint_every=500),
+    )
+)
