@@ -19,6 +19,7 @@ from imaml_ext.errors import ConfigError, Interrupted, RunError
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML, MAML
 from imaml_ext.models import Conv4
+from imaml_ext.pretrained import read_weights
 from imaml_ext.settings import changed
 from imaml_ext.train import (
     EvaluationSettings,
@@ -98,6 +99,14 @@ def test_each_stage_begins_where_the_one_before_has_ended(tmp_path: Path, capsys
     assert torch.equal(begun["log_lam"], torch.full_like(begun["log_lam"], math.log(0.5)))
     assert list(_final(third).params) == ["theta", "log_lam"]
     assert evaluate_run(tmp_path / "run").to_json() == result["test"]  # the last stage
+
+    card = export_run(tmp_path / "run", tmp_path / "mine.safetensors").card
+    assert card.trained_from is None
+    assert read_weights(tmp_path / "mine.safetensors").card == card
+    page = (tmp_path / "mine.md").read_text()
+    assert "| trained | in 3 stages, 0 minutes |" in page
+    assert "| stage 2-many | 7-way 1-shot, 4 meta-steps of 2 tasks, 0 minutes |" in page
+    assert "| last stage | 4 meta-steps of 2 tasks, 0 minutes |" in page
 
 
 def test_what_is_learnt_beside_theta_goes_on(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class Card:
         reading: how pictures of one's own are read, to be like the training's; None in regression.
         classes: the names of the classes of each split; None where the run did not record them.
         others: figures of other tests than that, in its form, by what is different in words.
+        stages: of a recipe, those before the last, each with its name, tasks, meta_steps, meta_batch, train_seconds.
     """
 
     recipe: str
@@ -69,6 +70,7 @@ class Card:
     reading: Reading | None = None
     classes: Mapping[str, Sequence[str]] | None = None
     others: Mapping[str, Mapping[str, Any]] | None = None
+    stages: Sequence[Mapping[str, Any]] | None = None
 
     @property
     def recorded_classes(self) -> RecordedClasses:
@@ -89,8 +91,7 @@ class Card:
             "tasks": f"{self.tasks['ways']}-way {self.tasks['shots']}-shot" if classes else "regression",
             "algorithm": f"{algorithm.kind_name}, {algorithm.inner.kind_name}, {algorithm.inner.steps} steps, "
             f"λ = {algorithm.lam:g}{', shared head' if shared_head else ''}",
-            "trained": f"{self.steps:,} meta-steps of {self.meta_batch} tasks, {self.train_seconds / 60:.0f} minutes"
-            + (f", from the weights {self.trained_from}" if self.trained_from else ""),
+            **self._trained(),
             "on": on or where["device"],
             **self._tested(),
             **({"check": _check(first)} if first else {}),
@@ -103,6 +104,18 @@ class Card:
         root = " --data.root FOLDER" if self.data["kind"] == "folder" else ""
         tail = ["", f"    imaml evaluate --pretrained {source}{root}", ""]
         return "\n".join([f"# {name}", "", "| | |", "|---|---|", *lines, *tail])
+
+    def _trained(self) -> dict[str, str]:
+        """The rows of the page about the training: one, or one per stage."""
+        last = {"meta_steps": self.steps, "meta_batch": self.meta_batch, "train_seconds": self.train_seconds}
+        start = f", from the weights {self.trained_from}" if self.trained_from else ""
+        if not self.stages:
+            return {"trained": f"{_spent(last)}{start}"}
+        minutes = (sum(stage["train_seconds"] for stage in self.stages) + self.train_seconds) / 60
+        rows = {"trained": f"in {len(self.stages) + 1} stages, {minutes:.0f} minutes{start}"}
+        for stage in self.stages:
+            rows[f"stage {stage['name']}"] = f"{stage['tasks']}, {_spent(stage)}"
+        return rows | {"last stage": _spent(last)}
 
     def _tested(self) -> dict[str, str]:
         """The rows of the page about the test."""
@@ -120,6 +133,11 @@ def _figure(test: Mapping[str, Any]) -> str:
     if test["accuracy"] is None:
         return f"{split}mean squared error {test['loss']:.4f} ± {test['loss_interval']:.4f}"
     return f"{split}accuracy {100 * test['accuracy']:.2f} ± {100 * test['accuracy_interval']:.2f} %"
+
+
+def _spent(stage: Mapping[str, Any]) -> str:
+    minutes = stage["train_seconds"] / 60
+    return f"{stage['meta_steps']:,} meta-steps of {stage['meta_batch']} tasks, {minutes:.0f} minutes"
 
 
 def _check(first: Mapping[str, Any]) -> str:
@@ -262,7 +280,7 @@ def _card_from_file(values: Mapping[str, Any]) -> Card:
 def _card_to_file(card: Card) -> dict[str, Any]:
     """A card as JSON; the reading in it is as `to_json` makes it, since its values are plain."""
     values = asdict(card)
-    return {name: value for name, value in values.items() if name not in ("classes", "others") or value is not None}
+    return {name: value for name, value in values.items() if name not in ("classes", "others", "stages") or value is not None}
 
 
 def save_weights(path: Path, weights: Weights) -> None:

@@ -31,7 +31,7 @@ from imaml_ext.train.experiment import resolve_device
 from imaml_ext.train.export import export_run
 from imaml_ext.train.recipe import Recipe, load_recipe
 from imaml_ext.train.reports import write_figure
-from imaml_ext.train.run_directory import RunDirectory, explained, read_config, read_result
+from imaml_ext.train.run_directory import RunDirectory, explained, stage_summary
 from imaml_ext.train.stages import take_finished_stages, train_recipe
 
 SPLITS = {"1200/423": "1200-423", "vinyals": "vinyals"}  # and their folders
@@ -141,23 +141,10 @@ def _cell(options: OmniglotTable, name: str, path: Path, command: str) -> dict[s
         "cell": name,
         "split": options.split,
         "recipe": recipe.name,
-        "stages": [_stage(directory) for directory in RunDirectory.stages_in(path)],
+        "stages": [stage_summary(directory) for directory in RunDirectory.stages_in(path)],
         "judged": judged,
         "command": command,
         "environment": result["environment"],
-    }
-
-
-def _stage(directory: RunDirectory) -> dict[str, Any]:
-    """Says of a stage what it trained on, and how long."""
-    config, result = read_config(directory).config, read_result(directory)
-    assert result is not None
-    return {
-        "name": directory.path.name,
-        "tasks": f"{config.tasks.ways}-way {config.tasks.shots}-shot",
-        "meta_steps": result["steps"],
-        "meta_batch": config.outer.meta_batch,
-        "train_seconds": result["train_seconds"],
     }
 
 

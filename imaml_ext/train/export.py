@@ -28,6 +28,7 @@ from imaml_ext.train.run_directory import (
     read_config,
     read_metrics,
     read_result,
+    stage_summary,
     tested_step,
 )
 
@@ -84,8 +85,9 @@ def run_weights(
     run: Path, *, commit: str = "", checkpoint: Path | None = None, data_root: Path | None = None
 ) -> Weights:
     """Reads the meta-parameters of a run, or of its last stage, with all that belongs to them; as `export_run`."""
-    directory = RunDirectory.of_last_stage(run)
+    *before, directory = RunDirectory.stages_in(run)
     recorded, result = read_config(directory), read_result(directory)
+    begun_with = (read_config(before[0]).config if before else recorded.config).theta.weights
     saved, config, classes = saved_parameters(directory, checkpoint), recorded.config, read_classes(directory)
     if data_root is not None:
         config = changed(config, {"data.root": data_root})
@@ -109,7 +111,8 @@ def run_weights(
         train_seconds=record["train_seconds"],
         test=record["test"] or _validated(directory, config, saved.step),
         environment=where,
-        trained_from=None if config.theta.weights is None else Path(config.theta.weights).name,
+        trained_from=None if begun_with is None else Path(begun_with).name,
+        stages=[stage_summary(stage) for stage in before] or None,
     )
     loss = config.task_loss(data.input_shape)
     return Weights(

@@ -299,3 +299,17 @@ def explained(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{what}: {error.strerror or error}") from error
+
+
+def stage_summary(directory: RunDirectory) -> dict[str, Any]:
+    """Says of a finished stage what it trained on, and how long; RunError where it is not finished, or damaged."""
+    config, result = read_config(directory).config, read_result(directory)
+    if result is None:
+        raise RunError(f"{directory.path} is not finished")
+    return {
+        "name": directory.path.name,
+        "tasks": f"{config.tasks.ways}-way {config.tasks.shots}-shot",
+        "meta_steps": result["steps"],
+        "meta_batch": config.outer.meta_batch,
+        "train_seconds": result["train_seconds"],
+    }
