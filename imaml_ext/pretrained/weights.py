@@ -280,7 +280,8 @@ def _card_from_file(values: Mapping[str, Any]) -> Card:
 def _card_to_file(card: Card) -> dict[str, Any]:
     """A card as JSON; the reading in it is as `to_json` makes it, since its values are plain."""
     values = asdict(card)
-    return {name: value for name, value in values.items() if name not in ("classes", "others", "stages") or value is not None}
+    may_lack = ("classes", "others", "stages")
+    return {name: value for name, value in values.items() if name not in may_lack or value is not None}
 
 
 def save_weights(path: Path, weights: Weights) -> None:
