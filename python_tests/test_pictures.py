@@ -440,7 +440,7 @@ def test_photographs_of_every_condition(condition: str, tmp_path: Path) -> None:
     found = accuracy([condition], 3, rng, tmp_path)
     least = 0.95 if condition == "clean" else 0.85
     # Three tasks may by chance have the same accuracy: one guess of ten is their least spread.
-    assert found.mean() + 4 * max(found.std(), 0.1) / 3**0.5 >= least
+    assert found.mean() + 2.5 * max(found.std(), 0.1) / 3**0.5 >= least
 
 
 @needs_drawings

@@ -156,6 +156,8 @@ def test_stages_that_recipes_share_are_trained_once(tmp_path: Path, capsys: pyte
     train_recipe(recipe, cells / "other-seed", changes=changes | {"run.seed": 7})
     shutil.copytree(cells / "whole", cells / "unfinished")
     (cells / "unfinished" / "1-few" / "result.json").unlink()
+    shutil.copytree(cells / "whole", cells / "damaged")
+    (cells / "damaged" / "1-few" / "config.json").write_text("{")
     (cells / "empty").mkdir()
     ending = replace(recipe, stages=(*recipe.stages[:2], Stage("shots", {"tasks.shots": 2})))
     before = {path: files_of(path) for path in cells.iterdir()}
@@ -174,6 +176,7 @@ def test_stages_that_recipes_share_are_trained_once(tmp_path: Path, capsys: pyte
     assert shared(Recipe(small_config()), "no-stages", changes) == []
     (tmp_path / "begun").mkdir()
     assert shared(ending, "begun", changes) == []
+    assert not list(tmp_path.glob(".*"))
 
     taken = train_recipe(ending, tmp_path / "shots", changes=changes, resume=True)
     alone = train_recipe(ending, tmp_path / "alone", changes=changes)

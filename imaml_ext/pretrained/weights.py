@@ -50,7 +50,8 @@ class Card:
         reading: how pictures of one's own are read, to be like the training's; None in regression.
         classes: the names of the classes of each split; None where the run did not record them.
         others: figures of other tests than that, in its form, by what is different in words.
-        stages: of a recipe, those before the last, each with its name, tasks, meta_steps, meta_batch, train_seconds.
+        stages: the stages before the last one, if the recipe has several; each has name, tasks, meta_steps, meta_batch
+            and train_seconds.
     """
 
     recipe: str

@@ -125,7 +125,7 @@ class OmniglotTable(DeviceOptions):
     # Cells to train, a whole name or the beginning of names, such as 5w1s/maml or 5w1s; unset: all.
     cells: tuple[str, ...] = ()
     split: Literal["1200/423", "vinyals"] = "1200/423"  # Characters to train on and to test on.
-    capture: bool = False  # Capture the meta-steps as CUDA graphs (on a GPU only).
+    capture: bool = False  # Capture the meta-steps as CUDA graphs (on a GPU only), those of Reptile excepted.
     trial: bool = False  # Seconds per cell on the built-in glyphs, to see that all works.
     draw_only: bool = False  # Train nothing: draw from the results that are there.
     # Folder of Omniglot's files; unset: the environment variable IMAML_DATA_ROOT, else the cache.

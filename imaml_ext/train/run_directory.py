@@ -308,7 +308,7 @@ def stage_summary(directory: RunDirectory) -> dict[str, Any]:
         raise RunError(f"{directory.path} is not finished")
     return {
         "name": directory.path.name,
-        "tasks": f"{config.tasks.ways}-way {config.tasks.shots}-shot",
+        "tasks": f"{config.tasks.ways}-way {config.tasks.shots}-shot" if config.classification else "regression",
         "meta_steps": result["steps"],
         "meta_batch": config.outer.meta_batch,
         "train_seconds": result["train_seconds"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from imaml_ext.settings import changed
 from imaml_ext.train.config import TrainConfig, differences
 from imaml_ext.train.job import joined
 from imaml_ext.train.recipe import Recipe
-from imaml_ext.train.run_directory import RunDirectory, check_directory, explained, read_config, read_result
+from imaml_ext.train.run_directory import RunDirectory, absolute, check_directory, explained, read_config, read_result
 from imaml_ext.train.trainer import OnLog, train
 
 
@@ -69,8 +70,8 @@ def train_recipe(
 def take_finished_stages(recipe: Recipe, path: Path, changes: Mapping[str, Any], others: Iterable[Path]) -> None:
     """Copies into `path` the first stages that another directory has finished, where they have the same settings.
 
-    Recipes that begin alike thus train their common stages once. The directory that shares most stages is taken.
-    Nothing is done where `path` exists already.
+    Recipes that begin alike thus train their common stages once. The directory that shares most stages is taken. Device
+    and threads may have been others. Nothing is done where `path` exists already.
 
     Raises:
         RunError: a stage cannot be copied.
@@ -85,14 +86,18 @@ def take_finished_stages(recipe: Recipe, path: Path, changes: Mapping[str, Any],
                 break
             found.append(place)
         shared = max(shared, found, key=len)
-    if shared:
-        say(f"{path} begins with {len(shared)} of {len(configs)} stages of {shared[0].parent}")
-        with explained(f"{path} cannot be written"):
-            partial = path.with_name(f".{path.name}.tmp")
-            shutil.rmtree(partial, ignore_errors=True)
-            for place in shared:
-                shutil.copytree(place, partial / place.name)
-            partial.rename(path)
+    if not shared:
+        return
+    say(f"{path} begins with {len(shared)} of {len(configs)} stages of {shared[0].parent}")
+    with explained(f"{path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as partial:
+            try:
+                for place in shared:
+                    shutil.copytree(place, Path(partial, path.name, place.name))
+            except shutil.Error as error:  # which names every file
+                raise RunError(f"{path} cannot be written: {error.args[0][0][2]}") from error
+            Path(partial, path.name).rename(path)
 
 
 def _places(recipe: Recipe, path: Path) -> list[Path]:
@@ -100,12 +105,16 @@ def _places(recipe: Recipe, path: Path) -> list[Path]:
 
 
 def _same(place: Path, config: TrainConfig) -> bool:
-    """Tells whether a stage is finished, and was trained and judged as a configuration says."""
+    """Tells whether a stage is finished, and was trained on such data, and judged, as a configuration says."""
     try:
-        done = _finished(place, config)
-    except ConfigError:
+        if _finished(place, config) is None:
+            return False
+        done, wanted = read_config(RunDirectory(place)).config, absolute(config)
+    except (ConfigError, RunError):  # other settings, or a directory that is damaged
         return False
-    return done is not None and read_config(RunDirectory(place)).config.evaluation == config.evaluation
+    first = place.name.startswith("1-")  # later ones begin with the stage before, wherever that lies
+    same_start = done.theta.weights == wanted.theta.weights or not first
+    return (done.data, done.evaluation, same_start) == (wanted.data, wanted.evaluation, True)
 
 
 def _planned(
