@@ -154,10 +154,9 @@ def test_products_in_less_precision_than_the_vectors() -> None:
         for rtol, expected in ((1e-5, STAG), (5e-2, C)):
             solution = solver(rtol)
             assert (solution.status == expected).all()
-            measured = torch.stack(
-                [(row - hvp(x.unsqueeze(0))[0]).norm() for row, x in zip(b, solution.x, strict=True)]
-            )
-            torch.testing.assert_close(solution.residual_norm.float(), measured, rtol=0.02, atol=0)
+            # Of all rows at once: alone, a row's product may be rounded otherwise, by a part of its residual.
+            measured = (b - hvp(solution.x)).norm(dim=1)
+            torch.testing.assert_close(solution.residual_norm.float(), measured, rtol=1e-4, atol=0)
 
 
 def test_a_solution_that_underflows_is_no_solution() -> None:
