@@ -289,6 +289,7 @@ def test_the_table_trains_a_recipe_judges_it_and_draws_from_result_files(tmp_pat
     assert cell["judged"]["paper"] == last["test"]
     assert cell["judged"]["alone"]["transductive"] is False
     assert set(cell["judged"]) == {"paper", "five", "alone"}
+    assert f"--output-dir {tmp_path.name} --trial" in cell["command"]  # without the folders of this machine
     first = (tmp_path / "omniglot-table.md").read_text()
     accuracy = (
         f"{100 * cell['judged']['paper']['accuracy']:.2f} ± {100 * cell['judged']['paper']['accuracy_interval']:.2f}"

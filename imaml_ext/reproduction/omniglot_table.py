@@ -28,7 +28,7 @@ from imaml_ext.settings import changed
 from imaml_ext.train.config import Outer
 from imaml_ext.train.evaluation import evaluate_run
 from imaml_ext.train.experiment import resolve_device
-from imaml_ext.train.export import export_run
+from imaml_ext.train.export import export_run, without_folders
 from imaml_ext.train.recipe import Recipe, load_recipe
 from imaml_ext.train.reports import write_figure
 from imaml_ext.train.run_directory import RunDirectory, explained, read_metrics, stage_summary
@@ -148,7 +148,7 @@ def _cell(options: OmniglotTable, name: str, path: Path, command: str) -> dict[s
             for directory in RunDirectory.stages_in(path)
         ],
         "judged": judged,
-        "command": command,
+        "command": without_folders(command),
         "environment": result["environment"],
     }
 

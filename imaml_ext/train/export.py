@@ -97,7 +97,7 @@ def run_weights(
     data, where = _DataRecord.of_run(recorded, config), record["environment"]
     card = Card(
         recipe=recorded.recipe,
-        command=_without_folders(record["command"]),
+        command=without_folders(record["command"]),
         commit=commit or where.get("commit", ""),
         description=data.description,
         data=to_json(changed(config.data, dict.fromkeys(_places(config), None))),
@@ -194,7 +194,7 @@ def _places(config: TrainConfig) -> Mapping[str, Path]:
 _OF_PLACES = re.compile(r"--?[\w.-]*(root|dir|weights|checkpoint|file|output|splits)")
 
 
-def _without_folders(command: str) -> str:
+def without_folders(command: str) -> str:
     """Returns a command line with the name of each file or folder in place of its path."""
     try:
         words = shlex.split(command)

@@ -112,9 +112,9 @@ def _same(place: Path, config: TrainConfig) -> bool:
         done, wanted = read_config(RunDirectory(place)).config, absolute(config)
     except (ConfigError, RunError):  # other settings, or a directory that is damaged
         return False
-    first = place.name.startswith("1-")  # later ones begin with the stage before, wherever that lies
-    same_start = done.theta.weights == wanted.theta.weights or not first
-    return (done.data, done.evaluation, same_start) == (wanted.data, wanted.evaluation, True)
+    start = wanted.theta.weights
+    same_start = start == done.theta.weights or (start is not None and Path(start).parent == place.parent.absolute())
+    return same_start and (done.data, done.evaluation) == (wanted.data, wanted.evaluation)
 
 
 def _planned(
