@@ -108,7 +108,6 @@ _OTHERS = {
     "sinusoid-5shot": "sinusoid",
     "sinusoid-10shot": "sinusoid --tasks.shots 10",
     "cifar-fs-5w1s": "cifar-fs",
-    "cifar-fs-5w5s": "cifar-fs --tasks.shots 5",
     "fc100-5w1s": "fc100",
     "mini-imagenet-5w1s": "mini-imagenet",
     "mini-imagenet-5w5s": "mini-imagenet --tasks.shots 5",
