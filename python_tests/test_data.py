@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_tools import packed_omniglot
 
 from imaml_ext import data
 from imaml_ext.data import cache, glyphs, load_dataset, omniglot
@@ -39,26 +40,10 @@ def no_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IMAML_DATA_ROOT", raising=False)
 
 
-def packed_arrays() -> dict[str, np.ndarray]:
-    """A packed file's content with empty pictures, but for one pixel that holds the drawer."""
-    names = [name.split("/character") for name in character_names()]
-    alphabets = list(dict.fromkeys(alphabet for alphabet, _ in names))
-    drawer = np.tile(np.arange(1, 21, dtype=np.uint8), 1623)
-    images = np.zeros((32460, 28, 28), np.uint8)
-    images[:, 0, 0] = drawer
-    return {
-        "images": images,
-        "alphabet": np.repeat(np.array([alphabets.index(a) for a, _ in names], np.uint8), 20),
-        "character": np.repeat(np.array([int(n) for _, n in names], np.uint8), 20),
-        "drawer": drawer,
-        "alphabet_names": np.array(alphabets),
-    }
-
-
 @pytest.fixture(scope="module")
 def packed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packed") / "omniglot28.npz"
-    cache.save_arrays(path, packed_arrays())
+    cache.save_arrays(path, packed_omniglot())
     return path
 
 
@@ -288,7 +273,7 @@ def test_packed_file_that_is_something_else(tmp_path: Path) -> None:
     ],
 )
 def test_packed_file_with_wrong_arrays(change, message: str, tmp_path: Path) -> None:
-    arrays = packed_arrays()
+    arrays = packed_omniglot()
     change(arrays)
     np.savez(tmp_path / "omniglot28.npz", **arrays)
     with pytest.raises(DataError, match=message):

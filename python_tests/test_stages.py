@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from training_tools import files_of, small_config, stopped_in
+from training_tools import files_of, glyphs_config, packed_omniglot, small_config, stopped_in
 
-from imaml_ext.data import Glyphs
+from imaml_ext.data import Glyphs, Omniglot
+from imaml_ext.data.cache import save_arrays
 from imaml_ext.errors import ConfigError, Interrupted, RunError
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML, MAML
@@ -182,6 +184,28 @@ def test_stages_that_recipes_share_are_trained_once(tmp_path: Path, capsys: pyte
     alone = train_recipe(ending, tmp_path / "alone", changes=changes)
     assert taken["test"] == alone["test"]
     assert {path: files_of(path) for path in cells.iterdir()} == before
+
+
+def test_stages_are_shared_whichever_way_their_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+        save_arrays(folder / "omniglot28.npz", packed_omniglot())
+    short = {"outer.steps": 1, "evaluation": EvaluationSettings(tasks=4)}
+    config = changed(glyphs_config(), {"data": Omniglot(cache_dir=tmp_path / "cache")} | short)
+    recipe, given = Recipe(config, (Stage("first"), Stage("second"))), {"data.root": folders[0]}
+
+    def shared(name: str, changes: dict[str, Any]) -> int:
+        place = Path(tempfile.mkdtemp(dir=tmp_path)) / "taken"
+        take_finished_stages(recipe, place, changes, others=[tmp_path / name])
+        return len(list(place.glob("*")))
+
+    train_recipe(recipe, tmp_path / "by-option", changes=given)
+    monkeypatch.setenv("IMAML_DATA_ROOT", str(folders[0]))
+    train_recipe(recipe, tmp_path / "by-variable")
+    assert [shared("by-option", {}), shared("by-variable", given), shared("by-variable", {})] == [2, 2, 2]
+    monkeypatch.setenv("IMAML_DATA_ROOT", str(folders[1]))
+    assert [shared("by-option", {}), shared("by-variable", given), shared("by-option", given)] == [0, 0, 2]
 
 
 def test_a_stage_that_has_not_begun_is_begun(tmp_path: Path) -> None:

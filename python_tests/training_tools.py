@@ -14,12 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import imaml_ext
 from imaml_ext.cli import main
 from imaml_ext.data import Glyphs, Sinusoid
+from imaml_ext.data.omniglot import character_names
 from imaml_ext.inner import GradientDescent
 from imaml_ext.meta import IMAML
 from imaml_ext.models import MLP, Conv4
@@ -37,6 +39,22 @@ SMALL = [
     *("--run.device", "cpu"),
     "--run.no-tensorboard",
 ]
+
+
+def packed_omniglot() -> dict[str, np.ndarray]:
+    """Makes a packed file's content, with empty pictures, but for one pixel that holds the drawer."""
+    names = [name.split("/character") for name in character_names()]
+    alphabets = list(dict.fromkeys(alphabet for alphabet, _ in names))
+    drawer = np.tile(np.arange(1, 21, dtype=np.uint8), 1623)
+    images = np.zeros((32460, 28, 28), np.uint8)
+    images[:, 0, 0] = drawer
+    return {
+        "images": images,
+        "alphabet": np.repeat(np.array([alphabets.index(a) for a, _ in names], np.uint8), 20),
+        "character": np.repeat(np.array([int(n) for _, n in names], np.uint8), 20),
+        "drawer": drawer,
+        "alphabet_names": np.array(alphabets),
+    }
 
 
 def small_config(**outer: object) -> TrainConfig:

@@ -43,11 +43,16 @@ def cache_folder(cache_dir: Path | str | None) -> Path:
 
 def data_folder(root: Path | str | None, cache: Path) -> tuple[Path, str]:
     """Returns where a data set's files are looked for, and what says so: `root`, `$IMAML_DATA_ROOT` or the cache."""
-    if root is not None:
-        return unpacked(Path(root).expanduser(), cache), argument("root")
-    if given := os.environ.get("IMAML_DATA_ROOT"):
-        return unpacked(Path(given).expanduser(), cache), "IMAML_DATA_ROOT"
-    return cache, "the cache"
+    given = named_folder(root)
+    if given is None:
+        return cache, "the cache"
+    return unpacked(given, cache), "IMAML_DATA_ROOT" if root is None else argument("root")
+
+
+def named_folder(root: Path | str | None) -> Path | None:
+    """Returns `root` or `$IMAML_DATA_ROOT`; None where neither is given, which means the cache."""
+    given = (os.environ.get("IMAML_DATA_ROOT") or None) if root is None else root
+    return None if given is None else Path(given).expanduser()
 
 
 def not_found(what: str, holds: str, where: Path, origin: str, *, download: bool) -> DataError:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from imaml_ext.data.cache import named_folder
+from imaml_ext.data.source import DataSource, FileSource
 from imaml_ext.errors import ConfigError, RunError
 from imaml_ext.progress import say
 from imaml_ext.settings import changed
@@ -114,7 +117,15 @@ def _same(place: Path, config: TrainConfig) -> bool:
         return False
     start = wanted.theta.weights
     same_start = start == done.theta.weights or (start is not None and Path(start).parent == place.parent.absolute())
-    return same_start and (done.data, done.evaluation) == (wanted.data, wanted.evaluation)
+    return same_start and (_images(done), done.evaluation) == (_images(wanted), wanted.evaluation)
+
+
+def _images(config: TrainConfig) -> DataSource:
+    """Returns which images a run is trained on: its data, read from the same folder by whichever way it is named."""
+    if not isinstance(config.data, FileSource):
+        return config.data
+    folder = named_folder(config.data.root)
+    return replace(config.data, root=folder and folder.absolute())
 
 
 def _planned(
