@@ -214,7 +214,11 @@ def test_a_norm_beyond_the_largest_number_is_not_finite() -> None:
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_singular_and_inconsistent_systems(dtype: torch.dtype) -> None:
-    """x stays near the least-squares solution, and the residual near that of x = 0 or below."""
+    """x stays near the least-squares solution, and the residual near that of x = 0 or below.
+
+    Not of a row that has spent its iterations: in place of the kernel the rounded matrix has an eigenvalue of about
+    u ‖A‖. Where that is positive, the row may be on its way to the solution of the rounded system.
+    """
     for name, matrix in singular_matrices().items():
         A, b = matrix.to(dtype), torch.randn(8, len(matrix), dtype=dtype)
         solution = cg(multiply(A.expand(8, -1, -1)), b, max_iterations=400, rtol=1e-8 if dtype == F64 else 1e-5)
@@ -225,7 +229,8 @@ def test_singular_and_inconsistent_systems(dtype: torch.dtype) -> None:
         residual = (b.double() - multiply(matrix.expand(8, -1, -1))(solution.x.double())).norm(dim=1)
         pseudo = b.double() @ torch.linalg.pinv(matrix, rtol=1e-10)
         assert (residual[rows] <= 6 * b.double().norm(dim=1)[rows]).all(), name
-        assert (solution.x.double().norm(dim=1) <= 1e4 * pseudo.norm(dim=1)).all(), name
+        near = solution.x.double().norm(dim=1) <= 1e4 * pseudo.norm(dim=1)
+        assert near[solution.status != M].all(), name  # in 15,000 draws of rank N - 1, 11 rows ended as M far away
         assert solution.broke_down[rows].all()
     assert "singular to working precision" in SolveStatus.SINGULAR.advice
 
