@@ -47,7 +47,7 @@ def test_help_lists_commands_recipes_and_settings() -> None:
     recipes = imaml_process("train", "--help")
     assert recipes.returncode == 0
     names = recipe_names()
-    assert len(names) == 15
+    assert len(names) == 14
     assert all(f"  {name} " in recipes.stdout for name in names)
     assert "on the built-in glyphs" in recipes.stdout
     settings = _help("train", "glyphs-5w1s")

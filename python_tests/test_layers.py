@@ -118,7 +118,7 @@ def test_the_house_stays_small() -> None:
         return node.end_lineno - node.lineno + 1 - docstring
 
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.rglob("*.py")}
-    assert sum(lines.values()) <= 24_950
+    assert sum(lines.values()) <= 24_900
     assert {path.name: count for path, count in lines.items() if count > 400} == {}
     long = {
         f"{path.name}: {node.name}": length(node)

@@ -39,20 +39,9 @@ def ihvp_cg(
 ) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
     """A function (x, v) -> (H + regularization I)⁻¹ v with the Hessian H of `func` at x; see `ihvp_at_x_cg`."""
 
-    def ihvp(x: tuple[Tensor, ...], v: Tensor) -> Tensor:
-        return ihvp_at_x_cg(
-            func,
-            *x,
-            argnums=argnums,
-            max_iter=max_iter,
-            tol=tol,
-            mode=mode,
-            regularization=regularization,
-            on_solve=on_solve,
-            on_breakdown=on_breakdown,
-        )(v)
-
-    return ihvp
+    of_system: dict[str, Any] = {"argnums": argnums, "mode": mode, "regularization": regularization}
+    of_solve: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "on_solve": on_solve, "on_breakdown": on_breakdown}
+    return lambda x, v: ihvp_at_x_cg(func, *x, **of_system, **of_solve)(v)
 
 
 def ihvp_at_x_cg(

@@ -45,17 +45,22 @@ class Geometry:
         return self.stride, self.padding, self.dilation
 
 
-class Convolve(torch.autograd.Function):
+class _Bilinear(torch.autograd.Function):
+    """One of the three maps, of two tensors and a geometry."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        first, second, ctx.geometry = inputs
+        ctx.save_for_backward(first, second)
+
+
+class Convolve(_Bilinear):
     """y = conv(x, w)."""
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         x, w = x.contiguous(), w.contiguous()
         return _method(x.dtype, geometry, *x.shape[:2], *w.shape[3:]).forward(x, w, geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,17 +73,13 @@ class Convolve(torch.autograd.Function):
         return _with_weight(Convolve, info.batch_size, in_dims, x, w, geometry)
 
 
-class ConvolveBack(torch.autograd.Function):
+class ConvolveBack(_Bilinear):
     """x̄ = convX(ȳ, w), the adjoint of `Convolve` in x."""
 
     @staticmethod
     def forward(y_bar: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         y_bar, w = y_bar.contiguous(), w.contiguous()
         return _method(y_bar.dtype, geometry, *y_bar.shape[:2], *w.shape[3:]).back(y_bar, w, geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,7 +92,7 @@ class ConvolveBack(torch.autograd.Function):
         return _with_weight(ConvolveBack, info.batch_size, in_dims, y_bar, w, geometry)
 
 
-class ConvolveWeight(torch.autograd.Function):
+class ConvolveWeight(_Bilinear):
     """w̄ = convW(x, ȳ), the adjoint of `Convolve` in w."""
 
     @staticmethod
@@ -99,10 +100,6 @@ class ConvolveWeight(torch.autograd.Function):
         x, y_bar = x.contiguous(), y_bar.contiguous()
         channels = x.shape[4] // geometry.groups
         return _method(x.dtype, geometry, *x.shape[:2], channels, y_bar.shape[4]).weight(x, y_bar, geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,11 +132,6 @@ class TurnWeight(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], w: Tensor, back: bool) -> tuple[Tensor, int]:
         return apply(TurnWeight, *_rows(info.batch_size, in_dims, w), back).unflatten(0, (info.batch_size, -1)), 0
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    first, second, ctx.geometry = inputs
-    ctx.save_for_backward(first, second)
 
 
 def _rows(size: int, in_dims: tuple[Any, ...], *tensors: Tensor) -> list[Tensor]:
