@@ -281,11 +281,11 @@ def test_the_table_trains_a_recipe_judges_it_and_draws_from_result_files(tmp_pat
     assert done.returncode == 0, done.stderr
     assert "2 cells are finished" in done.stderr
     stages = [path.name for path in sorted((tmp_path / "1200-423/runs/5w5s/imaml-gd").iterdir())]
-    assert stages == ["1-five-ways", "2-twenty-ways", "3-own-tasks"]
+    assert stages == ["1-five-ways", "2-twenty-ways", "3-longer", "4-own-tasks"]
     cell = _json(tmp_path / "1200-423/5w5s/imaml-gd.json")
     assert [stage["name"] for stage in cell["stages"]] == stages
-    assert [stage["tasks"] for stage in cell["stages"]] == ["5-way 1-shot", "20-way 1-shot", "5-way 5-shot"]
-    last = _json(tmp_path / "1200-423/runs/5w5s/imaml-gd/3-own-tasks/result.json")
+    assert [stage["tasks"] for stage in cell["stages"]] == ["5-way 1-shot", *2 * ["20-way 1-shot"], "5-way 5-shot"]
+    last = _json(tmp_path / "1200-423/runs/5w5s/imaml-gd/4-own-tasks/result.json")
     assert cell["judged"]["paper"] == last["test"]
     assert cell["judged"]["alone"]["transductive"] is False
     assert set(cell["judged"]) == {"paper", "five", "alone"}
