@@ -148,15 +148,27 @@ def test_as_many_steps_as_lsqr_of_scipy(damp: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 12), (2, 40, 9), (2, 9, 40)], ids=str)
-def test_a_consistent_system_ends_by_its_residual(shape: tuple[int, int, int]) -> None:
+def test_a_consistent_system_ends_by_its_residual_or_its_gradient(shape: tuple[int, int, int]) -> None:
     rows, m, n = shape
     M = matrices(rows, m, n, 10.0)
     y = products(M)[0](torch.randn(rows, n, dtype=F64))
     found = solved(M, y, rtol=1e-6, max_iterations=100)
     assert found.status.tolist() == [C] * rows
-    assert (found.residual_norm <= 1.01e-6 * y.norm(dim=1)).all()
+    by_gradient = gradient(M, y, found.x) <= 1.01e-6 * scale_of_gradient(M, y)
+    assert (by_gradient | (found.residual_norm <= 1.01e-6 * y.norm(dim=1))).all()
     residual = (y - products(M)[0](found.x)).norm(dim=1)
     torch.testing.assert_close(found.residual_norm, residual, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("of_residual", "iterations"), [(0.9e-6, 0), (1.1e-6, 1)])
+def test_the_residual_alone_ends_a_row(of_residual: float, iterations: int) -> None:
+    """It begins with an error where M is 1; y is where M is 1e-3, so that the gradient is far above its own limit."""
+    M = torch.diag_embed(torch.tensor([[1.0, 1e-3]], dtype=F64))
+    y = torch.tensor([[0.0, 1.0]], dtype=F64)
+    x0 = torch.tensor([[of_residual, 1e3]], dtype=F64)
+    found = solved(M, y, x0=x0, rtol=1e-6, max_iterations=20)
+    assert found.status.tolist() == [C]
+    assert found.iterations.tolist() == [iterations]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
